@@ -1,0 +1,339 @@
+"""The Ignite handler: attaches a :class:`~ignite_ema.average.ModelAverage` to an engine."""
+
+import numbers
+import warnings
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.engine.events import RemovableEventHandle
+from torch import nn
+
+from .attachment import Attachment, Event, attached_by, attachments, check_name, members_of
+from .average import BufferRule, ModelAverage
+from .schedules import Constant, LinearWarmup, Schedule
+
+__all__ = ["EMAHandler"]
+
+_VERSION = 1
+_STATE = {
+    "ignite_ema_version": int,
+    "num_updates": int,
+    "current_momentum": float,
+    "momentum_schedule": str,
+    "averaged_tensors": Mapping,
+}
+
+
+class EMAHandler:
+    r"""Keeps an exponential moving average of a model's weights while an Ignite engine trains it.
+
+    .. math:: \theta_{ema} \leftarrow (1 - \lambda) \cdot \theta_{ema} + \lambda \cdot \theta
+
+    λ, the momentum, weighs the *new* weights: λ = 1 - decay. It counts updates, not iterations.
+
+    Args:
+        model: the online model, an ``nn.Module``, alone or inside ``DistributedDataParallel``, ``DataParallel`` or
+            ``torch.compile``.
+        momentum: λ, a float in (0, 1), or a schedule: a callable from the number of updates already made (0 at the
+            first update) to λ in [0, 1], such as those of :mod:`ignite_ema.schedules`.
+        momentum_warmup: λ of the first update, in [0, 1]; together with ``warmup_iters``.
+        warmup_iters: the number of updates over which λ goes linearly from ``momentum_warmup`` to ``momentum``.
+        handle_buffers: "copy", "update", "ema_train", or a mapping from patterns of names to "copy", "update" or
+            "keep"; see :class:`~ignite_ema.average.ModelAverage`.
+        ema_model: a twin of your own, for models that cannot be deep-copied; it is filled from the model here.
+        dtype: the type that holds the average, for instance ``torch.float32`` for a bfloat16 model.
+        device: where the average is held.
+
+    Attributes:
+        model: the online model; inside ``DistributedDataParallel`` and compiled modules, the module in them.
+        ema_model: the averaged twin, in eval mode (in train mode under "ema_train").
+        momentum: what was passed.
+        momentum_scheduler: the schedule in force, None for a plain float.
+        handle_buffers: what was passed.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type or value.
+        RuntimeError: for a model that cannot be deep-copied.
+
+    Note:
+        With a schedule the handler writes λ to ``engine.state.<name>`` at each event. With a plain float it reads λ
+        from there, so that you, or an Ignite ``StateParamScheduler``, can drive it.
+
+    Examples:
+        >>> import torch
+        >>> from ignite.engine import Engine, Events
+        >>> model = torch.nn.Linear(1, 1)
+        >>> handler = EMAHandler(model, momentum=0.5)
+        >>> trainer = Engine(lambda engine, batch: model.weight.data.fill_(batch))
+        >>> _ = handler.attach(trainer, event=Events.ITERATION_COMPLETED(every=2))
+        >>> _ = handler.ema_model.weight.data.fill_(0.0)
+        >>> _ = trainer.run([1.0, 2.0, 3.0, 4.0])
+        >>> handler.ema_model.weight.item()  # 0 -> 1 -> 2.5
+        2.5
+        >>> trainer.state.ema_momentum, handler.num_updates
+        (0.5, 2)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float | Schedule = 0.0002,
+        momentum_warmup: float | None = None,
+        warmup_iters: int | None = None,
+        handle_buffers: BufferRule = "copy",
+        *,
+        ema_model: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._rule = _rule_of(momentum, momentum_warmup, warmup_iters)
+        self.momentum = momentum
+        self.momentum_scheduler = self._rule if callable(momentum) or momentum_warmup is not None else None
+        self._average = ModelAverage(model, handle_buffers, ema_model=ema_model, dtype=dtype, device=device)
+        self._num_updates = 0
+        self._current = _checked(self._rule(0), "the first momentum of the schedule")
+        self._count_is_known = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The online model, without wrappers."""
+        return self._average.model
+
+    @property
+    def ema_model(self) -> nn.Module:
+        """The averaged twin."""
+        return self._average.module
+
+    @property
+    def handle_buffers(self) -> BufferRule:
+        """What an update does with buffers."""
+        return self._average.handle_buffers
+
+    @property
+    def num_updates(self) -> int:
+        """The number of updates made so far; settable."""
+        return self._num_updates
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        _check_count(value)
+        self._num_updates = value
+        self._count_is_known = True
+        if self.momentum_scheduler is not None:
+            self._publish(self._next_momentum())
+
+    def attach(
+        self,
+        engine: Engine,
+        name: str = "ema_momentum",
+        warn_if_exists: bool = True,
+        event: Event = Events.ITERATION_COMPLETED,
+    ) -> RemovableEventHandle:
+        """Updates the average at ``event`` and publishes the momentum as ``engine.state.<name>``.
+
+        The attribute exists as soon as this returns and shows the first λ; after each update it shows the λ that was
+        used. Of an ``EventsList`` those members that fire in the same iteration update once.
+
+        Args:
+            engine: the trainer; no strong reference to it is kept.
+            name: the attribute; every handler of a trainer has its own.
+            warn_if_exists: warn where the attribute exists already. A plain momentum goes on from its value then, a
+                schedule overwrites it.
+            event: when to update.
+
+        Returns:
+            A handle whose ``remove()`` undoes this call.
+
+        Raises:
+            TypeError, ValueError: for a name of the engine's own, a name that another handler's schedule writes, an
+                existing value that is no momentum, or an event that the engine does not fire.
+            RuntimeError: where this handler is attached to this engine already.
+        """
+        members_of(event, engine)
+        check_name(name)
+        for other in attachments(engine):
+            if other.owner is self:
+                raise RuntimeError(
+                    f"An EMAHandler should be attached to an engine once, but this one is already, as '{other.name}'; "
+                    "remove() the handle of that attachment first, or use an EventsList."
+                )
+            if other.name == name and (self.momentum_scheduler or other.owner.momentum_scheduler):
+                raise ValueError(
+                    f"name should be another than '{name}', which another EMAHandler of this engine uses; where one of "
+                    "two handlers has a schedule, it would drive the other."
+                )
+        exists = hasattr(engine.state, name)
+        if exists and self.momentum_scheduler is None:
+            _checked(getattr(engine.state, name), f"engine.state.{name}")
+        if exists and warn_if_exists:
+            warnings.warn(
+                f"Attribute '{name}' already exists in Engine.state: the engine has loaded it, or something else made "
+                "it, and both would use it; choose another name, or set warn_if_exists to False if that is meant.",
+                category=UserWarning,
+                stacklevel=2,
+            )
+        if not exists or self.momentum_scheduler is not None:
+            setattr(engine.state, name, self._next_momentum())
+        return Attachment(
+            self, engine, name, not exists, event, partial(self._update, name), partial(self._check_restored, name)
+        )
+
+    def reset(self) -> None:
+        """Starts again: the average becomes the model, buffers included, and the count 0."""
+        self._average.reset()
+        self.num_updates = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
+        return {
+            "ignite_ema_version": _VERSION,
+            "num_updates": self._num_updates,
+            "current_momentum": self._next_momentum(),
+            "momentum_schedule": self._described(),
+            "averaged_tensors": self._average.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a :meth:`state_dict`, before or after ``attach``.
+
+        A plain momentum goes on from the value that was saved, a schedule from its own rule and the saved count. Where
+        the handler that was saved had another rule, a warning says so.
+
+        Raises:
+            TypeError, ValueError: for a state with a missing, unexpected or wrong entry, or of another model; names
+                it, and nothing has been loaded then.
+        """
+        _check_state(state)
+        self._average.load_state_dict(state["averaged_tensors"])
+        self.num_updates = state["num_updates"]
+        if self.momentum_scheduler is None:
+            self._current = state["current_momentum"]
+            self._publish(self._current)
+        if state["momentum_schedule"] != self._described():
+            warnings.warn(
+                f"The EMA handler was saved with {state['momentum_schedule']} and goes on with {self._described()}, at "
+                f"a momentum of {self._next_momentum():g}; if that is not meant, make it as it was made before.",
+                stacklevel=2,
+            )
+
+    def _update(self, name: str, engine: Engine) -> None:
+        schedule = self.momentum_scheduler
+        if schedule is None:
+            self._current = momentum = _checked(getattr(engine.state, name, None), f"engine.state.{name}")
+        else:
+            momentum = self._next_momentum()
+            setattr(engine.state, name, momentum)
+        self._average.update(momentum)
+        self._num_updates += 1
+
+    def _next_momentum(self) -> float:
+        """What the next update will use, as far as is known now."""
+        if self.momentum_scheduler is not None:
+            value = self.momentum_scheduler(self._num_updates)
+            return _checked(value, "the momentum that the schedule returns")
+        for state, name in attached_by(self):
+            return _checked(getattr(state, name, None), f"engine.state.{name}")
+        return self._current
+
+    def _publish(self, momentum: float) -> None:
+        for state, name in attached_by(self):
+            setattr(state, name, momentum)
+
+    def _check_restored(self, name: str, engine: Engine) -> None:
+        iteration = engine.state.iteration
+        if iteration == 0:
+            self._count_is_known = True
+        elif not (self._count_is_known or isinstance(self._rule, Constant)):
+            warnings.warn(
+                f"The trainer resumes at iteration {iteration}, but the EMA handler of '{name}' was not restored, and "
+                'its momentum starts again; put the handler into the checkpoint ("ema_handler": handler) and '
+                "load it with Checkpoint.load_objects, or set handler.num_updates (to 0 if it is meant to start here).",
+                stacklevel=2,
+            )
+            self._count_is_known = True
+
+    def _described(self) -> str:
+        """The rule in words that are the same in every process."""
+        return (
+            repr(self._rule)
+            if is_dataclass(self._rule)
+            else getattr(self._rule, "__qualname__", type(self._rule).__qualname__)
+        )
+
+
+def _checked(value: object, what: str) -> float:
+    """``value`` as a momentum; raises with the name of what it was read from."""
+    if isinstance(value, torch.Tensor) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{what} should be a momentum, a number in [0, 1], got {value!r}; set it to one.")
+    momentum = float(value)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"{what} should be a momentum in [0, 1], the weight of the new weights, got {value!r}.")
+    return momentum
+
+
+def _check_count(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"num_updates should be an integer, got {value!r}: it counts updates.")
+    if value < 0:
+        raise ValueError(f"num_updates should be 0 or more, got {value!r}: it counts updates.")
+
+
+def _rule_of(momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None) -> Schedule:
+    """What the three arguments say, checked."""
+    if callable(momentum):
+        if momentum_warmup is not None or warmup_iters is not None:
+            raise ValueError(
+                "momentum_warmup and warmup_iters should be None where momentum is a schedule, got "
+                f"{momentum_warmup!r} and {warmup_iters!r}; a schedule brings its own warm-up."
+            )
+        return momentum
+    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
+        raise TypeError(f"momentum should be a float in (0, 1) or a schedule, got {momentum!r}.")
+    if not 0 < momentum < 1:
+        raise ValueError(
+            f"Invalid momentum: {momentum}; it should be in (0, 1), as the weight of the new weights (1 - decay)."
+        )
+    if (momentum_warmup is None) != (warmup_iters is None):
+        raise ValueError(
+            "momentum_warmup and warmup_iters should be given together or not at all, got "
+            f"{momentum_warmup!r} and {warmup_iters!r}."
+        )
+    if momentum > 0.5:
+        warnings.warn(
+            f"momentum is the weight of the new weights, and {momentum:g} nearly copies them at each update; if it was "
+            f"meant as a decay, pass 1 - {momentum:g} = {1 - momentum:g}.",
+            stacklevel=3,
+        )
+    if momentum_warmup is None or warmup_iters is None:
+        return Constant(float(momentum))
+    return LinearWarmup(momentum, momentum_warmup, warmup_iters)
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"The state of an EMAHandler should be a mapping from its state_dict(), got {type(state).__name__}."
+        )
+    for key in [*_STATE, *state]:
+        if key not in state or key not in _STATE:
+            what = "misses" if key in _STATE else "should not have"
+            raise ValueError(
+                f"The state of an EMAHandler should be what its state_dict() gave, but it {what} {key!r}; the state of "
+                "a model belongs into handler.ema_model."
+            )
+    for key, expected in _STATE.items():
+        if not isinstance(state[key], expected) or isinstance(state[key], bool):
+            raise TypeError(f"{key!r} of the state should be of type {expected.__name__}, got {state[key]!r}.")
+    if state["ignite_ema_version"] != _VERSION:
+        raise ValueError(
+            f"'ignite_ema_version' of the state should be {_VERSION}, got {state['ignite_ema_version']}; load it with "
+            "the ignite_ema that wrote it, or a newer one."
+        )
+    _check_count(state["num_updates"])
+    _checked(state["current_momentum"], "'current_momentum' of the state")

@@ -1,0 +1,76 @@
+"""The arithmetic of the average: in-place operations over lists of tensors.
+
+Every kernel takes two lists of equal length, whose i-th tensors have the same shape, and a ``weight`` in [0, 1]::
+
+    averaged[i] = (1 - weight) * averaged[i] + weight * online[i]
+
+A weight of 1 copies exactly, whatever ``averaged`` held (so it heals a NaN); a weight of 0 does nothing. The step is
+written ``averaged + weight * (online - averaged)``: weights that do not change are left bit for bit as they are, where
+the form above would lose a rounding error at each update.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Kernel", "copy", "holds_infinity", "kernel_for"]
+
+Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
+Kernel: TypeAlias = Callable[[Tensors, Tensors, float], None]
+
+# What torch can interpolate; narrower types are widened for the step.
+_NATIVE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+
+
+def holds_infinity(tensor: Tensor) -> bool:
+    """Whether a weight is infinite, as in an attention mask of 0 and -inf; False for types without infinities."""
+    return tensor.dtype in _NATIVE and bool(torch.isinf(tensor).any())
+
+
+def kernel_for(averaged: Tensor, online: Tensor, infinite: bool) -> Kernel:
+    """The fastest kernel that is right for this pair, and for every one of the same dtypes, devices and finiteness."""
+    if infinite or averaged.dtype not in _NATIVE:
+        return _lerp_widened
+    if averaged.dtype == online.dtype and averaged.device == online.device:
+        return _lerp
+    return _lerp_converted
+
+
+def copy(averaged: Tensors, online: Tensors, weight: float = 1) -> None:
+    """``averaged[i] = online[i]`` for tensors of any type, whatever the weight."""
+    torch._foreach_copy_(averaged, online)
+
+
+def _lerp(averaged: Tensors, online: Tensors, weight: float) -> None:
+    if weight == 1:
+        copy(averaged, online)
+    elif weight != 0:
+        torch._foreach_lerp_(averaged, online, weight)
+
+
+def _lerp_converted(averaged: Tensors, online: Tensors, weight: float) -> None:
+    if weight == 1:
+        copy(averaged, online)
+    elif weight != 0:
+        for average, value in zip(averaged, online, strict=True):  # one by one: one temporary at a time
+            average.lerp_(value.to(average.device, average.dtype), weight)
+
+
+def _lerp_widened(averaged: Tensors, online: Tensors, weight: float) -> None:
+    """For types without arithmetic of their own (8-bit floats) and tensors that hold infinities (attention masks)."""
+    if weight == 1:
+        copy(averaged, online)
+    elif weight != 0:
+        for average, value in zip(averaged, online, strict=True):
+            before = average.to(_wide(average.dtype))
+            after = value.to(before.device, before.dtype)
+            # equal values stay as they are: inf - inf is NaN
+            average.copy_(torch.where(before == after, before, torch.lerp(before, after, weight)))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    if dtype in _NATIVE:
+        return dtype
+    return torch.complex64 if dtype.is_complex else torch.float32

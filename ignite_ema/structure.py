@@ -1,0 +1,143 @@
+"""What a model and its averaged twin have in common: two trees of modules, walked side by side.
+
+Tensors are paired by owner and name, never by position, and wrappers (``DistributedDataParallel``, ``DataParallel``,
+what ``torch.compile`` returns) are looked through. What does not match raises :class:`Mismatch` and names the path.
+"""
+
+from operator import is_
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+__all__ = ["Mismatch", "Pair", "Slot", "Structure", "inside", "unwrapped"]
+
+Slot = tuple[dict[str, Any], str]
+
+
+class Mismatch(RuntimeError):
+    """The model and its averaged twin do not match; the text is a clause that says where."""
+
+
+def inside(module: nn.Module) -> nn.Module | None:
+    """What ``module`` wraps, if it is a ``DistributedDataParallel``, ``DataParallel`` or compiled module, else None."""
+    if isinstance(module, (DistributedDataParallel, DataParallel)):
+        wrapped: nn.Module = module.module
+        return wrapped
+    return module._modules.get("_orig_mod")  # what torch.compile returns; importing its class would cost a second
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, in any nesting."""
+    while (wrapped := inside(module)) is not None:
+        module = wrapped
+    return module
+
+
+class Pair(NamedTuple):
+    """A tensor of the model and its counterpart in the averaged twin, as the places where they live.
+
+    Attributes:
+        path: dotted name of the tensor in the model, without the names of wrappers; of a tied tensor the first one.
+        online: the module of the model that owns the tensor.
+        averaged: the module of the twin that owns the counterpart.
+        kind: the dictionary of these modules that holds it, ``"_parameters"`` or ``"_buffers"``.
+        key: its key there.
+    """
+
+    path: str
+    online: nn.Module
+    averaged: nn.Module
+    kind: str
+    key: str
+
+    def slots(self) -> tuple[Slot, Slot]:
+        """Where the two tensors (online, averaged) are read from: a dictionary and a key each."""
+        return (getattr(self.online, self.kind), self.key), (getattr(self.averaged, self.kind), self.key)
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The two tensors (online, averaged) as they are now; raises :class:`Mismatch` if their shapes differ."""
+        online, averaged = (owner[key] for owner, key in self.slots())
+        if online.shape != averaged.shape:
+            raise Mismatch(
+                f"'{self.path}' has shape {tuple(online.shape)} in the model and {tuple(averaged.shape)} in the twin"
+            )
+        return online, averaged
+
+
+class Structure:
+    """Every parameter and buffer of two equal trees of modules, in pairs, each tied tensor once.
+
+    Args:
+        online: the model.
+        averaged: its averaged twin.
+
+    Attributes:
+        pairs: the pairs, in the order of the model.
+
+    Raises:
+        Mismatch: where the trees differ in the names or ties of their tensors, or share a module.
+    """
+
+    def __init__(self, online: nn.Module, averaged: nn.Module) -> None:
+        self.pairs: list[Pair] = []
+        self._ties: list[tuple[Slot, Slot]] = []
+        # intact() compares the sizes of all dictionaries, and the modules and Nones in them.
+        self._owners: list[dict[str, Any]] = []
+        self._fixed: list[Slot] = []
+        self._walk(unwrapped(online), unwrapped(averaged), "", {}, set())
+        self._sizes = list(map(len, self._owners))
+        self._expected = [owner[key] for owner, key in self._fixed]
+
+    def intact(self) -> bool:
+        """Whether no name, module or tie has come, gone or changed; KeyError where a name is gone."""
+        return (
+            list(map(len, self._owners)) == self._sizes
+            and all(map(is_, [owner[key] for owner, key in self._fixed], self._expected))
+            and all(a[i] is b[j] for (a, i), (b, j) in self._ties)
+        )
+
+    def _walk(
+        self,
+        online: nn.Module,
+        averaged: nn.Module,
+        prefix: str,
+        known: dict[int, Pair],
+        visited: set[tuple[nn.Module, nn.Module]],
+    ) -> None:
+        if (online, averaged) in visited:
+            return
+        visited.add((online, averaged))
+        if online is averaged:
+            raise Mismatch(f"{_place(prefix)} is one and the same module in the model and in the twin")
+        for kind in ("_parameters", "_buffers", "_modules"):
+            owners: list[dict[str, Any]] = [getattr(module, kind) for module in (online, averaged)]
+            self._owners += owners
+            self._fixed += [(o, key) for o in owners for key, value in o.items() if value is None or kind == "_modules"]
+            names, theirs = ([key for key, value in o.items() if value is not None] for o in owners)
+            for name in sorted(set(names) ^ set(theirs)):
+                here, there = ("model", "twin") if name in names else ("twin", "model")
+                raise Mismatch(f"'{prefix}{name}' is in the {here} but not in the {there}")
+            for name in names:
+                if kind == "_modules":
+                    inner = [unwrapped(o[name]) for o in owners]
+                    self._walk(inner[0], inner[1], f"{prefix}{name}.", known, visited)
+                else:
+                    self._add(Pair(prefix + name, online, averaged, kind, name), known)
+
+    def _add(self, pair: Pair, known: dict[int, Pair]) -> None:
+        (ours, key), (theirs, _) = pair.slots()
+        in_model, in_twin = known.get(id(ours[key])), known.get(id(theirs[key]))
+        if in_model is not in_twin:
+            here, there = ("model", "twin") if in_model else ("twin", "model")
+            path = (in_model or in_twin or pair).path
+            raise Mismatch(f"'{pair.path}' is tied to '{path}' in the {here} but not in the {there}")
+        if in_model is not None:
+            self._ties += zip(pair.slots(), in_model.slots(), strict=True)
+            return
+        known[id(ours[key])] = known[id(theirs[key])] = pair
+        self.pairs.append(pair)
+
+
+def _place(prefix: str) -> str:
+    return f"'{prefix.removesuffix('.')}'" if prefix else "the root"

@@ -1,0 +1,87 @@
+"""Making the averaged twin of a model: a deep copy that owns its memory, without wrappers and without gradients."""
+
+import copy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel
+from torch.nn.parameter import is_lazy
+
+from .structure import inside
+
+__all__ = ["make_twin", "stripped"]
+
+_HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def stripped(module: nn.Module) -> nn.Module:
+    """The model inside ``DistributedDataParallel`` and ``torch.compile``; a ``DataParallel`` stays as it is."""
+    while not isinstance(module, DataParallel) and (wrapped := inside(module)) is not None:
+        module = wrapped
+    return module
+
+
+def make_twin(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> nn.Module:
+    """A deep copy of ``model`` that needs no gradients and shares no memory with it.
+
+    Args:
+        model: the model; ``DistributedDataParallel`` and compiled modules inside it become plain ones.
+        dtype: holds floating-point tensors, and complex ones in its complex counterpart; None: their own.
+        device: where the copy lives; None: each tensor where its original lives.
+
+    Raises:
+        TypeError, ValueError: for a ``dtype`` that cannot hold an average.
+        RuntimeError: for a model that cannot be deep-copied; says which attribute of which module is in the way.
+    """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype should be a torch.dtype, such as torch.float32, got {dtype!r}.")
+    if dtype is not None and dtype not in _HOLDING_TYPES:
+        raise ValueError(f"dtype should be one of {', '.join(map(str, _HOLDING_TYPES))}, got {dtype}.")
+    for path, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise RuntimeError(
+                f"model should be initialised before it is averaged, got a lazy one whose '{path}' has no shape; "
+                "run it on one batch first."
+            )
+    with torch.inference_mode(False), torch.no_grad():
+        # deepcopy looks here first, so it meets finished copies of the tensors and never the wrappers.
+        memo: dict[int, Any] = {id(t): _copied(t, dtype, device) for t in chain(model.parameters(), model.buffers())}
+        try:
+            for module in reversed(list(model.modules())):
+                if (wrapped := stripped(module)) is not module:
+                    memo[id(module)] = copy.deepcopy(wrapped, memo)
+            twin = copy.deepcopy(model, memo)
+        except Exception as error:
+            raise RuntimeError(
+                f"model should be one that copy.deepcopy can copy, got {type(model).__name__} where "
+                f"{_obstacle(model) or error}; build the twin yourself, the way the model is built, and pass it as "
+                "ema_model=."
+            ) from error
+    return twin.requires_grad_(False)
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
+    held = tensor.dtype
+    if dtype is not None and tensor.is_floating_point():
+        held = dtype
+    elif dtype is not None and tensor.is_complex():
+        held = max(dtype, torch.float32, key=lambda t: torch.finfo(t).bits).to_complex()
+    result = tensor.detach().to(device=device, dtype=held, copy=True)
+    return nn.Parameter(result, requires_grad=False) if isinstance(tensor, nn.Parameter) else result
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    """Names the first attribute that cannot be deep-copied, and why."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                if name not in ("_parameters", "_buffers", "_modules"):
+                    copy.deepcopy(value)
+            except Exception as error:
+                where = f"'{path}.{name}'" if path else f"'{name}'"
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    return f"{where} is the result of a computation (an activation that was kept, or old weight_norm)"
+                return f"{where} ({type(value).__name__}) is in the way: {error}"
+    return None
