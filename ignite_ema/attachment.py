@@ -45,7 +45,8 @@ def members_of(event: Event, engine: Engine) -> list[str | CallableEventWithFilt
     """The single events of ``event``; raises ValueError unless ``engine`` can fire them all."""
     members: list[str | CallableEventWithFilter] = list(event) if isinstance(event, EventsList) else [event]
     for member in members:
-        known = isinstance(member, (str, CallableEventWithFilter)) and engine.has_registered_events(member)
+        # Engine.has_registered_events() says the same, but Ignite 0.4 has none
+        known = isinstance(member, (str, CallableEventWithFilter)) and member in engine._allowed_events
         if not known or member in _NOT_FOR_UPDATES:
             raise ValueError(
                 f"event should be one that the engine fires when weights have moved, got {member!r}; register an event "

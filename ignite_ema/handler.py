@@ -167,8 +167,10 @@ class EMAHandler:
                     "two handlers has a schedule, it would drive the other."
                 )
         exists = hasattr(engine.state, name)
-        if exists and self.momentum_scheduler is None:
-            _checked(getattr(engine.state, name), f"engine.state.{name}")
+        current = getattr(engine.state, name, None)  # None also where a StateParamScheduler made it and has not run yet
+        goes_on = current is not None and self.momentum_scheduler is None
+        if goes_on:
+            _checked(current, f"engine.state.{name}")
         if exists and warn_if_exists:
             warnings.warn(
                 f"Attribute '{name}' already exists in Engine.state: the engine has loaded it, or something else made "
@@ -176,7 +178,7 @@ class EMAHandler:
                 category=UserWarning,
                 stacklevel=2,
             )
-        if not exists or self.momentum_scheduler is not None:
+        if not goes_on:
             setattr(engine.state, name, self._next_momentum())
         return Attachment(
             self, engine, name, not exists, event, partial(self._update, name), partial(self._check_restored, name)
