@@ -459,7 +459,11 @@ BAD_ARGUMENTS = [
     ({"ema_model": "net"}, TypeError, "ema_model should be an nn.Module, got str"),
     ({"ema_model": nn.Linear(1, 1), "dtype": torch.float64}, ValueError, "dtype and device should be None"),
     ({"ema_model": nn.Linear(1, 1)}, RuntimeError, "ema_model should have the structure .* 'bias' is in the twin but"),
-    ({"ema_model": nn.Linear(2, 1, bias=False)}, RuntimeError, r"'weight' has shape \(1, 1\) in the model and \(1, 2\)"),
+    (
+        {"ema_model": nn.Linear(2, 1, bias=False)},
+        RuntimeError,
+        r"'weight' has shape \(1, 1\) in the model and \(1, 2\)",
+    ),
 ]
 
 

@@ -1,0 +1,267 @@
+"""A run that is stopped anywhere and resumed ends with the same bits as one that never stopped."""
+
+import io
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, DiskSaver
+from torch import nn
+from torch.utils._pytree import tree_flatten_with_path, tree_map
+
+from ignite_ema import EMAHandler
+from ignite_ema.schedules import Constant
+from tests import training
+
+LAST = 47
+
+
+def assert_same_bits(one, other):
+    """Every leaf of two nested states is equal, tensors bit for bit; names the first that is not."""
+    leaves, spec = tree_flatten_with_path(one)
+    others, other_spec = tree_flatten_with_path(other)
+    assert spec == other_spec
+    for (path, leaf), (_, counterpart) in zip(leaves, others, strict=True):
+        assert type(leaf) is type(counterpart), path
+        same = torch.equal(leaf, counterpart) if isinstance(leaf, torch.Tensor) else leaf == counterpart
+        assert same, path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    run = training.Run()
+    run.train(LAST)
+    return run.states()
+
+
+def saved(run):
+    """What Ignite's Checkpoint would write, through a file's bytes and back."""
+    file = io.BytesIO()
+    torch.save({name: thing.state_dict() for name, thing in run.objects().items()}, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize("stop", [1, 7, 10, 20, 33])
+def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, stop, attach_first):
+    first = training.Run()
+    first.train(stop)
+    second = training.Run(attach=attach_first)
+    Checkpoint.load_objects(second.objects(), saved(first))
+    if not attach_first:
+        second.attach()
+    second.train(LAST)
+    assert_same_bits(second.states(), uninterrupted)
+
+
+def test_a_state_that_was_never_written_to_a_file_resumes_too(uninterrupted):
+    first = training.Run()
+    first.train(8)
+    second = training.Run()
+    Checkpoint.load_objects(second.objects(), {name: thing.state_dict() for name, thing in first.objects().items()})
+    second.train(LAST)
+    assert_same_bits(second.states(), uninterrupted)
+
+
+def test_a_loaded_state_is_not_shared():
+    first, second = EMAHandler(nn.Linear(2, 2)), EMAHandler(nn.Linear(2, 2))
+    second.load_state_dict(first.state_dict())
+    nn.init.zeros_(second.ema_model.weight)
+    assert first.ema_model.weight.abs().min() > 0
+
+
+def test_a_killed_process_resumes_with_the_same_bits(tmp_path, uninterrupted):
+    """SIGKILL at six random places of the run, each time resumed from the newest checkpoint on disk."""
+    chosen = random.Random(0)
+    script = [sys.executable, training.__file__, str(tmp_path), str(LAST)]
+    iterations = sorted(chosen.sample(range(2, LAST), 6))
+    for iteration in iterations:
+        event = chosen.choice(["ITERATION_STARTED", "ITERATION_COMPLETED"])
+        killed = subprocess.run([*script, str(iteration), event], cwd=Path(__file__).parents[1], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert not (tmp_path / "final.pt").exists()
+    subprocess.run(script, cwd=Path(__file__).parents[1], check=True)
+    assert_same_bits(torch.load(tmp_path / "final.pt", weights_only=True), uninterrupted)
+
+
+def test_checkpoint_by_path_with_two_handlers_and_intervals(tmp_path):
+    def gan():
+        torch.manual_seed(0)
+        nets = {"generator": nn.Linear(2, 2), "discriminator": nn.Linear(2, 1)}
+
+        def step(engine, batch):
+            for net in nets.values():
+                for parameter in net.parameters():
+                    parameter.data += engine.state.iteration
+
+        trainer = Engine(step)
+        handlers = {
+            "generator_ema": EMAHandler(nets["generator"], 0.1, 0.9, 8),
+            "discriminator_ema": EMAHandler(nets["discriminator"], 0.3),
+        }
+        handlers["generator_ema"].attach(trainer, "g_momentum", event=Events.ITERATION_COMPLETED(every=5))
+        handlers["discriminator_ema"].attach(trainer, "d_momentum")
+        return trainer, {**nets, **handlers, "trainer": trainer}, handlers
+
+    whole, _, expected = gan()
+    whole.run([0] * 10, max_epochs=4)
+
+    trainer, objects, _ = gan()
+    saver = Checkpoint(objects, DiskSaver(tmp_path), n_saved=1)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=20), saver)
+    trainer.run([0] * 10, max_epochs=2)
+
+    trainer, objects, handlers = gan()
+    Checkpoint.load_objects(objects, tmp_path / saver.last_checkpoint)
+    assert trainer.state.g_momentum == handlers["generator_ema"].momentum_scheduler(4)
+    trainer.run([0] * 10, max_epochs=4)
+    assert_same_bits(
+        {name: handler.state_dict() for name, handler in handlers.items()},
+        {name: handler.state_dict() for name, handler in expected.items()},
+    )
+
+
+@pytest.mark.parametrize("key", ["ema_handler", "averaged_tensor", "weights", "momentum", "state"])
+def test_a_checkpoint_of_the_handler_alone_loads(tmp_path, key):
+    # Ignite stores a single object without its key and guesses when it loads.
+    handler = EMAHandler(nn.Linear(2, 2))
+    handler.num_updates = 3
+    saver = Checkpoint({key: handler}, DiskSaver(tmp_path), global_step_transform=lambda *_: 1)
+    saver(Engine(lambda engine, batch: None))
+    other = EMAHandler(nn.Linear(2, 2))
+    Checkpoint.load_objects({key: other}, tmp_path / saver.last_checkpoint)
+    assert_same_bits(other.state_dict(), handler.state_dict())
+
+
+def size_of(*states):
+    file = io.BytesIO()
+    torch.save(states, file)
+    return file.tell()
+
+
+def test_a_file_holds_the_average_once():
+    handler = EMAHandler(nn.Linear(300, 300))
+    alone = size_of(handler.ema_model.state_dict())
+    assert size_of(handler.ema_model.state_dict(), handler.state_dict()) < 1.01 * alone
+
+
+def test_a_driven_momentum_is_resumed():
+    trainer = Engine(lambda engine, batch: None)
+    handler = EMAHandler(nn.Linear(1, 1), 0.25)
+    handler.attach(trainer)
+    trainer.state.ema_momentum = 0.125
+    state = handler.state_dict()
+    before, after = EMAHandler(nn.Linear(1, 1), 0.25), EMAHandler(nn.Linear(1, 1), 0.25)
+    for resumed, steps in ((before, ("load", "attach")), (after, ("attach", "load"))):
+        trainer = Engine(lambda engine, batch: None)
+        for step in steps:
+            resumed.load_state_dict(state) if step == "load" else resumed.attach(trainer)
+        assert trainer.state.ema_momentum == 0.125
+
+
+def test_another_rule_than_the_saved_one_is_warned_about():
+    state = EMAHandler(nn.Linear(1, 1), 0.25, 0.5, 10).state_dict()
+    other = EMAHandler(nn.Linear(1, 1), 0.25)
+    message = r"saved with LinearWarmup\(.*\) and goes on with Constant\(momentum=0.25\), at a momentum of 0.5"
+    with pytest.warns(UserWarning, match=message):
+        other.load_state_dict(state)
+
+
+# What load_state_dict refuses
+
+
+def valid_state():
+    return EMAHandler(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))).state_dict()
+
+
+def replaced(**entries):
+    return {**valid_state(), **entries}
+
+
+def averaged(**entries):
+    tensors = {**valid_state()["averaged_tensors"], **entries}
+    return replaced(averaged_tensors={key: value for key, value in tensors.items() if value is not None})
+
+
+BAD_STATES = [
+    (lambda: None, TypeError, "should be a mapping from its state_dict.., got NoneType"),
+    (dict, ValueError, "but it misses 'ignite_ema_version'"),
+    (lambda: nn.Linear(2, 2).state_dict(), ValueError, "the state of a model belongs into handler.ema_model"),
+    (lambda: replaced(decay=0.9), ValueError, "but it should not have 'decay'"),
+    (lambda: replaced(ignite_ema_version=99), ValueError, "'ignite_ema_version' of the state should be 1, got 99"),
+    (lambda: replaced(num_updates=-1), ValueError, "num_updates should be 0 or more, got -1"),
+    (lambda: replaced(num_updates=1.5), TypeError, "'num_updates' of the state should be of type int, got 1.5"),
+    (lambda: replaced(num_updates=True), TypeError, "'num_updates' of the state should be of type int, got True"),
+    (lambda: replaced(current_momentum=7.0), ValueError, "'current_momentum' of the state should be a momentum"),
+    (lambda: replaced(averaged_tensors=[]), TypeError, "'averaged_tensors' of the state should be of type Mapping"),
+    (lambda: averaged(**{"0.weight": None}), ValueError, "but the state misses '0.weight'"),
+    (lambda: averaged(**{"head.bias": torch.ones(1)}), ValueError, "but the state should not have 'head.bias'"),
+    (lambda: averaged(**{"0.weight": torch.ones(1)}), ValueError, r"'0.weight' .* shape \(2, 2\), got \(1,\)"),
+    (lambda: averaged(**{"0.weight": torch.ones(2, 2).double()}), ValueError, "fit into torch.float32, got torch.fl"),
+    (lambda: averaged(**{"0.weight": torch.ones(2, 2).int()}), ValueError, "fit into torch.float32, got torch.int32"),
+    (lambda: averaged(**{"0.weight": [1.0]}), ValueError, "'0.weight' .* should be a tensor, got list"),
+]
+
+
+@pytest.mark.parametrize(("state", "error", "message"), BAD_STATES)
+def test_a_bad_state_raises_and_changes_nothing(state, error, message):
+    handler = EMAHandler(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    handler.num_updates = 5
+    before = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, handler.state_dict())
+    with pytest.raises(error, match=message):
+        handler.load_state_dict(state())
+    assert_same_bits(handler.state_dict(), before)
+
+
+def test_a_narrower_type_loads_where_nothing_is_lost():
+    model = nn.Linear(2, 2)
+    state = EMAHandler(model, dtype=torch.bfloat16).state_dict()
+    handler = EMAHandler(nn.Linear(2, 2), dtype=torch.float32)
+    handler.load_state_dict(state)
+    assert torch.equal(handler.ema_model.weight, model.weight.bfloat16().float())
+
+
+# A resumed trainer whose handler was not restored
+
+
+def resumed_trainer():
+    trainer = Engine(lambda engine, batch: None)
+    trainer.load_state_dict({"iteration": 4, "epoch_length": 4, "max_epochs": 2})
+    return trainer
+
+
+def test_a_trainer_that_resumes_without_its_handler_is_warned_about():
+    trainer = resumed_trainer()
+    EMAHandler(nn.Linear(1, 1), 0.5, 0.1, 10).attach(trainer, "g_momentum")
+    with pytest.warns(UserWarning, match=r"resumes at iteration 4, .* 'g_momentum' was not restored") as record:
+        trainer.run([0] * 4)
+    assert len(record) == 1
+
+
+@pytest.mark.parametrize("momentum", [0.5, Constant(0.5)])
+def test_a_momentum_that_does_not_count_needs_no_restoring(momentum):
+    trainer = resumed_trainer()
+    EMAHandler(nn.Linear(1, 1), momentum).attach(trainer)
+    trainer.run([0] * 4)
+
+
+def test_setting_the_count_says_that_the_handler_is_meant_to_start_there():
+    trainer = resumed_trainer()
+    handler = EMAHandler(nn.Linear(1, 1), 0.5, 0.1, 10)
+    handler.attach(trainer)
+    handler.num_updates = 0
+    trainer.run([0] * 4)
+
+
+def test_a_run_that_goes_on_after_terminate_is_not_warned_about():
+    trainer = Engine(lambda engine, batch: None)
+    EMAHandler(nn.Linear(1, 1), 0.5, 0.1, 10).attach(trainer, event=Events.ITERATION_COMPLETED(after=6))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), trainer.terminate)
+    trainer.run([0] * 4, max_epochs=3)
+    trainer.run([0] * 4, max_epochs=3)

@@ -1,0 +1,89 @@
+"""A small training run that depends on nothing but its iteration: what the resume tests start, kill and resume.
+
+``python training.py DIRECTORY LAST [KILL_AT EVENT]`` trains up to iteration LAST, from the newest checkpoint in
+DIRECTORY if there is one, and writes the final state to DIRECTORY/final.pt. With KILL_AT and EVENT the process kills
+itself there.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, DiskSaver
+from torch import nn
+
+from ignite_ema import EMAHandler
+from ignite_ema.schedules import LinearWarmup
+
+EPOCH_LENGTH = 10
+
+
+class Run:
+    """Model, optimizer, two handlers (warm-up every 2 iterations; a momentum that the run drives), trainer."""
+
+    def __init__(self, attach=True):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+        self.model.register_buffer("seen", torch.zeros(1), persistent=False)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.handler = EMAHandler(self.model, LinearWarmup(0.01, 0.5, 40), handle_buffers="update")
+        self.driven = EMAHandler(self.model, 0.25, handle_buffers="ema_train")
+        self.trainer = Engine(self.step)
+        if attach:
+            self.attach()
+
+    def attach(self):
+        self.handler.attach(self.trainer, event=Events.ITERATION_COMPLETED(every=2) | Events.EPOCH_COMPLETED)
+        self.driven.attach(self.trainer, "driven_momentum")
+        self.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=10), self.drive)
+
+    def drive(self):
+        self.trainer.state.driven_momentum /= 2
+
+    def step(self, engine, batch):
+        torch.manual_seed(engine.state.iteration)
+        self.model.seen.copy_(torch.rand(1))
+        loss = nn.functional.cross_entropy(self.model(torch.randn(8, 1, 6, 6)), torch.randint(0, 3, (8,)))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def objects(self):
+        return {
+            "model": self.model,
+            "ema_model": self.handler.ema_model,
+            "ema_handler": self.handler,
+            "driven_handler": self.driven,
+            "trainer": self.trainer,
+            "optimizer": self.optimizer,
+        }
+
+    def train(self, last):
+        """Up to the end of iteration ``last``, as if the process ended there."""
+        self.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=last), self.trainer.terminate)
+        self.trainer.run(max_epochs=100, epoch_length=EPOCH_LENGTH)
+
+    def states(self):
+        return {name: thing.state_dict() for name, thing in self.objects().items() if name != "trainer"}
+
+
+def main(directory, last, kill_at=None, event=None):
+    run = Run()
+    saver = Checkpoint(run.objects(), DiskSaver(directory, require_empty=False), n_saved=None)
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3), saver)
+    if kill_at is not None:
+        kill = signal.SIGKILL
+        run.trainer.add_event_handler(Events[event](once=kill_at), lambda: os.kill(os.getpid(), kill))
+    saved = sorted(directory.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
+    if saved:
+        Checkpoint.load_objects(run.objects(), saved[-1])
+    run.train(last)
+    torch.save(run.states(), directory / "final.pt")
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    main(Path(arguments[0]), int(arguments[1]), *(int(a) if a.isdigit() else a for a in arguments[2:]))
