@@ -92,7 +92,6 @@ class ModelAverage:
         if ema_model is not None:
             self.reset()
 
-    @torch.no_grad()
     def update(self, momentum: float) -> None:
         """Moves the twin towards the model by ``momentum``, and its buffers as ``handle_buffers`` says.
 
@@ -106,11 +105,12 @@ class ModelAverage:
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum should be in [0, 1], got {momentum!r}: it is the weight of the new weights.")
-        online, averaged = self._read()
-        if momentum < self._pairing.resolution:
-            self._warn_of_rounding(momentum)
-        for kernel, start, stop in self._pairing.groups:
-            kernel(averaged[start:stop], online[start:stop], momentum)
+        with torch.set_grad_enabled(False):  # as torch.no_grad() does, at half its cost
+            tensors = self._read()
+            if momentum < self._pairing.resolution:
+                self._warn_of_rounding(momentum)
+            for kernel, averaged, online in self._pairing.groups:
+                kernel(tensors[averaged], tensors[online], momentum)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -146,7 +146,7 @@ class ModelAverage:
         if own:
             kernels.copy(list(own.values()), [state[path] for path in own])
 
-    def _read(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _read(self) -> list[Tensor]:
         try:
             return self._pairing.read()
         except Mismatch as mismatch:

@@ -269,6 +269,8 @@ class EMAHandler:
 
 def _checked(value: object, what: str) -> float:
     """``value`` as a momentum; raises with the name of what it was read from."""
+    if type(value) is float and 0 <= value <= 1:
+        return value
     if isinstance(value, torch.Tensor) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

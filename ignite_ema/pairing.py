@@ -18,14 +18,15 @@ __all__ = ["Group", "Pairing", "Treatment"]
 
 Treatment = Literal["average", "copy", "keep"]
 Tensors = list[Tensor]
+Fingerprint = tuple[list[int], list[torch.Size], list[torch.dtype]]
 
 
 class Group(NamedTuple):
-    """The tensors from ``start`` to before ``stop`` of what :meth:`Pairing.read` gives: one kernel treats them."""
+    """Which of the tensors that :meth:`Pairing.read` gives one kernel treats together."""
 
     kernel: kernels.Kernel
-    start: int
-    stop: int
+    averaged: slice
+    online: slice
 
 
 class Pairing:
@@ -50,6 +51,7 @@ class Pairing:
         self._roots = online, averaged
         self._treatment = treatment
         self._structure = Structure(online, averaged)
+        self._known: Fingerprint
         self._infinite = {pair.path for pair in self.pairs if kernels.holds_infinity(pair.tensors()[0])}
         self._arrange()
 
@@ -58,8 +60,8 @@ class Pairing:
         """Every pair, in the order of the model, kept ones too."""
         return self._structure.pairs
 
-    def read(self) -> tuple[Tensors, Tensors]:
-        """The tensors (online, averaged) that an update treats, as they are now.
+    def read(self) -> Tensors:
+        """The tensors that an update treats, as they are now: the online ones, then their counterparts in the twin.
 
         Raises:
             Mismatch: where the model no longer matches its twin.
@@ -67,53 +69,67 @@ class Pairing:
         try:
             if self._structure.intact():
                 tensors = self._tensors()
-                if self._fingerprint(*tensors) == self._known:
+                seen = self._fingerprint(tensors)
+                if seen == self._known or self._follows(tensors, seen):
                     return tensors
-        except (KeyError, TypeError):  # a name is gone, or holds None: the walk says which
+        except (KeyError, TypeError, RuntimeError):  # a name is gone, holds None, or a tensor without memory
             pass
         self._structure = Structure(*self._roots)
         self._arrange()
         return self._tensors()
 
-    def _tensors(self) -> tuple[Tensors, Tensors]:
-        return [owner[key] for owner, key in self._online], [owner[key] for owner, key in self._averaged]
-
-    def _fingerprint(self, online: Tensors, averaged: Tensors) -> tuple[list[Any], ...]:
-        """Changes when a tensor is rebound to other memory, or to other shapes or types in the same memory."""
-        online, averaged = online[: self._strided], averaged[: self._strided]
-        return (
-            list(map(Tensor.data_ptr, online)),
-            list(map(Tensor.data_ptr, averaged)),
-            [tensor.shape for tensor in online],
-            [tensor.dtype for tensor in online],
+    def _follows(self, tensors: Tensors, seen: Fingerprint) -> bool:
+        """Whether nothing has changed but the memory of some of the model's tensors; takes note of it then."""
+        count = len(tensors) // 2
+        moved = [
+            index for index, (now, before) in enumerate(zip(seen[0], self._known[0], strict=True)) if now != before
+        ]
+        alike = (
+            self._watched is None
+            and seen[1:] == self._known[1:]
+            and moved[-1] < count
+            and len(set(map(id, tensors[:count]))) == count
+            and all(tensors[i].device == self._devices[i] and _storage(tensors[i]) not in self._taken for i in moved)
         )
+        if alike:
+            self._known = seen
+        return alike
+
+    def _tensors(self) -> Tensors:
+        return [owner[key] for owner, key in self._slots]
+
+    def _fingerprint(self, tensors: Tensors) -> Fingerprint:
+        """Changes when a tensor is rebound to other memory, or the model's to other shapes or types in the same."""
+        if self._watched is not None:
+            tensors = [tensors[index] for index in self._watched]
+        online = tensors[: len(tensors) // 2]
+        return list(map(Tensor.data_ptr, tensors)), [t.shape for t in online], [t.dtype for t in online]
 
     def _arrange(self) -> None:
         """Sorts the pairs into groups; checks shapes and that the twin owns its memory."""
-        sorted_pairs: dict[tuple[Any, ...], list[Pair]] = {}
+        by_kind: dict[tuple[Any, ...], list[Pair]] = {}
         for pair in self.pairs:
             treatment = self._treatment(pair.path, pair.kind == "_buffers")
             if treatment != "keep":
-                sorted_pairs.setdefault(self._kind_of(pair, treatment), []).append(pair)
+                by_kind.setdefault(self._kind_of(pair, treatment), []).append(pair)
         self._give_memory()
+        slots = [pair.slots() for pairs in by_kind.values() for pair in pairs]
+        self._slots: list[Slot] = [online for online, _ in slots] + [averaged for _, averaged in slots]
         self.groups: list[Group] = []
-        self._online: list[Slot] = []
-        self._averaged: list[Slot] = []
-        self._strided = 0
-        self.resolution = 0.0
-        for kind in sorted(sorted_pairs, key=lambda kind: kind[0] is not torch.strided):
-            layout, kernel, dtype = kind[:3]
-            start = len(self._online)
-            for pair in sorted_pairs[kind]:
-                online, averaged = pair.slots()
-                self._online.append(online)
-                self._averaged.append(averaged)
-            self.groups.append(Group(kernel, start, len(self._online)))
-            if layout is torch.strided:
-                self._strided = len(self._online)
-            if kernel is not kernels.copy:
-                self.resolution = max(self.resolution, torch.finfo(dtype).eps)
-        self._known = self._fingerprint(*self._tensors())
+        watched: list[int] = []
+        start, count = 0, len(slots)
+        for (layout, kernel, *_), pairs in by_kind.items():
+            stop = start + len(pairs)
+            self.groups.append(Group(kernel, slice(count + start, count + stop), slice(start, stop)))
+            watched += range(start, stop) if layout is torch.strided else ()  # the others have no one pointer
+            start = stop
+        averaged_types = [dtype for _, kernel, dtype, *_ in by_kind if kernel is not kernels.copy]
+        self.resolution = max((torch.finfo(dtype).eps for dtype in averaged_types), default=0.0)
+        self._watched = None if len(watched) == count else watched + [count + index for index in watched]
+        tensors = self._tensors()
+        self._devices = [tensor.device for tensor in tensors[:count]]
+        self._taken = {_storage(tensor) for tensor in tensors[count:]}
+        self._known = self._fingerprint(tensors)
 
     def _kind_of(self, pair: Pair, treatment: Treatment) -> tuple[Any, ...]:
         online, averaged = pair.tensors()

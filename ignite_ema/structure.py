@@ -4,7 +4,6 @@ Tensors are paired by owner and name, never by position, and wrappers (``Distrib
 what ``torch.compile`` returns) are looked through. What does not match raises :class:`Mismatch` and names the path.
 """
 
-from operator import is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -93,8 +92,8 @@ class Structure:
         """Whether no name, module or tie has come, gone or changed; KeyError where a name is gone."""
         return (
             list(map(len, self._owners)) == self._sizes
-            and all(map(is_, [owner[key] for owner, key in self._fixed], self._expected))
-            and all(a[i] is b[j] for (a, i), (b, j) in self._ties)
+            and [owner[key] for owner, key in self._fixed] == self._expected
+            and not (self._ties and any(a[i] is not b[j] for (a, i), (b, j) in self._ties))
         )
 
     def _walk(
