@@ -1,41 +1,59 @@
 """Momentum schedules: how much the new weights count at each update.
 
 A schedule is called as ``schedule(n)``, where ``n`` is the number of updates that were already made (0 at the first
-update), and returns the momentum λ in [0, 1] of the update to come: ``ema = (1 - λ) * ema + λ * weights``. λ weighs the
-*new* weights, so λ = 1 - decay. ``n`` counts updates, not iterations. A schedule has no state: the count is all that a
-checkpoint needs.
+update), and returns the momentum λ in [0, 1] of the update to come: ``average = (1 - λ) * average + λ * weights``. λ
+weighs the *new* weights, so λ = 1 - decay. ``n`` counts updates, not iterations. A schedule has no state: the count is
+all that a checkpoint needs. Any callable of this form will do where a schedule is asked for.
 
 >>> ramp = LinearWarmup(momentum=0.5, momentum_warmup=0.0, warmup_iters=6)
 >>> [ramp(n) for n in range(8)]
 [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5]
+>>> CopyUntil(2, ramp)
+CopyUntil(n=2, schedule=LinearWarmup(momentum=0.5, momentum_warmup=0.0, warmup_iters=6))
 """
 
+import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import TypeAlias
 
-__all__ = ["Constant", "LinearWarmup", "Schedule"]
+__all__ = [
+    "Annealing",
+    "Constant",
+    "CopyUntil",
+    "Cosine",
+    "EqualWeight",
+    "ExponentialWarmup",
+    "HalfLife",
+    "InverseGamma",
+    "LinearWarmup",
+    "PowerFunction",
+    "RatioWarmup",
+    "Rescaled",
+    "Schedule",
+]
 
-Schedule = Callable[[int], float]
+Schedule: TypeAlias = Callable[[int], float]
+
+_MAX_SIGMA_REL = 12**-0.5
 
 
-def _check_fraction(owner: str, name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} of {owner} should be a number in [0, 1], got {value!r}.")
-    if not 0 <= value <= 1:
-        raise ValueError(
-            f"{name} of {owner} should be in [0, 1], got {value!r}: it is the weight of the new weights, 1 - decay."
-        )
-
-
-def _check_count(owner: str, name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} of {owner} should be an integer, got {value!r}: it counts updates.")
-    if value < 1:
-        raise ValueError(f"{name} of {owner} should be at least 1, got {value!r}: it counts updates.")
-
-
-_CHECKS = {"momentum": _check_fraction, "momentum_warmup": _check_fraction, "warmup_iters": _check_count}
+def _fault(name: str, value: object) -> str | None:
+    """What a field of this name should be, if ``value`` is not."""
+    if name == "schedule":
+        return None if callable(value) else "a callable from the number of updates to a momentum"
+    if name == "rampup_ratio" and value is None:
+        return None
+    if name in ("warmup_iters", "warm_up", "total", "n"):
+        is_count = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+        return None if is_count else "an integer of at least 1, as it counts updates"
+    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if name in ("gamma", "power", "half_life", "rampup_ratio", "samples_per_update", "factor"):
+        return None if 0 < number < math.inf else "a number above 0"
+    if name == "sigma_rel":
+        return None if 0 < number < _MAX_SIGMA_REL else f"a number in (0, 1/√12 = {_MAX_SIGMA_REL:.4f})"
+    return None if 0 <= number <= 1 else "a number in [0, 1], as the weight of the new weights (1 - decay)"
 
 
 class _Checked:
@@ -43,7 +61,9 @@ class _Checked:
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]  # each subclass is a dataclass
-            _CHECKS[field.name](type(self).__name__, field.name, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if (fault := _fault(field.name, value)) is not None:
+                raise ValueError(f"{field.name} of {type(self).__name__} should be {fault}, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -52,9 +72,6 @@ class Constant(_Checked):
 
     Args:
         momentum: weight of the new weights, in [0, 1].
-
-    >>> Constant(0.0002)(1_000_000)
-    0.0002
     """
 
     momentum: float
@@ -69,13 +86,10 @@ class LinearWarmup(_Checked):
 
     Args:
         momentum: λ∞, the momentum after the warm-up, in [0, 1].
-        momentum_warmup: w, the momentum of the first update, in [0, 1]; it may lie above ``momentum`` as well as below.
-        warmup_iters: the length of the warm-up, in updates, at least 1; ``momentum`` is reached at the last of them.
+        momentum_warmup: w, the momentum of the first update, in [0, 1]; above or below ``momentum``.
+        warmup_iters: the length of the warm-up, in updates; ``momentum`` is reached at the last of them.
 
-    The rule of ``ignite.handlers.EMAHandler(momentum, momentum_warmup, warmup_iters)``.
-
-    >>> LinearWarmup(momentum=0.002, momentum_warmup=0.2, warmup_iters=100)(0)
-    0.2
+    As in ``ignite.handlers.EMAHandler(momentum=..., momentum_warmup=..., warmup_iters=...)``.
     """
 
     momentum: float
@@ -87,3 +101,205 @@ class LinearWarmup(_Checked):
         if n >= last:
             return self.momentum
         return self.momentum_warmup + (self.momentum - self.momentum_warmup) * n / last
+
+
+@dataclass(frozen=True)
+class ExponentialWarmup(_Checked):
+    """λ(n) = (1 - λ∞) · exp(-(1 + n) / γ) + λ∞.
+
+    Args:
+        momentum: λ∞, in [0, 1].
+        gamma: γ, the length of the warm-up, in updates.
+
+    As in mmdetection's ``ExpMomentumEMA`` (YOLOX).
+    """
+
+    momentum: float
+    gamma: float = 2000
+
+    def __call__(self, n: int) -> float:
+        return (1 - self.momentum) * math.exp(-(1 + n) / self.gamma) + self.momentum
+
+
+@dataclass(frozen=True)
+class RatioWarmup(_Checked):
+    """λ(n) = min(λ∞, (1 + n) / (warm_up + n)): from 1 / warm_up upwards.
+
+    Args:
+        momentum: λ∞, in [0, 1].
+        warm_up: the length of the warm-up, in updates.
+
+    As in mmcv's ``EMAHook`` and mmdetection's ``LinearMomentumEMAHook``.
+    """
+
+    momentum: float
+    warm_up: int = 100
+
+    def __call__(self, n: int) -> float:
+        return min(self.momentum, (1 + n) / (self.warm_up + n))
+
+
+@dataclass(frozen=True)
+class Annealing(_Checked):
+    """λ(n) = max(λ∞, γ / (γ + n)): from 1 downwards.
+
+    Args:
+        momentum: λ∞, in [0, 1].
+        gamma: γ, the number of updates after which λ has come down to 1/2.
+
+    As in mmengine's ``MomentumAnnealingEMA``.
+    """
+
+    momentum: float
+    gamma: float = 100
+
+    def __call__(self, n: int) -> float:
+        return max(self.momentum, self.gamma / (self.gamma + n))
+
+
+@dataclass(frozen=True)
+class EqualWeight:
+    """λ(n) = 1 / (n + 1): the mean of all weights so far; the first update copies.
+
+    Stochastic weight averaging, Izmailov et al. 2018 (arXiv 1803.05407).
+    """
+
+    def __call__(self, n: int) -> float:
+        return 1 / (n + 1)
+
+
+@dataclass(frozen=True)
+class InverseGamma(_Checked):
+    """λ(n) = (1 + n / γ) ^ -power, kept within [min_momentum, max_momentum]; the first update copies.
+
+    Args:
+        gamma: γ, in updates.
+        power: how fast λ falls; 2/3 for long runs, 3/4 for short ones.
+        min_momentum: the least λ, in [0, 1].
+        max_momentum: the greatest λ, in [0, 1].
+
+    As in k-diffusion, diffusers (``use_ema_warmup``) and timm.
+    """
+
+    gamma: float = 1.0
+    power: float = 2 / 3
+    min_momentum: float = 0.0
+    max_momentum: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_momentum > self.max_momentum:
+            raise ValueError(
+                f"min_momentum of InverseGamma should be at most max_momentum, got {self.min_momentum!r} and "
+                f"{self.max_momentum!r}."
+            )
+
+    def __call__(self, n: int) -> float:
+        return min(self.max_momentum, max(self.min_momentum, float((1 + n / self.gamma) ** -self.power)))
+
+
+@dataclass(frozen=True)
+class Cosine(_Checked):
+    """λ(n) = end - (end - start) · (cos(π · min(n, total) / total) + 1) / 2.
+
+    Args:
+        start: λ(0), in [0, 1].
+        end: λ from n = total on, in [0, 1].
+        total: the length of the way, in updates.
+
+    As in BYOL, DINO and mmpretrain's ``CosineEMA``.
+    """
+
+    start: float
+    end: float
+    total: int
+
+    def __call__(self, n: int) -> float:
+        return self.end - (self.end - self.start) * (math.cos(math.pi * min(n, self.total) / self.total) + 1) / 2
+
+
+@dataclass(frozen=True)
+class HalfLife(_Checked):
+    """λ(n) = 1 - ½ ^ (s / h), with s samples per update and h = min(half_life, rampup_ratio · (n + 1) · s).
+
+    Args:
+        half_life: how many samples it takes until old weights count half.
+        rampup_ratio: keeps h below this fraction of the samples seen so far; None: no ramp-up.
+        samples_per_update: s; with 1, ``half_life`` is in updates.
+
+    As in StyleGAN (in thousands of images) and mmagic's ``RampUpEMA``.
+    """
+
+    half_life: float
+    rampup_ratio: float | None = None
+    samples_per_update: float = 1
+
+    def __call__(self, n: int) -> float:
+        half_life = self.half_life
+        if self.rampup_ratio is not None:
+            half_life = min(half_life, self.rampup_ratio * (n + 1) * self.samples_per_update)
+        return -math.expm1(-math.log(2) * self.samples_per_update / half_life)
+
+
+@dataclass(frozen=True)
+class PowerFunction(_Checked):
+    """λ(n) = 1 - (1 - 1 / (n + 1)) ^ (γ + 1): an average whose length grows with the run; the first update copies.
+
+    Args:
+        sigma_rel: the width of the averaging profile relative to the run so far, in (0, 1/√12); it determines γ by
+            σ² = (γ + 1) / ((γ + 2)² (γ + 3)).
+
+    EDM2, Karras et al. 2024 (arXiv 2312.02696), section 3.
+    """
+
+    sigma_rel: float
+
+    def __call__(self, n: int) -> float:
+        return 1.0 if n == 0 else -math.expm1((self.gamma + 1) * math.log1p(-1 / (n + 1)))
+
+    @property
+    def gamma(self) -> float:
+        """γ, the exponent of the averaging profile."""
+        # The largest root of γ³ + 7γ² + (16 - σ⁻²)γ + (12 - σ⁻²), from above, where Newton's method is monotone.
+        squared = self.sigma_rel**-2
+        gamma = 1 / self.sigma_rel
+        while True:
+            value = ((gamma + 7) * gamma + 16 - squared) * gamma + 12 - squared
+            lower = gamma - value / ((3 * gamma + 14) * gamma + 16 - squared)
+            if not lower < gamma:
+                return gamma
+            gamma = lower
+
+
+@dataclass(frozen=True)
+class CopyUntil(_Checked):
+    """λ = 1 for the first n updates, then the schedule from its update 1 on: the last copy is its update 0.
+
+    Args:
+        n: how many updates copy.
+        schedule: the rule after that.
+
+    As mmengine's averaged models do at the first update, and until ``begin_iter`` with ``EMAHook``.
+    """
+
+    n: int
+    schedule: Schedule
+
+    def __call__(self, n: int) -> float:
+        return 1.0 if n < self.n else self.schedule(n - self.n + 1)
+
+
+@dataclass(frozen=True)
+class Rescaled(_Checked):
+    """λ(n) = 1 - (1 - schedule(n)) ^ factor: one update that stands for ``factor`` updates of the schedule.
+
+    Args:
+        schedule: the rule.
+        factor: for an update every ``factor`` iterations, or a batch ``factor`` times larger.
+    """
+
+    schedule: Schedule
+    factor: float
+
+    def __call__(self, n: int) -> float:
+        return float(1 - (1 - self.schedule(n)) ** self.factor)
