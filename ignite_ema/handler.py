@@ -136,7 +136,8 @@ class EMAHandler:
         """Updates the average at ``event`` and publishes the momentum as ``engine.state.<name>``.
 
         The attribute exists as soon as this returns and shows the first λ; after each update it shows the λ that was
-        used. Of an ``EventsList`` those members that fire in the same iteration update once.
+        used. Of an ``EventsList`` those members that fire in the same iteration update once. Ignite calls handlers in
+        the order of their registration: attach before what evaluates or saves the average at the same event.
 
         Args:
             engine: the trainer; no strong reference to it is kept.

@@ -1,0 +1,143 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib import image
+
+from ignite_ema import demo
+
+QUICK = ["--epochs", "2", "--seeds", "1"]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(arguments)
+    assert stopped.value.code == 2
+    sentence = capsys.readouterr().err
+    assert sentence.count("\n") == 1
+    return sentence
+
+
+def test_the_command_trains_resumes_and_reports(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ignite_ema.demo", *QUICK, "--out", "new/out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "averaged" in done.stdout
+    assert "has the bits of the run that never stopped" in done.stdout
+    assert "ema_momentum=" in done.stderr
+
+    out = tmp_path / "new" / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["best_seed0.pt", "demo.png", "resume_seed0.pt"]
+    assert image.imread(out / "demo.png").shape[:2] == (450, 900)
+
+    best = demo.network()
+    best.load_state_dict(torch.load(out / "best_seed0.pt", weights_only=True))
+    _, (images, labels) = demo.load_data()
+    with torch.no_grad():
+        right = best.eval()(images).argmax(1) == labels
+    assert f"{100 * right.float().mean():.1f} %" in done.stdout
+
+
+def test_a_resumed_run_that_differs_by_one_bit_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def perturbed(*arguments: Any) -> demo.Run:
+        run = original(*arguments)
+        bias = run.handler.ema_model.get_parameter("7.bias")
+        bias[0] = torch.nextafter(bias[0], bias[1])
+        return run
+
+    original = demo.stopped_and_resumed
+    monkeypatch.setattr(demo, "stopped_and_resumed", perturbed)
+    assert demo.main([*QUICK, "--out", str(tmp_path)]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "should end with the bits" in message
+    assert "first in 'ema_model.7.bias'" in message
+
+
+def test_the_batches_of_a_resume_are_the_rest_of_the_whole_run() -> None:
+    (images, labels), _ = demo.load_data()
+    whole = demo.batches(images, labels, seed=3, start=0)
+    resumed = demo.batches(images, labels, seed=3, start=demo.EPOCH_LENGTH + 5)
+    for _ in range(demo.EPOCH_LENGTH + 5):
+        next(whole)
+    for _ in range(demo.EPOCH_LENGTH):
+        assert torch.equal(next(whole)[0], next(resumed)[0])
+
+
+@pytest.mark.parametrize(
+    ("got", "path"),
+    [
+        ({"a": {"x": torch.tensor([0.0])}, "b": [1]}, None),
+        ({"a": {"x": torch.tensor([-0.0])}, "b": [1]}, "a.x"),
+        ({"a": {"x": torch.tensor([0.0]).double()}, "b": [1]}, "a.x"),
+        ({"a": {"x": torch.tensor(0.0)}, "b": [1]}, "a.x"),
+        ({"a": {"x": torch.tensor([0.0])}, "b": [2]}, "b.0"),
+        ({"a": {"x": torch.tensor([0.0])}, "b": [1.0]}, "b.0"),
+        ({"a": {}, "b": [1]}, "a.x"),
+        ({"a": {"x": torch.tensor([0.0])}, "b": [1], "c": None}, "c"),
+    ],
+)
+def test_the_first_difference_is_named(got: dict[str, object], path: str | None) -> None:
+    assert demo.first_difference({"a": {"x": torch.tensor([0.0])}, "b": [1]}, got) == path
+
+
+def test_a_nan_equals_itself() -> None:
+    assert demo.first_difference({"x": torch.tensor(torch.nan)}, {"x": torch.tensor(torch.nan)}) is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--epochs", "1", "from 2 to 999, got '1'; leave it out for 20"),
+        ("--epochs", "many", "a whole number from 2 to 999, got 'many'"),
+        ("--seeds", "0", "from 1 to 99, got '0'"),
+        ("--seed", "-1", "from 0 to 999999, got '-1'"),
+        ("--speed", "3", "unrecognized arguments: --speed 3; see --help"),
+    ],
+)
+def test_a_bad_option_is_refused(
+    option: str, value: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert expected in refusal(capsys, "--out", str(out), option, value)
+    assert not out.exists()
+
+
+def test_a_directory_that_holds_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "demo.png"
+    mine.write_text("mine")
+    assert "holds files; pass --force" in refusal(capsys, "--out", str(tmp_path))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_file_in_place_of_the_directory_is_refused(
+    below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "a directory to write to, got" in refusal(capsys, "--out", str(file / below), "--force")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "rich", "sklearn", "tqdm"])
+def test_a_missing_extra_is_named_with_the_way_to_get_it(
+    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    sentence = refusal(capsys, "--out", str(tmp_path / "out"))
+    assert f"got no {module}; " in sentence
+    assert 'pip install "ignite-ema[demo]"' in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_force_writes_over_an_earlier_demo_and_leaves_the_rest(tmp_path: Path) -> None:
+    for name in ("demo.png", "best_seed0.pt", "mine.pt"):
+        (tmp_path / name).write_text("mine")
+    assert demo.main([*QUICK, "--force", "--out", str(tmp_path)]) == 0
+    assert image.imread(tmp_path / "demo.png").shape[:2] == (450, 900)
+    assert (tmp_path / "mine.pt").read_text() == "mine"
