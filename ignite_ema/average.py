@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import kernels
 from .pairing import Pairing, Treatment
 from .structure import Mismatch
-from .twin import make_twin, stripped
+from .twin import make_twin, refuse_lazy, stripped
 
 __all__ = ["BufferRule", "ModelAverage"]
 
@@ -72,8 +72,9 @@ class ModelAverage:
                 "model should be an instance of nn.Module or its subclasses, but got "
                 f"model: {type(model).__name__}; pass the module itself."
             )
+        refuse_lazy("model", model)
         self.model = stripped(model)
-        _check_buffer_rule(handle_buffers, self.model)
+        _check_buffer_rule(handle_buffers)
         self.handle_buffers = handle_buffers
         self._dtype = dtype
         self._warned = False
@@ -88,6 +89,7 @@ class ModelAverage:
             raise RuntimeError(
                 f"ema_model should have the structure of the model, but {mismatch}; build it as the model is built."
             ) from None
+        self._check_patterns_match()
         self.module.train(handle_buffers == "ema_train").requires_grad_(False)
         if ema_model is not None:
             self.reset()
@@ -160,6 +162,16 @@ class ModelAverage:
         matches = (rule for pattern, rule in self.handle_buffers.items() if fnmatchcase(path, pattern))
         return _PER_BUFFER[next(matches, "copy")]
 
+    def _check_patterns_match(self) -> None:
+        patterns = () if isinstance(self.handle_buffers, str) else self.handle_buffers
+        names = [pair.path for pair in self._pairing.pairs if pair.kind == "_buffers"]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"handle_buffers should have patterns that match a buffer, but got {pattern!r}; the buffers are "
+                    f"{_listed(names) or 'none'}."
+                )
+
     def _warn_of_rounding(self, momentum: float) -> None:
         if momentum == 0 or self._warned or self._dtype is not None:
             return
@@ -180,18 +192,12 @@ def _changed(mismatch: Mismatch) -> RuntimeError:
     )
 
 
-def _check_buffer_rule(rule: BufferRule, model: nn.Module) -> None:
+def _check_buffer_rule(rule: BufferRule) -> None:
     if isinstance(rule, Mapping):
-        names = [name for name, _ in model.named_buffers()]
         for pattern, treatment in rule.items():
             if treatment not in _PER_BUFFER:
                 raise ValueError(
                     f"handle_buffers can only map to {_listed(_PER_BUFFER)}, but got {treatment!r} for {pattern!r}."
-                )
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"handle_buffers should have patterns that match a buffer, but got {pattern!r}; the buffers are "
-                    f"{_listed(names) or 'none'}."
                 )
     elif not isinstance(rule, str) or rule not in _MODES:
         raise ValueError(
@@ -207,6 +213,7 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
 def _check_own_twin(twin: nn.Module, dtype: object, device: object) -> None:
     if not isinstance(twin, nn.Module):
         raise TypeError(f"ema_model should be an nn.Module, got {type(twin).__name__}.")
+    refuse_lazy("ema_model", twin)
     if dtype is not None or device is not None:
         raise ValueError(
             f"dtype and device should be None where ema_model brings its own, got {dtype} and {device}; move the "

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Kernel", "copy", "holds_infinity", "kernel_for"]
+__all__ = ["Kernel", "copy", "copying_kernel_for", "holds_infinity", "lerping_kernel_for"]
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 Kernel: TypeAlias = Callable[[Tensors, Tensors, float], None]
@@ -26,10 +26,15 @@ _NATIVE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.co
 
 def holds_infinity(tensor: Tensor) -> bool:
     """Whether a weight is infinite, as in an attention mask of 0 and -inf; False for types without infinities."""
-    return tensor.dtype in _NATIVE and bool(torch.isinf(tensor).any())
+    return tensor.dtype in _NATIVE and tensor.layout is torch.strided and bool(torch.isinf(tensor.detach()).any())
 
 
-def kernel_for(averaged: Tensor, online: Tensor, infinite: bool) -> Kernel:
+def copying_kernel_for(averaged: Tensor) -> Kernel:
+    """The kernel that copies whatever the weight."""
+    return _copy_strided if averaged.layout is torch.strided else _copy_sparse
+
+
+def lerping_kernel_for(averaged: Tensor, online: Tensor, infinite: bool) -> Kernel:
     """The fastest kernel that is right for this pair, and for every one of the same dtypes, devices and finiteness."""
     if infinite or averaged.dtype not in _NATIVE:
         return _lerp_widened
@@ -38,21 +43,32 @@ def kernel_for(averaged: Tensor, online: Tensor, infinite: bool) -> Kernel:
     return _lerp_converted
 
 
-def copy(averaged: Tensors, online: Tensors, weight: float = 1) -> None:
-    """``averaged[i] = online[i]`` for tensors of any type, whatever the weight."""
+def copy(averaged: Tensors, online: Tensors) -> None:
+    """``averaged[i] = online[i]`` for tensors of any type and layout."""
+    for average, value in zip(averaged, online, strict=True):
+        copying_kernel_for(average)([average], [value], 1)
+
+
+def _copy_strided(averaged: Tensors, online: Tensors, weight: float) -> None:
     torch._foreach_copy_(averaged, online)
+
+
+def _copy_sparse(averaged: Tensors, online: Tensors, weight: float) -> None:
+    for average, value in zip(averaged, online, strict=True):
+        average.resize_as_sparse_(value)  # the number of specified elements may have changed
+        average.copy_(value)
 
 
 def _lerp(averaged: Tensors, online: Tensors, weight: float) -> None:
     if weight == 1:
-        copy(averaged, online)
+        torch._foreach_copy_(averaged, online)
     elif weight != 0:
         torch._foreach_lerp_(averaged, online, weight)
 
 
 def _lerp_converted(averaged: Tensors, online: Tensors, weight: float) -> None:
     if weight == 1:
-        copy(averaged, online)
+        torch._foreach_copy_(averaged, online)
     elif weight != 0:
         for average, value in zip(averaged, online, strict=True):  # one by one: one temporary at a time
             average.lerp_(value.to(average.device, average.dtype), weight)
@@ -61,13 +77,14 @@ def _lerp_converted(averaged: Tensors, online: Tensors, weight: float) -> None:
 def _lerp_widened(averaged: Tensors, online: Tensors, weight: float) -> None:
     """For types without arithmetic of their own (8-bit floats) and tensors that hold infinities (attention masks)."""
     if weight == 1:
-        copy(averaged, online)
+        torch._foreach_copy_(averaged, online)
     elif weight != 0:
         for average, value in zip(averaged, online, strict=True):
             before = average.to(_wide(average.dtype))
             after = value.to(before.device, before.dtype)
-            # equal values stay as they are: inf - inf is NaN
-            average.copy_(torch.where(before == after, before, torch.lerp(before, after, weight)))
+            finite = torch.isfinite(before) & torch.isfinite(after)
+            mixed = (1 - weight) * before + weight * after  # inf - inf is NaN, so infinities take the other form
+            average.copy_(torch.where(finite, torch.lerp(before, after, weight), mixed))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -5,6 +5,7 @@ A pair remembers where its tensors live, not the tensors, and both are read afre
 before anything is changed.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -50,10 +51,10 @@ class Pairing:
     def __init__(self, online: nn.Module, averaged: nn.Module, treatment: Callable[[str, bool], Treatment]) -> None:
         self._roots = online, averaged
         self._treatment = treatment
-        self._structure = Structure(online, averaged)
+        # Known from the first update on: a model may fill a mask with -inf in its first forward pass.
+        self._infinite: frozenset[str] | None = None
         self._known: Fingerprint
-        self._infinite = {pair.path for pair in self.pairs if kernels.holds_infinity(pair.tensors()[0])}
-        self._arrange()
+        self._arrange(Structure(online, averaged))
 
     @property
     def pairs(self) -> list[Pair]:
@@ -67,15 +68,18 @@ class Pairing:
             Mismatch: where the model no longer matches its twin.
         """
         try:
-            if self._structure.intact():
+            if self._infinite is not None and self._structure.intact():
                 tensors = self._tensors()
                 seen = self._fingerprint(tensors)
                 if seen == self._known or self._follows(tensors, seen):
                     return tensors
         except (KeyError, TypeError, RuntimeError):  # a name is gone, holds None, or a tensor without memory
             pass
-        self._structure = Structure(*self._roots)
-        self._arrange()
+        structure = Structure(*self._roots)
+        if self._infinite is None:
+            online = ((pair.path, owner[key]) for pair in structure.pairs for owner, key in pair.slots()[:1])
+            self._infinite = frozenset(path for path, tensor in online if kernels.holds_infinity(tensor))
+        self._arrange(structure)
         return self._tensors()
 
     def _follows(self, tensors: Tensors, seen: Fingerprint) -> bool:
@@ -85,7 +89,7 @@ class Pairing:
             index for index, (now, before) in enumerate(zip(seen[0], self._known[0], strict=True)) if now != before
         ]
         alike = (
-            self._watched is None
+            self._all_strided
             and seen[1:] == self._known[1:]
             and moved[-1] < count
             and len(set(map(id, tensors[:count]))) == count
@@ -100,33 +104,32 @@ class Pairing:
 
     def _fingerprint(self, tensors: Tensors) -> Fingerprint:
         """Changes when a tensor is rebound to other memory, or the model's to other shapes or types in the same."""
-        if self._watched is not None:
-            tensors = [tensors[index] for index in self._watched]
         online = tensors[: len(tensors) // 2]
-        return list(map(Tensor.data_ptr, tensors)), [t.shape for t in online], [t.dtype for t in online]
+        pointers = list(map(Tensor.data_ptr if self._all_strided else _pointer, tensors))
+        return pointers, [t.shape for t in online], [t.dtype for t in online]
 
-    def _arrange(self) -> None:
+    def _arrange(self, structure: Structure) -> None:
         """Sorts the pairs into groups; checks shapes and that the twin owns its memory."""
         by_kind: dict[tuple[Any, ...], list[Pair]] = {}
-        for pair in self.pairs:
+        for pair in structure.pairs:
             treatment = self._treatment(pair.path, pair.kind == "_buffers")
             if treatment != "keep":
                 by_kind.setdefault(self._kind_of(pair, treatment), []).append(pair)
-        self._give_memory()
+        _give_memory(structure)
+        # Nothing has raised: from here on the new structure counts.
+        self._structure = structure
         slots = [pair.slots() for pairs in by_kind.values() for pair in pairs]
+        count = len(slots)
         self._slots: list[Slot] = [online for online, _ in slots] + [averaged for _, averaged in slots]
         self.groups: list[Group] = []
-        watched: list[int] = []
-        start, count = 0, len(slots)
-        for (layout, kernel, *_), pairs in by_kind.items():
+        start = 0
+        for (kernel, *_), pairs in by_kind.items():
             stop = start + len(pairs)
             self.groups.append(Group(kernel, slice(count + start, count + stop), slice(start, stop)))
-            watched += range(start, stop) if layout is torch.strided else ()  # the others have no one pointer
             start = stop
-        averaged_types = [dtype for _, kernel, dtype, *_ in by_kind if kernel is not kernels.copy]
-        self.resolution = max((torch.finfo(dtype).eps for dtype in averaged_types), default=0.0)
-        self._watched = None if len(watched) == count else watched + [count + index for index in watched]
+        self.resolution = max((resolution for _, resolution, *_ in by_kind), default=0.0)
         tensors = self._tensors()
+        self._all_strided = all(tensor.layout is torch.strided for tensor in tensors)
         self._devices = [tensor.device for tensor in tensors[:count]]
         self._taken = {_storage(tensor) for tensor in tensors[count:]}
         self._known = self._fingerprint(tensors)
@@ -139,25 +142,43 @@ class Pairing:
                     f"A tensor should be strided to be averaged, got '{pair.path}' with layout {online.layout}; "
                     f'as a buffer it can be copied: handle_buffers={{"{pair.path}": "copy"}}.'
                 )
-            kernel = kernels.kernel_for(averaged, online, pair.path in self._infinite)
+            kernel = kernels.lerping_kernel_for(averaged, online, pair.path in (self._infinite or ()))
+            resolution = torch.finfo(averaged.dtype).eps
         else:
-            kernel = kernels.copy
-        return online.layout, kernel, averaged.dtype, averaged.device, online.dtype, online.device
+            kernel, resolution = kernels.copying_kernel_for(averaged), 0.0
+        return kernel, resolution, averaged.dtype, averaged.device, online.dtype, online.device
 
-    def _give_memory(self) -> None:
-        """Gives memory of its own to every tensor of the twin that shares it with the model, or with itself."""
-        pairs = [[owner[key] for owner, key in pair.slots()] for pair in self.pairs]
-        taken = {_storage(online) for online, _ in pairs} - {0}
-        for _, averaged in pairs:
-            if _storage(averaged) in taken or _overlaps_itself(averaged):
+
+def _give_memory(structure: Structure) -> None:
+    """Gives memory of its own to every tensor of the twin that shares some with the model, another one, or itself."""
+    pairs = [[owner[key] for owner, key in pair.slots()] for pair in structure.pairs]
+    taken: dict[int, list[tuple[float, float]]] = {_storage(online): [(0, math.inf)] for online, _ in pairs}
+    for _, averaged in pairs:
+        if (storage := _storage(averaged)) == 0:
+            continue
+        # Parts of one storage that do not overlap are fine: torch lays out the weights of an LSTM so.
+        start, stop = averaged.data_ptr(), averaged.data_ptr() + averaged.element_size() * _extent(averaged)
+        others = taken.setdefault(storage, [])
+        if _overlaps_itself(averaged) or any(start < end and begin < stop for begin, end in others):
+            with torch.inference_mode(False):
                 averaged.data = averaged.detach().clone()
+        else:
+            others.append((start, stop))
 
 
 def _storage(tensor: Tensor) -> int:
+    """Where the storage begins; 0 if there is none."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
+def _pointer(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout is torch.strided else 0
+
+
+def _extent(tensor: Tensor) -> int:
+    """How many elements lie between the first and the last, both included."""
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _overlaps_itself(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and any(
-        step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    return any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -55,12 +55,14 @@ class Pair(NamedTuple):
         return (getattr(self.online, self.kind), self.key), (getattr(self.averaged, self.kind), self.key)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The two tensors (online, averaged) as they are now; raises :class:`Mismatch` if their shapes differ."""
+        """The two tensors (online, averaged) as they are now; raises Mismatch if their shapes or layouts differ."""
         online, averaged = (owner[key] for owner, key in self.slots())
         if online.shape != averaged.shape:
             raise Mismatch(
                 f"'{self.path}' has shape {tuple(online.shape)} in the model and {tuple(averaged.shape)} in the twin"
             )
+        if online.layout != averaged.layout:
+            raise Mismatch(f"'{self.path}' has {online.layout} in the model and {averaged.layout} in the twin")
         return online, averaged
 
 

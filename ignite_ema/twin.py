@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .structure import inside
 
-__all__ = ["make_twin", "stripped"]
+__all__ = ["make_twin", "refuse_lazy", "stripped"]
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -21,6 +21,16 @@ def stripped(module: nn.Module) -> nn.Module:
     while not isinstance(module, DataParallel) and (wrapped := inside(module)) is not None:
         module = wrapped
     return module
+
+
+def refuse_lazy(name: str, module: nn.Module) -> None:
+    """Raises RuntimeError where a tensor of ``module`` has no shape yet."""
+    for path, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            raise RuntimeError(
+                f"{name} should be initialised before it is averaged, got a lazy one whose '{path}' has no shape; run "
+                "it on one batch first."
+            )
 
 
 def make_twin(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> nn.Module:
@@ -39,12 +49,6 @@ def make_twin(model: nn.Module, dtype: torch.dtype | None, device: torch.device 
         raise TypeError(f"dtype should be a torch.dtype, such as torch.float32, got {dtype!r}.")
     if dtype is not None and dtype not in _HOLDING_TYPES:
         raise ValueError(f"dtype should be one of {', '.join(map(str, _HOLDING_TYPES))}, got {dtype}.")
-    for path, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if is_lazy(tensor):
-            raise RuntimeError(
-                f"model should be initialised before it is averaged, got a lazy one whose '{path}' has no shape; "
-                "run it on one batch first."
-            )
     with torch.inference_mode(False), torch.no_grad():
         # deepcopy looks here first, so it meets finished copies of the tensors and never the wrappers.
         memo: dict[int, Any] = {id(t): _copied(t, dtype, device) for t in chain(model.parameters(), model.buffers())}
