@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from io import TextIOWrapper
 from itertools import count
 from pathlib import Path
-from statistics import mean, stdev
 from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
@@ -26,9 +25,22 @@ from ignite.handlers import Checkpoint, DiskSaver, ProgressBar
 from ignite.metrics import Accuracy
 from torch import Tensor, nn
 
+from .demo_report import draw, percent, print_table
 from .handler import EMAHandler
 
-__all__ = ["first_difference", "main"]
+__all__ = [
+    "Run",
+    "batches",
+    "build",
+    "checkpoint",
+    "first_difference",
+    "load_data",
+    "main",
+    "network",
+    "show_progress",
+    "stopped_and_resumed",
+    "train",
+]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -185,71 +197,6 @@ def _same_bits(one: object, other: object) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def _percent(values: Sequence[float]) -> str:
-    """Mean and, of more than one value, standard deviation."""
-    return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def _ends(runs: Mapping[int, Run]) -> tuple[list[float], list[float]]:
-    return [run.online[-1] for run in runs.values()], [run.averaged[-1] for run in runs.values()]
-
-
-def print_table(runs: Mapping[int, Run]) -> None:
-    """Online against averaged test accuracy at the end, and the range of each over the last quarter."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("seed", title="Test accuracy (%) at the end, and its range over the last quarter")
-    for column in ("online", "range", "averaged", "range", "gain"):
-        table.add_column(column, justify="right")
-    for seed, run in runs.items():
-        row = [str(seed)]
-        for curve in (run.online, run.averaged):
-            tail = curve[-(len(curve) // 4) :]
-            row += [_percent(tail[-1:]), f"{100 * min(tail):.1f} to {100 * max(tail):.1f}"]
-        table.add_row(*row, f"{100 * (run.averaged[-1] - run.online[-1]):+.1f}")
-    if len(runs) > 1:
-        online, averaged = _ends(runs)
-        gain = f"{100 * (mean(averaged) - mean(online)):+.1f}"
-        table.add_section()
-        table.add_row("mean ± sd", _percent(online), "", _percent(averaged), "", gain, style="bold")
-    Console().print(table)
-
-
-def draw(runs: Mapping[int, Run], path: Path) -> None:
-    """Draws both accuracies over the iterations, the first seed strong, the others light."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    first, *others = runs
-    iterations = [EVALUATE_EVERY * (i + 1) for i in range(len(runs[first].online))]
-    axes.axvspan(0, min(WARMUP_ITERS, iterations[-1]), color="0.93", lw=0, label="momentum warm-up")
-    for name, color, width in (("online", "tab:orange", 1.1), ("averaged", "tab:blue", 3.0)):
-        for seed in [*others, first]:
-            look = {"lw": width, "label": f"{name}, seed {seed}"} if seed == first else {"lw": width / 2, "alpha": 0.35}
-            axes.plot(iterations, [100 * accuracy for accuracy in getattr(runs[seed], name)], color=color, **look)
-    lowest = min(min(run.online[4:] + run.averaged[4:]) for run in runs.values())
-    axes.set(xlabel="iteration", ylabel="test accuracy (%)", xlim=(0, iterations[-1]))
-    axes.set_ylim(max(0, 10 * int(10 * lowest) - 10), 100)  # room for the legend
-    axes.set_title(_title(runs), loc="left", fontsize=11)
-    axes.grid(color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", ncols=3, title="light: the other seeds" if others else None)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    figure.savefig(unfinished, format="png", pil_kwargs={"optimize": True})
-    unfinished.replace(path)
-
-
-def _title(runs: Mapping[int, Run]) -> str:
-    online, averaged = map(_percent, _ends(runs))
-    over = f"mean ± sd of {len(runs)} seeds" if len(runs) > 1 else "one seed"
-    return (
-        f"Digits, {100 * LABEL_NOISE:.0f} % of the training labels random, constant learning rate\n"
-        f"Test accuracy at the end: averaged {averaged} %, online {online} % ({over})"
-    )
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         way_out = "" if message.endswith(".") else "; see --help."
@@ -324,7 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop, path = EPOCH_LENGTH * epochs // 2 + EPOCH_LENGTH // 4, out / f"resume_seed{first}.pt"
     resumed = stopped_and_resumed(data, test, first, epochs, stop, path)
     print_table(runs)
-    draw(runs, out / "demo.png")
+    title = f"Digits, {100 * LABEL_NOISE:.0f} % of the training labels random, constant learning rate"
+    draw(runs, title, EVALUATE_EVERY, WARMUP_ITERS, out / "demo.png")
     difference = first_difference(runs[first].state(), resumed.state())
     if difference is not None:
         print(
@@ -339,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "         loaded and finished, has the bits of the run that never stopped: weights,\n"
         "         average, count, momentum and optimizer.\n"
         f"Best     {out / f'best_seed{winner}.pt'}: the averaged model at its best on the test images,\n"
-        f"         {_percent([max(runs[winner].averaged)])} %; one file for each seed.\n"
+        f"         {percent([max(runs[winner].averaged)])} %; one file for each seed.\n"
         f"Picture  {out / 'demo.png'}\n"
         f"Took     {time.perf_counter() - started:.1f} s, imports apart"
     )
