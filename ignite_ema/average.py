@@ -1,24 +1,19 @@
 """A model and its averaged twin, without an engine: for Ignite see :mod:`ignite_ema.handler`."""
 
 import warnings
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
-from itertools import chain
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .pairing import Pairing, Treatment
+from .buffers import BufferRule, check_patterns, check_rule, treatment_of
+from .pairing import Pairing
 from .structure import Mismatch
-from .twin import make_twin, refuse_lazy, stripped
+from .twin import check_own_twin, make_twin, refuse_lazy, stripped
 
-__all__ = ["BufferRule", "ModelAverage"]
-
-BufferRule = str | Mapping[str, str]
-
-_MODES: dict[str, Treatment] = {"copy": "copy", "update": "average", "ema_train": "keep"}
-_PER_BUFFER: dict[str, Treatment] = {"copy": "copy", "update": "average", "keep": "keep"}
+__all__ = ["ModelAverage"]
 
 
 class ModelAverage:
@@ -74,22 +69,22 @@ class ModelAverage:
             )
         refuse_lazy("model", model)
         self.model = stripped(model)
-        _check_buffer_rule(handle_buffers)
+        check_rule(handle_buffers)
         self.handle_buffers = handle_buffers
         self._dtype = dtype
         self._warned = False
         if ema_model is None:
             self.module = make_twin(self.model, dtype, None if device is None else torch.device(device))
         else:
-            _check_own_twin(ema_model, dtype, device)
+            check_own_twin(ema_model, dtype, device)
             self.module = ema_model
         try:
-            self._pairing = Pairing(self.model, self.module, self._treatment)
+            self._pairing = Pairing(self.model, self.module, partial(treatment_of, handle_buffers))
         except Mismatch as mismatch:
             raise RuntimeError(
                 f"ema_model should have the structure of the model, but {mismatch}; build it as the model is built."
             ) from None
-        self._check_patterns_match()
+        check_patterns(handle_buffers, [pair.path for pair in self._pairing.pairs if pair.kind == "_buffers"])
         self.module.train(handle_buffers == "ema_train").requires_grad_(False)
         if ema_model is not None:
             self.reset()
@@ -154,24 +149,6 @@ class ModelAverage:
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
 
-    def _treatment(self, path: str, is_buffer: bool) -> Treatment:
-        if not is_buffer:
-            return "average"
-        if isinstance(self.handle_buffers, str):
-            return _MODES[self.handle_buffers]
-        matches = (rule for pattern, rule in self.handle_buffers.items() if fnmatchcase(path, pattern))
-        return _PER_BUFFER[next(matches, "copy")]
-
-    def _check_patterns_match(self) -> None:
-        patterns = () if isinstance(self.handle_buffers, str) else self.handle_buffers
-        names = [pair.path for pair in self._pairing.pairs if pair.kind == "_buffers"]
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"handle_buffers should have patterns that match a buffer, but got {pattern!r}; the buffers are "
-                    f"{_listed(names) or 'none'}."
-                )
-
     def _warn_of_rounding(self, momentum: float) -> None:
         if momentum == 0 or self._warned or self._dtype is not None:
             return
@@ -190,41 +167,6 @@ def _changed(mismatch: Mismatch) -> RuntimeError:
         f"The model should keep the structure that it had when its average was made, but {mismatch}; make the change "
         "before the average, or make a new average and load the old weights into it."
     )
-
-
-def _check_buffer_rule(rule: BufferRule) -> None:
-    if isinstance(rule, Mapping):
-        for pattern, treatment in rule.items():
-            if treatment not in _PER_BUFFER:
-                raise ValueError(
-                    f"handle_buffers can only map to {_listed(_PER_BUFFER)}, but got {treatment!r} for {pattern!r}."
-                )
-    elif not isinstance(rule, str) or rule not in _MODES:
-        raise ValueError(
-            f"handle_buffers can only be one of {_listed(_MODES)}, but got {rule}; a mapping decides by name pattern."
-        )
-
-
-def _listed(names: Iterable[str], most: int = 8) -> str:
-    quoted = [repr(name) for name in names]
-    return ", ".join(quoted[:most]) + (f", … ({len(quoted)} in all)" if len(quoted) > most else "")
-
-
-def _check_own_twin(twin: nn.Module, dtype: object, device: object) -> None:
-    if not isinstance(twin, nn.Module):
-        raise TypeError(f"ema_model should be an nn.Module, got {type(twin).__name__}.")
-    refuse_lazy("ema_model", twin)
-    if dtype is not None or device is not None:
-        raise ValueError(
-            f"dtype and device should be None where ema_model brings its own, got {dtype} and {device}; move the "
-            "module with ema_model.to(...) first."
-        )
-    for path, tensor in chain(twin.named_parameters(), twin.named_buffers()):
-        if tensor.is_inference():
-            raise ValueError(
-                f"ema_model should hold tensors that can be updated, but '{path}' was made inside "
-                "torch.inference_mode(); build the twin outside of it."
-            )
 
 
 def _check_loadable(path: str, held: Tensor, loaded: object) -> None:

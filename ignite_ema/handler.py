@@ -13,7 +13,8 @@ from ignite.engine.events import RemovableEventHandle
 from torch import nn
 
 from .attachment import Attachment, Event, attached_by, attachments, check_name, members_of
-from .average import BufferRule, ModelAverage
+from .average import ModelAverage
+from .buffers import BufferRule
 from .schedules import Constant, LinearWarmup, Schedule
 
 __all__ = ["EMAHandler"]

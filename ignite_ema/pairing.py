@@ -36,7 +36,7 @@ class Pairing:
     Args:
         online: the model.
         averaged: its averaged twin, of the same structure.
-        treatment: called with the path of a tensor and whether it is a buffer; says what an update does with it.
+        treat_buffer: called with the path of a buffer, says what an update does with it. Parameters are averaged.
             "average" means "copy" where the tensor is neither floating-point nor complex.
 
     Attributes:
@@ -48,9 +48,9 @@ class Pairing:
         TypeError: where a tensor that is not strided (a sparse one) would have to be averaged.
     """
 
-    def __init__(self, online: nn.Module, averaged: nn.Module, treatment: Callable[[str, bool], Treatment]) -> None:
+    def __init__(self, online: nn.Module, averaged: nn.Module, treat_buffer: Callable[[str], Treatment]) -> None:
         self._roots = online, averaged
-        self._treatment = treatment
+        self._treat_buffer = treat_buffer
         # Known from the first update on: a model may fill a mask with -inf in its first forward pass.
         self._infinite: frozenset[str] | None = None
         self._known: Fingerprint
@@ -112,7 +112,7 @@ class Pairing:
         """Sorts the pairs into groups; checks shapes and that the twin owns its memory."""
         by_kind: dict[tuple[Any, ...], list[Pair]] = {}
         for pair in structure.pairs:
-            treatment = self._treatment(pair.path, pair.kind == "_buffers")
+            treatment = self._treat_buffer(pair.path) if pair.kind == "_buffers" else "average"
             if treatment != "keep":
                 by_kind.setdefault(self._kind_of(pair, treatment), []).append(pair)
         _give_memory(structure)

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .structure import inside
 
-__all__ = ["make_twin", "refuse_lazy", "stripped"]
+__all__ = ["check_own_twin", "make_twin", "refuse_lazy", "stripped"]
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -30,6 +30,24 @@ def refuse_lazy(name: str, module: nn.Module) -> None:
             raise RuntimeError(
                 f"{name} should be initialised before it is averaged, got a lazy one whose '{path}' has no shape; run "
                 "it on one batch first."
+            )
+
+
+def check_own_twin(twin: nn.Module, dtype: object, device: object) -> None:
+    """Raises TypeError, ValueError or RuntimeError where ``twin`` cannot be the averaged twin of a model."""
+    if not isinstance(twin, nn.Module):
+        raise TypeError(f"ema_model should be an nn.Module, got {type(twin).__name__}.")
+    refuse_lazy("ema_model", twin)
+    if dtype is not None or device is not None:
+        raise ValueError(
+            f"dtype and device should be None where ema_model brings its own, got {dtype} and {device}; move the "
+            "module with ema_model.to(...) first."
+        )
+    for path, tensor in chain(twin.named_parameters(), twin.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"ema_model should hold tensors that can be updated, but '{path}' was made inside "
+                "torch.inference_mode(); build the twin outside of it."
             )
 
 

@@ -21,7 +21,8 @@ IMPORTS = {
     "structure": set(),
     "pairing": {"kernels", "structure"},
     "twin": {"structure"},
-    "average": {"kernels", "pairing", "structure", "twin"},
+    "buffers": {"pairing"},
+    "average": {"buffers", "kernels", "pairing", "structure", "twin"},
 }
 
 

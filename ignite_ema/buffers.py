@@ -1,0 +1,51 @@
+"""What an update does with buffers: the values of ``handle_buffers``."""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from .pairing import Treatment
+
+__all__ = ["BufferRule", "check_patterns", "check_rule", "treatment_of"]
+
+BufferRule: TypeAlias = str | Mapping[str, str]
+
+_MODES: dict[str, Treatment] = {"copy": "copy", "update": "average", "ema_train": "keep"}
+_PER_BUFFER: dict[str, Treatment] = {"copy": "copy", "update": "average", "keep": "keep"}
+
+
+def treatment_of(rule: BufferRule, path: str) -> Treatment:
+    """What ``rule`` says of the buffer ``path``: of a mapping the first pattern that matches, "copy" if none does."""
+    if isinstance(rule, str):
+        return _MODES[rule]
+    matches = (treatment for pattern, treatment in rule.items() if fnmatchcase(path, pattern))
+    return _PER_BUFFER[next(matches, "copy")]
+
+
+def check_rule(rule: BufferRule) -> None:
+    """Raises ValueError unless ``rule`` is one."""
+    if isinstance(rule, Mapping):
+        for pattern, treatment in rule.items():
+            if not isinstance(pattern, str) or treatment not in _PER_BUFFER:
+                raise ValueError(
+                    f"handle_buffers can only map to {_listed(_PER_BUFFER)}, but got {treatment!r} for {pattern!r}."
+                )
+    elif not isinstance(rule, str) or rule not in _MODES:
+        raise ValueError(
+            f"handle_buffers can only be one of {_listed(_MODES)}, but got {rule}; a mapping decides by name pattern."
+        )
+
+
+def check_patterns(rule: BufferRule, names: list[str]) -> None:
+    """Raises ValueError where a pattern of ``rule`` matches none of the buffers ``names``."""
+    for pattern in () if isinstance(rule, str) else rule:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"handle_buffers should have patterns that match a buffer, but got {pattern!r}; the buffers are "
+                f"{_listed(names) or 'none'}."
+            )
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    quoted = [repr(name) for name in names]
+    return ", ".join(quoted[:most]) + (f", … ({len(quoted)} in all)" if len(quoted) > most else "")
