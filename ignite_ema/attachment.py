@@ -43,19 +43,21 @@ def check_name(name: str) -> None:
 
 def members_of(event: Event, engine: Engine) -> list[str | CallableEventWithFilter]:
     """The single events of ``event``; raises ValueError unless ``engine`` can fire them all."""
+    if not isinstance(engine, Engine):
+        raise TypeError(f"engine should be an ignite Engine, the trainer, got {type(engine).__name__}.")
     members: list[str | CallableEventWithFilter] = list(event) if isinstance(event, EventsList) else [event]
     for member in members:
         # Engine.has_registered_events() says the same, but Ignite 0.4 has none
         known = isinstance(member, (str, CallableEventWithFilter)) and member in engine._allowed_events
         if not known or member in _NOT_FOR_UPDATES:
             raise ValueError(
-                f"event should be one that the engine fires when weights have moved, got {member!r}; register an event "
-                "of your own with engine.register_events first."
+                f"event should be one that the engine fires when weights have moved, got {member!r}; pass one such as "
+                "Events.ITERATION_COMPLETED, or register an event of your own with engine.register_events first."
             )
         if getattr(member, "filter", None) is not None and member not in State.event_to_attr:
             raise ValueError(
-                f"event should have a counter to be filtered, got {member!r}; name one with "
-                "engine.register_events(..., event_to_attr={...})."
+                f"event should have a counter to be filtered, got {member!r}; name an attribute of engine.state that "
+                "you count up with engine.register_events(..., event_to_attr={...})."
             )
     if not members:
         raise ValueError("event should contain at least one event, got an empty EventsList.")

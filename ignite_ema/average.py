@@ -88,6 +88,7 @@ class ModelAverage:
         self.module.train(handle_buffers == "ema_train").requires_grad_(False)
         if ema_model is not None:
             self.reset()
+        self._norms_when_made = kernels.norms(list(self.module.parameters()))
 
     def update(self, momentum: float) -> None:
         """Moves the twin towards the model by ``momentum``, and its buffers as ``handle_buffers`` says.
@@ -102,6 +103,8 @@ class ModelAverage:
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum should be in [0, 1], got {momentum!r}: it is the weight of the new weights.")
+        if self.handle_buffers == "ema_train" and not self.module.training:
+            self.module.train()  # an evaluator has put it into eval mode
         with torch.set_grad_enabled(False):  # as torch.no_grad() does, at half its cost
             tensors = self._read()
             if momentum < self._pairing.resolution:
@@ -120,6 +123,14 @@ class ModelAverage:
         if pairs:
             online, averaged = zip(*pairs, strict=True)
             kernels.copy(averaged, online)
+
+    @torch.no_grad()
+    def is_stale(self) -> bool:
+        """Whether the twin is as it was made while the model's weights are no longer: :meth:`reset` was forgotten."""
+        if kernels.norms(list(self.module.parameters())) != self._norms_when_made:
+            return False
+        pairs = (pair.tensors() for pair in self._pairing.pairs if pair.kind == "_parameters")
+        return any(not torch.equal(online.to(averaged.device, averaged.dtype), averaged) for online, averaged in pairs)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of the twin by path, each tied tensor once, non-persistent buffers too; not copies."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
+from ignite.handlers.param_scheduler import BaseParamScheduler
 from torch import nn
 
 from .attachment import Attachment, Event, attached_by, attachments, check_name, members_of
@@ -52,7 +53,7 @@ class EMAHandler:
     Attributes:
         model: the online model; inside ``DistributedDataParallel`` and compiled modules, the module in them.
         ema_model: the averaged twin, in eval mode (in train mode under "ema_train").
-        momentum: what was passed.
+        momentum: what was passed; settable.
         momentum_scheduler: the schedule in force, None for a plain float.
         handle_buffers: what was passed.
 
@@ -91,13 +92,26 @@ class EMAHandler:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self._rule = _rule_of(momentum, momentum_warmup, warmup_iters)
-        self.momentum = momentum
-        self.momentum_scheduler = self._rule if callable(momentum) or momentum_warmup is not None else None
+        self._set_rule(momentum, _rule_of(momentum, momentum_warmup, warmup_iters))
         self._average = ModelAverage(model, handle_buffers, ema_model=ema_model, dtype=dtype, device=device)
         self._num_updates = 0
-        self._current = _checked(self._rule(0), "the first momentum of the schedule")
         self._count_is_known = False
+
+    @property
+    def momentum(self) -> float | Schedule:
+        """What was passed; settable, which replaces the rule in force, a warm-up included."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | Schedule) -> None:
+        self._set_rule(value, _rule_of(value, None, None))
+        self._publish(self._current if self.momentum_scheduler is None else self._next_momentum())
+
+    def _set_rule(self, momentum: float | Schedule, rule: Schedule) -> None:
+        self._current = _checked(rule(0), "the first momentum of the schedule")
+        self._rule = rule
+        self._momentum = momentum
+        self.momentum_scheduler = None if isinstance(rule, Constant) and rule is not momentum else rule
 
     @property
     def model(self) -> nn.Module:
@@ -183,7 +197,7 @@ class EMAHandler:
         if not goes_on:
             setattr(engine.state, name, self._next_momentum())
         return Attachment(
-            self, engine, name, not exists, event, partial(self._update, name), partial(self._check_restored, name)
+            self, engine, name, not exists, event, partial(self._update, name), partial(self._check_start, name)
         )
 
     def reset(self) -> None:
@@ -204,8 +218,8 @@ class EMAHandler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a :meth:`state_dict`, before or after ``attach``.
 
-        A plain momentum goes on from the value that was saved, a schedule from its own rule and the saved count. Where
-        the handler that was saved had another rule, a warning says so.
+        A schedule goes on from the saved count, a plain momentum from the saved value, to which it may have been
+        driven. Where the saved handler had another rule, this one's own rule counts, and a warning says so.
 
         Raises:
             TypeError, ValueError: for a state with a missing, unexpected or wrong entry, or of another model; names
@@ -214,15 +228,15 @@ class EMAHandler:
         _check_state(state)
         self._average.load_state_dict(state["averaged_tensors"])
         self.num_updates = state["num_updates"]
-        if self.momentum_scheduler is None:
-            self._current = state["current_momentum"]
-            self._publish(self._current)
         if state["momentum_schedule"] != self._described():
             warnings.warn(
-                f"The EMA handler was saved with {state['momentum_schedule']} and goes on with {self._described()}, at "
-                f"a momentum of {self._next_momentum():g}; if that is not meant, make it as it was made before.",
+                f"The EMA handler was saved with {state['momentum_schedule']} and goes on with {self._described()}; if "
+                "that is not meant, make it as it was made before.",
                 stacklevel=2,
             )
+        elif self.momentum_scheduler is None:
+            self._current = state["current_momentum"]
+            self._publish(self._current)
 
     def _update(self, name: str, engine: Engine) -> None:
         schedule = self.momentum_scheduler
@@ -247,18 +261,20 @@ class EMAHandler:
         for state, name in attached_by(self):
             setattr(state, name, momentum)
 
-    def _check_restored(self, name: str, engine: Engine) -> None:
+    def _check_start(self, name: str, engine: Engine) -> None:
+        """Warns once where a run is resumed with a handler that was not restored."""
+        if self._count_is_known:
+            return
+        self._count_is_known = True
         iteration = engine.state.iteration
-        if iteration == 0:
-            self._count_is_known = True
-        elif not (self._count_is_known or isinstance(self._rule, Constant)):
+        if iteration > 0 and ((stale := self._average.is_stale()) or not isinstance(self._rule, Constant)):
+            lost = "its average starts from the weights it was made with" if stale else "its momentum starts again"
             warnings.warn(
                 f"The trainer resumes at iteration {iteration}, but the EMA handler of '{name}' was not restored, and "
-                'its momentum starts again; put the handler into the checkpoint ("ema_handler": handler) and '
-                "load it with Checkpoint.load_objects, or set handler.num_updates (to 0 if it is meant to start here).",
+                f'{lost}; put the handler into the checkpoint ("ema_handler": handler) and load it with '
+                "Checkpoint.load_objects, or call handler.reset() if the average is meant to start here.",
                 stacklevel=2,
             )
-            self._count_is_known = True
 
     def _described(self) -> str:
         """The rule in words that are the same in every process."""
@@ -292,6 +308,11 @@ def _check_count(value: object) -> None:
 
 def _rule_of(momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None) -> Schedule:
     """What the three arguments say, checked."""
+    if isinstance(momentum, BaseParamScheduler):
+        raise TypeError(
+            f"momentum should be a float or a schedule of the number of updates, got {type(momentum).__name__} of "
+            "Ignite; pass a float and attach the scheduler to the engine, where it drives engine.state.<name>."
+        )
     if callable(momentum):
         if momentum_warmup is not None or warmup_iters is not None:
             raise ValueError(

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Kernel", "copy", "copying_kernel_for", "holds_infinity", "lerping_kernel_for"]
+__all__ = ["Kernel", "copy", "copying_kernel_for", "holds_infinity", "lerping_kernel_for", "norms"]
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 Kernel: TypeAlias = Callable[[Tensors, Tensors, float], None]
@@ -47,6 +47,12 @@ def copy(averaged: Tensors, online: Tensors) -> None:
     """``averaged[i] = online[i]`` for tensors of any type and layout."""
     for average, value in zip(averaged, online, strict=True):
         copying_kernel_for(average)([average], [value], 1)
+
+
+def norms(tensors: Tensors) -> list[float]:
+    """The Euclidean norms of those tensors that have one: a cheap mark by which to see that they have changed."""
+    native = [tensor for tensor in tensors if tensor.dtype in _NATIVE and tensor.layout is torch.strided]
+    return torch.stack([norm.abs().double().cpu() for norm in torch._foreach_norm(native)]).tolist() if native else []
 
 
 def _copy_strided(averaged: Tensors, online: Tensors, weight: float) -> None:

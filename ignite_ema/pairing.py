@@ -157,9 +157,10 @@ def _give_memory(structure: Structure) -> None:
         if (storage := _storage(averaged)) == 0:
             continue
         # Parts of one storage that do not overlap are fine: torch lays out the weights of an LSTM so.
-        start, stop = averaged.data_ptr(), averaged.data_ptr() + averaged.element_size() * _extent(averaged)
+        extent = _extent(averaged)
+        start, stop = averaged.data_ptr(), averaged.data_ptr() + averaged.element_size() * extent
         others = taken.setdefault(storage, [])
-        if _overlaps_itself(averaged) or any(start < end and begin < stop for begin, end in others):
+        if averaged.numel() > extent or any(start < end and begin < stop for begin, end in others):
             with torch.inference_mode(False):
                 averaged.data = averaged.detach().clone()
         else:
@@ -178,7 +179,3 @@ def _pointer(tensor: Tensor) -> int:
 def _extent(tensor: Tensor) -> int:
     """How many elements lie between the first and the last, both included."""
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    return any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True))

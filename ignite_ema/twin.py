@@ -65,6 +65,8 @@ def make_twin(model: nn.Module, dtype: torch.dtype | None, device: torch.device 
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype should be a torch.dtype, such as torch.float32, got {dtype!r}.")
+    if device is not None and device.type == "meta":
+        raise ValueError("device should be one that holds values, got 'meta'; pass 'cpu' or an accelerator.")
     if dtype is not None and dtype not in _HOLDING_TYPES:
         raise ValueError(f"dtype should be one of {', '.join(map(str, _HOLDING_TYPES))}, got {dtype}.")
     with torch.inference_mode(False), torch.no_grad():
@@ -104,6 +106,6 @@ def _obstacle(model: nn.Module) -> str | None:
             except Exception as error:
                 where = f"'{path}.{name}'" if path else f"'{name}'"
                 if isinstance(value, Tensor) and not value.is_leaf:
-                    return f"{where} is the result of a computation (an activation that was kept, or old weight_norm)"
+                    return f"{where} is the result of a computation (an activation, pruning, old weight_norm)"
                 return f"{where} ({type(value).__name__}) is in the way: {error}"
     return None

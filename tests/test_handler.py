@@ -322,6 +322,35 @@ def test_a_name_whose_momentum_another_handlers_schedule_writes_raises():
         EMAHandler(scalar_model(), Constant(0.1)).attach(other)
 
 
+def test_something_else_than_an_engine_raises():
+    with pytest.raises(TypeError, match="engine should be an ignite Engine, the trainer, got Linear"):
+        EMAHandler(scalar_model()).attach(scalar_model())
+
+
+def test_momentum_is_settable_and_replaces_the_rule():
+    model = scalar_model()
+    trainer = trainer_for(model)
+    handler = EMAHandler(model, 0.5, 0.1, 10)
+    handler.attach(trainer)
+    handler.momentum = 0.25
+    assert (handler.momentum, handler.momentum_scheduler, trainer.state.ema_momentum) == (0.25, None, 0.25)
+    handler.momentum = LinearWarmup(0.5, 0.0, 5)
+    assert trainer.state.ema_momentum == 0.0
+    with pytest.raises(ValueError, match="Invalid momentum: 2"):
+        handler.momentum = 2
+    assert handler.momentum == LinearWarmup(0.5, 0.0, 5)
+
+
+def test_ema_train_stays_in_train_mode_when_an_evaluator_has_left_it():
+    model = nn.Sequential(nn.BatchNorm1d(1))
+    trainer = Engine(lambda engine, batch: None)
+    handler = EMAHandler(model, handle_buffers="ema_train")
+    handler.attach(trainer)
+    handler.ema_model.eval()
+    trainer.run([0])
+    assert handler.ema_model[0].training
+
+
 def test_two_plain_handlers_may_share_one_momentum():
     first, second = scalar_model(), scalar_model()
     trainer = trainer_for(first, second)
@@ -441,6 +470,12 @@ BAD_ARGUMENTS = [
     ({"momentum": -1}, ValueError, "Invalid momentum: -1"),
     ({"momentum": float("nan")}, ValueError, "Invalid momentum: nan"),
     ({"momentum": "0.1"}, TypeError, "momentum should be a float in .* or a schedule, got '0.1'"),
+    (
+        {"momentum": LambdaStateScheduler(lambda n: 0.1, "x")},
+        TypeError,
+        "got LambdaStateScheduler of Ignite; pass a flo",
+    ),
+    ({"device": "meta"}, ValueError, "device should be one that holds values, got 'meta'"),
     ({"momentum": True}, TypeError, "momentum should be a float .* got True"),
     ({"momentum_warmup": 0.1}, ValueError, "should be given together or not at all, got 0.1 and None"),
     ({"warmup_iters": 10}, ValueError, "should be given together or not at all, got None and 10"),

@@ -168,9 +168,10 @@ def test_a_driven_momentum_is_resumed():
 def test_another_rule_than_the_saved_one_is_warned_about():
     state = EMAHandler(nn.Linear(1, 1), 0.25, 0.5, 10).state_dict()
     other = EMAHandler(nn.Linear(1, 1), 0.25)
-    message = r"saved with LinearWarmup\(.*\) and goes on with Constant\(momentum=0.25\), at a momentum of 0.5"
-    with pytest.warns(UserWarning, match=message):
+    other.attach(trainer := Engine(lambda engine, batch: None))
+    with pytest.warns(UserWarning, match=r"saved with LinearWarmup\(.*\) and goes on with Constant\(momentum=0.25\)"):
         other.load_state_dict(state)
+    assert trainer.state.ema_momentum == 0.25
 
 
 # What load_state_dict refuses
@@ -242,6 +243,25 @@ def test_a_trainer_that_resumes_without_its_handler_is_warned_about():
     with pytest.warns(UserWarning, match=r"resumes at iteration 4, .* 'g_momentum' was not restored") as record:
         trainer.run([0] * 4)
     assert len(record) == 1
+
+
+def test_a_trainer_whose_average_was_not_restored_is_warned_about_at_any_momentum():
+    model = nn.Linear(1, 1)
+    trainer = resumed_trainer()
+    EMAHandler(model).attach(trainer)
+    model.load_state_dict(nn.Linear(1, 1).state_dict())
+    with pytest.warns(UserWarning, match="its average starts from the weights it was made with; put the handler into"):
+        trainer.run([0] * 4)
+
+
+def test_a_restored_ema_model_is_enough_for_a_constant_momentum():
+    model = nn.Linear(1, 1)
+    trainer = resumed_trainer()
+    handler = EMAHandler(model)
+    handler.attach(trainer)
+    model.load_state_dict(nn.Linear(1, 1).state_dict())
+    handler.ema_model.load_state_dict(nn.Linear(1, 1).state_dict())
+    trainer.run([0] * 4)
 
 
 @pytest.mark.parametrize("momentum", [0.5, Constant(0.5)])
