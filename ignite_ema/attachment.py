@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
-from weakref import WeakKeyDictionary
 
 from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
 from ignite.engine.events import RemovableEventHandle, State
@@ -12,12 +11,12 @@ from ignite.engine.events import RemovableEventHandle, State
 if TYPE_CHECKING:
     from .handler import EMAHandler
 
-__all__ = ["Attachment", "Event", "attached_by", "attachments", "check_name", "members_of"]
+__all__ = ["Attachment", "Event", "attachments", "check_name", "members_of"]
 
 Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
-# Engines are held weakly; an engine's list dies with it.
-_ATTACHED: WeakKeyDictionary[Engine, list[Attachment]] = WeakKeyDictionary()
+# The attribute of an engine under which its attachments are found.
+_ATTACHMENTS = "_ignite_ema_attachments"
 
 # Ignite passes these handlers more than the engine, and listening to the first one swallows the exception.
 _NOT_FOR_UPDATES = (Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH)
@@ -25,12 +24,7 @@ _NOT_FOR_UPDATES = (Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH)
 
 def attachments(engine: Engine) -> list[Attachment]:
     """What is attached to ``engine`` now."""
-    return list(_ATTACHED.get(engine, ()))
-
-
-def attached_by(owner: EMAHandler) -> list[tuple[State, str]]:
-    """Where ``owner`` is attached now: the state of the engine and the name of the attribute."""
-    return [(engine.state, a.name) for engine, there in _ATTACHED.items() for a in there if a.owner is owner]
+    return list(vars(engine).get(_ATTACHMENTS, ()))
 
 
 def check_name(name: str) -> None:
@@ -94,6 +88,8 @@ class Attachment(RemovableEventHandle):
 
         def fire(engine: Engine, member: int) -> None:
             nonlocal last
+            if not self.is_attached:  # removed by an earlier handler of this very event
+                return
             iteration = engine.state.iteration
             if last is None or last[0] != iteration or last[1] == member:
                 on_event(engine)
@@ -101,8 +97,10 @@ class Attachment(RemovableEventHandle):
 
         def start(engine: Engine) -> None:
             nonlocal last
-            last = None  # the iterations of a new run may count from 1 again
-            on_started(engine)
+            if engine.state.iteration == 0:
+                last = None  # a new run counts from 1 again
+            if self.is_attached:
+                on_started(engine)
 
         super().__init__(event, fire, engine)  # type: ignore[arg-type]  # a string is as good
         self.owner = owner
@@ -113,15 +111,17 @@ class Attachment(RemovableEventHandle):
         for index, member in enumerate(members_of(event, engine)):
             engine.add_event_handler(member, fire, index)
         self._start_handle = engine.add_event_handler(Events.STARTED, start)
-        _ATTACHED.setdefault(engine, []).append(self)
+        self.is_attached = True
+        vars(engine).setdefault(_ATTACHMENTS, []).append(self)
 
     def remove(self) -> None:
         """Takes everything off the engine again, ``engine.state.<name>`` included; does nothing the second time."""
         engine = self.engine()
-        if engine is None or self not in attachments(engine):
+        if engine is None or not self.is_attached:
             return
+        self.is_attached = False
         super().remove()
         self._start_handle.remove()
-        _ATTACHED[engine].remove(self)
+        vars(engine)[_ATTACHMENTS].remove(self)
         if self._owns_name and all(other.name != self.name for other in attachments(engine)):
             vars(engine.state).pop(self.name, None)

@@ -1,5 +1,6 @@
 """A model and its averaged twin, without an engine: for Ignite see :mod:`ignite_ema.handler`."""
 
+import numbers
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from . import kernels
 from .buffers import BufferRule, check_patterns, check_rule, treatment_of
 from .pairing import Pairing
-from .structure import Mismatch
-from .twin import check_own_twin, make_twin, refuse_lazy, stripped
+from .structure import Mismatch, Structure, tensors_of
+from .twin import check_own_twin, freeze, make_twin, refuse_lazy, stripped
 
-__all__ = ["ModelAverage"]
+__all__ = ["ModelAverage", "checked_momentum"]
 
 
 class ModelAverage:
@@ -70,7 +71,9 @@ class ModelAverage:
         refuse_lazy("model", model)
         self.model = stripped(model)
         check_rule(handle_buffers)
-        self.handle_buffers = handle_buffers
+        self.handle_buffers = handle_buffers = (
+            dict(handle_buffers) if isinstance(handle_buffers, Mapping) else handle_buffers
+        )
         self._dtype = dtype
         self._warned = False
         if ema_model is None:
@@ -79,16 +82,18 @@ class ModelAverage:
             check_own_twin(ema_model, dtype, device)
             self.module = ema_model
         try:
+            names = [pair.path for pair in Structure(self.model, self.module).pairs if pair.kind == "_buffers"]
+            check_patterns(handle_buffers, names)
             self._pairing = Pairing(self.model, self.module, partial(treatment_of, handle_buffers))
         except Mismatch as mismatch:
             raise RuntimeError(
                 f"ema_model should have the structure of the model, but {mismatch}; build it as the model is built."
             ) from None
-        check_patterns(handle_buffers, [pair.path for pair in self._pairing.pairs if pair.kind == "_buffers"])
-        self.module.train(handle_buffers == "ema_train").requires_grad_(False)
+        self.module.train(handle_buffers == "ema_train")
+        freeze(self.module)
         if ema_model is not None:
             self.reset()
-        self._norms_when_made = kernels.norms(list(self.module.parameters()))
+        self._norms_when_made = kernels.norms(self._parameters())
 
     def update(self, momentum: float) -> None:
         """Moves the twin towards the model by ``momentum``, and its buffers as ``handle_buffers`` says.
@@ -101,8 +106,7 @@ class ModelAverage:
             ValueError: for a momentum outside [0, 1].
             RuntimeError: when the structure of the model has changed, or a shape; nothing has been updated then.
         """
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum should be in [0, 1], got {momentum!r}: it is the weight of the new weights.")
+        momentum = checked_momentum(momentum, "momentum")
         if self.handle_buffers == "ema_train" and not self.module.training:
             self.module.train()  # an evaluator has put it into eval mode
         with torch.set_grad_enabled(False):  # as torch.no_grad() does, at half its cost
@@ -127,14 +131,14 @@ class ModelAverage:
     @torch.no_grad()
     def is_stale(self) -> bool:
         """Whether the twin is as it was made while the model's weights are no longer: :meth:`reset` was forgotten."""
-        if kernels.norms(list(self.module.parameters())) != self._norms_when_made:
+        if kernels.norms(self._parameters()) != self._norms_when_made:
             return False
         pairs = (pair.tensors() for pair in self._pairing.pairs if pair.kind == "_parameters")
         return any(not torch.equal(online.to(averaged.device, averaged.dtype), averaged) for online, averaged in pairs)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of the twin by path, each tied tensor once, non-persistent buffers too; not copies."""
-        return {pair.path: pair.tensors()[1].detach() for pair in self._pairing.pairs}
+        return {path: tensor.detach() for path, tensor in tensors_of(self.module).items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -154,6 +158,9 @@ class ModelAverage:
         if own:
             kernels.copy(list(own.values()), [state[path] for path in own])
 
+    def _parameters(self) -> list[Tensor]:
+        return [tensor for tensor in tensors_of(self.module).values() if isinstance(tensor, nn.Parameter)]
+
     def _read(self) -> list[Tensor]:
         try:
             return self._pairing.read()
@@ -165,10 +172,11 @@ class ModelAverage:
             return
         self._warned = True
         needed = self._pairing.resolution / 2 / momentum
+        wider = torch.float32 if self._pairing.resolution > torch.finfo(torch.float32).eps else torch.float64
         warnings.warn(
             f"A momentum of {momentum:g} is too small for the type that holds the average: a weight moves only where "
             f"it differs from its average by about {needed:.0%} of its size, and is rounded back otherwise; pass "
-            "dtype=torch.float32 to hold the average in float32.",
+            f"dtype={wider} to hold the average in {str(wider).removeprefix('torch.')} (or an ema_model of that type).",
             stacklevel=3,
         )
 
@@ -188,9 +196,39 @@ def _check_loadable(path: str, held: Tensor, loaded: object) -> None:
             f"'{path}' of the averaged tensors should have shape {tuple(held.shape)}, got {tuple(loaded.shape)}: the "
             "state is of another model."
         )
-    same_kind = loaded.is_floating_point() == held.is_floating_point() and loaded.is_complex() == held.is_complex()
-    if loaded.dtype != held.dtype and not (same_kind and torch.promote_types(loaded.dtype, held.dtype) == held.dtype):
+    if loaded.layout != held.layout or loaded.is_meta:
+        raise ValueError(
+            f"'{path}' of the averaged tensors should be {held.layout} and have values, got {loaded.layout} on "
+            f"{loaded.device}; save it the way it is held."
+        )
+    if not _fits(loaded, held):
         raise ValueError(
             f"'{path}' of the averaged tensors should fit into {held.dtype}, got {loaded.dtype}; hold the average in "
             "that type with dtype=."
         )
+
+
+def _fits(loaded: Tensor, held: Tensor) -> bool:
+    if loaded.dtype == held.dtype:
+        return True
+    if loaded.is_floating_point() != held.is_floating_point() or loaded.is_complex() != held.is_complex():
+        return False
+    if loaded.element_size() == 1 or held.element_size() == 1:  # torch promotes no 8-bit floats
+        return loaded.is_floating_point() and loaded.element_size() < held.element_size()
+    return torch.promote_types(loaded.dtype, held.dtype) == held.dtype
+
+
+def checked_momentum(value: object, what: str) -> float:
+    """``value`` as a momentum; raises with ``what``, the name of where it was read from."""
+    if type(value) is float and 0 <= value <= 1:
+        return value
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{what} should be a momentum, a number in [0, 1], got {value!r}; set it to one.")
+    momentum = float(value)
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"{what} should be a momentum in [0, 1], got {value!r}; it is the weight of the new weights, 1 - decay."
+        )
+    return momentum

@@ -26,7 +26,7 @@ def check_rule(rule: BufferRule) -> None:
     """Raises ValueError unless ``rule`` is one."""
     if isinstance(rule, Mapping):
         for pattern, treatment in rule.items():
-            if not isinstance(pattern, str) or treatment not in _PER_BUFFER:
+            if not (isinstance(pattern, str) and isinstance(treatment, str) and treatment in _PER_BUFFER):
                 raise ValueError(
                     f"handle_buffers can only map to {_listed(_PER_BUFFER)}, but got {treatment!r} for {pattern!r}."
                 )

@@ -2,31 +2,32 @@
 
 import numbers
 import warnings
-from collections.abc import Mapping
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.engine.events import RemovableEventHandle
+from ignite.engine.events import RemovableEventHandle, State
 from ignite.handlers.param_scheduler import BaseParamScheduler
 from torch import nn
 
-from .attachment import Attachment, Event, attached_by, attachments, check_name, members_of
-from .average import ModelAverage
+from .attachment import Attachment, Event, attachments, check_name, members_of
+from .average import ModelAverage, checked_momentum
 from .buffers import BufferRule
 from .schedules import Constant, LinearWarmup, Schedule
 
 __all__ = ["EMAHandler"]
 
 _VERSION = 1
-_STATE = {
-    "ignite_ema_version": int,
-    "num_updates": int,
-    "current_momentum": float,
-    "momentum_schedule": str,
-    "averaged_tensors": Mapping,
+_STATE: dict[str, tuple[type, ...]] = {
+    "ignite_ema_version": (int,),
+    "num_updates": (int,),
+    "current_momentum": (float, type(None)),
+    "momentum_schedule": (str,),
+    "averaged_tensors": (Mapping,),
 }
 
 
@@ -35,7 +36,7 @@ class EMAHandler:
 
     .. math:: \theta_{ema} \leftarrow (1 - \lambda) \cdot \theta_{ema} + \lambda \cdot \theta
 
-    λ, the momentum, weighs the *new* weights: λ = 1 - decay. It counts updates, not iterations.
+    λ, the momentum, weighs the *new* weights: λ = 1 - decay. Schedules count updates, not iterations.
 
     Args:
         model: the online model, an ``nn.Module``, alone or inside ``DistributedDataParallel``, ``DataParallel`` or
@@ -53,7 +54,7 @@ class EMAHandler:
     Attributes:
         model: the online model; inside ``DistributedDataParallel`` and compiled modules, the module in them.
         ema_model: the averaged twin, in eval mode (in train mode under "ema_train").
-        momentum: what was passed; settable.
+        momentum: what was passed; a plain float can be set to another.
         momentum_scheduler: the schedule in force, None for a plain float.
         handle_buffers: what was passed.
 
@@ -95,20 +96,27 @@ class EMAHandler:
         self._set_rule(momentum, _rule_of(momentum, momentum_warmup, warmup_iters))
         self._average = ModelAverage(model, handle_buffers, ema_model=ema_model, dtype=dtype, device=device)
         self._num_updates = 0
-        self._count_is_known = False
+        self._count_is_known = False  # whether num_updates is known to be right: set, loaded, or counted from a start
+        self._current_is_loaded = False
+        self._attachments: list[ref[Attachment]] = []
 
     @property
     def momentum(self) -> float | Schedule:
-        """What was passed; settable, which replaces the rule in force, a warm-up included."""
+        """What was passed; a plain float can be set to another."""
         return self._momentum
 
     @momentum.setter
-    def momentum(self, value: float | Schedule) -> None:
+    def momentum(self, value: float) -> None:
+        if self.momentum_scheduler is not None or callable(value):
+            raise TypeError(
+                f"momentum should be set from one float to another, got {value!r} in place of {self._momentum!r}; make "
+                "a new handler for another schedule."
+            )
         self._set_rule(value, _rule_of(value, None, None))
-        self._publish(self._current if self.momentum_scheduler is None else self._next_momentum())
+        self._publish(self._current)
 
     def _set_rule(self, momentum: float | Schedule, rule: Schedule) -> None:
-        self._current = _checked(rule(0), "the first momentum of the schedule")
+        self._current = checked_momentum(rule(0), "the first momentum of the schedule")
         self._rule = rule
         self._momentum = momentum
         self.momentum_scheduler = None if isinstance(rule, Constant) and rule is not momentum else rule
@@ -136,10 +144,11 @@ class EMAHandler:
     @num_updates.setter
     def num_updates(self, value: int) -> None:
         _check_count(value)
+        momentum = self._momentum_of(value)
         self._num_updates = value
         self._count_is_known = True
-        if self.momentum_scheduler is not None:
-            self._publish(self._next_momentum())
+        if momentum is not None:
+            self._publish(momentum)
 
     def attach(
         self,
@@ -184,9 +193,9 @@ class EMAHandler:
                 )
         exists = hasattr(engine.state, name)
         current = getattr(engine.state, name, None)  # None also where a StateParamScheduler made it and has not run yet
-        goes_on = current is not None and self.momentum_scheduler is None
+        goes_on = current is not None and self.momentum_scheduler is None and not self._current_is_loaded
         if goes_on:
-            _checked(current, f"engine.state.{name}")
+            checked_momentum(current, f"engine.state.{name}")
         if exists and warn_if_exists:
             warnings.warn(
                 f"Attribute '{name}' already exists in Engine.state: the engine has loaded it, or something else made "
@@ -195,10 +204,13 @@ class EMAHandler:
                 stacklevel=2,
             )
         if not goes_on:
-            setattr(engine.state, name, self._next_momentum())
-        return Attachment(
+            momentum = self._momentum_of(self._num_updates)
+            setattr(engine.state, name, self._current if momentum is None else momentum)
+        attachment = Attachment(
             self, engine, name, not exists, event, partial(self._update, name), partial(self._check_start, name)
         )
+        self._attachments.append(ref(attachment))
+        return attachment
 
     def reset(self) -> None:
         """Starts again: the average becomes the model, buffers included, and the count 0."""
@@ -210,8 +222,8 @@ class EMAHandler:
         return {
             "ignite_ema_version": _VERSION,
             "num_updates": self._num_updates,
-            "current_momentum": self._next_momentum(),
-            "momentum_schedule": self._described(),
+            "current_momentum": self._plain_momentum() if self.momentum_scheduler is None else None,
+            "momentum_schedule": _described(self._rule),
             "averaged_tensors": self._average.state_dict(),
         }
 
@@ -226,40 +238,52 @@ class EMAHandler:
                 it, and nothing has been loaded then.
         """
         _check_state(state)
+        self._momentum_of(state["num_updates"])  # raises before anything has changed
         self._average.load_state_dict(state["averaged_tensors"])
         self.num_updates = state["num_updates"]
-        if state["momentum_schedule"] != self._described():
+        if state["momentum_schedule"] != _described(self._rule):
             warnings.warn(
-                f"The EMA handler was saved with {state['momentum_schedule']} and goes on with {self._described()}; if "
-                "that is not meant, make it as it was made before.",
+                f"The EMA handler was saved with {state['momentum_schedule']} and goes on with "
+                f"{_described(self._rule)}; if that is not meant, make it as it was made before.",
                 stacklevel=2,
             )
-        elif self.momentum_scheduler is None:
+        elif state["current_momentum"] is not None:
             self._current = state["current_momentum"]
+            self._current_is_loaded = True
             self._publish(self._current)
 
     def _update(self, name: str, engine: Engine) -> None:
-        schedule = self.momentum_scheduler
-        if schedule is None:
-            self._current = momentum = _checked(getattr(engine.state, name, None), f"engine.state.{name}")
+        momentum = self._momentum_of(self._num_updates)
+        if momentum is None:
+            self._current = momentum = checked_momentum(getattr(engine.state, name, None), f"engine.state.{name}")
         else:
-            momentum = self._next_momentum()
             setattr(engine.state, name, momentum)
         self._average.update(momentum)
         self._num_updates += 1
+        self._count_is_known = True
 
-    def _next_momentum(self) -> float:
-        """What the next update will use, as far as is known now."""
-        if self.momentum_scheduler is not None:
-            value = self.momentum_scheduler(self._num_updates)
-            return _checked(value, "the momentum that the schedule returns")
-        for state, name in attached_by(self):
-            return _checked(getattr(state, name, None), f"engine.state.{name}")
+    def _momentum_of(self, n: int) -> float | None:
+        """What the schedule gives after ``n`` updates, None where the momentum is plain."""
+        if self.momentum_scheduler is None:
+            return None
+        return checked_momentum(self.momentum_scheduler(n), "the momentum that the schedule returns")
+
+    def _plain_momentum(self) -> float:
+        for state, name in self._attached():
+            return checked_momentum(getattr(state, name, None), f"engine.state.{name}")
         return self._current
 
     def _publish(self, momentum: float) -> None:
-        for state, name in attached_by(self):
+        for state, name in self._attached():
             setattr(state, name, momentum)
+
+    def _attached(self) -> Iterator[tuple[State, str]]:
+        """Where this handler is attached now: the states of the engines and the names of the attributes."""
+        for reference in self._attachments:
+            attachment = reference()
+            engine = attachment.engine() if attachment is not None and attachment.is_attached else None
+            if attachment is not None and engine is not None:
+                yield engine.state, attachment.name
 
     def _check_start(self, name: str, engine: Engine) -> None:
         """Warns once where a run is resumed with a handler that was not restored."""
@@ -276,27 +300,15 @@ class EMAHandler:
                 stacklevel=2,
             )
 
-    def _described(self) -> str:
-        """The rule in words that are the same in every process."""
-        return (
-            repr(self._rule)
-            if is_dataclass(self._rule)
-            else getattr(self._rule, "__qualname__", type(self._rule).__qualname__)
-        )
 
-
-def _checked(value: object, what: str) -> float:
-    """``value`` as a momentum; raises with the name of what it was read from."""
-    if type(value) is float and 0 <= value <= 1:
-        return value
-    if isinstance(value, torch.Tensor) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{what} should be a momentum, a number in [0, 1], got {value!r}; set it to one.")
-    momentum = float(value)
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"{what} should be a momentum in [0, 1], the weight of the new weights, got {value!r}.")
-    return momentum
+def _described(value: object) -> str:
+    """A rule, or a field of one, in words that are the same in every process; functions by their names alone."""
+    if is_dataclass(value) and not isinstance(value, type):
+        inner = ", ".join(f"{field.name}={_described(getattr(value, field.name))}" for field in fields(value))
+        return f"{type(value).__qualname__}({inner})"
+    if isinstance(value, numbers.Real):
+        return repr(float(value))
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
 
 
 def _check_count(value: object) -> None:
@@ -356,11 +368,16 @@ def _check_state(state: Mapping[str, Any]) -> None:
             )
     for key, expected in _STATE.items():
         if not isinstance(state[key], expected) or isinstance(state[key], bool):
-            raise TypeError(f"{key!r} of the state should be of type {expected.__name__}, got {state[key]!r}.")
+            names = " or ".join(kind.__name__ for kind in expected)
+            raise TypeError(
+                f"{key!r} of the state should be of type {names}, got {type(state[key]).__name__}; load what "
+                "state_dict() gave, unchanged."
+            )
     if state["ignite_ema_version"] != _VERSION:
         raise ValueError(
             f"'ignite_ema_version' of the state should be {_VERSION}, got {state['ignite_ema_version']}; load it with "
             "the ignite_ema that wrote it, or a newer one."
         )
     _check_count(state["num_updates"])
-    _checked(state["current_momentum"], "'current_momentum' of the state")
+    if state["current_momentum"] is not None:
+        checked_momentum(state["current_momentum"], "'current_momentum' of the state")

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Kernel", "copy", "copying_kernel_for", "holds_infinity", "lerping_kernel_for", "norms"]
+__all__ = ["Kernel", "copy", "copying_kernel_for", "lerping_kernel_for", "norms"]
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 Kernel: TypeAlias = Callable[[Tensors, Tensors, float], None]
@@ -24,19 +24,18 @@ Kernel: TypeAlias = Callable[[Tensors, Tensors, float], None]
 _NATIVE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
-def holds_infinity(tensor: Tensor) -> bool:
-    """Whether a weight is infinite, as in an attention mask of 0 and -inf; False for types without infinities."""
-    return tensor.dtype in _NATIVE and tensor.layout is torch.strided and bool(torch.isinf(tensor.detach()).any())
-
-
 def copying_kernel_for(averaged: Tensor) -> Kernel:
     """The kernel that copies whatever the weight."""
     return _copy_strided if averaged.layout is torch.strided else _copy_sparse
 
 
-def lerping_kernel_for(averaged: Tensor, online: Tensor, infinite: bool) -> Kernel:
+def lerping_kernel_for(averaged: Tensor, online: Tensor, is_buffer: bool) -> Kernel:
     """The fastest kernel that is right for this pair, and for every one of the same dtypes, devices and finiteness."""
-    if infinite or averaged.dtype not in _NATIVE:
+    if averaged.dtype not in _NATIVE:
+        return _lerp_widened
+    if is_buffer:
+        return _lerp_buffers
+    if not online.requires_grad and (_holds_infinity(averaged) or _holds_infinity(online)):
         return _lerp_widened
     if averaged.dtype == online.dtype and averaged.device == online.device:
         return _lerp
@@ -80,8 +79,23 @@ def _lerp_converted(averaged: Tensors, online: Tensors, weight: float) -> None:
             average.lerp_(value.to(average.device, average.dtype), weight)
 
 
+def _lerp_buffers(averaged: Tensors, online: Tensors, weight: float) -> None:
+    """For buffers, which are many and small, and may be masks of 0 and -inf: all of them as one flat tensor."""
+    if weight == 1:
+        torch._foreach_copy_(averaged, online)
+    elif weight != 0:
+        flat = torch.cat([average.reshape(-1) for average in averaged])
+        _lerp_widened([flat], [torch.cat([value.reshape(-1) for value in online])], weight)
+        parts = torch.split(flat, [average.numel() for average in averaged])
+        torch._foreach_copy_(averaged, [p.view(a.shape) for p, a in zip(parts, averaged, strict=True)])
+
+
+def _holds_infinity(tensor: Tensor) -> bool:
+    return tensor.dtype in _NATIVE and bool(torch.isinf(tensor.detach()).any())
+
+
 def _lerp_widened(averaged: Tensors, online: Tensors, weight: float) -> None:
-    """For types without arithmetic of their own (8-bit floats) and tensors that hold infinities (attention masks)."""
+    """For types without arithmetic of their own (8-bit floats), and tensors that may hold infinities."""
     if weight == 1:
         torch._foreach_copy_(averaged, online)
     elif weight != 0:

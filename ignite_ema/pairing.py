@@ -51,8 +51,6 @@ class Pairing:
     def __init__(self, online: nn.Module, averaged: nn.Module, treat_buffer: Callable[[str], Treatment]) -> None:
         self._roots = online, averaged
         self._treat_buffer = treat_buffer
-        # Known from the first update on: a model may fill a mask with -inf in its first forward pass.
-        self._infinite: frozenset[str] | None = None
         self._known: Fingerprint
         self._arrange(Structure(online, averaged))
 
@@ -68,18 +66,14 @@ class Pairing:
             Mismatch: where the model no longer matches its twin.
         """
         try:
-            if self._infinite is not None and self._structure.intact():
+            if self._structure.intact():
                 tensors = self._tensors()
                 seen = self._fingerprint(tensors)
                 if seen == self._known or self._follows(tensors, seen):
                     return tensors
         except (KeyError, TypeError, RuntimeError):  # a name is gone, holds None, or a tensor without memory
             pass
-        structure = Structure(*self._roots)
-        if self._infinite is None:
-            online = ((pair.path, owner[key]) for pair in structure.pairs for owner, key in pair.slots()[:1])
-            self._infinite = frozenset(path for path, tensor in online if kernels.holds_infinity(tensor))
-        self._arrange(structure)
+        self._arrange(Structure(*self._roots))
         return self._tensors()
 
     def _follows(self, tensors: Tensors, seen: Fingerprint) -> bool:
@@ -139,10 +133,10 @@ class Pairing:
         if treatment == "average" and (averaged.is_floating_point() or averaged.is_complex()):
             if online.layout is not torch.strided:
                 raise TypeError(
-                    f"A tensor should be strided to be averaged, got '{pair.path}' with layout {online.layout}; "
-                    f'as a buffer it can be copied: handle_buffers={{"{pair.path}": "copy"}}.'
+                    f"A tensor should be strided to be averaged, got '{pair.path}' with layout {online.layout}; a "
+                    f'buffer can be copied instead: handle_buffers={{"{pair.path}": "copy", "*": "update"}}.'
                 )
-            kernel = kernels.lerping_kernel_for(averaged, online, pair.path in (self._infinite or ()))
+            kernel = kernels.lerping_kernel_for(averaged, online, pair.kind == "_buffers")
             resolution = torch.finfo(averaged.dtype).eps
         else:
             kernel, resolution = kernels.copying_kernel_for(averaged), 0.0
@@ -160,7 +154,7 @@ def _give_memory(structure: Structure) -> None:
         extent = _extent(averaged)
         start, stop = averaged.data_ptr(), averaged.data_ptr() + averaged.element_size() * extent
         others = taken.setdefault(storage, [])
-        if averaged.numel() > extent or any(start < end and begin < stop for begin, end in others):
+        if _overlaps_itself(averaged) or any(start < end and begin < stop for begin, end in others):
             with torch.inference_mode(False):
                 averaged.data = averaged.detach().clone()
         else:
@@ -173,9 +167,18 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _pointer(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.layout is torch.strided else 0
+    return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor.layout)
 
 
 def _extent(tensor: Tensor) -> int:
     """How many elements lie between the first and the last, both included."""
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return True
+        reach += (size - 1) * step
+    return False

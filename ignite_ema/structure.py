@@ -4,12 +4,13 @@ Tensors are paired by owner and name, never by position, and wrappers (``Distrib
 what ``torch.compile`` returns) are looked through. What does not match raises :class:`Mismatch` and names the path.
 """
 
+from operator import is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["Mismatch", "Pair", "Slot", "Structure", "inside", "unwrapped"]
+__all__ = ["Mismatch", "Pair", "Slot", "Structure", "inside", "tensors_of", "unwrapped"]
 
 Slot = tuple[dict[str, Any], str]
 
@@ -23,7 +24,8 @@ def inside(module: nn.Module) -> nn.Module | None:
     if isinstance(module, (DistributedDataParallel, DataParallel)):
         wrapped: nn.Module = module.module
         return wrapped
-    return module._modules.get("_orig_mod")  # what torch.compile returns; importing its class would cost a second
+    # What torch.compile returns, by name: importing the class would cost a second.
+    return module._modules["_orig_mod"] if type(module).__name__ == "OptimizedModule" else None
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -31,6 +33,26 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while (wrapped := inside(module)) is not None:
         module = wrapped
     return module
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of ``module`` by its path without wrappers, each tied tensor once, by its first."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    _collect(unwrapped(module), "", found, set())
+    return dict(found.values())
+
+
+def _collect(module: nn.Module, prefix: str, found: dict[int, tuple[str, Tensor]], visited: set[int]) -> None:
+    if id(module) in visited:
+        return
+    visited.add(id(module))
+    for owner in (module._parameters, module._buffers):
+        for key, tensor in owner.items():
+            if tensor is not None:
+                found.setdefault(id(tensor), (prefix + key, tensor))
+    for key, child in module._modules.items():
+        if child is not None:
+            _collect(unwrapped(child), f"{prefix}{key}.", found, visited)
 
 
 class Pair(NamedTuple):
@@ -55,7 +77,7 @@ class Pair(NamedTuple):
         return (getattr(self.online, self.kind), self.key), (getattr(self.averaged, self.kind), self.key)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The two tensors (online, averaged) as they are now; raises Mismatch if their shapes or layouts differ."""
+        """The two tensors (online, averaged) as they are now, of the same shape, layout and kind of number."""
         online, averaged = (owner[key] for owner, key in self.slots())
         if online.shape != averaged.shape:
             raise Mismatch(
@@ -63,6 +85,10 @@ class Pair(NamedTuple):
             )
         if online.layout != averaged.layout:
             raise Mismatch(f"'{self.path}' has {online.layout} in the model and {averaged.layout} in the twin")
+        if online.dtype != averaged.dtype and (
+            online.is_floating_point() != averaged.is_floating_point() or online.is_complex() != averaged.is_complex()
+        ):
+            raise Mismatch(f"'{self.path}' has {online.dtype} in the model and {averaged.dtype} in the twin")
         return online, averaged
 
 
@@ -77,7 +103,7 @@ class Structure:
         pairs: the pairs, in the order of the model.
 
     Raises:
-        Mismatch: where the trees differ in the names or ties of their tensors, or share a module.
+        Mismatch: where the trees differ in the names or ties of their tensors, or share a module or a tensor.
     """
 
     def __init__(self, online: nn.Module, averaged: nn.Module) -> None:
@@ -94,23 +120,19 @@ class Structure:
         """Whether no name, module or tie has come, gone or changed; KeyError where a name is gone."""
         return (
             list(map(len, self._owners)) == self._sizes
-            and [owner[key] for owner, key in self._fixed] == self._expected
+            and all(map(is_, [owner[key] for owner, key in self._fixed], self._expected))
             and not (self._ties and any(a[i] is not b[j] for (a, i), (b, j) in self._ties))
         )
 
     def _walk(
-        self,
-        online: nn.Module,
-        averaged: nn.Module,
-        prefix: str,
-        known: dict[int, Pair],
-        visited: set[tuple[nn.Module, nn.Module]],
+        self, online: nn.Module, averaged: nn.Module, prefix: str, known: dict[int, Pair], visited: set[tuple[int, int]]
     ) -> None:
-        if (online, averaged) in visited:
+        if (id(online), id(averaged)) in visited:
             return
-        visited.add((online, averaged))
+        visited.add((id(online), id(averaged)))
         if online is averaged:
-            raise Mismatch(f"{_place(prefix)} is one and the same module in the model and in the twin")
+            place = f"'{prefix.removesuffix('.')}'" if prefix else "the root"
+            raise Mismatch(f"{place} is one and the same module in the model and in the twin")
         for kind in ("_parameters", "_buffers", "_modules"):
             owners: list[dict[str, Any]] = [getattr(module, kind) for module in (online, averaged)]
             self._owners += owners
@@ -127,8 +149,10 @@ class Structure:
                     self._add(Pair(prefix + name, online, averaged, kind, name), known)
 
     def _add(self, pair: Pair, known: dict[int, Pair]) -> None:
-        (ours, key), (theirs, _) = pair.slots()
-        in_model, in_twin = known.get(id(ours[key])), known.get(id(theirs[key]))
+        ours, theirs = (owner[key] for owner, key in pair.slots())
+        if ours is theirs:
+            raise Mismatch(f"'{pair.path}' is one and the same tensor in the model and in the twin")
+        in_model, in_twin = known.get(id(ours)), known.get(id(theirs))
         if in_model is not in_twin:
             here, there = ("model", "twin") if in_model else ("twin", "model")
             path = (in_model or in_twin or pair).path
@@ -136,9 +160,5 @@ class Structure:
         if in_model is not None:
             self._ties += zip(pair.slots(), in_model.slots(), strict=True)
             return
-        known[id(ours[key])] = known[id(theirs[key])] = pair
+        known[id(ours)] = known[id(theirs)] = pair
         self.pairs.append(pair)
-
-
-def _place(prefix: str) -> str:
-    return f"'{prefix.removesuffix('.')}'" if prefix else "the root"

@@ -1,7 +1,6 @@
 """Making the averaged twin of a model: a deep copy that owns its memory, without wrappers and without gradients."""
 
 import copy
-from itertools import chain
 from typing import Any
 
 import torch
@@ -9,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
-from .structure import inside
+from .structure import inside, tensors_of
 
-__all__ = ["check_own_twin", "make_twin", "refuse_lazy", "stripped"]
+__all__ = ["check_own_twin", "freeze", "make_twin", "refuse_lazy", "stripped"]
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,13 +23,19 @@ def stripped(module: nn.Module) -> nn.Module:
 
 
 def refuse_lazy(name: str, module: nn.Module) -> None:
-    """Raises RuntimeError where a tensor of ``module`` has no shape yet."""
-    for path, tensor in chain(module.named_parameters(), module.named_buffers()):
-        if is_lazy(tensor):
+    """Raises RuntimeError where a tensor of ``module`` has no shape, or no values, yet."""
+    for path, tensor in tensors_of(module).items():
+        if is_lazy(tensor) or tensor.is_meta:
+            lacks = "shape; run it on one batch first" if is_lazy(tensor) else "values; materialise it first"
             raise RuntimeError(
-                f"{name} should be initialised before it is averaged, got a lazy one whose '{path}' has no shape; run "
-                "it on one batch first."
+                f"{name} should be initialised before it is averaged, got one whose '{path}' has no {lacks}."
             )
+
+
+def freeze(module: nn.Module) -> None:
+    """Takes the gradients from every tensor of ``module``."""
+    for tensor in tensors_of(module).values():
+        tensor.requires_grad_(False)
 
 
 def check_own_twin(twin: nn.Module, dtype: object, device: object) -> None:
@@ -43,7 +48,7 @@ def check_own_twin(twin: nn.Module, dtype: object, device: object) -> None:
             f"dtype and device should be None where ema_model brings its own, got {dtype} and {device}; move the "
             "module with ema_model.to(...) first."
         )
-    for path, tensor in chain(twin.named_parameters(), twin.named_buffers()):
+    for path, tensor in tensors_of(twin).items():
         if tensor.is_inference():
             raise ValueError(
                 f"ema_model should hold tensors that can be updated, but '{path}' was made inside "
@@ -52,7 +57,7 @@ def check_own_twin(twin: nn.Module, dtype: object, device: object) -> None:
 
 
 def make_twin(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> nn.Module:
-    """A deep copy of ``model`` that needs no gradients and shares no memory with it.
+    """A deep copy of ``model`` that shares no memory with it.
 
     Args:
         model: the model; ``DistributedDataParallel`` and compiled modules inside it become plain ones.
@@ -70,42 +75,58 @@ def make_twin(model: nn.Module, dtype: torch.dtype | None, device: torch.device 
     if dtype is not None and dtype not in _HOLDING_TYPES:
         raise ValueError(f"dtype should be one of {', '.join(map(str, _HOLDING_TYPES))}, got {dtype}.")
     with torch.inference_mode(False), torch.no_grad():
-        # deepcopy looks here first, so it meets finished copies of the tensors and never the wrappers.
-        memo: dict[int, Any] = {id(t): _copied(t, dtype, device) for t in chain(model.parameters(), model.buffers())}
         try:
+            # deepcopy looks here first, so it meets finished copies of the tensors and never the wrappers.
+            memo: dict[int, Any] = {}
+            for tensor in tensors_of(model).values():
+                if (copied := _copied(tensor, dtype, device)) is not None:
+                    memo[id(tensor)] = copied
             for module in reversed(list(model.modules())):
                 if (wrapped := stripped(module)) is not module:
                     memo[id(module)] = copy.deepcopy(wrapped, memo)
-            twin = copy.deepcopy(model, memo)
+            twin: nn.Module = copy.deepcopy(model, memo)
         except Exception as error:
             raise RuntimeError(
                 f"model should be one that copy.deepcopy can copy, got {type(model).__name__} where "
-                f"{_obstacle(model) or error}; build the twin yourself, the way the model is built, and pass it as "
+                f"{_obstacle(model, error)}; build the twin yourself, the way the model is built, and pass it as "
                 "ema_model=."
             ) from error
-    return twin.requires_grad_(False)
+    return twin
 
 
-def _copied(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
+def _copied(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor | None:
+    """The copy of a tensor, or None where deepcopy does it better."""
     held = tensor.dtype
     if dtype is not None and tensor.is_floating_point():
         held = dtype
     elif dtype is not None and tensor.is_complex():
         held = max(dtype, torch.float32, key=lambda t: torch.finfo(t).bits).to_complex()
+    is_parameter = isinstance(tensor, nn.Parameter)
+    moved = held != tensor.dtype or device not in (None, tensor.device)
+    if type(tensor) not in (Tensor, nn.Parameter):  # may have attributes and a deepcopy of its own
+        result = copy.deepcopy(tensor)
+        if moved:
+            result.data = result.data.to(device, held)
+        return result
+    is_plain = tensor.is_leaf and not tensor.is_inference() and tensor.layout is torch.strided
+    if not is_parameter and is_plain and not moved:
+        return None  # with its attributes, and what shares its memory
     result = tensor.detach().to(device=device, dtype=held, copy=True)
-    return nn.Parameter(result, requires_grad=False) if isinstance(tensor, nn.Parameter) else result
+    return nn.Parameter(result, requires_grad=False) if is_parameter else result
 
 
-def _obstacle(model: nn.Module) -> str | None:
-    """Names the first attribute that cannot be deep-copied, and why."""
+def _obstacle(model: nn.Module, error: Exception) -> str:
+    """What raised ``error`` when the model was copied: the first attribute that raises the same, else its text."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             try:
                 if name not in ("_parameters", "_buffers", "_modules"):
                     copy.deepcopy(value)
-            except Exception as error:
+            except Exception as again:
+                if (type(again), str(again)) != (type(error), str(error)):
+                    continue
                 where = f"'{path}.{name}'" if path else f"'{name}'"
                 if isinstance(value, Tensor) and not value.is_leaf:
                     return f"{where} is the result of a computation (an activation, pruning, old weight_norm)"
                 return f"{where} ({type(value).__name__}) is in the way: {error}"
-    return None
+    return str(error)

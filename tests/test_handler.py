@@ -240,7 +240,7 @@ BAD_EVENTS = [
 ]
 
 
-@pytest.mark.parametrize(("event", "message"), BAD_EVENTS, ids=str)
+@pytest.mark.parametrize(("event", "message"), BAD_EVENTS, ids=range(len(BAD_EVENTS)))
 def test_a_bad_event_raises_and_leaves_nothing_behind(event, message):
     trainer = Engine(lambda engine, batch: None)
     handler = EMAHandler(scalar_model())
@@ -327,18 +327,61 @@ def test_something_else_than_an_engine_raises():
         EMAHandler(scalar_model()).attach(scalar_model())
 
 
-def test_momentum_is_settable_and_replaces_the_rule():
+def test_a_plain_momentum_is_settable_before_and_after_attach():
     model = scalar_model()
     trainer = trainer_for(model)
-    handler = EMAHandler(model, 0.5, 0.1, 10)
-    handler.attach(trainer)
+    handler = EMAHandler(model, 0.5)
     handler.momentum = 0.25
-    assert (handler.momentum, handler.momentum_scheduler, trainer.state.ema_momentum) == (0.25, None, 0.25)
-    handler.momentum = LinearWarmup(0.5, 0.0, 5)
-    assert trainer.state.ema_momentum == 0.0
+    handler.attach(trainer)
+    assert (handler.momentum, trainer.state.ema_momentum) == (0.25, 0.25)
+    handler.momentum = 0.125
+    assert trainer.state.ema_momentum == 0.125
     with pytest.raises(ValueError, match="Invalid momentum: 2"):
         handler.momentum = 2
-    assert handler.momentum == LinearWarmup(0.5, 0.0, 5)
+    with pytest.raises(TypeError, match="momentum should be set from one float to another, got Constant"):
+        handler.momentum = Constant(0.5)
+    assert (handler.momentum, trainer.state.ema_momentum) == (0.125, 0.125)
+
+
+def test_a_schedule_is_not_settable():
+    handler = EMAHandler(scalar_model(), 0.5, 0.1, 10)
+    with pytest.raises(TypeError, match="got 0.25 in place of 0.5; make a new handler for another schedule"):
+        handler.momentum = 0.25
+
+
+def test_a_handle_removed_by_an_earlier_handler_of_the_same_event_is_removed_at_once():
+    model = scalar_model()
+    trainer = trainer_for(model)
+    handler = EMAHandler(model, 0.5)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: handle.remove())
+    handle = handler.attach(trainer)
+    trainer.run([0] * 4)
+    assert handler.num_updates == 1
+
+
+def test_a_schedule_may_end_with_the_run():
+    model = scalar_model()
+    trainer = trainer_for(model)
+    handler = EMAHandler(model, [0.5, 0.4, 0.3].__getitem__)
+    handler.attach(trainer)
+    trainer.run([0] * 3)
+    assert handler.state_dict()["num_updates"] == 3
+    with pytest.raises(IndexError):
+        handler.num_updates = 7
+    assert handler.num_updates == 3
+
+
+def test_an_engine_that_the_model_refers_to_is_collected():
+    def build():
+        model = scalar_model()
+        trainer = trainer_for(model)
+        model.register_forward_hook(lambda *_: trainer.state.iteration)
+        EMAHandler(model, lambda n: 0.5 if trainer else 0.1).attach(trainer)
+        return weakref.ref(trainer)
+
+    alive = build()
+    gc.collect()
+    assert alive() is None
 
 
 def test_ema_train_stays_in_train_mode_when_an_evaluator_has_left_it():
@@ -369,7 +412,7 @@ def test_two_plain_handlers_may_share_one_momentum():
         Events.ITERATION_COMPLETED(every=2),
         Events.ITERATION_COMPLETED(every=2) | Events.ITERATION_COMPLETED(every=3) | Events.EPOCH_COMPLETED,
     ],
-    ids=str,
+    ids=["event", "filtered", "list"],
 )
 def test_a_removed_handle_undoes_attach(event):
     model = scalar_model()
@@ -502,7 +545,7 @@ BAD_ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS, ids=range(len(BAD_ARGUMENTS)))
 def test_a_bad_argument_raises(arguments, error, message):
     with pytest.raises(error, match=message):
         EMAHandler(**{"model": scalar_model(), **arguments})

@@ -67,7 +67,7 @@ def test_every_schedule_has_a_row():
     assert {type(schedule).__name__ for schedule in SCHEDULES} == classes
 
 
-@pytest.mark.parametrize(("schedule", "rule"), RULES, ids=repr)
+@pytest.mark.parametrize(("schedule", "rule"), RULES, ids=map(repr, SCHEDULES))
 def test_a_schedule_follows_its_formula(schedule, rule):
     for n in [*range(1000), 30_000]:
         assert schedule(n) == pytest.approx(rule(n), rel=1e-10, abs=1e-16)
@@ -76,7 +76,7 @@ def test_a_schedule_follows_its_formula(schedule, rule):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize(("schedule", "rule"), RULES, ids=repr)
+@pytest.mark.parametrize(("schedule", "rule"), RULES, ids=map(repr, SCHEDULES))
 def test_the_handler_averages_by_the_rule(schedule, rule, every):
     """1,000 updates of weights on a random walk, in float32 against a float64 loop: rounding alone makes under 1e-6."""
     torch.manual_seed(0)

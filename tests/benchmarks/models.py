@@ -1,0 +1,56 @@
+"""Modules that hold the parameters and buffers of known models, by shape; none of them computes anything."""
+
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+__all__ = ["MODELS"]
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def many() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(16, 16) for _ in range(600)))
+
+
+def resnet50() -> nn.Module:
+    """The tensors of torchvision's ResNet-50 (He et al. 2015, arXiv 1512.03385), with its 1,000 classes."""
+    stages = [(64, 64, 3), (256, 128, 4), (512, 256, 6), (1024, 512, 3)]
+    blocks = [block for stage in stages for block in _bottlenecks(*stage)]
+    return nn.Sequential(_convolution(3, 64, 7), *blocks, nn.Linear(2048, 1000))
+
+
+def gpt2() -> nn.Module:
+    """The tensors of GPT-2 124M (Radford et al. 2019): its head is tied to the embedding of tokens."""
+    embedding = nn.Embedding(50257, 768)
+    head = nn.Linear(768, 50257, bias=False, device="meta")  # its own weight is never needed
+    head.weight = embedding.weight
+    blocks = (_transformer_block(768) for _ in range(12))
+    return nn.Sequential(embedding, nn.Embedding(1024, 768), *blocks, nn.LayerNorm(768), head)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "many": many, "resnet50": resnet50, "gpt2": gpt2}
+
+
+def _bottlenecks(inputs: int, width: int, count: int) -> Iterator[nn.Module]:
+    outputs = 4 * width
+    for index in range(count):
+        block = nn.Sequential(
+            _convolution(inputs, width, 1), _convolution(width, width, 3), _convolution(width, outputs, 1)
+        )
+        if index == 0:
+            block.append(_convolution(inputs, outputs, 1))  # the shortcut
+        yield block
+        inputs = outputs
+
+
+def _convolution(inputs: int, outputs: int, size: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, size, bias=False), nn.BatchNorm2d(outputs))
+
+
+def _transformer_block(width: int) -> nn.Module:
+    attention = nn.Sequential(nn.Linear(width, 3 * width), nn.Linear(width, width))
+    perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    return nn.Sequential(nn.LayerNorm(width), attention, nn.LayerNorm(width), perceptron)

@@ -1,0 +1,18 @@
+"""What several test files need."""
+
+import ignite.distributed as idist
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    """A process group of this process alone; the file makes tests in parallel strangers to each other."""
+    path = tmp_path_factory.mktemp("group") / "file"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")  # or ignite.distributed warns that it has to guess
+        torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=0, world_size=1)
+        yield
+        idist.finalize()  # ignite.distributed would go on asking for the group
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
