@@ -106,21 +106,28 @@ class ModelAverage:
             ValueError: for a momentum outside [0, 1].
             RuntimeError: when the structure of the model has changed, or a shape; nothing has been updated then.
         """
-        momentum = checked_momentum(momentum, "momentum")
+        if type(momentum) is not float or not 0 <= momentum <= 1:
+            momentum = checked_momentum(momentum, "momentum")
         if self.handle_buffers == "ema_train" and not self.module.training:
             self.module.train()  # an evaluator has put it into eval mode
-        with torch.set_grad_enabled(False):  # as torch.no_grad() does, at half its cost
-            tensors = self._read()
+        gradients = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # what torch.no_grad() does, at a fifth of its cost
+        try:
+            tensors = self._pairing.read()
             if momentum < self._pairing.resolution:
                 self._warn_of_rounding(momentum)
             for kernel, averaged, online in self._pairing.groups:
                 kernel(tensors[averaged], tensors[online], momentum)
+        except Mismatch as mismatch:
+            raise _changed(mismatch) from None
+        finally:
+            torch._C._set_grad_enabled(gradients)
 
     @torch.no_grad()
     def reset(self) -> None:
         """Makes the twin equal to the model, buffers included, whatever ``handle_buffers`` says."""
-        self._read()
         try:
+            self._pairing.read()
             pairs = [pair.tensors() for pair in self._pairing.pairs]
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
@@ -160,12 +167,6 @@ class ModelAverage:
 
     def _parameters(self) -> list[Tensor]:
         return [tensor for tensor in tensors_of(self.module).values() if isinstance(tensor, nn.Parameter)]
-
-    def _read(self) -> list[Tensor]:
-        try:
-            return self._pairing.read()
-        except Mismatch as mismatch:
-            raise _changed(mismatch) from None
 
     def _warn_of_rounding(self, momentum: float) -> None:
         if momentum == 0 or self._warned or self._dtype is not None:
