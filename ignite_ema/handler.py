@@ -21,6 +21,7 @@ from .schedules import Constant, LinearWarmup, Schedule
 
 __all__ = ["EMAHandler"]
 
+_FROM_SCHEDULE = "the momentum that the schedule returns"
 _VERSION = 1
 _STATE: dict[str, tuple[type, ...]] = {
     "ignite_ema_version": (int,),
@@ -253,10 +254,13 @@ class EMAHandler:
             self._publish(self._current)
 
     def _update(self, name: str, engine: Engine) -> None:
-        momentum = self._momentum_of(self._num_updates)
-        if momentum is None:
-            self._current = momentum = checked_momentum(getattr(engine.state, name, None), f"engine.state.{name}")
+        if self.momentum_scheduler is None:
+            momentum = getattr(engine.state, name, None)
+            if type(momentum) is not float or not 0 <= momentum <= 1:
+                momentum = checked_momentum(momentum, f"engine.state.{name}")
+            self._current = momentum
         else:
+            momentum = checked_momentum(self.momentum_scheduler(self._num_updates), _FROM_SCHEDULE)
             setattr(engine.state, name, momentum)
         self._average.update(momentum)
         self._num_updates += 1
@@ -266,7 +270,7 @@ class EMAHandler:
         """What the schedule gives after ``n`` updates, None where the momentum is plain."""
         if self.momentum_scheduler is None:
             return None
-        return checked_momentum(self.momentum_scheduler(n), "the momentum that the schedule returns")
+        return checked_momentum(self.momentum_scheduler(n), _FROM_SCHEDULE)
 
     def _plain_momentum(self) -> float:
         for state, name in self._attached():

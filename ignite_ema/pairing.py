@@ -67,23 +67,29 @@ class Pairing:
         """
         try:
             if self._structure.intact():
-                tensors = self._tensors()
-                seen = self._fingerprint(tensors)
-                if seen == self._known or self._follows(tensors, seen):
+                tensors = [owner[key] for owner, key in self._slots]
+                pointers, shapes, types = self._known
+                online = tensors[: len(shapes)]
+                if (
+                    list(map(self._pointer_of, tensors)) == pointers
+                    and [tensor.shape for tensor in online] == shapes
+                    and [tensor.dtype for tensor in online] == types
+                ) or self._follows(tensors):
                     return tensors
         except (KeyError, TypeError, RuntimeError):  # a name is gone, holds None, or a tensor without memory
             pass
         self._arrange(Structure(*self._roots))
-        return self._tensors()
+        return [owner[key] for owner, key in self._slots]
 
-    def _follows(self, tensors: Tensors, seen: Fingerprint) -> bool:
+    def _follows(self, tensors: Tensors) -> bool:
         """Whether nothing has changed but the memory of some of the model's tensors; takes note of it then."""
+        seen = self._fingerprint(tensors)
         count = len(tensors) // 2
         moved = [
             index for index, (now, before) in enumerate(zip(seen[0], self._known[0], strict=True)) if now != before
         ]
         alike = (
-            self._all_strided
+            self._pointer_of is Tensor.data_ptr
             and seen[1:] == self._known[1:]
             and moved[-1] < count
             and len(set(map(id, tensors[:count]))) == count
@@ -93,14 +99,10 @@ class Pairing:
             self._known = seen
         return alike
 
-    def _tensors(self) -> Tensors:
-        return [owner[key] for owner, key in self._slots]
-
     def _fingerprint(self, tensors: Tensors) -> Fingerprint:
         """Changes when a tensor is rebound to other memory, or the model's to other shapes or types in the same."""
         online = tensors[: len(tensors) // 2]
-        pointers = list(map(Tensor.data_ptr if self._all_strided else _pointer, tensors))
-        return pointers, [t.shape for t in online], [t.dtype for t in online]
+        return list(map(self._pointer_of, tensors)), [t.shape for t in online], [t.dtype for t in online]
 
     def _arrange(self, structure: Structure) -> None:
         """Sorts the pairs into groups; checks shapes and that the twin owns its memory."""
@@ -122,8 +124,9 @@ class Pairing:
             self.groups.append(Group(kernel, slice(count + start, count + stop), slice(start, stop)))
             start = stop
         self.resolution = max((resolution for _, resolution, *_ in by_kind), default=0.0)
-        tensors = self._tensors()
-        self._all_strided = all(tensor.layout is torch.strided for tensor in tensors)
+        tensors = [owner[key] for owner, key in self._slots]
+        all_strided = all(tensor.layout is torch.strided for tensor in tensors)
+        self._pointer_of = Tensor.data_ptr if all_strided else _pointer
         self._devices = [tensor.device for tensor in tensors[:count]]
         self._taken = {_storage(tensor) for tensor in tensors[count:]}
         self._known = self._fingerprint(tensors)

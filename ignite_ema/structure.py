@@ -109,17 +109,20 @@ class Structure:
     def __init__(self, online: nn.Module, averaged: nn.Module) -> None:
         self.pairs: list[Pair] = []
         self._ties: list[tuple[Slot, Slot]] = []
-        # intact() compares the sizes of all dictionaries, and the modules and Nones in them.
+        # intact() looks at the sizes of all dictionaries, most of which are empty, and the modules and Nones in them.
         self._owners: list[dict[str, Any]] = []
         self._fixed: list[Slot] = []
         self._walk(unwrapped(online), unwrapped(averaged), "", {}, set())
-        self._sizes = list(map(len, self._owners))
+        self._empty = [owner for owner in self._owners if not owner]
+        self._filled = [owner for owner in self._owners if owner]
+        self._sizes = list(map(len, self._filled))
         self._expected = [owner[key] for owner, key in self._fixed]
 
     def intact(self) -> bool:
         """Whether no name, module or tie has come, gone or changed; KeyError where a name is gone."""
         return (
-            list(map(len, self._owners)) == self._sizes
+            not any(self._empty)
+            and list(map(len, self._filled)) == self._sizes
             and all(map(is_, [owner[key] for owner, key in self._fixed], self._expected))
             and not (self._ties and any(a[i] is not b[j] for (a, i), (b, j) in self._ties))
         )
