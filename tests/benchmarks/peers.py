@@ -34,6 +34,13 @@ def ignite(model: nn.Module) -> Update:
     return update
 
 
+def event(model: nn.Module) -> Update:
+    """What every handler pays: an event whose handler does nothing."""
+    engine, update = _event()
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: None)
+    return update
+
+
 def lerp(model: nn.Module) -> Update:
     """The limit: one `lerp_` over as many contiguous floats as the model has parameters."""
     count = sum(p.numel() for p in model.parameters())
@@ -41,7 +48,7 @@ def lerp(model: nn.Module) -> Update:
     return partial(averaged.lerp_, online, _MOMENTUM)
 
 
-PEERS: dict[str, Callable[[nn.Module], Update]] = {OURS: ignite_ema, "ignite": ignite, LIMIT: lerp}
+PEERS: dict[str, Callable[[nn.Module], Update]] = {OURS: ignite_ema, "ignite": ignite, "event": event, LIMIT: lerp}
 
 
 def _event() -> tuple[Engine, Update]:
