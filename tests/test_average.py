@@ -31,6 +31,15 @@ def test_a_tensor_of_the_model_that_is_put_into_the_twin_raises():
         average.update(0.5)
 
 
+@pytest.mark.parametrize("momentum", [2e-4, 1e-5])
+def test_constant_weights_do_not_drift_in_100_000_updates(momentum):
+    model = nn.Linear(64, 1)
+    average = ModelAverage(model)
+    for _ in range(100_000):
+        average.update(momentum)
+    assert all(map(torch.equal, average.module.parameters(), model.parameters()))
+
+
 @pytest.mark.parametrize("other", [torch.int32, torch.complex64])
 def test_another_kind_of_number_raises_and_names_the_path(other):
     model, twin = nn.Linear(1, 1), nn.Linear(1, 1)
