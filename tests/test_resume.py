@@ -220,6 +220,20 @@ def test_a_bad_state_raises_and_changes_nothing(state, error, message):
     assert_same_bits(handler.state_dict(), before)
 
 
+def test_a_count_that_the_schedule_does_not_know_raises_and_changes_nothing():
+    handler = EMAHandler(nn.Linear(1, 1), [0.5, 0.4].__getitem__)
+    state = {
+        **handler.state_dict(),
+        "num_updates": 7,
+        "averaged_tensors": {"weight": torch.ones(1, 1), "bias": torch.ones(1)},
+    }
+    before = handler.ema_model.weight.clone()
+    with pytest.raises(IndexError):
+        handler.load_state_dict(state)
+    assert torch.equal(handler.ema_model.weight, before)
+    assert handler.num_updates == 0
+
+
 def test_a_narrower_type_loads_where_nothing_is_lost():
     model = nn.Linear(2, 2)
     state = EMAHandler(model, dtype=torch.bfloat16).state_dict()
