@@ -82,9 +82,9 @@ class ModelAverage:
             check_own_twin(ema_model, dtype, device)
             self.module = ema_model
         try:
-            names = [pair.path for pair in Structure(self.model, self.module).pairs if pair.kind == "_buffers"]
-            check_patterns(handle_buffers, names)
-            self._pairing = Pairing(self.model, self.module, partial(treatment_of, handle_buffers))
+            structure = Structure(self.model, self.module)
+            check_patterns(handle_buffers, [pair.path for pair in structure.pairs if pair.kind == "_buffers"])
+            self._pairing = Pairing(structure, partial(treatment_of, handle_buffers))
         except Mismatch as mismatch:
             raise RuntimeError(
                 f"ema_model should have the structure of the model, but {mismatch}; build it as the model is built."

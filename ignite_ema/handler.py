@@ -3,7 +3,6 @@
 import numbers
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -18,18 +17,11 @@ from .attachment import Attachment, Event, attachments, check_name, members_of
 from .average import ModelAverage, checked_momentum
 from .buffers import BufferRule
 from .schedules import Constant, LinearWarmup, Schedule
+from .state import VERSION, check_count, check_state, described
 
 __all__ = ["EMAHandler"]
 
 _FROM_SCHEDULE = "the momentum that the schedule returns"
-_VERSION = 1
-_STATE: dict[str, tuple[type, ...]] = {
-    "ignite_ema_version": (int,),
-    "num_updates": (int,),
-    "current_momentum": (float, type(None)),
-    "momentum_schedule": (str,),
-    "averaged_tensors": (Mapping,),
-}
 
 
 class EMAHandler:
@@ -144,7 +136,7 @@ class EMAHandler:
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:
-        _check_count(value)
+        check_count(value)
         momentum = self._momentum_of(value)
         self._num_updates = value
         self._count_is_known = True
@@ -221,10 +213,10 @@ class EMAHandler:
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
         return {
-            "ignite_ema_version": _VERSION,
+            "ignite_ema_version": VERSION,
             "num_updates": self._num_updates,
             "current_momentum": self._plain_momentum() if self.momentum_scheduler is None else None,
-            "momentum_schedule": _described(self._rule),
+            "momentum_schedule": described(self._rule),
             "averaged_tensors": self._average.state_dict(),
         }
 
@@ -238,14 +230,14 @@ class EMAHandler:
             TypeError, ValueError: for a state with a missing, unexpected or wrong entry, or of another model; names
                 it, and nothing has been loaded then.
         """
-        _check_state(state)
+        check_state(state)
         self._momentum_of(state["num_updates"])  # raises before anything has changed
         self._average.load_state_dict(state["averaged_tensors"])
         self.num_updates = state["num_updates"]
-        if state["momentum_schedule"] != _described(self._rule):
+        if state["momentum_schedule"] != described(self._rule):
             warnings.warn(
                 f"The EMA handler was saved with {state['momentum_schedule']} and goes on with "
-                f"{_described(self._rule)}; if that is not meant, make it as it was made before.",
+                f"{described(self._rule)}; if that is not meant, make it as it was made before.",
                 stacklevel=2,
             )
         elif state["current_momentum"] is not None:
@@ -305,23 +297,6 @@ class EMAHandler:
             )
 
 
-def _described(value: object) -> str:
-    """A rule, or a field of one, in words that are the same in every process; functions by their names alone."""
-    if is_dataclass(value) and not isinstance(value, type):
-        inner = ", ".join(f"{field.name}={_described(getattr(value, field.name))}" for field in fields(value))
-        return f"{type(value).__qualname__}({inner})"
-    if isinstance(value, numbers.Real):
-        return repr(float(value))
-    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
-
-
-def _check_count(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"num_updates should be an integer, got {value!r}: it counts updates.")
-    if value < 0:
-        raise ValueError(f"num_updates should be 0 or more, got {value!r}: it counts updates.")
-
-
 def _rule_of(momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None) -> Schedule:
     """What the three arguments say, checked."""
     if isinstance(momentum, BaseParamScheduler):
@@ -356,32 +331,3 @@ def _rule_of(momentum: float | Schedule, momentum_warmup: float | None, warmup_i
     if momentum_warmup is None or warmup_iters is None:
         return Constant(float(momentum))
     return LinearWarmup(momentum, momentum_warmup, warmup_iters)
-
-
-def _check_state(state: Mapping[str, Any]) -> None:
-    if not isinstance(state, Mapping):
-        raise TypeError(
-            f"The state of an EMAHandler should be a mapping from its state_dict(), got {type(state).__name__}."
-        )
-    for key in [*_STATE, *state]:
-        if key not in state or key not in _STATE:
-            what = "misses" if key in _STATE else "should not have"
-            raise ValueError(
-                f"The state of an EMAHandler should be what its state_dict() gave, but it {what} {key!r}; the state of "
-                "a model belongs into handler.ema_model."
-            )
-    for key, expected in _STATE.items():
-        if not isinstance(state[key], expected) or isinstance(state[key], bool):
-            names = " or ".join(kind.__name__ for kind in expected)
-            raise TypeError(
-                f"{key!r} of the state should be of type {names}, got {type(state[key]).__name__}; load what "
-                "state_dict() gave, unchanged."
-            )
-    if state["ignite_ema_version"] != _VERSION:
-        raise ValueError(
-            f"'ignite_ema_version' of the state should be {_VERSION}, got {state['ignite_ema_version']}; load it with "
-            "the ignite_ema that wrote it, or a newer one."
-        )
-    _check_count(state["num_updates"])
-    if state["current_momentum"] is not None:
-        checked_momentum(state["current_momentum"], "'current_momentum' of the state")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import kernels
 from .structure import Pair, Slot, Structure
@@ -34,8 +34,7 @@ class Pairing:
     """The pairs of a model and its averaged twin, sorted into groups for the kernels.
 
     Args:
-        online: the model.
-        averaged: its averaged twin, of the same structure.
+        structure: the model and its averaged twin, side by side.
         treat_buffer: called with the path of a buffer, says what an update does with it. Parameters are averaged.
             "average" means "copy" where the tensor is neither floating-point nor complex.
 
@@ -44,15 +43,14 @@ class Pairing:
         resolution: the largest relative rounding step (``torch.finfo(dtype).eps``) among the averaged tensors.
 
     Raises:
-        Mismatch: where names, ties or shapes differ; see :class:`Structure`.
+        Mismatch: where shapes, layouts or kinds of number differ.
         TypeError: where a tensor that is not strided (a sparse one) would have to be averaged.
     """
 
-    def __init__(self, online: nn.Module, averaged: nn.Module, treat_buffer: Callable[[str], Treatment]) -> None:
-        self._roots = online, averaged
+    def __init__(self, structure: Structure, treat_buffer: Callable[[str], Treatment]) -> None:
         self._treat_buffer = treat_buffer
         self._known: Fingerprint
-        self._arrange(Structure(online, averaged))
+        self._arrange(structure)
 
     @property
     def pairs(self) -> list[Pair]:
@@ -78,7 +76,7 @@ class Pairing:
                     return tensors
         except (KeyError, TypeError, RuntimeError):  # a name is gone, holds None, or a tensor without memory
             pass
-        self._arrange(Structure(*self._roots))
+        self._arrange(Structure(*self._structure.roots))
         return [owner[key] for owner, key in self._slots]
 
     def _follows(self, tensors: Tensors) -> bool:

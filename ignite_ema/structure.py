@@ -100,6 +100,7 @@ class Structure:
         averaged: its averaged twin.
 
     Attributes:
+        roots: the two modules (online, averaged).
         pairs: the pairs, in the order of the model.
 
     Raises:
@@ -107,6 +108,7 @@ class Structure:
     """
 
     def __init__(self, online: nn.Module, averaged: nn.Module) -> None:
+        self.roots = online, averaged
         self.pairs: list[Pair] = []
         self._ties: list[tuple[Slot, Slot]] = []
         # intact() looks at the sizes of all dictionaries, most of which are empty, and the modules and Nones in them.
