@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
 from ignite.engine.events import RemovableEventHandle, State
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from .handler import EMAHandler
 
-__all__ = ["Attachment", "Event", "attachments", "check_name", "members_of"]
+__all__ = ["Attachment", "Event", "attachments", "check_name", "check_optimizer", "members_of"]
 
 Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
@@ -33,6 +37,21 @@ def check_name(name: str) -> None:
         raise TypeError(f"name should be a string such as 'ema_momentum', got {name!r}.")
     if hasattr(State(), name):
         raise ValueError(f"name should not be an attribute of the engine's own, got {name!r}; choose another one.")
+
+
+def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
+    """Raises TypeError unless it is an optimizer or None; warns where it is that of another model."""
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer should be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    parameters = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
+        warnings.warn(
+            "optimizer should train parameters of the model that is averaged, but has none of them; pass the one whose "
+            "steps move this model.",
+            stacklevel=3,
+        )
 
 
 def members_of(event: Event, engine: Engine) -> list[str | CallableEventWithFilter]:
@@ -72,6 +91,7 @@ class Attachment(RemovableEventHandle):
         event: the event, accepted by :func:`members_of`.
         on_event: called with the engine at each event.
         on_started: called with the engine when a run starts.
+        hook: what else ``remove`` takes away.
     """
 
     def __init__(
@@ -83,6 +103,7 @@ class Attachment(RemovableEventHandle):
         event: Event,
         on_event: Callable[[Engine], None],
         on_started: Callable[[Engine], None],
+        hook: RemovableHandle | None = None,
     ) -> None:
         last: tuple[int, int] | None = None  # the iteration of the last call, and the member that made it
 
@@ -111,6 +132,7 @@ class Attachment(RemovableEventHandle):
         for index, member in enumerate(members_of(event, engine)):
             engine.add_event_handler(member, fire, index)
         self._start_handle = engine.add_event_handler(Events.STARTED, start)
+        self._hook = hook
         self.is_attached = True
         vars(engine).setdefault(_ATTACHMENTS, []).append(self)
 
@@ -122,6 +144,8 @@ class Attachment(RemovableEventHandle):
         self.is_attached = False
         super().remove()
         self._start_handle.remove()
+        if self._hook is not None:
+            self._hook.remove()
         vars(engine)[_ATTACHMENTS].remove(self)
         if self._owns_name and all(other.name != self.name for other in attachments(engine)):
             vars(engine.state).pop(self.name, None)

@@ -2,16 +2,18 @@
 
 import numbers
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from . import kernels
+from . import kernels, swap
 from .buffers import BufferRule, check_patterns, check_rule, treatment_of
+from .loading import by_path, check_loadable
 from .pairing import Pairing
-from .structure import Mismatch, Structure, tensors_of
+from .structure import Mismatch, Pair, Structure, tensors_of, unwrapped
 from .twin import check_own_twin, freeze, make_twin, refuse_lazy, stripped
 
 __all__ = ["ModelAverage", "checked_momentum"]
@@ -32,11 +34,16 @@ class ModelAverage:
         dtype: holds the average of floating-point tensors, for instance ``torch.float32`` for a bfloat16 model; None
             means the type of each tensor.
         device: where the twin is held; None means where the model's tensors are.
+        share_frozen: the twin shares those parameters that do not require gradients now, and holds copies of the others
+            alone. They must stay frozen; ``dtype`` and ``device`` do not concern them.
+        skip_nonfinite: an update that would bring a NaN or an infinity into an averaged tensor leaves the whole average
+            alone and is counted instead. Buffers that are copied are not looked at.
 
     Attributes:
         model: the online model, without wrappers.
         module: the averaged twin.
         handle_buffers: what was passed.
+        num_skipped: the number of updates that ``skip_nonfinite`` has left out.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
@@ -50,6 +57,7 @@ class ModelAverage:
         >>> average.reset()
         >>> _ = torch.nn.init.constant_(model.weight, 8.0)
         >>> average.update(0.25)
+        True
         >>> average.module.weight.item()
         5.0
     """
@@ -62,6 +70,8 @@ class ModelAverage:
         ema_model: nn.Module | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        share_frozen: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(
@@ -74,15 +84,20 @@ class ModelAverage:
         self.handle_buffers = handle_buffers = (
             dict(handle_buffers) if isinstance(handle_buffers, Mapping) else handle_buffers
         )
+        for name, value in (("share_frozen", share_frozen), ("skip_nonfinite", skip_nonfinite)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} should be True or False, got {value!r}.")
         self._dtype = dtype
         self._warned = False
+        self._skip_nonfinite = skip_nonfinite
+        self.num_skipped = 0
         if ema_model is None:
-            self.module = make_twin(self.model, dtype, None if device is None else torch.device(device))
+            self.module = make_twin(self.model, dtype, None if device is None else torch.device(device), share_frozen)
         else:
-            check_own_twin(ema_model, dtype, device)
+            check_own_twin(ema_model, dtype, device, share_frozen)
             self.module = ema_model
         try:
-            structure = Structure(self.model, self.module)
+            structure = Structure(self.model, self.module, share_frozen)
             check_patterns(handle_buffers, [pair.path for pair in structure.pairs if pair.kind == "_buffers"])
             self._pairing = Pairing(structure, partial(treatment_of, handle_buffers))
         except Mismatch as mismatch:
@@ -95,16 +110,20 @@ class ModelAverage:
             self.reset()
         self._norms_when_made = kernels.norms(self._parameters())
 
-    def update(self, momentum: float) -> None:
+    def update(self, momentum: float) -> bool:
         """Moves the twin towards the model by ``momentum``, and its buffers as ``handle_buffers`` says.
 
         Args:
             momentum: λ in [0, 1], the weight of the model's weights. 0 leaves the averaged tensors as they are, 1
                 copies.
 
+        Returns:
+            Whether the update was made: False where ``skip_nonfinite`` left it out.
+
         Raises:
             ValueError: for a momentum outside [0, 1].
-            RuntimeError: when the structure of the model has changed, or a shape; nothing has been updated then.
+            RuntimeError: when the structure of the model has changed, or a shape, or while it holds averaged weights
+                (:meth:`swapped`); nothing has been updated then.
         """
         if type(momentum) is not float or not 0 <= momentum <= 1:
             momentum = checked_momentum(momentum, "momentum")
@@ -114,26 +133,51 @@ class ModelAverage:
         torch._C._set_grad_enabled(False)  # what torch.no_grad() does, at a fifth of its cost
         try:
             tensors = self._pairing.read()
+            if swap.any_swapped():
+                self._refuse_while_swapped("updated")
+            if self._skip_nonfinite and (path := self._pairing.spoiler(tensors)) is not None:
+                self._skip(path)
+                return False
             if momentum < self._pairing.resolution:
                 self._warn_of_rounding(momentum)
-            for kernel, averaged, online in self._pairing.groups:
+            for kernel, averaged, online, _ in self._pairing.groups:
                 kernel(tensors[averaged], tensors[online], momentum)
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
         finally:
             torch._C._set_grad_enabled(gradients)
+        return True
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Makes the twin equal to the model, buffers included, whatever ``handle_buffers`` says."""
-        try:
-            self._pairing.read()
-            pairs = [pair.tensors() for pair in self._pairing.pairs]
-        except Mismatch as mismatch:
-            raise _changed(mismatch) from None
+    def reset(self, *, buffers_only: bool = False) -> None:
+        """Makes the twin equal to the model, buffers included (or alone), whatever ``handle_buffers`` says."""
+        pairs = [pair.tensors() for pair in self._pairs("reset") if not buffers_only or pair.kind == "_buffers"]
         if pairs:
             online, averaged = zip(*pairs, strict=True)
             kernels.copy(averaged, online)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside the block the model holds the averaged weights and buffers, in place; after it, its own again.
+
+        On every way out the model has the bits that it had before. The twin stays what it is, so that a checkpoint of
+        it that is taken inside is right. Costs one copy of the model's tensors while it lasts.
+
+        Raises:
+            RuntimeError: where the model holds averaged weights already, or its structure has changed.
+
+        Examples:
+            >>> model = torch.nn.Linear(1, 1)
+            >>> average = ModelAverage(model)
+            >>> _ = model.weight.data.fill_(7.0), average.module.weight.fill_(5.0)
+            >>> with average.swapped():
+            ...     model.weight.item()
+            5.0
+            >>> model.weight.item()
+            7.0
+        """
+        with swap.swapped(self._pairs("swapped")):
+            yield
 
     @torch.no_grad()
     def is_stale(self) -> bool:
@@ -144,8 +188,16 @@ class ModelAverage:
         return any(not torch.equal(online.to(averaged.device, averaged.dtype), averaged) for online, averaged in pairs)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors of the twin by path, each tied tensor once, non-persistent buffers too; not copies."""
-        return {path: tensor.detach() for path, tensor in tensors_of(self.module).items()}
+        """The tensors of the twin by path, each tied tensor once, non-persistent buffers too; not copies.
+
+        Frozen parameters that the twin shares are the model's, and not in it.
+        """
+        return {path: tensor.detach() for path, tensor in self._tensors().items()}
+
+    def state_dict_names(self) -> dict[str, str]:
+        """For each name in the twin's own ``state_dict``, tied ones too, the path in :meth:`state_dict`."""
+        paths = {id(tensor): path for path, tensor in self._tensors().items()}
+        return {name: paths[id(tensor)] for name, tensor in self._plain().items() if id(tensor) in paths}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -154,19 +206,65 @@ class ModelAverage:
         Raises:
             ValueError: for a missing or unexpected path, another shape, or a type that the twin cannot hold without
                 loss; nothing has been loaded then.
+            RuntimeError: inside :meth:`swapped`.
         """
+        self._refuse_while_swapped("loaded")
         own = self.state_dict()
-        for path in [*own, *state]:
-            if path not in state or path not in own:
-                what = "misses" if path in own else "should not have"
-                raise ValueError(f"The averaged tensors should be those of this model, but the state {what} '{path}'.")
-        for path, tensor in own.items():
-            _check_loadable(path, tensor, state[path])
+        check_loadable(own, state)
         if own:
             kernels.copy(list(own.values()), [state[path] for path in own])
 
+    def load_plain(self, plain: Mapping[str, Tensor]) -> None:
+        """Fills the twin with a plain ``state_dict`` of its model, or the parameters of one.
+
+        Where there are parameters alone the buffers stay, as do buffers that are not persistent.
+
+        Raises:
+            ValueError: as :meth:`load_state_dict` does, and where tied tensors differ, or those that are shared.
+        """
+        shared = {id(pair.tensors()[0]) for pair in self._pairing.shared}
+        frozen = {name: tensor for name, tensor in self._plain().items() if id(tensor) in shared}
+        self.load_state_dict(by_path(plain, self.state_dict_names(), self._tensors(), frozen))
+
+    def _pairs(self, what: str) -> list[Pair]:
+        """The pairs as they are now; raises where nothing may be done with them."""
+        try:
+            self._pairing.read()
+            for pair in self._pairing.pairs:
+                pair.tensors()
+        except Mismatch as mismatch:
+            raise _changed(mismatch) from None
+        self._refuse_while_swapped(what)
+        return self._pairing.pairs
+
+    def _refuse_while_swapped(self, what: str) -> None:
+        if swap.is_swapped(self._pairing.pairs):
+            raise RuntimeError(
+                f"An average should be {what} while the model holds its own weights, but it holds averaged ones now; "
+                "leave the block of swapped() first, or the run of the evaluator that swap_during() swaps for."
+            )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the twin holds, by path."""
+        shared = {id(tensor) for pair in self._pairing.shared for tensor in pair.tensors()}
+        return {path: tensor for path, tensor in tensors_of(self.module).items() if id(tensor) not in shared}
+
+    def _plain(self) -> dict[str, Tensor]:
+        """The twin's own ``state_dict``, tensors alone, as they are held."""
+        held: dict[str, object] = unwrapped(self.module).state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+
     def _parameters(self) -> list[Tensor]:
-        return [tensor for tensor in tensors_of(self.module).values() if isinstance(tensor, nn.Parameter)]
+        return [tensor for tensor in self._tensors().values() if isinstance(tensor, nn.Parameter)]
+
+    def _skip(self, path: str) -> None:
+        self.num_skipped += 1
+        if self.num_skipped == 1:
+            warnings.warn(
+                f"'{path}' holds a NaN or an infinity, and the average was left as it is; num_skipped counts from here "
+                "on how often.",
+                stacklevel=3,
+            )
 
     def _warn_of_rounding(self, momentum: float) -> None:
         if momentum == 0 or self._warned or self._dtype is not None:
@@ -187,36 +285,6 @@ def _changed(mismatch: Mismatch) -> RuntimeError:
         f"The model should keep the structure that it had when its average was made, but {mismatch}; make the change "
         "before the average, or make a new average and load the old weights into it."
     )
-
-
-def _check_loadable(path: str, held: Tensor, loaded: object) -> None:
-    if not isinstance(loaded, Tensor):
-        raise ValueError(f"'{path}' of the averaged tensors should be a tensor, got {type(loaded).__name__}.")
-    if loaded.shape != held.shape:
-        raise ValueError(
-            f"'{path}' of the averaged tensors should have shape {tuple(held.shape)}, got {tuple(loaded.shape)}: the "
-            "state is of another model."
-        )
-    if loaded.layout != held.layout or loaded.is_meta:
-        raise ValueError(
-            f"'{path}' of the averaged tensors should be {held.layout} and have values, got {loaded.layout} on "
-            f"{loaded.device}; save it the way it is held."
-        )
-    if not _fits(loaded, held):
-        raise ValueError(
-            f"'{path}' of the averaged tensors should fit into {held.dtype}, got {loaded.dtype}; hold the average in "
-            "that type with dtype=."
-        )
-
-
-def _fits(loaded: Tensor, held: Tensor) -> bool:
-    if loaded.dtype == held.dtype:
-        return True
-    if loaded.is_floating_point() != held.is_floating_point() or loaded.is_complex() != held.is_complex():
-        return False
-    if loaded.element_size() == 1 or held.element_size() == 1:  # torch promotes no 8-bit floats
-        return loaded.is_floating_point() and loaded.element_size() < held.element_size()
-    return torch.promote_types(loaded.dtype, held.dtype) == held.dtype
 
 
 def checked_momentum(value: object, what: str) -> float:

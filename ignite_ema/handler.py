@@ -3,6 +3,7 @@
 import numbers
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -12,12 +13,15 @@ from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle, State
 from ignite.handlers.param_scheduler import BaseParamScheduler
 from torch import nn
+from torch.optim import Optimizer
 
-from .attachment import Attachment, Event, attachments, check_name, members_of
+from .attachment import Attachment, Event, attachments, check_name, check_optimizer, members_of
 from .average import ModelAverage, checked_momentum
 from .buffers import BufferRule
+from .evaluation import EvaluationSwap
 from .schedules import Constant, LinearWarmup, Schedule
 from .state import VERSION, check_count, check_state, described
+from .structure import unwrapped
 
 __all__ = ["EMAHandler"]
 
@@ -43,6 +47,10 @@ class EMAHandler:
         ema_model: a twin of your own, for models that cannot be deep-copied; it is filled from the model here.
         dtype: the type that holds the average, for instance ``torch.float32`` for a bfloat16 model.
         device: where the average is held.
+        share_frozen: the twin shares the parameters that are frozen now and holds copies of the others alone, as suits
+            LoRA on a large base.
+        skip_nonfinite: leave the average alone, and count it in ``num_skipped``, where an update would bring a NaN or
+            an infinity into it.
 
     Attributes:
         model: the online model; inside ``DistributedDataParallel`` and compiled modules, the module in them.
@@ -85,10 +93,21 @@ class EMAHandler:
         ema_model: nn.Module | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        share_frozen: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         self._set_rule(momentum, _rule_of(momentum, momentum_warmup, warmup_iters))
-        self._average = ModelAverage(model, handle_buffers, ema_model=ema_model, dtype=dtype, device=device)
+        self._average = ModelAverage(
+            model,
+            handle_buffers,
+            ema_model=ema_model,
+            dtype=dtype,
+            device=device,
+            share_frozen=share_frozen,
+            skip_nonfinite=skip_nonfinite,
+        )
         self._num_updates = 0
+        self._optimizer_stepped = False  # since the last event, where attach() was given an optimizer
         self._count_is_known = False  # whether num_updates is known to be right: set, loaded, or counted from a start
         self._current_is_loaded = False
         self._attachments: list[ref[Attachment]] = []
@@ -143,12 +162,19 @@ class EMAHandler:
         if momentum is not None:
             self._publish(momentum)
 
+    @property
+    def num_skipped(self) -> int:
+        """The number of updates that ``skip_nonfinite`` has left out; they are not in ``num_updates``."""
+        return self._average.num_skipped
+
     def attach(
         self,
         engine: Engine,
         name: str = "ema_momentum",
         warn_if_exists: bool = True,
         event: Event = Events.ITERATION_COMPLETED,
+        *,
+        optimizer: Optimizer | None = None,
     ) -> RemovableEventHandle:
         """Updates the average at ``event`` and publishes the momentum as ``engine.state.<name>``.
 
@@ -162,6 +188,8 @@ class EMAHandler:
             warn_if_exists: warn where the attribute exists already. A plain momentum goes on from its value then, a
                 schedule overwrites it.
             event: when to update.
+            optimizer: update only where this optimizer has stepped since the last event: with gradients accumulated
+                over several iterations, and where a ``GradScaler`` skips steps.
 
         Returns:
             A handle whose ``remove()`` undoes this call.
@@ -173,6 +201,7 @@ class EMAHandler:
         """
         members_of(event, engine)
         check_name(name)
+        check_optimizer(optimizer, self.model)
         for other in attachments(engine):
             if other.owner is self:
                 raise RuntimeError(
@@ -200,15 +229,53 @@ class EMAHandler:
             momentum = self._momentum_of(self._num_updates)
             setattr(engine.state, name, self._current if momentum is None else momentum)
         attachment = Attachment(
-            self, engine, name, not exists, event, partial(self._update, name), partial(self._check_start, name)
+            self,
+            engine,
+            name,
+            not exists,
+            event,
+            partial(self._update, name, optimizer is not None),
+            partial(self._check_start, name),
+            optimizer.register_step_post_hook(self._note_step) if optimizer is not None else None,
         )
         self._attachments.append(ref(attachment))
         return attachment
 
-    def reset(self) -> None:
-        """Starts again: the average becomes the model, buffers included, and the count 0."""
-        self._average.reset()
-        self.num_updates = 0
+    def swapped(self) -> AbstractContextManager[None]:
+        """Inside the block the model holds the averaged weights and buffers, in place; after it, its own again.
+
+        On every way out the model has the bits that it had before. :attr:`ema_model` stays what it is, so that a
+        checkpoint of the average that is taken inside is right. Costs one copy of the model's tensors while it lasts.
+
+        Raises:
+            RuntimeError: where the model holds averaged weights already, and from what would update the average inside.
+        """
+        return self._average.swapped()
+
+    def swap_during(self, evaluator: Engine) -> EvaluationSwap:
+        """Evaluates the averaged weights: each ``evaluator.run()`` from here on is inside :meth:`swapped`.
+
+        Args:
+            evaluator: an engine that evaluates ``model``; not one that trains it.
+
+        Returns:
+            A handle whose ``remove()`` undoes this call.
+
+        Raises:
+            TypeError: unless ``evaluator`` is an engine.
+            RuntimeError: where this handler does so already, or updates at an event of this engine.
+        """
+        return EvaluationSwap(self, evaluator)
+
+    def reset(self, *, buffers_only: bool = False) -> None:
+        """Starts again: the average becomes the model, buffers included, and the count 0.
+
+        Args:
+            buffers_only: copy the buffers alone, and leave averaged weights and count as they are.
+        """
+        self._average.reset(buffers_only=buffers_only)
+        if not buffers_only:
+            self.num_updates = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
@@ -217,7 +284,10 @@ class EMAHandler:
             "num_updates": self._num_updates,
             "current_momentum": self._plain_momentum() if self.momentum_scheduler is None else None,
             "momentum_schedule": described(self._rule),
+            "num_skipped": self._average.num_skipped,
+            "optimizer_stepped": self._optimizer_stepped,
             "averaged_tensors": self._average.state_dict(),
+            "state_dict_names": self._average.state_dict_names(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -233,6 +303,8 @@ class EMAHandler:
         check_state(state)
         self._momentum_of(state["num_updates"])  # raises before anything has changed
         self._average.load_state_dict(state["averaged_tensors"])
+        self._average.num_skipped = state["num_skipped"]
+        self._optimizer_stepped = state["optimizer_stepped"]
         self.num_updates = state["num_updates"]
         if state["momentum_schedule"] != described(self._rule):
             warnings.warn(
@@ -245,7 +317,47 @@ class EMAHandler:
             self._current_is_loaded = True
             self._publish(self._current)
 
-    def _update(self, name: str, engine: Engine) -> None:
+    def load_averaged(self, source: Any, *, key: str | None = None, num_updates: int | None = None) -> None:
+        """Starts from the averaged weights in a checkpoint of another system, or of this one.
+
+        Args:
+            source: a file, or what was loaded from one; see :func:`ignite_ema.checkpoints.read` for the systems.
+            key: which average, where there are several.
+            num_updates: how many updates the average has behind it, for schedules; None: as many as the checkpoint
+                says, else as before.
+
+        Raises:
+            TypeError, ValueError, OSError: where the checkpoint cannot be read or is of another model, or where the
+                next update would copy the model over what was loaded; nothing has been loaded then.
+
+        Note:
+            Of a checkpoint without an average the weights themselves are taken, with a warning.
+        """
+        from . import checkpoints
+
+        found = checkpoints.read(source, key=key, names=unwrapped(self.ema_model))
+        stated = self._num_updates if found.num_updates is None else found.num_updates
+        count = stated if num_updates is None else num_updates
+        check_count(count)
+        if self._momentum_of(count) == 1:
+            raise ValueError(
+                "num_updates should be the number of updates that the loaded average has behind it, got "
+                f"{count}: at the next update {described(self._rule)} would copy the model over it."
+            )
+        self._average.load_plain(found.tensors)
+        self.num_updates = count
+        if found.system == "plain":
+            warnings.warn("The checkpoint has no average; this one starts from the weights in it.", stacklevel=2)
+
+    def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A fused optimizer is always called by a GradScaler, and skips the step itself where this is not 0.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not found_inf.item():
+            self._optimizer_stepped = True
+
+    def _update(self, name: str, only_after_step: bool, engine: Engine) -> None:
+        if only_after_step and not self._optimizer_stepped:
+            return
         if self.momentum_scheduler is None:
             momentum = getattr(engine.state, name, None)
             if type(momentum) is not float or not 0 <= momentum <= 1:
@@ -254,8 +366,9 @@ class EMAHandler:
         else:
             momentum = checked_momentum(self.momentum_scheduler(self._num_updates), _FROM_SCHEDULE)
             setattr(engine.state, name, momentum)
-        self._average.update(momentum)
-        self._num_updates += 1
+        if self._average.update(momentum):
+            self._num_updates += 1
+        self._optimizer_stepped = False
         self._count_is_known = True
 
     def _momentum_of(self, n: int) -> float | None:

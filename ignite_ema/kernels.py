@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Kernel", "copy", "copying_kernel_for", "lerping_kernel_for", "norms"]
+__all__ = ["Kernel", "copy", "copying_kernel_for", "is_finite", "lerping_kernel_for", "norms", "spoils"]
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 Kernel: TypeAlias = Callable[[Tensors, Tensors, float], None]
@@ -44,8 +44,28 @@ def lerping_kernel_for(averaged: Tensor, online: Tensor, is_buffer: bool) -> Ker
 
 def copy(averaged: Tensors, online: Tensors) -> None:
     """``averaged[i] = online[i]`` for tensors of any type and layout."""
-    for average, value in zip(averaged, online, strict=True):
-        copying_kernel_for(average)([average], [value], 1)
+    pairs = list(zip(averaged, online, strict=True))
+    for strided in (True, False):
+        chosen = [pair for pair in pairs if (pair[0].layout is torch.strided) == strided]
+        if chosen:
+            ours, theirs = zip(*chosen, strict=True)
+            copying_kernel_for(ours[0])(ours, theirs, 1)
+
+
+def is_finite(tensors: Tensors) -> bool:
+    """False where a tensor holds a NaN or an infinity; also, rarely, for finite values beyond 1e19.
+
+    One pass and one synchronisation for all of them, which have one dtype and live on one device.
+    """
+    if tensors[0].dtype not in _NATIVE:
+        tensors = [tensor.to(_wide(tensor.dtype)) for tensor in tensors]
+    return bool(torch.stack(torch._foreach_norm(tensors)).sum().isfinite())
+
+
+def spoils(averaged: Tensor, online: Tensor) -> bool:
+    """Whether ``online`` holds a NaN or an infinity where ``averaged`` does not."""
+    before, after = (tensor.to(_wide(tensor.dtype)).isfinite() for tensor in (averaged, online))
+    return bool((before & ~after.to(before.device)).any())
 
 
 def norms(tensors: Tensors) -> list[float]:

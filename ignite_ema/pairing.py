@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .structure import Pair, Slot, Structure
+from .structure import Pair, Slot, Structure, overlaps_itself
 
 __all__ = ["Group", "Pairing", "Treatment"]
 
@@ -23,11 +23,12 @@ Fingerprint = tuple[list[int], list[torch.Size], list[torch.dtype]]
 
 
 class Group(NamedTuple):
-    """Which of the tensors that :meth:`Pairing.read` gives one kernel treats together."""
+    """Which of the tensors that :meth:`Pairing.read` gives one kernel treats together; of one dtype and device."""
 
     kernel: kernels.Kernel
     averaged: slice
     online: slice
+    averages: bool
 
 
 class Pairing:
@@ -54,8 +55,13 @@ class Pairing:
 
     @property
     def pairs(self) -> list[Pair]:
-        """Every pair, in the order of the model, kept ones too."""
+        """Every pair, in the order of the model, kept ones too; not those of shared parameters."""
         return self._structure.pairs
+
+    @property
+    def shared(self) -> list[Pair]:
+        """The frozen parameters that model and twin share."""
+        return self._structure.shared
 
     def read(self) -> Tensors:
         """The tensors that an update treats, as they are now: the online ones, then their counterparts in the twin.
@@ -76,8 +82,22 @@ class Pairing:
                     return tensors
         except (KeyError, TypeError, RuntimeError):  # a name is gone, holds None, or a tensor without memory
             pass
-        self._arrange(Structure(*self._structure.roots))
+        self._arrange(self._structure.followed())
         return [owner[key] for owner, key in self._slots]
+
+    def spoiler(self, tensors: Tensors) -> str | None:
+        """The path of a tensor to be averaged whose NaN or infinity would come into the average, if there is one.
+
+        Args:
+            tensors: what :meth:`read` gave.
+        """
+        for _, averaged, online, averages in self.groups:
+            if averages and not kernels.is_finite(tensors[online]):
+                paths = self._paths[online]
+                for path, average, value in zip(paths, tensors[averaged], tensors[online], strict=True):
+                    if kernels.spoils(average, value):
+                        return path
+        return None
 
     def _follows(self, tensors: Tensors) -> bool:
         """Whether nothing has changed but the memory of some of the model's tensors; takes note of it then."""
@@ -113,13 +133,15 @@ class Pairing:
         # Nothing has raised: from here on the new structure counts.
         self._structure = structure
         slots = [pair.slots() for pairs in by_kind.values() for pair in pairs]
+        self._paths = [pair.path for pairs in by_kind.values() for pair in pairs]
         count = len(slots)
         self._slots: list[Slot] = [online for online, _ in slots] + [averaged for _, averaged in slots]
         self.groups: list[Group] = []
         start = 0
-        for (kernel, *_), pairs in by_kind.items():
+        for (kernel, resolution, *_), pairs in by_kind.items():
             stop = start + len(pairs)
-            self.groups.append(Group(kernel, slice(count + start, count + stop), slice(start, stop)))
+            group = Group(kernel, slice(count + start, count + stop), slice(start, stop), averages=resolution > 0)
+            self.groups.append(group)
             start = stop
         self.resolution = max((resolution for _, resolution, *_ in by_kind), default=0.0)
         tensors = [owner[key] for owner, key in self._slots]
@@ -155,7 +177,7 @@ def _give_memory(structure: Structure) -> None:
         extent = _extent(averaged)
         start, stop = averaged.data_ptr(), averaged.data_ptr() + averaged.element_size() * extent
         others = taken.setdefault(storage, [])
-        if _overlaps_itself(averaged) or any(start < end and begin < stop for begin, end in others):
+        if overlaps_itself(averaged) or any(start < end and begin < stop for begin, end in others):
             with torch.inference_mode(False):
                 averaged.data = averaged.detach().clone()
         else:
@@ -174,12 +196,3 @@ def _pointer(tensor: Tensor) -> int:
 def _extent(tensor: Tensor) -> int:
     """How many elements lie between the first and the last, both included."""
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    reach = 0
-    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and step <= reach:
-            return True
-        reach += (size - 1) * step
-    return False

@@ -15,7 +15,10 @@ _STATE: dict[str, tuple[type, ...]] = {
     "num_updates": (int,),
     "current_momentum": (float, type(None)),
     "momentum_schedule": (str,),
+    "num_skipped": (int,),
+    "optimizer_stepped": (bool,),
     "averaged_tensors": (Mapping,),
+    "state_dict_names": (Mapping,),
 }
 
 
@@ -33,7 +36,7 @@ def check_state(state: Mapping[str, Any]) -> None:
                 "a model belongs into handler.ema_model."
             )
     for key, expected in _STATE.items():
-        if not isinstance(state[key], expected) or isinstance(state[key], bool):
+        if not isinstance(state[key], expected) or (isinstance(state[key], bool) and bool not in expected):
             names = " or ".join(kind.__name__ for kind in expected)
             raise TypeError(
                 f"{key!r} of the state should be of type {names}, got {type(state[key]).__name__}; load what "
@@ -44,17 +47,18 @@ def check_state(state: Mapping[str, Any]) -> None:
             f"'ignite_ema_version' of the state should be {VERSION}, got {state['ignite_ema_version']}; load it with "
             "the ignite_ema that wrote it, or a newer one."
         )
-    check_count(state["num_updates"])
+    for key in ("num_updates", "num_skipped"):
+        check_count(state[key], key)
     if state["current_momentum"] is not None:
         checked_momentum(state["current_momentum"], "'current_momentum' of the state")
 
 
-def check_count(value: object) -> None:
+def check_count(value: object, name: str = "num_updates") -> None:
     """Raises TypeError or ValueError unless ``value`` can be a number of updates."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"num_updates should be an integer, got {value!r}: it counts updates.")
+        raise TypeError(f"{name} should be an integer, got {value!r}: it counts updates.")
     if value < 0:
-        raise ValueError(f"num_updates should be 0 or more, got {value!r}: it counts updates.")
+        raise ValueError(f"{name} should be 0 or more, got {value!r}: it counts updates.")
 
 
 def described(value: object) -> str:

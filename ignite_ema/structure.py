@@ -7,10 +7,11 @@ what ``torch.compile`` returns) are looked through. What does not match raises :
 from operator import is_
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["Mismatch", "Pair", "Slot", "Structure", "inside", "tensors_of", "unwrapped"]
+__all__ = ["Mismatch", "Pair", "Slot", "Structure", "inside", "overlaps_itself", "tensors_of", "unwrapped"]
 
 Slot = tuple[dict[str, Any], str]
 
@@ -55,6 +56,18 @@ def _collect(module: nn.Module, prefix: str, found: dict[int, tuple[str, Tensor]
             _collect(unwrapped(child), f"{prefix}{key}.", found, visited)
 
 
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements of a strided tensor lie in the same place, as those of an expanded one do."""
+    if tensor.layout is not torch.strided:
+        return False
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return True
+        reach += (size - 1) * step
+    return False
+
+
 class Pair(NamedTuple):
     """A tensor of the model and its counterpart in the averaged twin, as the places where they live.
 
@@ -92,24 +105,33 @@ class Pair(NamedTuple):
         return online, averaged
 
 
+def _is_shared_no_longer(slots: tuple[Slot, Slot]) -> bool:
+    (ours, key), (theirs, name) = slots
+    return ours[key] is not theirs[name] or ours[key].requires_grad
+
+
 class Structure:
     """Every parameter and buffer of two equal trees of modules, in pairs, each tied tensor once.
 
     Args:
         online: the model.
         averaged: its averaged twin.
+        share_frozen: whether the two may share parameters that do not require gradients.
 
     Attributes:
         roots: the two modules (online, averaged).
-        pairs: the pairs, in the order of the model.
+        pairs: the pairs, in the order of the model, but not those of shared parameters.
+        shared: the shared parameters.
 
     Raises:
         Mismatch: where the trees differ in the names or ties of their tensors, or share a module or a tensor.
     """
 
-    def __init__(self, online: nn.Module, averaged: nn.Module) -> None:
+    def __init__(self, online: nn.Module, averaged: nn.Module, share_frozen: bool = False) -> None:
         self.roots = online, averaged
         self.pairs: list[Pair] = []
+        self.shared: list[Pair] = []
+        self._share_frozen = share_frozen
         self._ties: list[tuple[Slot, Slot]] = []
         # intact() looks at the sizes of all dictionaries, most of which are empty, and the modules and Nones in them.
         self._owners: list[dict[str, Any]] = []
@@ -119,6 +141,14 @@ class Structure:
         self._filled = [owner for owner in self._owners if owner]
         self._sizes = list(map(len, self._filled))
         self._expected = [owner[key] for owner, key in self._fixed]
+        self._shared_slots = [pair.slots() for pair in self.shared]
+
+    def followed(self) -> "Structure":
+        """The structure as it is now; the twin shares what the model holds in place of a shared parameter."""
+        for (ours, key), (theirs, name) in self._shared_slots:
+            if isinstance(ours.get(key), nn.Parameter) and isinstance(theirs.get(name), nn.Parameter):
+                theirs[name] = ours[key]
+        return Structure(*self.roots, self._share_frozen)
 
     def intact(self) -> bool:
         """Whether no name, module or tie has come, gone or changed; KeyError where a name is gone."""
@@ -127,6 +157,7 @@ class Structure:
             and list(map(len, self._filled)) == self._sizes
             and all(map(is_, [owner[key] for owner, key in self._fixed], self._expected))
             and not (self._ties and any(a[i] is not b[j] for (a, i), (b, j) in self._ties))
+            and not (self._shared_slots and any(map(_is_shared_no_longer, self._shared_slots)))
         )
 
     def _walk(
@@ -155,8 +186,10 @@ class Structure:
 
     def _add(self, pair: Pair, known: dict[int, Pair]) -> None:
         ours, theirs = (owner[key] for owner, key in pair.slots())
-        if ours is theirs:
+        if ours is theirs and not (self._share_frozen and isinstance(ours, nn.Parameter)):
             raise Mismatch(f"'{pair.path}' is one and the same tensor in the model and in the twin")
+        if ours is theirs and ours.requires_grad:
+            raise Mismatch(f"'{pair.path}' was frozen and is shared with the average, but requires gradients now")
         in_model, in_twin = known.get(id(ours)), known.get(id(theirs))
         if in_model is not in_twin:
             here, there = ("model", "twin") if in_model else ("twin", "model")
@@ -166,4 +199,4 @@ class Structure:
             self._ties += zip(pair.slots(), in_model.slots(), strict=True)
             return
         known[id(ours)] = known[id(theirs)] = pair
-        self.pairs.append(pair)
+        (self.shared if ours is theirs else self.pairs).append(pair)

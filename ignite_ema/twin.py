@@ -38,7 +38,7 @@ def freeze(module: nn.Module) -> None:
         tensor.requires_grad_(False)
 
 
-def check_own_twin(twin: nn.Module, dtype: object, device: object) -> None:
+def check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen: bool) -> None:
     """Raises TypeError, ValueError or RuntimeError where ``twin`` cannot be the averaged twin of a model."""
     if not isinstance(twin, nn.Module):
         raise TypeError(f"ema_model should be an nn.Module, got {type(twin).__name__}.")
@@ -48,6 +48,10 @@ def check_own_twin(twin: nn.Module, dtype: object, device: object) -> None:
             f"dtype and device should be None where ema_model brings its own, got {dtype} and {device}; move the "
             "module with ema_model.to(...) first."
         )
+    if share_frozen:
+        raise ValueError(
+            "share_frozen should be False where ema_model brings its own parameters, got True; leave ema_model out."
+        )
     for path, tensor in tensors_of(twin).items():
         if tensor.is_inference():
             raise ValueError(
@@ -56,13 +60,16 @@ def check_own_twin(twin: nn.Module, dtype: object, device: object) -> None:
             )
 
 
-def make_twin(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> nn.Module:
-    """A deep copy of ``model`` that shares no memory with it.
+def make_twin(
+    model: nn.Module, dtype: torch.dtype | None, device: torch.device | None, share_frozen: bool = False
+) -> nn.Module:
+    """A deep copy of ``model`` that shares no memory with it, but for frozen parameters if asked.
 
     Args:
         model: the model; ``DistributedDataParallel`` and compiled modules inside it become plain ones.
         dtype: holds floating-point tensors, and complex ones in its complex counterpart; None: their own.
         device: where the copy lives; None: each tensor where its original lives.
+        share_frozen: whether parameters that do not require gradients are the same in both, as they are.
 
     Raises:
         TypeError, ValueError: for a ``dtype`` that cannot hold an average.
@@ -79,7 +86,9 @@ def make_twin(model: nn.Module, dtype: torch.dtype | None, device: torch.device 
             # deepcopy looks here first, so it meets finished copies of the tensors and never the wrappers.
             memo: dict[int, Any] = {}
             for tensor in tensors_of(model).values():
-                if (copied := _copied(tensor, dtype, device)) is not None:
+                if share_frozen and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+                    memo[id(tensor)] = tensor
+                elif (copied := _copied(tensor, dtype, device)) is not None:
                     memo[id(tensor)] = copied
             for module in reversed(list(model.modules())):
                 if (wrapped := stripped(module)) is not module:

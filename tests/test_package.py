@@ -13,7 +13,7 @@ import pytest
 import ignite_ema
 
 MODULES = sorted(f"ignite_ema.{info.name}" for info in pkgutil.iter_modules(ignite_ema.__path__))
-USES_IGNITE = {"ignite_ema.attachment", "ignite_ema.handler", "ignite_ema.demo"}
+USES_IGNITE = {f"ignite_ema.{name}" for name in ("attachment", "demo", "evaluation", "handler")}
 # which modules of ours each one may import
 IMPORTS = {
     "schedules": set(),
@@ -22,7 +22,9 @@ IMPORTS = {
     "pairing": {"kernels", "structure"},
     "twin": {"structure"},
     "buffers": {"pairing"},
-    "average": {"buffers", "kernels", "pairing", "structure", "twin"},
+    "loading": set(),
+    "swap": {"kernels", "structure"},
+    "average": {"buffers", "kernels", "loading", "pairing", "structure", "swap", "twin"},
 }
 
 
