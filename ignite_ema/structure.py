@@ -58,7 +58,7 @@ def _collect(module: nn.Module, prefix: str, found: dict[int, tuple[str, Tensor]
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements of a strided tensor lie in the same place, as those of an expanded one do."""
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
         return False
     reach = 0
     for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

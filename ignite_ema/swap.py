@@ -34,23 +34,26 @@ def swapped(pairs: list[Pair]) -> Iterator[None]:
     was done to it inside. While it lasts it costs one copy of what is swapped.
     """
     slots = [pair.slots()[0] for pair in pairs]
-    online, averaged = ([pair.tensors()[side] for pair in pairs] for side in (0, 1))
-    memory = [tensor.detach() for tensor in online]
-    saved = [tensor.clone() for tensor in memory]
+    tensors = [pair.tensors() for pair in pairs]
+    memory = [online.detach() for online, _ in tensors]
+    expanded = [(online, averaged) for online, averaged in tensors if overlaps_itself(online)]  # cannot be written to
+    written = [(online, averaged) for online, averaged in tensors if not overlaps_itself(online)]
+    saved = [(online, online.detach().clone()) for online, _ in written]
     marks = _marks(slots)
     try:
         _swapped.update(marks)
-        for tensor in online:
-            if overlaps_itself(tensor):  # an expanded one cannot be written to; this is undone below
-                tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
-        _fill(online, averaged)
+        for online, averaged in expanded:
+            online.data = averaged.detach().to(online.device, online.dtype, copy=True)
+        _fill(written)
         yield
     finally:
         interruption = None
         while marks:
             try:
-                _rebind(slots, online, memory)
-                _fill(online, saved)
+                for (owner, key), (online, _), data in zip(slots, tensors, memory, strict=True):
+                    owner[key] = online
+                    _rebind(online, data)
+                _fill(saved)
                 _swapped.difference_update(marks)
                 marks = set()
             except KeyboardInterrupt as error:  # once more from the start, so that no half of it stays
@@ -63,19 +66,18 @@ def _marks(slots: list[Slot]) -> set[int]:
     return {mark for owner, key in slots for mark in (id(owner), id(owner[key]))}
 
 
-def _rebind(slots: list[Slot], online: list[Tensor], memory: list[Tensor]) -> None:
-    """Puts the tensors of the model back into their places, and their memory into them."""
-    for (owner, key), tensor, data in zip(slots, online, memory, strict=True):
-        owner[key] = tensor
-        if data.layout is torch.strided and (
-            tensor.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype or tensor.stride() != data.stride()
-        ):
-            tensor.data = data
+def _rebind(tensor: Tensor, memory: Tensor) -> None:
+    """Gives ``tensor`` its memory back, unless it has it."""
+    if memory.layout is torch.strided and (
+        tensor.data_ptr() != memory.data_ptr() or tensor.dtype != memory.dtype or tensor.stride() != memory.stride()
+    ):
+        tensor.data = memory
 
 
-def _fill(online: list[Tensor], values: list[Tensor]) -> None:
-    chosen = [pair for pair in zip(online, values, strict=True) if not overlaps_itself(pair[0])]
-    with torch.inference_mode(any(tensor.is_inference() for tensor in online)), torch.no_grad():
-        if chosen:
-            kernels.copy(*zip(*chosen, strict=True))
-    torch.clear_autocast_cache()  # what autocast has made of the weights before
+def _fill(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copies the second of each pair into the first."""
+    if pairs:
+        online, values = zip(*pairs, strict=True)
+        with torch.inference_mode(any(tensor.is_inference() for tensor in online)), torch.no_grad():
+            kernels.copy(online, values)
+    torch.clear_autocast_cache()  # it holds what autocast has made of the weights before

@@ -49,6 +49,8 @@ def test_figures_are_written(tmp_path):
         assert figure.keys() == {"batch", "ms", "to_ours", "to_limit"}
         assert all(figure[key].keys() == {"q1", "median", "q3"} for key in ("ms", "to_ours", "to_limit"))
     assert mlp["peers"][OURS]["to_ours"]["median"] == 1
+    assert mlp["swap"]["ms"].keys() == {"q1", "median", "q3"}
+    assert (mlp["swap"]["peak"], mlp["swap"]["left"]) == (1, 0)  # copies of the model
     assert list(tmp_path.iterdir()) == [file]
 
 

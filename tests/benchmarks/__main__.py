@@ -18,6 +18,7 @@ from torch import nn
 from .measure import measure
 from .models import MODELS
 from .peers import LIMIT, OURS, PEERS
+from .swap import swap_costs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with console.status(f"Measuring {name} …"):
             models[name] = _measured(MODELS[name](), options.rounds)
     machine = _machine()
-    console.print(_table(models), f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}", sep="\n")
+    console.print(_table(models), _swap_table(models), sep="\n")
+    console.print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
     if options.json is not None:
         _write(options.json, {**machine, "rounds": options.rounds, "models": models})
 
@@ -69,6 +71,7 @@ def _measured(model: nn.Module, rounds: int) -> dict[str, Any]:
         "parameter_tensors": len(list(model.parameters())),
         "buffer_tensors": len(list(model.buffers())),
         "peers": measure({name: build(model) for name, build in PEERS.items()}, rounds),
+        "swap": swap_costs(model, rounds),
     }
 
 
@@ -105,6 +108,17 @@ def _table(models: Mapping[str, Any]) -> Table:
             ratios = [f"{figure[to]['median']:.2f}" for to in ("to_ours", "to_limit")]
             table.add_row(name, peer, f"{ms['median']:.4f}", f"{ms['q3'] - ms['q1']:.4f}", *ratios)
         table.add_section()
+    return table
+
+
+def _swap_table(models: Mapping[str, Any]) -> Table:
+    table = Table("model", title="the averaged weights swapped in and back; memory in copies of the model")
+    for heading in ("median ms", "as updates", "most at a time", "left"):
+        table.add_column(heading, justify="right")
+    for name, figures in models.items():
+        costs, update = figures["swap"], figures["peers"][OURS]["ms"]["median"]
+        ms = costs["ms"]["median"]
+        table.add_row(name, f"{ms:.3f}", f"{ms / update:.1f}", f"{costs['peak']:.2f}", f"{costs['left']:.2f}")
     return table
 
 
