@@ -1,6 +1,5 @@
 """A model and its averaged twin, without an engine: for Ignite see :mod:`ignite_ema.handler`."""
 
-import numbers
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 from . import kernels, swap
 from .buffers import BufferRule, check_patterns, check_rule, treatment_of
 from .loading import by_path, check_loadable
+from .momentum import checked_momentum
 from .pairing import Pairing
 from .structure import Mismatch, Pair, Structure, tensors_of, unwrapped
 from .twin import check_own_twin, freeze, make_twin, refuse_lazy, stripped
 
-__all__ = ["ModelAverage", "checked_momentum"]
+__all__ = ["ModelAverage"]
 
 
 class ModelAverage:
@@ -285,19 +285,3 @@ def _changed(mismatch: Mismatch) -> RuntimeError:
         f"The model should keep the structure that it had when its average was made, but {mismatch}; make the change "
         "before the average, or make a new average and load the old weights into it."
     )
-
-
-def checked_momentum(value: object, what: str) -> float:
-    """``value`` as a momentum; raises with ``what``, the name of where it was read from."""
-    if type(value) is float and 0 <= value <= 1:
-        return value
-    if isinstance(value, Tensor) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{what} should be a momentum, a number in [0, 1], got {value!r}; set it to one.")
-    momentum = float(value)
-    if not 0 <= momentum <= 1:
-        raise ValueError(
-            f"{what} should be a momentum in [0, 1], got {value!r}; it is the weight of the new weights, 1 - decay."
-        )
-    return momentum

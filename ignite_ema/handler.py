@@ -1,6 +1,6 @@
 """The Ignite handler: attaches a :class:`~ignite_ema.average.ModelAverage` to an engine."""
 
-import numbers
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -15,17 +15,17 @@ from ignite.handlers.param_scheduler import BaseParamScheduler
 from torch import nn
 from torch.optim import Optimizer
 
+from . import checkpoints
 from .attachment import Attachment, Event, attachments, check_name, check_optimizer, members_of
-from .average import ModelAverage, checked_momentum
+from .average import ModelAverage
 from .buffers import BufferRule
 from .evaluation import EvaluationSwap
-from .schedules import Constant, LinearWarmup, Schedule
+from .momentum import checked_momentum, rule_of, scheduled
+from .schedules import Constant, Schedule
 from .state import VERSION, check_count, check_state, described
 from .structure import unwrapped
 
 __all__ = ["EMAHandler"]
-
-_FROM_SCHEDULE = "the momentum that the schedule returns"
 
 
 class EMAHandler:
@@ -96,7 +96,7 @@ class EMAHandler:
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
     ) -> None:
-        self._set_rule(momentum, _rule_of(momentum, momentum_warmup, warmup_iters))
+        self._set_rule(momentum, momentum_warmup, warmup_iters)
         self._average = ModelAverage(
             model,
             handle_buffers,
@@ -124,11 +124,19 @@ class EMAHandler:
                 f"momentum should be set from one float to another, got {value!r} in place of {self._momentum!r}; make "
                 "a new handler for another schedule."
             )
-        self._set_rule(value, _rule_of(value, None, None))
+        self._set_rule(value)
         self._publish(self._current)
 
-    def _set_rule(self, momentum: float | Schedule, rule: Schedule) -> None:
-        self._current = checked_momentum(rule(0), "the first momentum of the schedule")
+    def _set_rule(
+        self, momentum: float | Schedule, momentum_warmup: float | None = None, warmup_iters: int | None = None
+    ) -> None:
+        if isinstance(momentum, BaseParamScheduler):
+            raise TypeError(
+                f"momentum should be a float or a schedule of the number of updates, got {type(momentum).__name__} of "
+                "Ignite; pass a float and attach the scheduler to the engine, where it drives engine.state.<name>."
+            )
+        rule = rule_of(momentum, momentum_warmup, warmup_iters)
+        self._current = scheduled(rule, 0)
         self._rule = rule
         self._momentum = momentum
         self.momentum_scheduler = None if isinstance(rule, Constant) and rule is not momentum else rule
@@ -333,8 +341,6 @@ class EMAHandler:
         Note:
             Of a checkpoint without an average the weights themselves are taken, with a warning.
         """
-        from . import checkpoints
-
         found = checkpoints.read(source, key=key, names=unwrapped(self.ema_model))
         stated = self._num_updates if found.num_updates is None else found.num_updates
         count = stated if num_updates is None else num_updates
@@ -364,7 +370,7 @@ class EMAHandler:
                 momentum = checked_momentum(momentum, f"engine.state.{name}")
             self._current = momentum
         else:
-            momentum = checked_momentum(self.momentum_scheduler(self._num_updates), _FROM_SCHEDULE)
+            momentum = scheduled(self.momentum_scheduler, self._num_updates)
             setattr(engine.state, name, momentum)
         if self._average.update(momentum):
             self._num_updates += 1
@@ -375,7 +381,7 @@ class EMAHandler:
         """What the schedule gives after ``n`` updates, None where the momentum is plain."""
         if self.momentum_scheduler is None:
             return None
-        return checked_momentum(self.momentum_scheduler(n), _FROM_SCHEDULE)
+        return scheduled(self.momentum_scheduler, n)
 
     def _plain_momentum(self) -> float:
         for state, name in self._attached():
@@ -408,39 +414,3 @@ class EMAHandler:
                 "Checkpoint.load_objects, or call handler.reset() if the average is meant to start here.",
                 stacklevel=2,
             )
-
-
-def _rule_of(momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None) -> Schedule:
-    """What the three arguments say, checked."""
-    if isinstance(momentum, BaseParamScheduler):
-        raise TypeError(
-            f"momentum should be a float or a schedule of the number of updates, got {type(momentum).__name__} of "
-            "Ignite; pass a float and attach the scheduler to the engine, where it drives engine.state.<name>."
-        )
-    if callable(momentum):
-        if momentum_warmup is not None or warmup_iters is not None:
-            raise ValueError(
-                "momentum_warmup and warmup_iters should be None where momentum is a schedule, got "
-                f"{momentum_warmup!r} and {warmup_iters!r}; a schedule brings its own warm-up."
-            )
-        return momentum
-    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
-        raise TypeError(f"momentum should be a float in (0, 1) or a schedule, got {momentum!r}.")
-    if not 0 < momentum < 1:
-        raise ValueError(
-            f"Invalid momentum: {momentum}; it should be in (0, 1), as the weight of the new weights (1 - decay)."
-        )
-    if (momentum_warmup is None) != (warmup_iters is None):
-        raise ValueError(
-            "momentum_warmup and warmup_iters should be given together or not at all, got "
-            f"{momentum_warmup!r} and {warmup_iters!r}."
-        )
-    if momentum > 0.5:
-        warnings.warn(
-            f"momentum is the weight of the new weights, and {momentum:g} nearly copies them at each update; if it was "
-            f"meant as a decay, pass 1 - {momentum:g} = {1 - momentum:g}.",
-            stacklevel=3,
-        )
-    if momentum_warmup is None or warmup_iters is None:
-        return Constant(float(momentum))
-    return LinearWarmup(momentum, momentum_warmup, warmup_iters)

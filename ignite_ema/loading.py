@@ -24,7 +24,8 @@ def by_path(
     """The tensors of a plain ``state_dict``, of parameters alone or with the buffers, by the paths of an average.
 
     Args:
-        plain: parameters and buffers by name.
+        plain: parameters and buffers by name; where ``module.`` is before every name and the twin has no such names,
+            it is taken for that of a wrapped model.
         names: the path in ``own`` for each name that a ``state_dict`` of the twin has; of tied tensors several.
         own: the tensors of the average by path. Buffers that ``plain`` has no place for keep their values.
         shared: the frozen parameters by name, which are the model's and not averaged; ``plain`` may have them.
@@ -33,6 +34,9 @@ def by_path(
         ValueError: for a name too few or too many, and for different values under names that are tied here.
     """
     found: dict[str, Tensor] = {}
+    known = [*names, *shared]
+    if all(name.startswith("module.") for name in plain) and not any(name.startswith("module.") for name in known):
+        plain = {name.removeprefix("module."): tensor for name, tensor in plain.items()}
     for name, tensor in plain.items():
         if name in shared:
             if not _equal(shared[name], tensor):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from .average import checked_momentum
+from .momentum import checked_momentum
 
 __all__ = ["VERSION", "check_count", "check_state", "described"]
 

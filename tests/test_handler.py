@@ -158,7 +158,7 @@ def test_a_driven_momentum_may_be_any_number(value):
 
 
 def test_a_schedule_that_returns_no_momentum_raises():
-    with pytest.raises(ValueError, match=r"first momentum of the schedule should be a momentum in \[0, 1\].*got 2"):
+    with pytest.raises(ValueError, match=r"momentum that the schedule returns should be a momentum in \[0, 1\].*got 2"):
         EMAHandler(scalar_model(), lambda n: 2)
     model = scalar_model()
     trainer = trainer_for(model)

@@ -23,8 +23,9 @@ IMPORTS = {
     "twin": {"structure"},
     "buffers": {"pairing"},
     "loading": set(),
+    "momentum": {"schedules"},
     "swap": {"kernels", "structure"},
-    "average": {"buffers", "kernels", "loading", "pairing", "structure", "swap", "twin"},
+    "average": {"buffers", "kernels", "loading", "momentum", "pairing", "structure", "swap", "twin"},
 }
 
 

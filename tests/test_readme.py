@@ -1,22 +1,58 @@
 """The README is true: every Python block runs, in order, and every test that it names exists."""
 
 import re
+from math import log2
 from pathlib import Path
 
 import pytest
+import torch
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text()
 
 
-def test_every_block_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What the Python blocks define, run in order, and the directory that they wrote into."""
+    folder = tmp_path_factory.mktemp("readme")
     blocks = list(re.finditer(r"^```python\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE))
-    assert len(blocks) >= 8
-    namespace = {}
-    for block in blocks:
-        line = TEXT[: block.start()].count("\n") + 1
-        exec(compile("\n" * line + block[1], str(README), "exec"), namespace)
+    namespace = {"folder": folder}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for block in blocks:
+            line = TEXT[: block.start()].count("\n") + 1
+            exec(compile("\n" * line + block[1], str(README), "exec"), namespace)
+    return namespace
+
+
+def test_the_average_moves_as_often_as_the_optimizer_steps(names):
+    skipped = log2(2**16 / names["scaler"].get_scale())  # the scale is halved at each step that is skipped
+    assert names["amp_handler"].num_updates == 5 - skipped > 0
+
+
+def test_the_evaluated_model_has_its_own_weights_again(names):
+    before = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
+    names["evaluator"].run(names["data"])
+    assert all(torch.equal(before[name], tensor) for name, tensor in names["model"].state_dict().items())
+
+
+def test_the_best_averaged_weights_are_on_disk_under_the_names_of_the_model(names):
+    (file,) = (names["folder"] / "best").iterdir()
+    assert torch.load(file, weights_only=True).keys() == names["model"].state_dict().keys()
+    (file,) = (names["folder"] / "deploy").iterdir()
+    assert torch.load(file, weights_only=True)["model"].keys() == names["model"].state_dict().keys()
+
+
+def test_the_teacher_has_statistics_of_its_own(names):
+    teacher = names["teacher_handler"].ema_model
+    assert teacher.training
+    assert teacher[1].num_batches_tracked == 20
+    assert not torch.equal(teacher[1].running_mean, names["student"][1].running_mean)
+
+
+def test_the_mean_of_three_epochs_has_statistics_of_the_whole_data(names):
+    assert names["swa_handler"].num_updates == 3
+    assert names["swa_handler"].ema_model[1].num_batches_tracked == len(names["data"])
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([\w./]+)\)|`(tests/[\w/]+\.py)`", TEXT))

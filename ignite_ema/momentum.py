@@ -1,0 +1,62 @@
+"""Momenta and the rules that give them, checked: what a handler is given, and what it reads at each update."""
+
+import numbers
+import warnings
+
+from torch import Tensor
+
+from .schedules import Constant, LinearWarmup, Schedule
+
+__all__ = ["checked_momentum", "rule_of", "scheduled"]
+
+
+def checked_momentum(value: object, what: str) -> float:
+    """``value`` as a momentum; raises with ``what``, the name of where it was read from."""
+    if type(value) is float and 0 <= value <= 1:
+        return value
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{what} should be a momentum, a number in [0, 1], got {value!r}; set it to one.")
+    momentum = float(value)
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"{what} should be a momentum in [0, 1], got {value!r}; it is the weight of the new weights, 1 - decay."
+        )
+    return momentum
+
+
+def scheduled(schedule: Schedule, n: int) -> float:
+    """The momentum that ``schedule`` gives after ``n`` updates, checked."""
+    return checked_momentum(schedule(n), "the momentum that the schedule returns")
+
+
+def rule_of(momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None) -> Schedule:
+    """The schedule that the arguments of a handler say; raises TypeError or ValueError, naming the argument."""
+    if callable(momentum):
+        if momentum_warmup is not None or warmup_iters is not None:
+            raise ValueError(
+                "momentum_warmup and warmup_iters should be None where momentum is a schedule, got "
+                f"{momentum_warmup!r} and {warmup_iters!r}; a schedule brings its own warm-up."
+            )
+        return momentum
+    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
+        raise TypeError(f"momentum should be a float in (0, 1) or a schedule, got {momentum!r}.")
+    if not 0 < momentum < 1:
+        raise ValueError(
+            f"Invalid momentum: {momentum}; it should be in (0, 1), as the weight of the new weights (1 - decay)."
+        )
+    if (momentum_warmup is None) != (warmup_iters is None):
+        raise ValueError(
+            "momentum_warmup and warmup_iters should be given together or not at all, got "
+            f"{momentum_warmup!r} and {warmup_iters!r}."
+        )
+    if momentum > 0.5:
+        warnings.warn(
+            f"momentum is the weight of the new weights, and {momentum:g} nearly copies them at each update; if it was "
+            f"meant as a decay, pass 1 - {momentum:g} = {1 - momentum:g}.",
+            stacklevel=4,
+        )
+    if momentum_warmup is None or warmup_iters is None:
+        return Constant(float(momentum))
+    return LinearWarmup(momentum, momentum_warmup, warmup_iters)
