@@ -1,7 +1,7 @@
 """Averages of a model's weights while PyTorch-Ignite trains it: exact on buffers, ties, low precision and resume."""
 
-from . import schedules
+from . import checkpoints, schedules
 from .average import ModelAverage
 from .handler import EMAHandler
 
-__all__ = ["EMAHandler", "ModelAverage", "schedules"]
+__all__ = ["EMAHandler", "ModelAverage", "checkpoints", "schedules"]

@@ -89,6 +89,7 @@ class ModelAverage:
                 raise TypeError(f"{name} should be True or False, got {value!r}.")
         self._dtype = dtype
         self._warned = False
+        self._has_moved = False
         self._skip_nonfinite = skip_nonfinite
         self.num_skipped = 0
         if ema_model is None:
@@ -140,6 +141,8 @@ class ModelAverage:
                 return False
             if momentum < self._pairing.resolution:
                 self._warn_of_rounding(momentum)
+            else:
+                self._has_moved = True
             for kernel, averaged, online, _ in self._pairing.groups:
                 kernel(tensors[averaged], tensors[online], momentum)
         except Mismatch as mismatch:
@@ -269,6 +272,8 @@ class ModelAverage:
     def _warn_of_rounding(self, momentum: float) -> None:
         if momentum == 0 or self._warned or self._dtype is not None:
             return
+        if self._has_moved and self._pairing.resolution <= torch.finfo(torch.float32).eps:
+            return  # the end of a schedule that goes to 0; 16 bits stall long before
         self._warned = True
         needed = self._pairing.resolution / 2 / momentum
         wider = torch.float32 if self._pairing.resolution > torch.finfo(torch.float32).eps else torch.float64

@@ -325,7 +325,13 @@ class EMAHandler:
             self._current_is_loaded = True
             self._publish(self._current)
 
-    def load_averaged(self, source: Any, *, key: str | None = None, num_updates: int | None = None) -> None:
+    def load_averaged(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        key: str | None = None,
+        num_updates: int | None = None,
+    ) -> None:
         """Starts from the averaged weights in a checkpoint of another system, or of this one.
 
         Args:

@@ -302,4 +302,5 @@ class Rescaled(_Checked):
     factor: float
 
     def __call__(self, n: int) -> float:
-        return float(1 - (1 - self.schedule(n)) ** self.factor)
+        momentum = self.schedule(n)
+        return 1.0 if momentum == 1 else -math.expm1(self.factor * math.log1p(-momentum))

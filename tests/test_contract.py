@@ -1,6 +1,7 @@
 """One contract for every combination of buffers, momentum, types and wrappers; then what is special, one by one."""
 
 import io
+import warnings
 from itertools import chain
 from types import SimpleNamespace
 
@@ -392,6 +393,25 @@ def test_constant_weights_stay_bit_for_bit_constant(dtype, momentum):
     for _ in range(1_000):
         average.update(momentum)
     assert bits(average.module.weight) == bits(average.module.buffer) == bits(weight)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "momenta", "warned"),
+    [
+        (torch.float32, [1e-8], True),
+        (torch.float32, [0.1, 1e-8], False),  # the end of a schedule that goes to 0
+        (torch.float32, [0.0], False),
+        (torch.bfloat16, [0.1, 1e-3], True),  # the end of a warm-up
+    ],
+    ids=["float32", "float32, at the end", "not at all", "bfloat16, at the end"],
+)
+def test_a_momentum_that_moves_nothing_is_warned_about(dtype, momenta, warned):
+    average = ModelAverage(module(weight=torch.ones(1, dtype=dtype)), "update")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for momentum in momenta:
+            average.update(momentum)
+    assert ["too small for the type" in str(one.message) for one in seen] == [True] * warned
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.1, 0.01, 0.001])

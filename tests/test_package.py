@@ -25,6 +25,10 @@ IMPORTS = {
     "loading": set(),
     "momentum": {"schedules"},
     "swap": {"kernels", "structure"},
+    "files": set(),
+    "checkpoints": {"files"},
+    "cli": {"checkpoints"},
+    "__main__": {"cli"},
     "average": {"buffers", "kernels", "loading", "momentum", "pairing", "structure", "swap", "twin"},
 }
 
@@ -40,7 +44,7 @@ def test_all_is_the_public_namespace(name):
 def test_top_level_names():
     public = {key for key in vars(ignite_ema) if not key.startswith("_")}
     modules = {name.rpartition(".")[2] for name in MODULES}
-    assert set(ignite_ema.__all__) == {key for key in public if key not in modules} | {"schedules"}
+    assert set(ignite_ema.__all__) == {key for key in public if key not in modules} | {"checkpoints", "schedules"}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -98,6 +98,10 @@ def test_the_handler_averages_by_the_rule(schedule, rule, every):
     assert error < 1e-6
 
 
+def test_a_tiny_momentum_is_rescaled_to_the_last_digit():
+    assert Rescaled(Constant(1e-10), 3)(0) == pytest.approx(3e-10 - 3e-20, rel=1e-14)
+
+
 def trace(schedule, average=-5.0):
     seen = []
     for n, x in enumerate([10, 20, 30, 40]):

@@ -1,0 +1,204 @@
+"""Files of tensors: read without running anything that they hold, written whole or not at all. See `checkpoints`."""
+
+import os
+import pickle
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["load_file", "save_file"]
+
+_SUFFIXES = (".pt", ".pth", ".safetensors")
+
+
+def load_file(path: str | os.PathLike[str]) -> Any:
+    """What a file of ``torch.save``, or a ``.safetensors`` file, holds, on the CPU.
+
+    Nothing in the file is imported or run: objects of other classes than torch's own (an ``argparse.Namespace``, an
+    entry of a log) become empty stand-ins. Tensors stay mapped to the file where its format allows, so that what is
+    never looked at is never read: clone what should outlive a file that is overwritten in place.
+
+    Raises:
+        FileNotFoundError, ValueError: for what is no such file, in one sentence.
+        ImportError: for a ``.safetensors`` file where safetensors is not installed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"'{path}' should be a file, but there is none; check the path.")
+    if path.is_dir():
+        raise ValueError(f"'{path}' should be a file, got a directory; name the file in it that holds the weights.")
+    if not path.stat().st_size:
+        raise ValueError(f"'{path}' should hold weights, but it is empty; take another checkpoint.")
+    try:
+        return _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+    except (ImportError, OSError, MemoryError, _Foreign):
+        raise
+    except Exception as error:  # of a broken file nearly anything can come
+        kind = "safetensors" if path.suffix == ".safetensors" else "torch.save"
+        raise ValueError(
+            f"'{path}' should be a file that {kind} wrote, but it cannot be read as one; it may be cut short, or of "
+            "another kind."
+        ) from error
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = _safetensors(path).load_file(path)
+    return tensors
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"'{path}' needs the package safetensors; pip install safetensors.") from error
+    return safetensors.torch
+
+
+class _Foreign(ValueError):
+    """A file holds objects that cannot be left out."""
+
+
+def _load_torch(path: Path) -> Any:
+    if not zipfile.is_zipfile(path) and tarfile.is_tarfile(path):
+        raise _Foreign(
+            f"'{path}' should be a file of torch 1.0 or newer, got the tar format of older ones; load it with "
+            "torch.load(..., weights_only=False) if you trust it, and save it again."
+        )
+    names: set[str] = set()
+    while True:
+        try:
+            with _allowed(names):
+                return _weights_only(path)
+        except pickle.UnpicklingError as error:
+            foreign = _foreign(path, error)
+            if not foreign:
+                raise
+            if foreign <= names or not hasattr(torch.serialization, "safe_globals"):  # torch 2.4
+                raise _Foreign(
+                    f"'{path}' should hold tensors and plain values, but it holds objects that cannot be left out, "
+                    f"among {', '.join(sorted(foreign)[:8])}; if you trust it, load it with torch.load(..., "
+                    "weights_only=False) and pass the mapping."
+                ) from error
+            names |= foreign
+
+
+def _weights_only(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _allowed(names: set[str]) -> AbstractContextManager[Any]:
+    """Puts stand-ins in the place of the objects of these names, inside of its block."""
+    if not names:
+        return nullcontext()
+    return torch.serialization.safe_globals([_stand_in(name) for name in names])
+
+
+def _foreign(path: Path, error: Exception) -> set[str]:
+    """The dotted names of objects in a file that are not torch's own: all, or where they cannot be listed the next."""
+    list_names = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
+    listed = list_names(path) if list_names is not None and zipfile.is_zipfile(path) else []
+    first = re.findall(r"GLOBAL (\S+)", str(error))
+    return {name if "." in name else f"builtins.{name}" for name in [*listed, *first]}
+
+
+class _Inert:
+    """Takes the place of a foreign object: swallows what it is made of, and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _stand_in(name: str) -> Callable[..., Any]:
+    """Something harmless of that name; torch fills containers only where they are plain lists and dictionaries."""
+    module, _, qualname = name.rpartition(".")
+    stand_in: Any
+    if name == "collections.deque":
+
+        def stand_in(items: Iterable[Any] = (), maxlen: int | None = None) -> list[Any]:
+            return list(items)
+
+    elif name == "collections.defaultdict":
+
+        def stand_in(factory: Any = None) -> dict[Any, Any]:
+            return {}
+
+    else:
+        stand_in = type(qualname, (_Inert,), {})
+    stand_in.__module__, stand_in.__qualname__ = module, qualname
+    made: Callable[..., Any] = stand_in
+    return made
+
+
+def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Writes a plain state dict, as ``torch.save`` (``.pt``, ``.pth``) or as ``.safetensors``.
+
+    The file appears at once and whole: it is written beside its place first. Tied tensors stay tied in a torch file;
+    safetensors knows no ties and gets a copy for each name.
+
+    Args:
+        tensors: a mapping from names to tensors.
+        path: where to; its suffix decides about the format.
+        force: whether to overwrite a file that is there.
+
+    Raises:
+        FileExistsError: where there is a file already and ``force`` is False.
+        TypeError, ValueError: for another suffix, or for what is not a tensor.
+        OSError: where it cannot be written; nothing is left behind then, and an old file stays.
+    """
+    path = Path(path)
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"'{path}' should end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; choose one of them.")
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"'{name}' should be a tensor, got {type(value).__name__}; take it out.")
+    if path.is_dir():
+        raise ValueError(f"'{path}' should be a file, got a directory; name a file in it.")
+    if path.exists() and not force:
+        raise FileExistsError(f"'{path}' exists already; choose another name, or overwrite it with force.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        if path.suffix == ".safetensors":
+            _safetensors(path).save_file(_alone(tensors), temporary, metadata={"format": "pt"})
+        else:
+            torch.save(_compact(tensors), temporary)
+        temporary.replace(path)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise OSError(f"'{path}' could not be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, ties kept, without what else their memory holds: torch saves the whole of it with each view."""
+    compact: dict[Any, Tensor] = {}
+    result = {}
+    for name, value in tensors.items():
+        tensor = value.detach()
+        if tensor.layout == torch.strided and tensor.untyped_storage().nbytes() != tensor.nbytes:
+            view = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+            tensor = compact.setdefault((*view, tensor.dtype), tensor.clone())
+        result[name] = tensor
+    return result
+
+
+def _alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in memory of their own."""
+    known: set[int] = set()
+    result = {}
+    for name, value in tensors.items():
+        tensor = value.detach().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if place in known else tensor
+        known.add(place)
+    return result

@@ -1,0 +1,396 @@
+"""Checkpoints of other systems: written by the system itself where it can be installed, else from its definition.
+
+`made(system)` trains a small net for a few steps and returns the file, and what ought to be read from it.
+"""
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import logging
+import tempfile
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine
+from ignite.handlers import Checkpoint, DiskSaver
+from torch import nn
+
+from ignite_ema import EMAHandler
+
+_FOLDER = tempfile.TemporaryDirectory()
+STEPS = 6
+
+
+@dataclass
+class Peer:
+    """A file, and what is in it."""
+
+    system: str
+    path: Path
+    tensors: dict
+    online: dict | None = None
+    num_updates: int | None = None
+    names: dict | None = None
+    key: str | None = None
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        OrderedDict(conv=nn.Conv2d(1, 3, 3), bn=nn.BatchNorm2d(3), flat=nn.Flatten(), head=nn.Linear(48, 2))
+    )
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 1, 6, 6, generator=generator), torch.randint(0, 2, (8,), generator=generator)
+
+
+def loss_of(model, seed):
+    x, y = batch(seed)
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def train(model, after_step, steps=STEPS):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        after_step()
+    return optimizer
+
+
+def copied(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def path_of(name):
+    return Path(_FOLDER.name) / name
+
+
+def need(package):
+    """The package, imported without its warnings; skips where it is missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(package, reason=f"needs {package}", exc_type=ImportError)
+
+
+def torch_averaged_model():
+    model = net()
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8), use_buffers=True
+    )
+    train(model, lambda: average.update_parameters(model))
+    path = path_of("averaged_model.pt")
+    torch.save(average.state_dict(), path)
+    return Peer("torch AveragedModel", path, copied(average.module.state_dict()), None, STEPS)
+
+
+def nested():
+    """The average one level inside, the model beside it compiled."""
+    peer = torch_averaged_model()
+    state = torch.load(peer.path)
+    compiled = {f"_orig_mod.{name}": tensor + 1 for name, tensor in peer.tensors.items()}
+    peer.online = {name.removeprefix("_orig_mod."): tensor for name, tensor in compiled.items()}
+    peer.path = path_of("nested.pt")
+    torch.save({"epoch": 3, "model": compiled, "ema": state, "optimizer": {"state": {0: {"step": 1}}}}, peer.path)
+    return peer
+
+
+def timm():
+    spec = importlib.util.find_spec("timm")
+    if spec is None:
+        pytest.skip("needs timm")
+    file = Path(spec.submodule_search_locations[0]) / "utils" / "model_ema.py"  # timm itself wants torchvision
+    spec = importlib.util.spec_from_file_location("timm_model_ema", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = net()
+    average = module.ModelEmaV3(model, decay=0.8)
+    optimizer = train(model, lambda: average.update(model))
+    path = path_of("timm.pth.tar")
+    content = {
+        "epoch": 1,
+        "arch": "net",
+        "optimizer": optimizer.state_dict(),
+        "version": 2,
+        "args": argparse.Namespace(model="net", lr=0.1, data=Path("data")),
+        "state_dict": model.state_dict(),
+        "state_dict_ema": average.module.state_dict(),  # the saver takes wrappers off
+        "metric": 0.5,
+        "saver": {"checkpoint_files": [("checkpoint-0.pth.tar", None)], "pending": (1, 0.5)},
+    }
+    torch.save(content, path)
+    return Peer("timm", path, copied(average.module.state_dict()), copied(model.state_dict()))
+
+
+def ema_pytorch():
+    package = need("ema_pytorch")
+    model = net()
+    average = package.EMA(model, beta=0.8, update_after_step=1, update_every=2)
+    train(model, average.update)
+    path = path_of("ema_pytorch.pt")
+    torch.save(average.state_dict(), path)
+    return Peer("ema-pytorch", path, copied(average.ema_model.state_dict()), copied(model.state_dict()))
+
+
+def diffusers():
+    package = need("diffusers.training_utils")
+    model = net()
+    average = package.EMAModel(model.parameters(), decay=0.8)
+    train(model, lambda: average.step(model.parameters()))
+    expected = net()
+    average.copy_to(expected.parameters())
+    path = path_of("diffusers.pt")
+    torch.save(average.state_dict(), path)
+    names = dict(model.named_parameters())
+    return Peer("diffusers", path, copied(dict(expected.named_parameters())), None, STEPS, names)
+
+
+def torch_ema():
+    package = need("torch_ema")
+    model = net()
+    average = package.ExponentialMovingAverage(model.parameters(), decay=0.8)
+    train(model, average.update)
+    average.store()
+    expected = net()
+    average.copy_to(expected.parameters())
+    path = path_of("torch_ema.pt")
+    torch.save({"step": 4, "ema": average.state_dict(), "model": model.state_dict()}, path)
+    names = dict(model.named_parameters())
+    tensors = copied(dict(expected.named_parameters()))
+    return Peer("torch_ema", path, tensors, copied(names), STEPS, names)
+
+
+def lightning():
+    pl = need("lightning.pytorch")
+    callbacks = need("lightning.pytorch.callbacks")
+    average = callbacks.EMAWeightAveraging(decay=0.8)
+    online = {}
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+            self.save_hyperparameters({"args": argparse.Namespace(lr=0.05)})
+
+        def training_step(self, seed, index):
+            return loss_of(self.net, int(seed))
+
+        def validation_step(self, seed, index): ...
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.05)
+
+    class Capture(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            online.update(copied(module.state_dict()))
+
+    folder = path_of("lightning")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            callbacks=[
+                average,
+                Capture(),
+                callbacks.ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True),
+            ],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        seeds = torch.utils.data.DataLoader(range(4), batch_size=1)
+        trainer.fit(Module(), seeds, seeds)
+    tensors = copied(average._average_model.module.state_dict())
+    return Peer("Lightning", folder / "last.ckpt", tensors, online, 8)
+
+
+def mmengine():
+    runner_module = need("mmengine.runner")
+    model_module = need("mmengine.model")
+    hooks = need("mmengine.hooks")
+
+    class Model(model_module.BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, seed, mode="tensor"):
+            return {"loss": loss_of(self.net, int(seed))}
+
+    online, averaged = {}, {}
+
+    class Capture(hooks.Hook):
+        priority = "LOWEST"
+
+        def after_train_epoch(self, runner):
+            online.update(copied(runner.model.state_dict()))
+            averaged.update(copied(average.ema_model.module.state_dict()))
+
+    average = hooks.EMAHook(momentum=0.2)
+    folder = path_of("mmengine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runner = runner_module.Runner(
+            Model(),
+            str(folder),
+            train_dataloader=torch.utils.data.DataLoader([{"seed": seed} for seed in range(4)], batch_size=1),
+            train_cfg={"by_epoch": True, "max_epochs": 2},
+            optim_wrapper={"optimizer": {"type": "Adam", "lr": 0.05}},
+            custom_hooks=[average, Capture()],
+            experiment_name="ignite_ema_peer",
+            log_level="ERROR",
+        )
+        runner.train()
+    return Peer("mmengine", folder / "epoch_2.pth", averaged, online)
+
+
+def ignite():
+    """Ignite's Checkpoint with Ignite's own handler."""
+    from ignite.handlers import EMAHandler as IgnitesHandler
+
+    model, trainer = net(), Engine(lambda engine, batch: None)
+    handler = IgnitesHandler(model, momentum=0.2)
+    handler.attach(trainer)
+    trainer.run([0])
+    train(model, lambda: handler._update_ema_model(trainer, "ema_momentum"))
+    path = path_of("ignite")
+    objects = {"model": model, "ema_model": handler.ema_model, "trainer": trainer}
+    Checkpoint(objects, DiskSaver(path, require_empty=False))(trainer)
+    return Peer("Ignite", next(path.glob("*.pt")), copied(handler.ema_model.state_dict()), copied(model.state_dict()))
+
+
+class Tied(nn.Module):
+    """A net with a tied weight and a buffer that no state dict has."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+        self.inner, self.outer = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.outer.weight = self.inner.weight
+        self.register_buffer("seen", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        return self.outer(self.inner(self.net(x)))
+
+
+def ignite_ema():
+    model, trainer = Tied(), Engine(lambda engine, batch: None)
+    handler = EMAHandler(model, momentum=0.2, handle_buffers="update")
+    handler.attach(trainer)
+    train(model, lambda: trainer.run([0]))
+    path = path_of("ignite_ema")
+    objects = {"model": model, "ema_model": handler.ema_model, "ema_handler": handler, "trainer": trainer}
+    Checkpoint(objects, DiskSaver(path, require_empty=False))(trainer)
+    tensors = copied(handler.ema_model.state_dict())
+    return Peer("ignite_ema", next(path.glob("*.pt")), tensors, copied(model.state_dict()), STEPS)
+
+
+def averages_of(model):
+    """The state dicts (raw, averaged) after a small training run."""
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    train(model, lambda: average.update_parameters(model))
+    return copied(model.state_dict()), copied(average.module.state_dict())
+
+
+def mmcv_state(model, covered):
+    """From the definition of mmcv's EMAHook: buffers registered at the root, swapped at the end of an epoch."""
+    raw, averaged = averages_of(model)
+    own = {name: averaged[name] if name in covered else raw[name] for name in raw}
+    buffers = {f"ema_{name.replace('.', '_')}": raw[name] for name in raw if name in covered}
+    return own, raw, buffers
+
+
+def mmcv():
+    model = net()
+    own, raw, buffers = mmcv_state(model, dict(model.named_parameters()))
+    path = path_of("mmcv.pth")
+    meta = {"epoch": 3, "iter": 12, "hook_msgs": {"best": 0.1}}
+    torch.save({"meta": meta, "state_dict": own | buffers, "optimizer": {"state": {}}}, path)
+    return Peer("mmcv", path, own, raw)
+
+
+def mmdet2():
+    model = net()
+    own, raw, buffers = mmcv_state(model, model.state_dict())
+    path = path_of("mmdet2.pth")
+    torch.save({"meta": {"epoch": 3, "iter": 12}, "state_dict": own | buffers}, path)
+    return Peer("mmcv", path, own, raw)
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def mmgen():
+    """From the definition of mmgen's ExponentialMovingAverageHook: plain twins, never swapped."""
+    raw, averaged = averages_of(net())
+    state = prefixed("generator.", raw) | prefixed("generator_ema.", averaged) | prefixed("discriminator.", raw)
+    path = path_of("mmgen.pth")
+    torch.save({"meta": {"iter": 7}, "state_dict": state}, path)
+    return Peer("mmagic", path, averaged, raw)
+
+
+def mmagic():
+    """From the definition of mmagic's BaseGAN with ema_config, and two twins; DDP around the parts that train."""
+    raw, averaged = averages_of(net())
+    state = prefixed("generator.module.", raw) | prefixed("generator_ema.module.", averaged)
+    state |= {"generator_ema.steps": torch.tensor(6), "data_preprocessor.mean": torch.zeros(3)}
+    state |= (
+        prefixed("encoder.", averaged) | prefixed("encoder_ema.module.", raw) | {"encoder_ema.steps": torch.tensor(6)}
+    )
+    path = path_of("mmagic.pth")
+    torch.save({"meta": {"iter": 7}, "state_dict": state, "message_hub": {}}, path)
+    return Peer("mmagic", path, averaged, raw, key="generator_ema")
+
+
+MAKERS = [
+    torch_averaged_model,
+    nested,
+    timm,
+    ema_pytorch,
+    diffusers,
+    torch_ema,
+    lightning,
+    mmengine,
+    ignite,
+    ignite_ema,
+    mmcv,
+    mmdet2,
+    mmgen,
+    mmagic,
+]
+
+
+@functools.cache
+def _made(maker):
+    try:
+        return maker()
+    except pytest.skip.Exception as skipped:
+        return skipped
+
+
+def made(maker):
+    """The peer's file, made once per process."""
+    peer = _made(maker)
+    if isinstance(peer, BaseException):
+        pytest.skip(str(peer))
+    return peer
+
+
+def equal(one, other):
+    """Whether two state dicts are the same bit for bit: names, types and values."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )

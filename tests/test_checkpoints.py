@@ -1,0 +1,652 @@
+"""Averaged weights out of files: of every system bit for bit, chosen clearly, and never by running what is in them."""
+
+import argparse
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections import Counter, OrderedDict, defaultdict, deque
+from pathlib import Path
+
+import pytest
+import torch
+from peer_files import MAKERS, Tied, averages_of, copied, equal, made, mmcv_state, net, prefixed
+from torch import nn
+
+from ignite_ema import EMAHandler
+from ignite_ema.checkpoints import averaged_state_dict, load_file, read, save_file
+
+EVERY = pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def state(fill=0.0):
+    return {"a.weight": torch.full((2, 2), fill), "a.bias": torch.full((2,), fill)}
+
+
+# --- the systems ---
+
+
+@EVERY
+def test_peer_bit_for_bit(maker):
+    peer = made(maker)
+    found = read(peer.path, key=peer.key, names=peer.names)
+    assert found.system == peer.system
+    assert equal(found.tensors, peer.tensors)
+    assert not any(tensor.requires_grad for tensor in found.tensors.values())
+    assert found.num_updates == peer.num_updates
+    assert (found.online is None) == (peer.online is None)
+    if peer.online is not None:
+        assert equal(found.online, peer.online)
+        assert not equal(found.online, found.tensors)
+
+
+@EVERY
+def test_peer_one_level_inside(maker):
+    peer = made(maker)
+    found = read({"epoch": 1, "checkpoint": load_file(peer.path)}, key=peer.key, names=peer.names)
+    assert found.system == peer.system
+    assert equal(found.tensors, peer.tensors)
+    assert equal(found.online or {}, peer.online or {})
+
+
+def test_plain_state_dict_is_what_load_state_dict_takes():
+    handler = EMAHandler(Tied())
+    file = {"trainer": {}, "ema_handler": handler.state_dict()}
+    Tied().load_state_dict(averaged_state_dict(file))
+    tensors = averaged_state_dict(file)
+    assert tensors["inner.weight"].data_ptr() == tensors["outer.weight"].data_ptr()
+    assert "seen" not in tensors
+
+
+def test_raw_weights_beside_an_average_without_names():
+    model = net()
+    raw = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    shadow = [parameter.detach() for parameter in model.parameters()]
+    file = {"model": raw, "ema": {"optimization_step": 3, "shadow_params": shadow}}
+    found = read(file, names=model)
+    assert equal(found.online, {name: raw[name] for name, _ in model.named_parameters()})
+
+
+@pytest.mark.parametrize("n_averaged", [7, torch.tensor(7), torch.tensor([7])])
+def test_count_of_an_averaged_model(n_averaged):
+    assert read({"module.weight": torch.zeros(1), "n_averaged": n_averaged}).num_updates == 7
+
+
+def test_wrapped_names_beside_others_are_no_averaged_model():
+    file = {"module.weight": torch.zeros(1), "n_averaged": torch.tensor(7), "head.weight": torch.zeros(1)}
+    assert read(file).system == "plain"
+
+
+def test_torch_ema_with_the_raw_weights_put_by():
+    file = {"shadow_params": [torch.zeros(1)], "collected_params": [torch.ones(1)], "num_updates": 2}
+    assert equal(read(file, names={"x": torch.zeros(1)}).online, {"x": torch.ones(1)})
+    assert read(file | {"collected_params": None}, names={"x": torch.zeros(1)}).online is None
+
+
+def test_submodule_called_ema_without_its_model_is_no_average():
+    assert read(prefixed("g_ema.", state()) | {"g.a.weight": torch.zeros(2, 2)}).system == "plain"
+    assert read({"ema.x_ema": torch.zeros(1), "ema.x": torch.zeros(1)}).system == "plain"
+
+
+@pytest.mark.parametrize("twin", [{"module.a": torch.ones(1), "b": torch.ones(2)}, {"module.a": torch.ones(1)}])
+def test_mmgen_keeps_a_module_of_the_models_own(twin):
+    assert equal(read(prefixed("g_ema.", twin) | prefixed("g.", twin)).tensors, twin)
+
+
+def test_torch_ema_without_a_count():
+    assert (
+        read({"shadow_params": [torch.zeros(1)], "num_updates": None}, names={"x": torch.zeros(1)}).num_updates is None
+    )
+
+
+# --- lists without names ---
+
+
+def shadow():
+    return {"optimization_step": 3, "shadow_params": [torch.zeros(2, 2), torch.zeros(2)]}
+
+
+def test_list_without_names_is_refused():
+    with pytest.raises(ValueError, match="list of 2 tensors without names, as diffusers.*named_parameters.*--names"):
+        read(shadow())
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ({"w": torch.zeros(2, 2)}, ValueError, "names should be of 2 tensors, as many as diffusers has.*got 1"),
+        (net(), ValueError, "got 6; pass"),
+        ({"b": torch.zeros(2), "w": torch.zeros(2, 2)}, ValueError, r"'b' of names.*shape.*\(2, 2\), got \(2,\)"),
+        ({"w": torch.zeros(2, 2), "b": 2}, ValueError, r"'b' of names.*\(2,\), got a int"),
+        (["w", "b"], TypeError, "names should be a model, or a mapping.*got list"),
+    ],
+)
+def test_names_that_do_not_fit(names, error, message):
+    with pytest.raises(error, match=message):
+        read(shadow(), names=names)
+
+
+def test_names_from_a_model():
+    assert list(read(shadow(), names=nn.Linear(2, 2)).tensors) == ["weight", "bias"]
+
+
+# --- choosing ---
+
+
+def gan():
+    return (
+        prefixed("g.", state(1.0))
+        | prefixed("g_ema.", state(2.0))
+        | prefixed("d.", state(3.0))
+        | prefixed("d_ema.", state(4.0))
+    )
+
+
+def test_several_averages_need_a_key():
+    with pytest.raises(ValueError, match=r"got several.*'g_ema' \(mmagic\), 'd_ema' \(mmagic\)\.$"):
+        read(gan())
+    with pytest.raises(ValueError, match="key should be one of 'state_dict.g_ema'.*got 'x_ema'"):
+        read({"state_dict": gan()}, key="x_ema")
+
+
+@pytest.mark.parametrize("key", ["d_ema", "state_dict.d_ema"])
+def test_key_chooses(key):
+    found = read({"state_dict": gan()}, key=key)
+    assert equal(found.tensors, state(4.0))
+    assert equal(found.online, state(3.0))
+
+
+def test_key_may_be_a_system():
+    file = {"shadow_params": [torch.zeros(1)], "num_updates": 3, "state_dict_ema": state(), "state_dict": state(1.0)}
+    with pytest.raises(ValueError, match=r"'timm' \(timm\), 'torch_ema' \(torch_ema\)"):
+        read(file)
+    assert read(file, key="timm").system == "timm"
+
+
+def test_key_of_a_file_with_one_average():
+    assert equal(read({"state_dict_ema": state(), "state_dict": state(1.0)}, key="timm").tensors, state())
+    with pytest.raises(ValueError, match="key should be one of 'timm'.*got 'state_dict'"):
+        read({"state_dict_ema": state(), "state_dict": state(1.0)}, key="state_dict")
+
+
+def test_equal_averages_are_one():
+    file = {"model": state(1.0), "ema_a": state(), "ema_b": state()}
+    assert equal(read(file).tensors, state())
+    for other in (state(2.0), {name: tensor.double() for name, tensor in state().items()}, {"a.bias": torch.zeros(2)}):
+        with pytest.raises(ValueError, match="'ema_a' .Ignite., 'ema_b' .Ignite."):
+            read(file | {"ema_b": other})
+
+
+def test_state_of_our_handler_goes_before_all_others():
+    handler = EMAHandler(nn.Linear(2, 2))
+    file = {"ema_handler": handler.state_dict(), "ema_model": nn.Linear(2, 2).state_dict()}
+    assert read(file).system == "ignite_ema"
+    assert read(file, key="ema_model").system == "Ignite"
+
+
+def test_two_of_our_handlers_need_a_key():
+    handlers = [EMAHandler(nn.Linear(2, 2)) for _ in range(2)]
+    file = {"ema_g": handlers[0].state_dict(), "ema_d": handlers[1].state_dict()}
+    with pytest.raises(ValueError, match="'ema_g' .ignite_ema., 'ema_d' .ignite_ema."):
+        read(file)
+    assert equal(read(file, key="ema_d").tensors, handlers[1].ema_model.state_dict())
+
+
+def test_raw_weights_are_those_of_the_same_name():
+    file = {"g": state(1.0), "d": state(2.0), "ema_g": state(3.0), "ema_d": state(4.0)}
+    assert equal(read(file, key="ema_d").online, state(2.0))
+    assert read({"one": state(1.0), "two": state(2.0), "ema": state(3.0)}).online is None
+    assert equal(read({"one": state(1.0), "model": state(2.0), "ema": state(3.0)}).online, state(2.0))
+
+
+def test_raw_weights_that_do_not_match_are_none():
+    assert read({"state_dict_ema": state(), "state_dict": {"a.weight": torch.zeros(2, 2)}}).online is None
+    assert read({"state_dict_ema": state(), "state_dict": state() | {"a.bias": torch.zeros(3)}}).online is None
+
+
+@pytest.mark.parametrize("name", ["ema_model", "model_ema", "EMA", "ema", "ema2", "generator-ema.1"])
+def test_names_of_an_average(name):
+    assert read({name: state(), "model": state(1.0), "trainer": {"iteration": 3}}).system == "Ignite"
+
+
+@pytest.mark.parametrize("name", ["schema", "remark", "cinema", "emanation"])
+def test_names_of_no_average(name):
+    assert read({name: state(), "model": state(1.0)}).system == "plain"
+
+
+# --- mmcv ---
+
+
+def test_mmcv_names_that_collide():
+    file = {"a.b_c": torch.zeros(2), "a_b.c": torch.zeros(2), "ema_a_b_c": torch.zeros(2)}
+    with pytest.raises(ValueError, match="'ema_a_b_c' should belong to one tensor.*got 'a.b_c' and 'a_b.c'"):
+        read({"state_dict": file})
+
+
+def test_mmcv_within_an_epoch_needs_a_key():
+    own, raw, buffers = mmcv_state(net(), dict(net().named_parameters()))
+    file = {"meta": {"epoch": 3, "iter": 13}, "state_dict": own | buffers}
+    with pytest.raises(ValueError, match="'model' .mmcv; 13 iterations are no 3 whole epochs.*'ema_' .mmcv"):
+        read(file)
+    assert equal(read(file, key="model").tensors, own)
+    found = read(file, key="ema_")
+    assert equal(found.tensors, raw)
+    assert equal(found.online, own)
+
+
+@pytest.mark.parametrize("meta", [{"epoch": 3, "iter": 12}, {"epoch": 0, "iter": 5}, {"iter": 5}, None])
+def test_mmcv_at_the_end_of_an_epoch(meta):
+    own, _, buffers = mmcv_state(net(), dict(net().named_parameters()))
+    assert equal(read({"meta": meta, "state_dict": own | buffers}).tensors, own)
+    assert equal(read(own | buffers).tensors, own)
+
+
+@pytest.mark.parametrize("extra", [{"ema_decay": torch.zeros(1)}, {"ema_a_bias": torch.zeros(3)}])
+def test_buffers_that_are_no_averages_are_not_mmcvs(extra):
+    assert read(state() | extra).system == "plain"
+
+
+def test_mmcv_own_buffers_are_not_taken_for_averages():
+    file = {"model": state(1.0), "ema_model": state(2.0)}  # as if 'ema_model' were the average of 'model'
+    assert read(file).system == "Ignite"
+
+
+# --- names and values ---
+
+
+def test_orig_mod_is_taken_out():
+    compiled = {"_orig_mod.a.weight": torch.ones(1), "b._orig_mod.c": torch.ones(2)}
+    assert list(read({"ema_model": compiled}).tensors) == ["a.weight", "b.c"]
+    with pytest.raises(ValueError, match="'x' should be in source once.*_orig_mod"):
+        read({"ema": {"x": torch.ones(1), "_orig_mod.x": torch.zeros(1)}})
+
+
+def test_module_is_taken_out_only_where_the_layout_puts_it():
+    wrapped = prefixed("module.", state())
+    assert equal(read(wrapped).tensors, wrapped)
+    assert equal(read({"ema": wrapped, "optimizer": {}}).tensors, wrapped)
+    assert equal(read({"ema": wrapped, "model": prefixed("module.", state(1.0))}).tensors, wrapped)
+    assert equal(read({"ema": wrapped, "model": state(1.0)}).tensors, state())
+    both = {"model": prefixed("module.", state(1.0)), "pretrained": state(2.0)}
+    assert equal(read({"ema": wrapped} | both).tensors, wrapped)
+    assert equal(read(prefixed("module.", wrapped) | {"n_averaged": torch.tensor(1)}).tensors, wrapped)
+
+
+def test_extra_state():
+    extra = {"a._extra_state": {"scale": 1}, "b._extra_state": torch.ones(1)}
+    assert list(read({"state_dict_ema": state() | extra}).tensors) == ["a.weight", "a.bias", "b._extra_state"]
+    assert read(state() | extra).system == "plain"
+
+
+@pytest.mark.parametrize("file", [{"state_dict_ema": state() | {"n": 3}}, {"ema_model": state() | {"n": 3}}])
+def test_what_is_no_tensor_is_named(file):
+    with pytest.raises(ValueError, match="'n' of the averaged weights in source should be a tensor, got int"):
+        read(file)
+
+
+def test_gradients_are_left_behind():
+    assert not read({"ema": {"w": nn.Parameter(torch.zeros(1))}}).tensors["w"].requires_grad
+
+
+# --- files without an average ---
+
+
+def test_plain():
+    assert equal(read(state()).tensors, state())
+    found = read({"epoch": 3, "weights": state(), "optimizer": {"state": {0: {"step": 1}}, "param_groups": []}})
+    assert (found.system, found.online, found.num_updates) == ("plain", None, None)
+    assert equal(found.tensors, state())
+    assert equal(read({"model": state(1.0), "statistics": state()}).tensors, state(1.0))
+    assert equal(read({"model": state(1.0), "statistics": state()}, key="statistics").tensors, state())
+    with pytest.raises(ValueError, match="got several.*'one' .plain., 'two' .plain."):
+        read({"one": state(1.0), "two": state()})
+
+
+@pytest.mark.parametrize("source", [{}, {"epoch": 3}, {f"k{i}": {} for i in range(20)}, {"model": state() | {"n": 1}}])
+def test_nothing_recognised(source):
+    with pytest.raises(ValueError, match="source should hold averaged weights.*keys.*mmengine.*pass the part") as info:
+        read(source)
+    assert ("… (20 in all)" in str(info.value)) == (len(source) == 20)
+    assert len(str(info.value)) < 400
+
+
+@pytest.mark.parametrize(("source", "kind"), [([1], "list"), (nn.Linear(1, 1), "Linear"), (3, "int")])
+def test_not_a_mapping(source, kind):
+    with pytest.raises(TypeError, match=f"source should be, or hold, a mapping.*got {kind}; pass the state_dict"):
+        read(source)
+
+
+def test_our_state_of_another_version():
+    handler_state = EMAHandler(nn.Linear(1, 1)).state_dict()
+    del handler_state["state_dict_names"]
+    with pytest.raises(ValueError, match="'averaged_tensors' and 'state_dict_names', got 'ignite_ema_version'"):
+        read(handler_state)
+    handler_state["state_dict_names"] = {"weight": "elsewhere"}
+    with pytest.raises(ValueError, match="should have 'elsewhere'"):
+        read(handler_state)
+
+
+# --- reading files ---
+
+
+class Touch:
+    """Leaves a trace when it is unpickled; ``call`` is a function and its arguments."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+TRACE = "import pathlib; pathlib.Path('trace').touch()"
+ATTACKS = {
+    "os.system": lambda: Touch(os.system, ("touch trace",)),
+    "exec": lambda: Touch(exec, (TRACE,)),
+    "eval": lambda: Touch(eval, ("__import__('pathlib').Path('trace').touch()",)),
+    "subprocess": lambda: Touch(subprocess.run, (["touch", "trace"],)),
+    "getattr": lambda: Touch(getattr, (Path("trace"), "touch")),
+    "open": lambda: Touch(open, ("trace", "w")),
+    "torch.load": lambda: Touch(torch.save, (1, "trace")),
+    "state": lambda: Touch(Touch, (), {"call": Touch(exec, (TRACE,))}),
+}
+
+
+REFUSED = {"os.system"}  # torch refuses some modules under any name
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_nothing_is_run(attack, new_format, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = {"state_dict_ema": state(), "args": ATTACKS[attack]()}
+    torch.save(content, "evil.pt", _use_new_zipfile_serialization=new_format)
+    if attack not in REFUSED:
+        assert equal(read("evil.pt").tensors, state())
+    else:
+        with pytest.raises(ValueError, match="evil.pt' should hold .* objects that cannot be left out, among") as info:
+            read("evil.pt")
+        assert len(str(info.value)) < 400
+    assert files_in(tmp_path) == ["evil.pt"]
+
+
+def test_modules_of_foreign_objects_are_not_imported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("foreign.py").write_text("class Thing: ...\n")
+    import foreign
+
+    torch.save({"ema": state(), "thing": foreign.Thing()}, "file.pt")
+    del sys.modules["foreign"]
+    Path("foreign.py").write_text(TRACE)
+    assert read("file.pt").system == "Ignite"
+    assert "foreign" not in sys.modules
+    assert not Path("trace").exists()
+
+
+class Settings(dict):
+    """A dictionary of a class of its own."""
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_harmless_foreign_objects(new_format, tmp_path):
+    import numpy as np
+
+    content = {
+        "model": state(),
+        "args": argparse.Namespace(path=Path("x"), nested=argparse.Namespace()),
+        "metric": np.float64(0.5),
+        "history": np.arange(3),
+        "queue": deque([1, 2], maxlen=3),
+        "counts": defaultdict(int, a=1),
+        "counter": Counter("aab"),
+        "kinds": {argparse.Namespace, int},
+    }
+    torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=new_format)
+    allowed = set(torch.serialization.get_safe_globals())
+    loaded = load_file(tmp_path / "file.pt")
+    assert set(torch.serialization.get_safe_globals()) == allowed
+    assert list(loaded) == list(content)
+    assert (loaded["queue"], loaded["counts"]) == ([1, 2], {"a": 1})
+    assert not hasattr(loaded["args"], "path")
+
+
+@pytest.mark.parametrize("foreign", [Settings(a=1), [Settings(a=1)]])
+def test_objects_that_cannot_be_left_out_are_named(foreign, tmp_path):
+    torch.save({"model": state(), "settings": foreign}, tmp_path / "file.pt")
+    allowed = set(torch.serialization.get_safe_globals())
+    with pytest.raises(ValueError, match=r"file.pt' should hold tensors.*test_checkpoints.Settings; if you trust it"):
+        load_file(tmp_path / "file.pt")
+    assert set(torch.serialization.get_safe_globals()) == allowed
+
+
+def test_torch_without_safe_globals_names_the_object(tmp_path, monkeypatch):
+    torch.save({"model": state(), "args": argparse.Namespace()}, tmp_path / "file.pt")
+    for name in ("safe_globals", "get_unsafe_globals_in_checkpoint"):  # torch 2.4
+        monkeypatch.delattr(torch.serialization, name)
+    with pytest.raises(ValueError, match="among argparse.Namespace; if you trust it"):
+        load_file(tmp_path / "file.pt")
+    torch.save(state(), tmp_path / "file.pt")
+    assert equal(load_file(tmp_path / "file.pt"), state())
+
+
+def test_what_is_not_looked_at_is_not_read(tmp_path):
+    torch.save({"ema": {"w": torch.zeros(100_000)}}, tmp_path / "file.pt")
+    tensors = read(tmp_path / "file.pt").tensors
+    content = (tmp_path / "file.pt").read_bytes()
+    with (tmp_path / "file.pt").open("r+b") as file:  # in place, before the tensor has been read
+        file.write(content.replace(bytes(400_000), b"\x00\x00\x80?" * 100_000))
+    assert torch.equal(tensors["w"], torch.ones(100_000))
+
+
+def test_old_format(tmp_path):
+    torch.save({"ema": state()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert equal(read(tmp_path / "old.pt").tensors, state())
+
+
+def broken(kind):
+    buffer = io.BytesIO()
+    torch.save(state(), buffer)
+    whole = buffer.getvalue()
+    if kind == "zip":
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("readme.txt", "nothing")
+        return buffer.getvalue()
+    if kind == "pickle":
+        return pickle.dumps({"a": 1}, protocol=4)
+    if kind == "tar":
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            archive.addfile(tarfile.TarInfo("storages"))
+        return buffer.getvalue()
+    if kind == "damaged":  # in the pickle, the first thing in the file
+        return whole.replace(b"\x80\x02}", b"\x80\x02\xff")
+    if kind == "script":
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name in ("constants.pkl", "data.pkl"):
+                archive.writestr(f"archive/{name}", pickle.dumps(1, protocol=2))
+        return buffer.getvalue()
+    return {"text": b"epoch,loss\n1,0.5\n", "empty": b"", "half": whole[: len(whole) // 2], "byte": b"\x80"}[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("text", "that torch.save wrote, but it cannot be read"),
+        ("half", "that torch.save wrote, but it cannot be read"),
+        ("byte", "that torch.save wrote, but it cannot be read"),
+        ("zip", "that torch.save wrote, but it cannot be read"),
+        ("script", "that torch.save wrote, but it cannot be read"),
+        ("pickle", "that torch.save wrote, but it cannot be read"),
+        ("damaged", "that torch.save wrote, but it cannot be read"),
+        ("tar", "got the tar format of older ones"),
+        ("empty", "should hold weights, but it is empty"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+def test_broken_files(kind, message, tmp_path):
+    file = tmp_path / "broken.pt"
+    file.write_bytes(broken(kind))
+    with pytest.raises(ValueError, match=message) as info:
+        load_file(file)
+    assert str(info.value).startswith(f"'{file}' should")
+    assert len(str(info.value)) < 350 + len(str(file))
+
+
+def test_no_file_at_all(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.pt' should be a file, but there is none"):
+        load_file(tmp_path / "nowhere.pt")
+    with pytest.raises(ValueError, match="should be a file, got a directory; name the file in it"):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"no header", (10**12).to_bytes(8, "little") + b"{}"])
+def test_broken_safetensors(content, tmp_path):
+    pytest.importorskip("safetensors")
+    file = tmp_path / "broken.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="should be a file that safetensors wrote, but it cannot be read"):
+        load_file(file)
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    file = tmp_path / "file.safetensors"
+    with pytest.raises(ImportError, match="file.safetensors' needs the package safetensors; pip install"):
+        save_file(state(), file)
+    assert not files_in(tmp_path)
+    file.write_bytes(b"x")
+    with pytest.raises(ImportError, match="needs the package safetensors"):
+        load_file(file)
+
+
+def test_average_in_safetensors(tmp_path):
+    pytest.importorskip("safetensors")
+    file = {"n_averaged": torch.tensor(4)} | prefixed("module.", state(2.0))
+    save_file(file, tmp_path / "average.safetensors")
+    found = read(tmp_path / "average.safetensors")
+    assert (found.system, found.num_updates) == ("torch AveragedModel", 4)
+    assert equal(found.tensors, state(2.0))
+
+
+# --- writing files ---
+
+SUFFIXES = pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+
+
+@SUFFIXES
+def test_save_and_load(suffix, tmp_path):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    _, averaged = averages_of(Tied())
+    averaged |= {
+        "half": torch.randn(3).bfloat16(),
+        "turned": torch.randn(3, 4).t(),
+        "nothing": torch.zeros(0),
+        "nothing_else": torch.zeros(0, 2),
+        "scalar": torch.tensor(2.5),
+        "row": torch.randn(50, 4)[3],
+        "parameter": nn.Parameter(torch.ones(2)),
+    }
+    save_file(averaged, tmp_path / f"file{suffix}")
+    assert files_in(tmp_path) == [f"file{suffix}"]
+    assert equal(load_file(tmp_path / f"file{suffix}"), averaged)
+    assert not any(tensor.requires_grad for tensor in load_file(tmp_path / f"file{suffix}").values())
+
+
+@SUFFIXES
+def test_views_are_saved_without_the_rest_of_their_memory(suffix, tmp_path):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    long = torch.randn(100_000)
+    views = {"a": long[:10], "b": long[:10], "c": long[5:15], "d": long.view(torch.int32)[:10]}
+    save_file(views, tmp_path / f"file{suffix}")
+    assert (tmp_path / f"file{suffix}").stat().st_size < 10_000
+    assert equal(load_file(tmp_path / f"file{suffix}"), views)
+
+
+def test_ties_stay_in_a_torch_file(tmp_path):
+    model = Tied()
+    long = torch.randn(100)
+    save_file(model.state_dict() | {"v": long[:10], "w": long[:10]}, tmp_path / "tied.pt")
+    loaded = load_file(tmp_path / "tied.pt")
+    for one, other in (("inner.weight", "outer.weight"), ("v", "w")):
+        assert loaded[one].data_ptr() == loaded[other].data_ptr()
+
+
+def test_ties_in_safetensors(tmp_path):
+    pytest.importorskip("safetensors")
+    save_file(Tied().state_dict(), tmp_path / "tied.safetensors")
+    assert equal(load_file(tmp_path / "tied.safetensors"), copied(Tied().state_dict()))
+
+
+@SUFFIXES
+def test_nothing_is_overwritten_unless_forced(suffix, tmp_path):
+    file = tmp_path / f"file{suffix}"
+    file.write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="exists already; choose another name, or overwrite"):
+        save_file(state(), file)
+    assert file.read_bytes() == b"precious"
+    save_file(state(), file, force=True)
+    assert equal(load_file(file), state())
+
+
+@SUFFIXES
+@pytest.mark.parametrize("error", [RuntimeError("disk full"), OSError("disk full"), KeyboardInterrupt()])
+def test_failing_save_leaves_the_old_file_alone(suffix, error, tmp_path, monkeypatch):
+    file = tmp_path / f"file{suffix}"
+    file.write_bytes(b"precious")
+
+    def fail(content, path, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    if suffix == ".safetensors":
+        monkeypatch.setattr(pytest.importorskip("safetensors.torch"), "save_file", fail)
+    else:
+        monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(
+        KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OSError, match=str(error) or None
+    ):
+        save_file(state(), file, force=True)
+    assert files_in(tmp_path) == [file.name]
+    assert file.read_bytes() == b"precious"
+
+
+def test_save_over_the_file_that_is_read(tmp_path):
+    torch.save({"model": state(1.0), "ema_model": state(2.0)}, tmp_path / "file.pt")
+    save_file(read(tmp_path / "file.pt").tensors, tmp_path / "file.pt", force=True)
+    assert equal(load_file(tmp_path / "file.pt"), state(2.0))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "name", "error", "message"),
+    [
+        (state(), "file.bin", ValueError, "should end in .pt, .pth or .safetensors"),
+        (state(), "file", ValueError, "should end in"),
+        (state(), "folder.pt", ValueError, "should be a file, got a directory"),
+        (state() | {"n": 3}, "file.pt", TypeError, "'n' should be a tensor, got int"),
+        (state(), "nowhere/file.pt", OSError, "nowhere/file.pt' could not be written|No such file"),
+    ],
+)
+def test_what_cannot_be_saved(tensors, name, error, message, tmp_path):
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(error, match=message):
+        save_file(tensors, tmp_path / name, force=True)
+    assert files_in(tmp_path) == ["folder.pt"]
+
+
+def test_order_of_an_ordered_state_dict_is_kept(tmp_path):
+    tensors = OrderedDict((name, torch.ones(1)) for name in "zyxa")
+    save_file(tensors, tmp_path / "file.pt")
+    assert list(load_file(tmp_path / "file.pt")) == list("zyxa")

@@ -1,0 +1,276 @@
+"""The command: what it prints, what it writes, and how it ends."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peer_files import MAKERS, equal, made
+
+from ignite_ema import checkpoints, cli
+from ignite_ema.checkpoints import load_file
+from ignite_ema.cli import main
+
+EVERY = pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def arguments_for(peer, folder):
+    """The file of a peer on the command line, with what else it takes to read it."""
+    arguments = [str(peer.path)]
+    if peer.key is not None:
+        arguments += ["--key", peer.key]
+    if peer.names is not None:
+        torch.save(peer.names, folder / "names.pt")
+        arguments += ["--names", str(folder / "names.pt")]
+    return arguments
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A checkpoint with a distance of 0.5 in one layer, 0.25 in another, and none in a third."""
+    model = {
+        "a.weight": torch.tensor([2.0, 0.0]),
+        "a.bias": torch.tensor([0.0]),
+        "b.c.weight": torch.tensor([4.0, 0.0], dtype=torch.bfloat16),
+        "d": torch.tensor([1.0 + 0.0j]),
+        "e.count": torch.tensor(3),
+    }
+    ema = model | {
+        "a.weight": torch.tensor([2.0, 1.0]),
+        "b.c.weight": torch.tensor([4.0, 1.0], dtype=torch.bfloat16),
+        "e.count": torch.tensor(99),
+    }
+    torch.save({"model": model, "ema_model": ema, "trainer": {"iteration": 3}}, tmp_path / "file.pt")
+    return tmp_path / "file.pt"
+
+
+@EVERY
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_export_bit_for_bit(maker, suffix, tmp_path, capsys):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    peer = made(maker)
+    out = tmp_path / f"out{suffix}"
+    assert main(["export", *arguments_for(peer, tmp_path), str(out)]) == 0
+    assert equal(load_file(out), peer.tensors)
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{out}: {len(peer.tensors)} tensors, 0.0")
+    assert printed.out.endswith(f" MiB, averaged by {peer.system}\n")
+    assert printed.err == ""
+    assert files_in(tmp_path) in ([out.name], ["names.pt", out.name])
+
+
+@EVERY
+def test_inspect_every_peer(maker, tmp_path, capsys):
+    peer = made(maker)
+    assert main(["inspect", *arguments_for(peer, tmp_path)]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "distance" not in line)
+    assert lines["file"] == str(peer.path)
+    assert lines["format"] == peer.system
+    assert lines["tensors"].startswith(f"{len(peer.tensors)} (")
+    assert lines["updates"] == ("not stated" if peer.num_updates is None else str(peer.num_updates))
+
+
+def test_inspect(file, capsys):
+    assert main(["inspect", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"file      {file}",
+        "format    Ignite",
+        "tensors   5 (2 float32, 1 bfloat16, 1 complex64, 1 int64)",
+        "size      0.000 MiB",
+        "updates   not stated",
+        "distance  3.086e-01  all",  # sqrt((1 + 1) / (4 + 16 + 1))
+        f"distance  5.000e-01  a       {'█' * 40}",
+        f"distance  2.500e-01  b.c     {'█' * 20}",
+        "distance  0.000e+00  (root)",
+    ]
+
+
+def test_inspect_size(tmp_path, capsys):
+    torch.save({"ema": {"w": torch.zeros(2**20)}}, tmp_path / "file.pt")
+    assert main(["inspect", str(tmp_path / "file.pt")]) == 0
+    assert "size      4.000 MiB\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("raw", "averaged", "shown"),
+    [(0.0, 1.0, "inf"), (0.0, 0.0, "0.000e+00"), (1.0, float("nan"), "nan"), (1.0, 1e30, "1.000e+30")],
+)
+def test_distances_without_a_ratio(raw, averaged, shown, tmp_path, capsys):
+    file = {"model": {"a.w": torch.tensor([raw])}, "ema": {"a.w": torch.tensor([averaged])}}
+    torch.save(file, tmp_path / "file.pt")
+    assert main(["inspect", str(tmp_path / "file.pt")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == f"distance  {shown}  all"
+    assert lines[-1].split()[:3] == ["distance", shown, "a"]
+    assert ("█" in lines[-1]) == (shown == "1.000e+30")
+
+
+def test_distance_is_computed_in_float64(tmp_path, capsys):
+    raw = {"a.w": torch.full((1000,), 300.0, dtype=torch.float16)}  # the square of 300 is no float16
+    averaged = {"a.w": torch.full((1000,), 303.0, dtype=torch.float16)}
+    torch.save({"model": raw, "ema": averaged}, tmp_path / "file.pt")
+    main(["inspect", str(tmp_path / "file.pt")])
+    assert "distance  1.000e-02  all" in capsys.readouterr().out
+
+
+def test_inspect_a_plain_file(tmp_path, capsys):
+    torch.save({"w": torch.zeros(1)}, tmp_path / "file.pt")
+    assert main(["inspect", str(tmp_path / "file.pt")]) == 0
+    out = capsys.readouterr().out
+    assert "format    plain (no average)\n" in out
+    assert out.endswith("distance  not known: the file has no averaged and raw weights side by side\n")
+
+
+def test_export_of_a_plain_file_is_refused(tmp_path, capsys):
+    torch.save({"w": torch.zeros(1)}, tmp_path / "file.pt")
+    assert main(["export", str(tmp_path / "file.pt"), str(tmp_path / "out.pt")]) == 1
+    assert "file.pt' should hold an average, but it has plain weights alone" in capsys.readouterr().err
+    assert files_in(tmp_path) == ["file.pt"]
+
+
+def test_no_overwriting_without_force(file, tmp_path, capsys):
+    out = tmp_path / "out.pt"
+    out.write_bytes(b"precious")
+    assert main(["export", str(file), str(out)]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"ignite-ema: '{out}' exists already; choose another name, or overwrite it with force.\n"
+    )
+    assert out.read_bytes() == b"precious"
+    assert main(["export", str(file), str(out), "--force"]) == 0
+    assert load_file(out)["e.count"] == 99
+
+
+def test_failing_export_leaves_nothing_behind(file, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out.pt"
+    out.write_bytes(b"precious")
+
+    def fail(content, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    assert main(["export", str(file), str(out), "--force"]) == 1
+    assert capsys.readouterr() == ("", f"ignite-ema: '{out}' could not be written: disk full\n")
+    assert files_in(tmp_path) == ["file.pt", "out.pt"]
+    assert out.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere.pt"], "'nowhere.pt' should be a file, but there is none"),
+        (["inspect", "."], "should be a file, got a directory"),
+        (["export", "file.pt", "out.bin"], "'out.bin' should end in .pt, .pth or .safetensors"),
+        (["inspect", "file.pt", "--key", "x"], "key should be one of 'ema_model' (Ignite) in 'file.pt', got 'x'"),
+        (["inspect", "list.pt"], "list of 1 tensors without names, as torch_ema saves them"),
+        (["inspect", "list.pt", "--names", "file.safetensors"], "keep the order of the parameters, but .safetensors"),
+        (["inspect", "list.pt", "--names", "number.pt"], "names should be a model, or a mapping"),
+        (["inspect", "list.pt", "--names", "file.pt"], "names should be of 1 tensors"),
+        (["inspect", "number.pt"], "'number.pt' should be, or hold, a mapping such as a state dict, got int"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(arguments, message, file, capsys, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    torch.save({"shadow_params": [torch.zeros(1)], "num_updates": 2}, "list.pt")
+    torch.save(3, "number.pt")
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("ignite-ema: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["inspect"], ["export", "file.pt"], ["inspect", "file.pt", "--force"], ["convert", "file.pt"]]
+)
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as info:
+        main(arguments)
+    assert info.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: ignite-ema")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["export", "--help"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as info:
+        main(arguments)
+    assert info.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:\n  ignite-ema " in text
+    assert "exit codes:\n  0  done\n  1  the file cannot be read" in text
+    assert text.isascii()  # or a terminal that is not UTF-8 could not show it
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_examples_of_the_help_are_commands(capsys):
+    for command in ("inspect", "export"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        for line in capsys.readouterr().out.splitlines():
+            if line.startswith("  ignite-ema "):
+                assert cli._parser().parse_args(line.partition("|")[0].split()[1:]).file
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as info:
+        main(["--version"])
+    assert info.value.code == 0
+    assert capsys.readouterr().out.startswith("ignite-ema 0.")
+
+
+@pytest.mark.parametrize(("encoding", "block"), [("ascii", "#"), ("latin-1", "#"), ("utf-8", "█")])
+def test_bars_suit_the_encoding(encoding, block, file, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["inspect", str(file)]) == 0
+    assert f"  a       {block * 40}\n" in stdout.buffer.getvalue().decode(encoding)
+
+
+def test_ctrl_c(file, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "read", stop)
+    assert main(["inspect", str(file)]) == 130
+
+
+def run(*arguments, **kwargs):
+    return subprocess.run([sys.executable, "-m", "ignite_ema", *map(str, arguments)], capture_output=True, **kwargs)
+
+
+def test_as_a_module(file, tmp_path):
+    shown = run("inspect", file, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (shown.returncode, shown.stderr) == (0, b"")
+    assert b"distance  5.000e-01  a       " + b"#" * 40 in shown.stdout.splitlines()
+    written = run("export", file, tmp_path / "out.pt")
+    assert (written.returncode, written.stderr) == (0, b"")
+    assert written.stdout.decode().startswith(f"{tmp_path / 'out.pt'}: 5 tensors")
+    assert len(load_file(tmp_path / "out.pt")) == 5
+
+
+def test_exit_code_of_the_module(tmp_path):
+    missing = run("inspect", "nowhere.pt", cwd=tmp_path)
+    assert (missing.returncode, missing.stdout) == (1, b"")
+    assert missing.stderr == b"ignite-ema: 'nowhere.pt' should be a file, but there is none; check the path.\n"
+
+
+def test_closed_pipe(tmp_path):
+    names = [f"layer{i}.weight" for i in range(5000)]  # more than a pipe holds
+    tensors = dict.fromkeys(names, torch.ones(1))
+    torch.save({"model": tensors, "ema": tensors}, tmp_path / "file.pt")
+    command = f"'{sys.executable}' -m ignite_ema inspect '{tmp_path / 'file.pt'}'"
+    piped = subprocess.run(
+        ["bash", "-c", f"{command} | head -n 1; echo ${{PIPESTATUS[0]}}"], capture_output=True, check=True
+    )
+    assert piped.stderr == b""
+    assert piped.stdout.splitlines()[1] == b"141"

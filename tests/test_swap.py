@@ -1,0 +1,1168 @@
+"""swapped() and swap_during(): the averaged weights inside, and the model's own after every way out, bit for bit."""
+
+import contextlib
+import copy
+import gc
+import io
+import random
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ignite_ema import EMAHandler, ModelAverage, kernels
+from ignite_ema.swap import any_swapped
+
+MODES = {
+    "copy": "copy",
+    "update": "update",
+    "ema_train": "ema_train",
+    "mapping": {"*kept": "keep", "*": "update"},
+}
+SPARSE = {**MODES, "update": "copy", "mapping": {"kept": "keep"}}  # sparse buffers cannot be averaged
+
+
+class Tensors(nn.Module):
+    """Some parameters and buffers, and sums of them."""
+
+    def __init__(self, **named):
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(2))
+        for name, tensor in named.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+    def forward(self, x):
+        tensors = [*self.parameters(), *self.buffers()]
+        return torch.stack([tensor.detach().to_dense().to(torch.complex128).sum() for tensor in tensors]) * x.sum()
+
+
+class Tied(nn.Module):
+    """A batch norm, and two layers of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.second = nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+        self.register_buffer("kept", torch.zeros(2))
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x))) + self.kept.sum()
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 2, num_layers=2)
+        self.register_buffer("kept", torch.zeros(2))
+
+    def forward(self, x):
+        return self.lstm(x)[0] + self.kept
+
+
+def parameter(*shape, dtype=torch.float32):
+    return nn.Parameter(torch.rand(shape).to(dtype))
+
+
+def mixed():
+    return Tensors(
+        single=parameter(3),
+        narrow=parameter(3, dtype=torch.bfloat16),
+        imaginary=parameter(2, 2, dtype=torch.complex64),
+        number=torch.tensor([1, 2]),
+        flag=torch.tensor([True, False]),
+        eight=torch.rand(4).to(torch.float8_e4m3fn),
+    )
+
+
+def views_of_one_storage():
+    flat = torch.rand(7)
+    return Tensors(a=nn.Parameter(flat[:4]), b=nn.Parameter(flat[4:]), c=flat.new_zeros(6)[::2])
+
+
+MODELS = {
+    "mixed types": mixed,
+    "tied weights": Tied,
+    "LSTM": Recurrent,
+    "expanded": lambda: Tensors(weight=parameter(2), expanded=torch.rand(1).expand(3), rows=torch.rand(3).expand(2, 3)),
+    "empty and 0-d": lambda: Tensors(empty=parameter(0, 3), scalar=parameter(), none=torch.zeros(0)),
+    "not contiguous": lambda: Tensors(turned=nn.Parameter(torch.rand(2, 3).T), every_other=torch.rand(8)[::2]),
+    "channels last": lambda: Tensors(weight=nn.Parameter(torch.rand(2, 3, 2, 2).to(memory_format=torch.channels_last))),
+    "views of one storage": views_of_one_storage,
+    "sparse": lambda: Tensors(weight=parameter(2), sparse=torch.eye(3).to_sparse()),
+    "made in inference_mode": lambda: made_inside_inference_mode(Tied),
+}
+
+
+def made_inside_inference_mode(make):
+    with torch.inference_mode():
+        return make()
+
+
+def move(model):
+    """Gives all tensors of a model other values; those of an inference_mode can be written to inside of one alone."""
+    with torch.inference_mode(any(tensor.is_inference() for tensor in model.parameters())), torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_sparse:
+                model.sparse = (torch.rand(3, 3) < 0.7).float().mul(torch.rand(())).to_sparse()
+            elif tensor.numel():
+                single = tensor[tuple(slice(1) if step == 0 else slice(None) for step in tensor.stride())]
+                single.copy_(torch.rand(single.shape) + 2 * torch.rand(()))
+
+
+def bits(tensor):
+    tensor = tensor.detach().to_dense().contiguous()
+    return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).tolist()
+
+
+def contents(module):
+    """The bits of every parameter and buffer, by name, tied ones too."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: bits(tensor) for name, tensor in named}
+
+
+def places(module):
+    """What must be the same object in the same memory, in the same order, tied ones too."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return [
+        (name, id(tensor), tensor.requires_grad, *([] if tensor.is_sparse else [tensor.data_ptr(), tensor.stride()]))
+        for name, tensor in named
+    ]
+
+
+def computed(model, x=None):
+    model.eval()
+    with torch.no_grad():
+        return model(torch.ones(2, 3) if x is None else x)
+
+
+def averaged(model, *arguments, **options):
+    """An average of ``model`` that is neither what it was at first, nor what it is now."""
+    average = ModelAverage(model, *arguments, **options)
+    move(model)
+    average.update(0.25)
+    move(model)
+    return average
+
+
+# What is in the block
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_model_is_the_twin_in_the_block_and_itself_again_after_it(kind, mode):
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    average = averaged(model, (SPARSE if kind == "sparse" else MODES)[mode])
+    before, held_in, output, due = contents(model), places(model), computed(model), contents(average.module)
+    assert due != before
+    for _ in range(2):
+        with average.swapped():
+            assert contents(model) == due
+            assert torch.equal(computed(model), computed(average.module))
+            assert [place[:2] for place in places(model)] == [place[:2] for place in held_in]
+        assert contents(model) == before
+        assert places(model) == held_in
+        assert torch.equal(computed(model), output)
+        assert contents(average.module) == due
+
+
+@pytest.mark.parametrize("held_in", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.float8_e5m2], ids=str)
+def test_an_average_in_another_type_is_rounded_to_that_of_the_model(dtype, held_in):
+    model = Tensors(weight=parameter(5, dtype=dtype), buffer=torch.rand(3).to(dtype))
+    average = averaged(model, "update", dtype=held_in)
+    twin = average.module
+    before, due = contents(model), contents(twin)
+    with average.swapped():
+        assert bits(model.weight) == bits(twin.weight.to(dtype))
+        assert bits(model.buffer) == bits(twin.buffer.to(dtype))
+        assert bits(model.kept) == bits(twin.kept.to(torch.float32))
+    assert contents(model) == before
+    assert contents(twin) == due
+
+
+def test_tied_weights_stay_tied_in_the_block():
+    model = Tied()
+    with averaged(model).swapped():
+        assert model.first.weight is model.second.weight
+
+
+def test_a_buffer_that_views_a_parameter_follows_it_in_the_block():
+    model = nn.Linear(3, 2, bias=False)
+    model.register_buffer("row", model.weight.detach()[0])
+    average = averaged(model, "update")
+    before, due = contents(model), contents(average.module)
+    with average.swapped():
+        assert contents(model) == due
+    assert contents(model) == before
+
+
+# Where the block is
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("kind", ["tied weights", "expanded", "made in inference_mode", "sparse"])
+def test_gradient_modes_do_not_matter(kind, context):
+    model = MODELS[kind]()
+    average = averaged(model)
+    before, held_in, due = contents(model), places(model), contents(average.module)
+    with context(), average.swapped():
+        assert contents(model) == due
+        model.kept = torch.ones(2)
+    assert contents(model) == before
+    assert places(model) == held_in
+    assert not model.kept.is_inference() or kind == "made in inference_mode"
+    assert average.update(0.5)
+
+
+def test_a_model_goes_on_training_after_a_block_inside_inference_mode():
+    model = Tied()
+    average = averaged(model)
+    with torch.inference_mode(), average.swapped():
+        model(torch.ones(2, 3))
+    model.train()(torch.rand(2, 3)).sum().backward()
+    assert model.first.weight.grad is not None
+
+
+def test_what_autocast_has_cached_of_the_weights_is_not_used():
+    model = Tied().eval()
+    average = averaged(model)
+    x = torch.rand(2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, due = model(x), average.module(x)
+        assert not torch.equal(output, due)
+        with average.swapped():
+            assert torch.equal(model(x), due)
+        assert torch.equal(model(x), output)
+
+
+def without_broadcast(model):
+    """A ``DistributedDataParallel`` that torch can compile; the argument for it has another name in each version."""
+    model.broadcast_buffers = model.forward_sync_buffers = False
+    return model
+
+
+WRAPPERS = {
+    "DataParallel": DataParallel,
+    "DDP": DistributedDataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "DDP in compiled": lambda model: torch.compile(without_broadcast(DistributedDataParallel(model)), backend="eager"),
+    "compiled in DDP": lambda model: DistributedDataParallel(torch.compile(model, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model_computes_the_averaged_weights(wrapper, process_group):
+    torch._dynamo.reset()
+    plain = Tied()
+    model = WRAPPERS[wrapper](plain)
+    handler = EMAHandler(model, 0.25)
+    move(plain)
+    x, before, output = torch.rand(2, 3).to(plain.kept.device), contents(plain), computed(model)
+    with handler.swapped():
+        assert torch.equal(computed(model), computed(handler.ema_model))
+        assert not torch.equal(computed(model), output)
+        model.train()(x).sum().backward()  # moves the statistics of the batch norm
+    assert contents(plain) == before
+    assert torch.equal(computed(model), output)
+
+
+def test_a_compiled_model_is_not_compiled_again():
+    torch._dynamo.reset()
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    plain = Tied()
+    model = torch.compile(plain, backend=backend)
+    average = averaged(plain)
+    output = computed(model)
+    assert len(compilations) == 1
+    for _ in range(2):
+        with average.swapped():
+            assert torch.equal(computed(model), computed(average.module))
+        assert torch.equal(computed(model), output)
+        average.update(0.5)
+    assert len(compilations) == 1
+
+
+# What is done in the block is undone after it
+
+
+class Everything(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tied = Tied()
+        self.lstm = nn.LSTM(3, 2)
+        self.register_buffer("expanded", torch.rand(1).expand(2))
+        self.register_buffer("cache", torch.rand(2), persistent=False)
+
+    def forward(self, x):
+        return self.lstm(self.tied(x))[0] + self.expanded + self.cache
+
+
+def train(model):
+    optimizer = torch.optim.Adam(model.parameters())
+    model.train()(torch.rand(4, 3)).square().sum().backward()
+    optimizer.step()
+
+
+def register_anew(model):
+    del model.cache
+    model.register_buffer("cache", torch.ones(5), persistent=False)
+    model.expanded = torch.ones(2)
+    model.tied.norm.running_mean = None
+
+
+def other_state(model):
+    return {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+
+
+def point_elsewhere(model):
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = torch.zeros_like(tensor)
+
+
+def shorten(model):
+    model.tied.first.weight.data = model.tied.first.weight.data[:1]
+
+
+def turn(model):
+    model.tied.first.weight.data = model.tied.first.weight.data.T
+
+
+def tie_to_another(model):
+    model.tied.second.weight = nn.Parameter(torch.ones(3, 3))
+
+
+CHANGES = {
+    "load_state_dict": lambda model: model.load_state_dict(other_state(model), strict=False),
+    "load_state_dict(assign=True)": lambda model: model.load_state_dict(other_state(model), assign=True),
+    "training": train,
+    "batch norm in train mode": lambda model: model.train()(torch.rand(4, 3)),
+    "half": nn.Module.half,
+    "double": nn.Module.double,
+    "buffers registered anew": register_anew,
+    "other memory": point_elsewhere,
+    "another shape of the same memory": shorten,
+    "another stride of the same memory": turn,
+    "ties taken apart": tie_to_another,
+    "no gradients needed": lambda model: model.requires_grad_(False),
+}
+
+
+@pytest.fixture
+def no_mark_stays():
+    """What one test leaves swapped would make others fail, whose objects come to live in the same places."""
+    yield
+    if any_swapped():
+        from ignite_ema import swap
+
+        swap._swapped.clear()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_done_in_the_block_is_undone(change, no_mark_stays):
+    torch.manual_seed(0)
+    model = Everything()
+    average = averaged(model)
+    due, x = contents(average.module), torch.rand(2, 3)
+    before, held_in, output, names = contents(model), places(model), computed(model, x), set(model.state_dict())
+    with average.swapped():
+        CHANGES[change](model)
+    if change == "no gradients needed":
+        model.requires_grad_(True)  # no matter of the weights
+    assert contents(model) == before
+    assert sorted(places(model)) == sorted(held_in)
+    assert torch.equal(computed(model, x), output)
+    assert set(model.state_dict()) == names
+    assert contents(average.module) == due
+    assert average.update(0.5)
+
+
+@pytest.mark.parametrize("is_run", [True, False], ids=["and run", "and not run"])
+def test_an_lstm_computes_its_own_weights_after_others_were_assigned(is_run):
+    model = Recurrent()
+    average = averaged(model)
+    output = computed(model)
+    with average.swapped():
+        model.load_state_dict(other_state(model), assign=True)
+        if is_run:
+            computed(model)
+    assert torch.equal(computed(model), output)
+
+
+def test_shared_frozen_parameters_are_undone_too():
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    average = ModelAverage(model, share_frozen=True)
+    for change in (nn.Module.half, CHANGES["load_state_dict(assign=True)"]):
+        before, held_in = contents(model), places(model)
+        with average.swapped():
+            change(model)
+        assert contents(model) == before
+        assert places(model) == held_in
+
+
+# Swapping while swapped
+
+
+ACTIONS = {
+    "update": lambda average: average.update(0.5),
+    "reset": lambda average: average.reset(),
+    "reset of buffers": lambda average: average.reset(buffers_only=True),
+    "swap": lambda average: average.swapped().__enter__(),
+    "load_state_dict": lambda average: average.load_state_dict(average.state_dict()),
+    "load_plain": lambda average: average.load_plain(average.module.state_dict()),
+}
+
+SCOPES = {
+    "the same average": lambda model: None,
+    "another of the model": lambda model: model,
+    "one of a part": lambda model: model[1],
+    "one of a whole": lambda model: nn.Sequential(model),
+    "one of a model of a common weight": lambda model: Tensors(weight=model[1].weight),
+    "one of a model of a common buffer": lambda model: Tensors(weight=parameter(1), buffer=model[2].running_mean),
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_nothing_moves_an_average_while_its_model_holds_averaged_weights(action, scope):
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.BatchNorm1d(1))
+    average = averaged(model)
+    other = ModelAverage(SCOPES[scope](model)) if scope != "the same average" else average
+    before, due, untouched = contents(model), contents(average.module), contents(other.module)
+    with average.swapped():
+        with pytest.raises(RuntimeError, match="while the model holds its own weights.*leave the block of swapped"):
+            ACTIONS[action](other)
+        assert contents(model) == due
+        assert contents(other.module) == untouched
+        assert contents(average.module) == due
+    assert contents(model) == before
+    with contextlib.closing(contextlib.ExitStack()) as stack:
+        if action == "swap":
+            stack.enter_context(other.swapped())
+        else:
+            ACTIONS[action](other)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_replaced_tensors_do_not_hide_that_the_model_is_swapped(action):
+    model = nn.BatchNorm1d(3)
+    average = averaged(model)
+    before, due = contents(model), contents(average.module)
+    with average.swapped():
+        model.load_state_dict(other_state(model), assign=True)
+        with pytest.raises(RuntimeError, match="holds averaged ones now"):
+            ACTIONS[action](average)
+    assert (contents(model), contents(average.module)) == (before, due)
+    average.update(0.0)
+
+
+def test_averages_of_other_models_go_on_in_the_block():
+    model, other = Tied(), Tied()
+    average, second = averaged(model), averaged(other)
+    before = contents(model), contents(other)
+    with average.swapped():
+        assert second.update(0.5)
+        with second.swapped():
+            assert contents(other) == contents(second.module)
+            assert contents(model) == contents(average.module)
+        assert contents(other) == before[1]
+    assert (contents(model), contents(other)) == before
+
+
+def test_a_handler_is_not_reset_or_loaded_in_the_block():
+    handler = EMAHandler(Tied(), 0.25)
+    handler.num_updates = 5
+    state = copy.deepcopy({**handler.state_dict(), "num_updates": 7, "num_skipped": 3})
+    with handler.swapped():
+        for action in (handler.reset, lambda: handler.load_state_dict(state)):
+            with pytest.raises(RuntimeError, match="holds averaged ones now"):
+                action()
+    assert (handler.num_updates, handler.num_skipped) == (5, 0)
+
+
+def test_a_structure_that_no_longer_matches_raises_and_swaps_nothing():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    average = averaged(model)
+    model[1].bias = None
+    before = contents(model)
+    with pytest.raises(RuntimeError, match="'1.bias' is in the twin but not in the model"), average.swapped():
+        pass
+    assert contents(model) == before
+    assert not any_swapped()
+
+
+def test_a_kept_buffer_of_another_shape_cannot_be_swapped_in():
+    model = nn.Linear(1, 1)
+    model.register_buffer("cache", torch.zeros(2))
+    average = averaged(model, {"cache": "keep"})
+    model.cache = torch.zeros(5)
+    before = contents(model)
+    with pytest.raises(RuntimeError, match="'cache' has shape .5,. in the model and .2,. in the twin"):
+        average.swapped().__enter__()
+    assert contents(model) == before
+    assert average.update(0.5)
+
+
+def saved(thing):
+    file = io.BytesIO()
+    torch.save(thing.state_dict(), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_taken_in_the_block_is_that_of_before(mode):
+    model = Tensors(weight=parameter(3), buffer=torch.rand(2))
+    handler = EMAHandler(model, 0.25, handle_buffers=MODES[mode])
+    move(model)
+    before = saved(handler), saved(handler.ema_model)
+    with handler.swapped():
+        assert (saved(handler), saved(handler.ema_model)) == before
+    assert (saved(handler), saved(handler.ema_model)) == before
+
+
+# Ways out of a block
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration])
+def test_an_exception_reaches_the_caller_and_the_weights_are_back(error):
+    model = Tied()
+    average = averaged(model)
+    before = contents(model)
+    raised = error("this one")
+    with pytest.raises(error) as caught, average.swapped():
+        raise raised
+    assert caught.value is raised
+    assert contents(model) == before
+    assert average.update(0.5)
+
+
+def test_leaving_a_generator_half_way_gives_the_weights_back():
+    model = Tied()
+    average = averaged(model)
+    before = contents(model)
+
+    def outputs():
+        with average.swapped():
+            yield contents(model)
+            yield None
+
+    running = outputs()
+    assert next(running) == contents(average.module)
+    running.close()
+    assert contents(model) == before
+
+
+def test_return_break_and_continue_are_ways_out():
+    model = Tied()
+    average = averaged(model)
+    before = contents(model)
+
+    def evaluate():
+        with average.swapped():
+            return contents(model)
+
+    assert evaluate() == contents(average.module)
+    for _ in range(2):
+        with average.swapped():
+            continue
+    while True:
+        with average.swapped():
+            break
+    assert contents(model) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])  # Control-C, and what a handler of SIGTERM raises
+@pytest.mark.parametrize("hit", [(1,), (2,), (1, 2), (2, 3), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("part", [0, 0.5, 1])
+def test_an_interrupt_while_weights_are_copied_leaves_no_half(part, hit, error, monkeypatch, no_mark_stays):
+    model = Tied()
+    average = averaged(model)
+    before, held_in, plain_copy, calls = contents(model), places(model), kernels.copy, []
+
+    def interrupted(averaged, online):
+        calls.append(len(averaged))
+        stop = int(part * len(averaged)) if len(calls) in hit else len(averaged)
+        if stop:
+            plain_copy(averaged[:stop], online[:stop])
+        if len(calls) in hit:
+            raise error
+
+    monkeypatch.setattr(kernels, "copy", interrupted)
+    with pytest.raises(error), average.swapped():
+        model.half()
+    monkeypatch.undo()
+    assert contents(model) == before
+    assert places(model) == held_in
+    assert not any_swapped()
+    assert average.update(0.5)
+
+
+def test_an_interrupt_while_another_exception_is_on_its_way_wins(monkeypatch):
+    model = Tied()
+    average = averaged(model)
+    before, plain_copy, calls = contents(model), kernels.copy, []
+
+    def interrupted(averaged, online):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        plain_copy(averaged, online)
+
+    monkeypatch.setattr(kernels, "copy", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught, average.swapped():
+        raise ValueError("first")
+    assert isinstance(caught.value.__context__, ValueError)
+    assert contents(model) == before
+
+
+# Memory
+
+
+class Allocations(TorchDispatchMode):
+    """Every tensor that is made while it is active, weakly, and how many bytes they took."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.bytes = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(t)}
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.made.append(weakref.ref(tensor))
+                self.bytes += tensor.untyped_storage().nbytes()
+        return result
+
+
+def bytes_of(*tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["one type", "another type"])
+def test_a_swap_takes_one_copy_at_most_and_gives_it_back(dtype):
+    model = nn.Sequential(*[nn.Linear(100, 100) for _ in range(5)], nn.BatchNorm1d(100))
+    model = model if dtype is None else model.bfloat16()
+    average = averaged(model, dtype=dtype)
+    with Allocations() as allocations, average.swapped():
+        pass
+    assert 0 < allocations.bytes <= bytes_of(*model.parameters(), *model.buffers())
+    gc.collect()
+    assert not any(tensor() is not None for tensor in allocations.made)
+
+
+def test_what_is_shared_is_not_copied_by_a_swap():
+    model = nn.Sequential(nn.Linear(100, 100).requires_grad_(False), nn.Linear(3, 3))
+    average = ModelAverage(model, share_frozen=True)
+    with Allocations() as allocations, average.swapped():
+        pass
+    assert allocations.bytes == bytes_of(*model[1].parameters())
+
+
+# During the runs of an evaluator
+
+
+def scalar_handler(online=1.0, average=5.0):
+    model = nn.Linear(1, 1, bias=False)
+    handler = EMAHandler(model, 0.25)
+    model.weight.data.fill_(online)
+    handler.ema_model.weight.data.fill_(average)
+    return model, handler
+
+
+def evaluator_of(model, kind=Engine):
+    """An engine whose output are the weights that it has seen; of a new run too."""
+    return kind(lambda engine, batch: model.weight.item())
+
+
+def forget_what_failed(engine):
+    """Without this Ignite 0.5.5 does nothing in the run after one that raised."""
+    engine._internal_run_generator = engine.state.max_epochs = None
+
+
+def test_each_run_evaluates_the_averaged_weights():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handle = handler.swap_during(evaluator)
+    for value in (5.0, 6.0):
+        handler.ema_model.weight.data.fill_(value)
+        assert evaluator.run([0]).output == value
+        assert model.weight.item() == 1.0
+    handle.remove()
+    assert evaluator.run([0]).output == 1.0
+
+
+def test_every_event_of_a_run_sees_the_averaged_weights():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    seen = []
+    handler.swap_during(evaluator)
+    for event in Events:
+        if event not in (Events.EXCEPTION_RAISED, Events.INTERRUPT, Events.TERMINATE, Events.TERMINATE_SINGLE_EPOCH):
+            evaluator.add_event_handler(event, lambda: seen.append(model.weight.item()))
+    evaluator.run([0, 0])
+    assert set(seen) == {5.0}
+
+
+def test_arguments_and_the_state_pass_through():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handler.swap_during(evaluator)
+    state = evaluator.run([0, 0, 0], max_epochs=2, epoch_length=2)
+    assert state is evaluator.state
+    assert (state.iteration, state.epoch) == (4, 2)
+
+
+def test_the_handle_removes_once_and_is_a_context_manager():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    with handler.swap_during(evaluator) as handle:
+        assert evaluator.run([0]).output == 5.0
+    assert "run" not in vars(evaluator)
+    assert not evaluator.has_event_handler(handle._check_start)
+    second = handler.swap_during(evaluator)
+    handle.remove()  # no longer its own
+    assert evaluator.run([0]).output == 5.0
+    second.remove()
+    second.remove()
+    assert evaluator.run([0]).output == 1.0
+
+
+def test_the_handle_may_be_removed_during_the_run():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    seen = []
+    handle = handler.swap_during(evaluator)
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(model.weight.item()))
+    evaluator.add_event_handler(Events.ITERATION_STARTED(once=2), handle.remove)
+    evaluator.run([0, 0, 0])
+    assert seen == [5.0] * 3
+    assert model.weight.item() == 1.0
+    evaluator.run([0, 0, 0])
+    assert seen[3:] == [1.0] * 3
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first made first", "last made first"])
+def test_two_handlers_swap_two_models_and_are_removed_in_any_order(order):
+    models, handlers = zip(*[scalar_handler(online, online + 0.5) for online in (1.0, 2.0)], strict=True)
+    evaluator = Engine(lambda engine, batch: [model.weight.item() for model in models])
+    handles = [handler.swap_during(evaluator) for handler in handlers]
+    due = [1.5, 2.5]
+    assert evaluator.run([0]).output == due
+    for index in order:
+        handles[index].remove()
+        due[index] -= 0.5
+        assert evaluator.run([0]).output == due
+    assert [model.weight.item() for model in models] == [1.0, 2.0]
+    assert handlers[0].swap_during(evaluator).is_active
+    assert evaluator.run([0]).output == [1.5, 2.0]
+
+
+def test_two_handlers_of_one_model_raise_at_the_run_and_change_nothing():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handler.swap_during(evaluator)
+    handle = EMAHandler(model, 0.25).swap_during(evaluator)
+    with pytest.raises(RuntimeError, match="should be swapped while the model holds its own weights"):
+        evaluator.run([0])
+    assert model.weight.item() == 1.0
+    handle.remove()
+    assert evaluator.run([0]).output == 5.0
+
+
+def wrap(evaluator, calls):
+    inner = evaluator.run
+
+    def run(*args, **kwargs):
+        calls.append("theirs")
+        return inner(*args, **kwargs)
+
+    evaluator.run = run
+    return run
+
+
+def test_a_run_that_was_wrapped_before_is_called_and_stays():
+    model, handler = scalar_handler()
+    evaluator, calls = evaluator_of(model), []
+    theirs = wrap(evaluator, calls)
+    handle = handler.swap_during(evaluator)
+    assert evaluator.run([0]).output == 5.0
+    handle.remove()
+    assert evaluator.run is theirs
+    assert evaluator.run([0]).output == 1.0
+    assert calls == ["theirs"] * 2
+
+
+def test_a_run_that_is_wrapped_afterwards_stays():
+    model, handler = scalar_handler()
+    evaluator, calls = evaluator_of(model), []
+    handle = handler.swap_during(evaluator)
+    theirs = wrap(evaluator, calls)
+    assert evaluator.run([0]).output == 5.0
+    handle.remove()
+    assert evaluator.run is theirs
+    assert evaluator.run([0]).output == 1.0
+    assert calls == ["theirs"] * 2
+    with handler.swap_during(evaluator):
+        assert evaluator.run([0]).output == 5.0
+    assert evaluator.run is theirs
+
+
+def test_a_run_that_was_taken_before_raises():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    run = evaluator.run
+    handle = handler.swap_during(evaluator)
+    for taken in (run, lambda data: Engine.run(evaluator, data)):
+        with pytest.raises(RuntimeError, match="should be started as evaluator.run.*own weights"):
+            taken([0])
+        forget_what_failed(evaluator)
+    assert evaluator.run([0]).output == 5.0
+    with pytest.raises(RuntimeError, match="should be started as"):
+        run([0])
+    forget_what_failed(evaluator)
+    handle.remove()
+    assert run([0]).output == 1.0
+
+
+class Evaluator(Engine):
+    """An engine that brings its data and has a run of its own, as those of MONAI."""
+
+    def run(self, global_epoch=1):
+        self.global_epoch = global_epoch
+        return super().run([0, 0], max_epochs=1)
+
+
+def test_an_engine_with_a_run_of_its_own_is_swapped_for():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model, Evaluator)
+    with handler.swap_during(evaluator):
+        assert evaluator.run(global_epoch=3).output == 5.0
+        assert evaluator.run(4).output == 5.0
+    assert evaluator.global_epoch == 4
+    assert evaluator.run().output == 1.0
+
+
+def test_the_trainer_itself_raises():
+    model, handler = scalar_handler()
+    trainer = evaluator_of(model)
+    handler.attach(trainer)
+    with pytest.raises(RuntimeError, match="evaluator should be an engine of its own"):
+        handler.swap_during(trainer)
+    assert "run" not in vars(trainer)
+    trainer.run([0])
+    assert handler.num_updates == 1
+
+
+def test_an_engine_that_was_swapped_for_and_is_attached_to_then_raises_at_the_update():
+    model, handler = scalar_handler()
+    trainer = evaluator_of(model)
+    handler.swap_during(trainer)
+    handler.attach(trainer)
+    with pytest.raises(RuntimeError, match="should be updated while the model holds its own weights"):
+        trainer.run([0])
+    assert model.weight.item() == 1.0
+
+
+@pytest.mark.parametrize("what", [None, "evaluator", nn.Linear(1, 1)], ids=["None", "string", "module"])
+def test_something_else_than_an_engine_raises(what):
+    with pytest.raises(TypeError, match=f"evaluator should be an ignite Engine, got {type(what).__name__}"):
+        scalar_handler()[1].swap_during(what)
+
+
+def test_swapping_twice_for_one_evaluator_raises():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handle = handler.swap_during(evaluator)
+    with pytest.raises(RuntimeError, match="during the runs of an evaluator once"):
+        handler.swap_during(evaluator)
+    assert evaluator.run([0]).output == 5.0
+    handle.remove()
+    assert evaluator.run([0]).output == 1.0
+    handler.swap_during(evaluator)
+
+
+def test_an_evaluator_is_collected_with_what_was_put_on_it():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handle = handler.swap_during(evaluator)
+    reference = weakref.ref(evaluator)
+    del evaluator
+    gc.collect()
+    handle.remove()
+    assert reference() is None or handle  # the handle may hold its engine
+    del handle
+    gc.collect()
+    assert reference() is None
+
+
+def test_an_evaluator_that_runs_inside_a_swapped_one_sees_the_average_too():
+    model, handler = scalar_handler()
+    inner, outer = evaluator_of(model), evaluator_of(model)
+    handler.swap_during(outer)
+    outer.add_event_handler(Events.ITERATION_COMPLETED, lambda: inner.run([0]))
+    assert outer.run([0]).output == inner.state.output == 5.0
+
+
+def training_run(validated):
+    """What is left after three epochs, each of them validated on the averaged weights, or none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    data = torch.rand(4, 8, 3)
+
+    def step(engine, batch):
+        torch.manual_seed(engine.state.iteration)
+        model.train()
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    def evaluate(engine, batch):
+        model.eval()
+        with torch.no_grad():
+            return model(batch)
+
+    trainer, evaluator = Engine(step), Engine(evaluate)
+    handler = EMAHandler(model, 0.1, handle_buffers="update")
+    handler.attach(trainer)
+    if validated:
+        handler.swap_during(evaluator)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(data))
+    trainer.run(data, max_epochs=3)
+    return contents(model), contents(handler.ema_model), saved(optimizer), evaluator.state.iteration
+
+
+def test_validation_on_the_averaged_weights_does_not_touch_the_training():
+    *with_validation, evaluated = training_run(validated=True)
+    *without, _ = training_run(validated=False)
+    assert evaluated == 4
+    assert with_validation == without
+
+
+# Ways out of an evaluation
+
+
+class Stop(Exception):
+    """What a test raises."""
+
+
+EVENTS = [
+    Events.STARTED,
+    Events.EPOCH_STARTED,
+    Events.GET_BATCH_STARTED,
+    Events.GET_BATCH_COMPLETED,
+    Events.ITERATION_STARTED,
+    Events.ITERATION_COMPLETED,
+    Events.EPOCH_COMPLETED,
+    Events.COMPLETED,
+    "process function",
+]
+ERRORS = [Stop, KeyboardInterrupt, SystemExit]
+WAYS = {
+    "terminate": lambda engine: engine.terminate(),
+    "terminate without COMPLETED": lambda engine: setattr(engine, "should_terminate", "skip_completed"),
+    "terminate_epoch": lambda engine: engine.terminate_epoch(),
+    "interrupt": lambda engine: engine.interrupt(),
+    "end": lambda engine: None,
+}
+
+
+class Evaluation:
+    """An evaluation on averaged weights that is left on one way, at one point; checks the weights as it goes."""
+
+    def __init__(self, dice):
+        self.way = dice.choice([*ERRORS, *WAYS, "interrupt"])
+        # Ignite refuses to terminate an epoch that has not begun, and has nothing left to interrupt at the end
+        events = EVENTS[4:6] if self.way == "terminate_epoch" else EVENTS[:-2] + EVENTS[-1:]
+        self.event = dice.choice(EVENTS if self.way != "interrupt" and self.way != "terminate_epoch" else events)
+        self.left = dice.randrange(1, 5)  # at which of these events
+        self.listener = dice.choice([None, None, "swallows", "raises"])
+        self.in_train_mode = dice.random() < 0.5
+        self.is_nested = dice.random() < 0.3
+        self.resumable = self.way == "interrupt" or dice.random() < 0.5
+        torch.manual_seed(dice.randrange(1000))
+        self.model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.handler = EMAHandler(self.model, 0.25, handle_buffers=dice.choice(["copy", "update", "ema_train"]))
+        move(self.model)
+        self.handler._average.update(0.25)
+        move(self.model)
+        self.evaluator = Engine(self.evaluate)
+        self.evaluator.interrupt_resume_enabled = self.resumable
+        self.met = self.heard = self.completed = 0
+        self.iterations, self.are_averaged = [], []
+        if dice.random() < 0.5:
+            self.listen()
+            self.handler.swap_during(self.evaluator)
+        else:
+            self.handler.swap_during(self.evaluator)
+            self.listen()
+
+    def listen(self):
+        if self.event != "process function":
+            self.evaluator.add_event_handler(self.event, self.meet)
+        if self.listener is not None:
+            self.evaluator.add_event_handler(Events.EXCEPTION_RAISED, self.hear)
+        self.evaluator.add_event_handler(Events.COMPLETED, self.complete)
+
+    def evaluate(self, engine, batch):
+        if self.event == "process function":
+            self.meet(engine)
+        weights = [self.model[0].weight, self.model[0].bias, self.model[1].weight, self.model[1].bias]
+        self.are_averaged.append(list(map(bits, weights)) == list(map(bits, self.handler.ema_model.parameters())))
+        self.iterations.append(engine.state.iteration)
+        return self.model.train(self.in_train_mode)(batch)
+
+    def meet(self, engine):
+        self.met += 1
+        if self.met == min(self.left, 1 if self.event in (Events.STARTED, Events.COMPLETED) else 2):
+            if self.way in WAYS:
+                WAYS[self.way](engine)
+            else:
+                raise self.way("this one")
+
+    def hear(self, engine, error):
+        self.heard += 1
+        if self.listener == "raises":
+            raise error
+
+    def complete(self):
+        self.completed += 1
+
+    def run(self, *args):
+        if not self.is_nested:
+            self.evaluator.run(*args)
+            return
+        trainer = Engine(lambda engine, batch: None)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: self.evaluator.run(*args))
+        trainer.run([0, 0])
+        assert trainer.state.iteration == 2
+
+    def go(self):
+        """Runs on the way; returns the kind of exception that has reached the caller."""
+        try:
+            self.run(torch.rand(4, 2, 3), 2)
+        except tuple(ERRORS) as error:
+            return type(error)
+        return None
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_100_ways_out_of_a_swapped_evaluation(seed):
+    case = Evaluation(random.Random(seed))
+    before, held_in, average = contents(case.model), places(case.model), contents(case.handler.ema_model)
+    reaches = case.way in ERRORS and case.listener != "swallows"
+    assert case.go() is (case.way if reaches else None)
+    assert bool(case.heard) == (case.way in ERRORS and case.listener is not None)
+    assert contents(case.model) == before
+    assert places(case.model) == held_in
+    if case.way == "interrupt":
+        assert not case.completed
+        move(case.model)  # trained on in between
+        before = contents(case.model)
+        case.run(torch.rand(4, 2, 3))
+        assert case.completed
+        assert contents(case.model) == before
+        assert case.iterations == list(range(1, 9))
+    case.way, case.iterations = "end", []
+    forget_what_failed(case.evaluator)
+    case.run(torch.rand(4, 2, 3))  # nothing is left over
+    assert case.iterations == list(range(1, 5))
+    assert contents(case.model) == before
+    assert all(case.are_averaged)
+    assert contents(case.handler.ema_model) == average
+    assert not any_swapped()
+
+
+def test_the_random_ways_meet_every_combination_that_matters():
+    cases = [Evaluation(random.Random(seed)) for seed in range(100)]
+    assert {case.way for case in cases} == {*ERRORS, *WAYS}
+    assert {case.event for case in cases} == set(EVENTS)
+    for error in ERRORS:
+        assert {case.listener for case in cases if case.way is error} == {None, "swallows", "raises"}
+    for way in [*ERRORS, "terminate", "interrupt"]:
+        assert {case.is_nested for case in cases if case.way == way} == {True, False}
+
+
+def test_interrupting_again_and_again_evaluates_each_batch_once_on_the_averaged_weights():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handler.swap_during(evaluator)
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, evaluator.interrupt)
+    seen, completed = [], []
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.output))
+    evaluator.add_event_handler(Events.COMPLETED, lambda: completed.append(True))
+    while not completed:
+        model.weight.data.add_(1.0)
+        evaluator.run(range(3))
+        handler._average.update(0.0)  # not refused: the model has its own weights
+    assert model.weight.item() == 5.0
+    assert seen == [5.0] * 3
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_average_of_then():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handler.swap_during(evaluator)
+    seen = []
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.output))
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=2), evaluator.interrupt)
+    evaluator.run(range(4))
+    handler._average.update(0.5)
+    evaluator.run(range(4))
+    assert seen == [5.0, 5.0, 3.0, 3.0]
+
+
+def test_a_run_after_a_run_that_failed_is_swapped_too():
+    model, handler = scalar_handler()
+    seen = []
+
+    def evaluate(engine, batch):
+        seen.append(model.weight.item())
+        if len(seen) == 1:
+            raise Stop
+
+    evaluator = Engine(evaluate)
+    run = evaluator.run
+    handler.swap_during(evaluator)
+    with pytest.raises(Stop):
+        evaluator.run([0])
+    forget_what_failed(evaluator)
+    with pytest.raises(RuntimeError, match="should be started as"):  # it is running no longer
+        run([0])
+    forget_what_failed(evaluator)
+    evaluator.run([0])
+    assert seen == [5.0, 5.0]
+
+
+def test_the_average_moves_between_evaluations_of_a_training():
+    model, handler = scalar_handler(online=0.0, average=0.0)
+    trainer = Engine(lambda engine, batch: model.weight.data.add_(1.0))
+    evaluator = evaluator_of(model)
+    handler.attach(trainer)
+    handler.swap_during(evaluator)
+    seen = []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def validate():
+        seen.append((evaluator.run([0]).output, handler.ema_model.weight.item(), model.weight.item()))
+
+    trainer.run([0] * 4)
+    assert [(weight, online) for weight, _, online in seen] == [(0.25, 1), (0.6875, 2), (1.265625, 3), (1.94921875, 4)]
+    assert all(weight == twin for weight, twin, _ in seen)
+    assert all(earlier[0] < later[0] for earlier, later in pairwise(seen))
