@@ -320,7 +320,7 @@ def _chosen(found: list[_Found], key: str | None, where: str) -> _Found:
             raise ValueError(f"key should be one of {_choices(found)} in {where}, got '{key}'.")
     else:
         chosen = [one for one in found if one.system == "ignite_ema"] or found
-        chosen = [one for one in chosen if not one.doubt] or chosen
+    chosen = [one for one in chosen if not one.doubt] or chosen
     if all(_same(one.tensors, chosen[0].tensors) for one in chosen[1:]):
         return chosen[0]
     raise ValueError(f"{where} should hold one average, got several; choose one by its key: {_choices(chosen)}.")

@@ -246,6 +246,8 @@ def test_mmcv_at_the_end_of_an_epoch(meta):
     own, _, buffers = mmcv_state(net(), dict(net().named_parameters()))
     assert equal(read({"meta": meta, "state_dict": own | buffers}).tensors, own)
     assert equal(read(own | buffers).tensors, own)
+    assert equal(read(own | buffers, key="mmcv").tensors, own)
+    assert equal(read(own | buffers, key="ema_").online, own)
 
 
 @pytest.mark.parametrize("extra", [{"ema_decay": torch.zeros(1)}, {"ema_a_bias": torch.zeros(3)}])

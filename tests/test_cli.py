@@ -113,6 +113,15 @@ def test_distances_without_a_ratio(raw, averaged, shown, tmp_path, capsys):
     assert ("█" in lines[-1]) == (shown == "1.000e+30")
 
 
+def test_bars_beside_distances_without_a_ratio(tmp_path, capsys):
+    model = {"a.w": torch.zeros(1), "b.w": torch.ones(1), "c.w": torch.ones(1)}
+    ema = {"a.w": torch.ones(1), "b.w": torch.tensor([float("nan")]), "c.w": torch.tensor([2.0])}
+    torch.save({"model": model, "ema": ema}, tmp_path / "file.pt")
+    assert main(["inspect", str(tmp_path / "file.pt")]) == 0
+    bars = [line.count("█") for line in capsys.readouterr().out.splitlines()]
+    assert bars[-3:] == [0, 0, 40]
+
+
 def test_distance_is_computed_in_float64(tmp_path, capsys):
     raw = {"a.w": torch.full((1000,), 300.0, dtype=torch.float16)}  # the square of 300 is no float16
     averaged = {"a.w": torch.full((1000,), 303.0, dtype=torch.float16)}
