@@ -165,9 +165,7 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
     if path.is_dir():
         raise ValueError(f"'{path}' should be a file, got a directory; name a file in it.")
     if path.exists() and not force:
-        raise FileExistsError(
-            f"'{path}' exists already; choose another name, or overwrite it with force=True (on the command line --force)."
-        )
+        raise FileExistsError(f"'{path}' exists already; choose another name, or overwrite it with force (--force).")
     temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
         if path.suffix == ".safetensors":

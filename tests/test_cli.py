@@ -151,7 +151,7 @@ def test_no_overwriting_without_force(file, tmp_path, capsys):
     assert main(["export", str(file), str(out)]) == 1
     assert (
         capsys.readouterr().err
-        == f"ignite-ema: '{out}' exists already; choose another name, or overwrite it with force.\n"
+        == f"ignite-ema: '{out}' exists already; choose another name, or overwrite it with force (--force).\n"
     )
     assert out.read_bytes() == b"precious"
     assert main(["export", str(file), str(out), "--force"]) == 0
