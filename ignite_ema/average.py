@@ -13,7 +13,7 @@ from .buffers import BufferRule, check_patterns, check_rule, treatment_of
 from .loading import by_path, check_loadable
 from .momentum import checked_momentum
 from .pairing import Pairing
-from .structure import Mismatch, Pair, Structure, tensors_of, unwrapped
+from .structure import Mismatch, Structure, tensors_of, unwrapped
 from .twin import check_own_twin, freeze, make_twin, refuse_lazy, stripped
 
 __all__ = ["ModelAverage"]
@@ -154,7 +154,7 @@ class ModelAverage:
     @torch.no_grad()
     def reset(self, *, buffers_only: bool = False) -> None:
         """Makes the twin equal to the model, buffers included (or alone), whatever ``handle_buffers`` says."""
-        pairs = [pair.tensors() for pair in self._pairs("reset") if not buffers_only or pair.kind == "_buffers"]
+        pairs = [pair.tensors() for pair in self._current("reset").pairs if not buffers_only or pair.kind == "_buffers"]
         if pairs:
             online, averaged = zip(*pairs, strict=True)
             kernels.copy(averaged, online)
@@ -179,7 +179,7 @@ class ModelAverage:
             >>> model.weight.item()
             7.0
         """
-        with swap.swapped(self._pairs("swapped")):
+        with swap.swapped(self._current("swapped")):
             yield
 
     @torch.no_grad()
@@ -187,7 +187,7 @@ class ModelAverage:
         """Whether the twin is as it was made while the model's weights are no longer: :meth:`reset` was forgotten."""
         if kernels.norms(self._parameters()) != self._norms_when_made:
             return False
-        pairs = (pair.tensors() for pair in self._pairing.pairs if pair.kind == "_parameters")
+        pairs = (pair.tensors() for pair in self._pairing.structure.pairs if pair.kind == "_parameters")
         return any(not torch.equal(online.to(averaged.device, averaged.dtype), averaged) for online, averaged in pairs)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -220,28 +220,32 @@ class ModelAverage:
     def load_plain(self, plain: Mapping[str, Tensor]) -> None:
         """Fills the twin with a plain ``state_dict`` of its model, or the parameters of one.
 
-        Where there are parameters alone the buffers stay, as do buffers that are not persistent.
+        Where there are parameters alone the buffers stay, as do buffers that are not persistent. Extra state of modules
+        is not averaged, and left out.
 
         Raises:
             ValueError: as :meth:`load_state_dict` does, and where tied tensors differ, or those that are shared.
         """
-        shared = {id(pair.tensors()[0]) for pair in self._pairing.shared}
+        shared = {id(pair.tensors()[0]) for pair in self._pairing.structure.shared}
         frozen = {name: tensor for name, tensor in self._plain().items() if id(tensor) in shared}
-        self.load_state_dict(by_path(plain, self.state_dict_names(), self._tensors(), frozen))
+        names = self.state_dict_names()
+        extra = unwrapped(self.module).state_dict().keys() - names.keys() - frozen.keys()
+        plain = {name: tensor for name, tensor in plain.items() if name not in extra}
+        self.load_state_dict(by_path(plain, names, self._tensors(), frozen))
 
-    def _pairs(self, what: str) -> list[Pair]:
-        """The pairs as they are now; raises where nothing may be done with them."""
+    def _current(self, what: str) -> Structure:
+        """Model and twin as they are now; raises where nothing may be done with them."""
         try:
             self._pairing.read()
-            for pair in self._pairing.pairs:
+            for pair in self._pairing.structure.pairs:
                 pair.tensors()
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
         self._refuse_while_swapped(what)
-        return self._pairing.pairs
+        return self._pairing.structure
 
     def _refuse_while_swapped(self, what: str) -> None:
-        if swap.is_swapped(self._pairing.pairs):
+        if swap.is_swapped(self._pairing.structure.pairs):
             raise RuntimeError(
                 f"An average should be {what} while the model holds its own weights, but it holds averaged ones now; "
                 "leave the block of swapped() first, or the run of the evaluator that swap_during() swaps for."
@@ -249,7 +253,7 @@ class ModelAverage:
 
     def _tensors(self) -> dict[str, Tensor]:
         """What the twin holds, by path."""
-        shared = {id(tensor) for pair in self._pairing.shared for tensor in pair.tensors()}
+        shared = {id(tensor) for pair in self._pairing.structure.shared for tensor in pair.tensors()}
         return {path: tensor for path, tensor in tensors_of(self.module).items() if id(tensor) not in shared}
 
     def _plain(self) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 from ignite.engine import Engine, Events
 from ignite.engine.events import State
@@ -50,7 +49,7 @@ class EvaluationSwap:
         self.owner = owner
         self.is_active = True
         self._is_running = False
-        self._engine = ref(engine)
+        self._engine = engine
         self._inner = engine.run
         self._inner_is_own = "run" in vars(engine)  # somebody else has wrapped it, too
         engine.run = self._outer = self._run  # type: ignore[method-assign]
@@ -59,9 +58,9 @@ class EvaluationSwap:
 
     def remove(self) -> None:
         """Lets the engine run on the model's own weights again; does nothing the second time."""
-        engine = self._engine()
-        if engine is None or not self.is_active:
+        if not self.is_active:
             return
+        engine = self._engine
         self.is_active = False
         self._start_handle.remove()
         vars(engine)[_SWAPS].remove(self)

@@ -107,7 +107,7 @@ class EMAHandler:
             skip_nonfinite=skip_nonfinite,
         )
         self._num_updates = 0
-        self._optimizer_stepped = False  # since the last event, where attach() was given an optimizer
+        self._stepped: set[str] = set()  # the attachments whose optimizer has stepped since their last event
         self._count_is_known = False  # whether num_updates is known to be right: set, loaded, or counted from a start
         self._current_is_loaded = False
         self._attachments: list[ref[Attachment]] = []
@@ -244,7 +244,7 @@ class EMAHandler:
             event,
             partial(self._update, name, optimizer is not None),
             partial(self._check_start, name),
-            optimizer.register_step_post_hook(self._note_step) if optimizer is not None else None,
+            optimizer.register_step_post_hook(partial(self._note_step, name)) if optimizer is not None else None,
         )
         self._attachments.append(ref(attachment))
         return attachment
@@ -293,7 +293,7 @@ class EMAHandler:
             "current_momentum": self._plain_momentum() if self.momentum_scheduler is None else None,
             "momentum_schedule": described(self._rule),
             "num_skipped": self._average.num_skipped,
-            "optimizer_stepped": self._optimizer_stepped,
+            "optimizer_stepped": sorted(self._stepped),
             "averaged_tensors": self._average.state_dict(),
             "state_dict_names": self._average.state_dict_names(),
         }
@@ -312,7 +312,7 @@ class EMAHandler:
         self._momentum_of(state["num_updates"])  # raises before anything has changed
         self._average.load_state_dict(state["averaged_tensors"])
         self._average.num_skipped = state["num_skipped"]
-        self._optimizer_stepped = state["optimizer_stepped"]
+        self._stepped = set(state["optimizer_stepped"])
         self.num_updates = state["num_updates"]
         if state["momentum_schedule"] != described(self._rule):
             warnings.warn(
@@ -361,14 +361,14 @@ class EMAHandler:
         if found.system == "plain":
             warnings.warn("The checkpoint has no average; this one starts from the weights in it.", stacklevel=2)
 
-    def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _note_step(self, name: str, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A fused optimizer is always called by a GradScaler, and skips the step itself where this is not 0.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():
-            self._optimizer_stepped = True
+            self._stepped.add(name)
 
     def _update(self, name: str, only_after_step: bool, engine: Engine) -> None:
-        if only_after_step and not self._optimizer_stepped:
+        if only_after_step and name not in self._stepped:
             return
         if self.momentum_scheduler is None:
             momentum = getattr(engine.state, name, None)
@@ -380,7 +380,7 @@ class EMAHandler:
             setattr(engine.state, name, momentum)
         if self._average.update(momentum):
             self._num_updates += 1
-        self._optimizer_stepped = False
+        self._stepped.discard(name)
         self._count_is_known = True
 
     def _momentum_of(self, n: int) -> float | None:

@@ -52,20 +52,22 @@ def copy(averaged: Tensors, online: Tensors) -> None:
             copying_kernel_for(ours[0])(ours, theirs, 1)
 
 
-def is_finite(tensors: Tensors) -> bool:
-    """False where a tensor holds a NaN or an infinity; also, rarely, for finite values beyond 1e19.
+def is_finite(tensors: Tensors, dtype: torch.dtype) -> bool:
+    """False where a tensor holds what is a NaN or an infinity in ``dtype``; also, rarely, for huge finite values.
 
-    One pass and one synchronisation for all of them, which have one dtype and live on one device.
+    One pass and one synchronisation for all of them, which have one type and live on one device.
     """
     if tensors[0].dtype not in _NATIVE:
         tensors = [tensor.to(_wide(tensor.dtype)) for tensor in tensors]
-    return bool(torch.stack(torch._foreach_norm(tensors)).sum().isfinite())
+    largest: float = torch.stack(torch._foreach_norm(tensors)).max().item()
+    return largest <= torch.finfo(dtype).max  # which a NaN is not
 
 
 def spoils(averaged: Tensor, online: Tensor) -> bool:
-    """Whether ``online`` holds a NaN or an infinity where ``averaged`` does not."""
-    before, after = (tensor.to(_wide(tensor.dtype)).isfinite() for tensor in (averaged, online))
-    return bool((before & ~after.to(before.device)).any())
+    """Whether ``online`` would bring a NaN or an infinity into ``averaged`` that is not there already."""
+    before = averaged.to(_wide(averaged.dtype))
+    after = online.to(before.device, averaged.dtype).to(before.dtype)
+    return bool((~after.isfinite() & (after != before)).any())
 
 
 def norms(tensors: Tensors) -> list[float]:

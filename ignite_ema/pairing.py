@@ -54,14 +54,9 @@ class Pairing:
         self._arrange(structure)
 
     @property
-    def pairs(self) -> list[Pair]:
-        """Every pair, in the order of the model, kept ones too; not those of shared parameters."""
-        return self._structure.pairs
-
-    @property
-    def shared(self) -> list[Pair]:
-        """The frozen parameters that model and twin share."""
-        return self._structure.shared
+    def structure(self) -> Structure:
+        """The two trees as :meth:`read` last found them."""
+        return self._structure
 
     def read(self) -> Tensors:
         """The tensors that an update treats, as they are now: the online ones, then their counterparts in the twin.
@@ -92,7 +87,7 @@ class Pairing:
             tensors: what :meth:`read` gave.
         """
         for _, averaged, online, averages in self.groups:
-            if averages and not kernels.is_finite(tensors[online]):
+            if averages and not kernels.is_finite(tensors[online], tensors[averaged][0].dtype):
                 paths = self._paths[online]
                 for path, average, value in zip(paths, tensors[averaged], tensors[online], strict=True):
                     if kernels.spoils(average, value):

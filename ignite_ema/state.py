@@ -16,7 +16,7 @@ _STATE: dict[str, tuple[type, ...]] = {
     "current_momentum": (float, type(None)),
     "momentum_schedule": (str,),
     "num_skipped": (int,),
-    "optimizer_stepped": (bool,),
+    "optimizer_stepped": (list,),
     "averaged_tensors": (Mapping,),
     "state_dict_names": (Mapping,),
 }
@@ -36,7 +36,7 @@ def check_state(state: Mapping[str, Any]) -> None:
                 "a model belongs into handler.ema_model."
             )
     for key, expected in _STATE.items():
-        if not isinstance(state[key], expected) or (isinstance(state[key], bool) and bool not in expected):
+        if not isinstance(state[key], expected) or isinstance(state[key], bool):
             names = " or ".join(kind.__name__ for kind in expected)
             raise TypeError(
                 f"{key!r} of the state should be of type {names}, got {type(state[key]).__name__}; load what "

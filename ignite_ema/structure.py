@@ -105,8 +105,11 @@ class Pair(NamedTuple):
         return online, averaged
 
 
-def _is_shared_no_longer(slots: tuple[Slot, Slot]) -> bool:
-    (ours, key), (theirs, name) = slots
+_UNFROZEN = "'{}' was frozen and is shared with the average, but requires gradients now"
+
+
+def _is_shared_no_longer(shared: tuple[Pair, Slot, Slot]) -> bool:
+    _, (ours, key), (theirs, name) = shared
     return ours[key] is not theirs[name] or ours[key].requires_grad
 
 
@@ -122,6 +125,7 @@ class Structure:
         roots: the two modules (online, averaged).
         pairs: the pairs, in the order of the model, but not those of shared parameters.
         shared: the shared parameters.
+        names: all of them, tied tensors under each name.
 
     Raises:
         Mismatch: where the trees differ in the names or ties of their tensors, or share a module or a tensor.
@@ -131,6 +135,7 @@ class Structure:
         self.roots = online, averaged
         self.pairs: list[Pair] = []
         self.shared: list[Pair] = []
+        self.names: list[Pair] = []
         self._share_frozen = share_frozen
         self._ties: list[tuple[Slot, Slot]] = []
         # intact() looks at the sizes of all dictionaries, most of which are empty, and the modules and Nones in them.
@@ -141,14 +146,26 @@ class Structure:
         self._filled = [owner for owner in self._owners if owner]
         self._sizes = list(map(len, self._filled))
         self._expected = [owner[key] for owner, key in self._fixed]
-        self._shared_slots = [pair.slots() for pair in self.shared]
+        shared = [(pair, *pair.slots()) for pair in self.names] if share_frozen else []
+        self._shared = [(pair, a, b) for pair, a, b in shared if a[0][a[1]] is b[0][b[1]]]
 
     def followed(self) -> "Structure":
         """The structure as it is now; the twin shares what the model holds in place of a shared parameter."""
-        for (ours, key), (theirs, name) in self._shared_slots:
-            if isinstance(ours.get(key), nn.Parameter) and isinstance(theirs.get(name), nn.Parameter):
-                theirs[name] = ours[key]
-        return Structure(*self.roots, self._share_frozen)
+        replaced: list[tuple[Pair, Any]] = []
+        for pair, (ours, key), (theirs, name) in self._shared:
+            new, old = ours.get(key), theirs.get(name)
+            if isinstance(new, nn.Parameter) and isinstance(old, nn.Parameter) and new is not old:
+                if new.requires_grad:
+                    raise Mismatch(_UNFROZEN.format(pair.path))
+                replaced.append((pair, old))
+        try:
+            for pair, _ in replaced:
+                setattr(pair.averaged, pair.key, getattr(pair.online, pair.key))
+            return Structure(*self.roots, self._share_frozen)
+        except Mismatch:
+            for pair, old in replaced:
+                setattr(pair.averaged, pair.key, old)
+            raise
 
     def intact(self) -> bool:
         """Whether no name, module or tie has come, gone or changed; KeyError where a name is gone."""
@@ -157,7 +174,7 @@ class Structure:
             and list(map(len, self._filled)) == self._sizes
             and all(map(is_, [owner[key] for owner, key in self._fixed], self._expected))
             and not (self._ties and any(a[i] is not b[j] for (a, i), (b, j) in self._ties))
-            and not (self._shared_slots and any(map(_is_shared_no_longer, self._shared_slots)))
+            and not (self._shared and any(map(_is_shared_no_longer, self._shared)))
         )
 
     def _walk(
@@ -185,11 +202,12 @@ class Structure:
                     self._add(Pair(prefix + name, online, averaged, kind, name), known)
 
     def _add(self, pair: Pair, known: dict[int, Pair]) -> None:
+        self.names.append(pair)
         ours, theirs = (owner[key] for owner, key in pair.slots())
         if ours is theirs and not (self._share_frozen and isinstance(ours, nn.Parameter)):
             raise Mismatch(f"'{pair.path}' is one and the same tensor in the model and in the twin")
         if ours is theirs and ours.requires_grad:
-            raise Mismatch(f"'{pair.path}' was frozen and is shared with the average, but requires gradients now")
+            raise Mismatch(_UNFROZEN.format(pair.path))
         in_model, in_twin = known.get(id(ours)), known.get(id(theirs))
         if in_model is not in_twin:
             here, there = ("model", "twin") if in_model else ("twin", "model")

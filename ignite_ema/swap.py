@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .structure import Pair, Slot, overlaps_itself
+from .structure import Pair, Structure, overlaps_itself
 
 __all__ = ["any_swapped", "is_swapped", "swapped"]
 
@@ -22,24 +22,24 @@ def any_swapped() -> bool:
 
 def is_swapped(pairs: list[Pair]) -> bool:
     """Whether a tensor of the model of ``pairs`` holds averaged weights now, of this average or of another."""
-    return bool(_swapped) and not _swapped.isdisjoint(_marks([pair.slots()[0] for pair in pairs]))
+    return bool(_swapped) and not _swapped.isdisjoint(_marks(pairs))
 
 
 @contextmanager
-def swapped(pairs: list[Pair]) -> Iterator[None]:
+def swapped(structure: Structure) -> Iterator[None]:
     """Inside the block each tensor of the model holds the values of its counterpart in the twin.
 
     The values change and the tensors stay, so that whatever holds on to them (an optimizer, a compiled module) sees the
     right ones before, inside and after. On every way out the model has the tensors and the bits that it had, whatever
-    was done to it inside. While it lasts it costs one copy of what is swapped.
+    was done to them inside. While it lasts it costs one copy of what is swapped.
     """
-    slots = [pair.slots()[0] for pair in pairs]
-    tensors = [pair.tensors() for pair in pairs]
-    memory = [online.detach() for online, _ in tensors]
+    tensors = [pair.tensors() for pair in structure.pairs]
     expanded = [(online, averaged) for online, averaged in tensors if overlaps_itself(online)]  # cannot be written to
     written = [(online, averaged) for online, averaged in tensors if not overlaps_itself(online)]
+    memory = [(pair, online, online.detach()) for pair in structure.names for online in pair.tensors()[:1]]
     saved = [(online, online.detach().clone()) for online, _ in written]
-    marks = _marks(slots)
+    marks = _marks(structure.pairs)
+    interruption = None
     try:
         _swapped.update(marks)
         for online, averaged in expanded:
@@ -47,29 +47,38 @@ def swapped(pairs: list[Pair]) -> Iterator[None]:
         _fill(written)
         yield
     finally:
-        interruption = None
         while marks:
             try:
-                for (owner, key), (online, _), data in zip(slots, tensors, memory, strict=True):
-                    owner[key] = online
-                    _rebind(online, data)
+                for pair, tensor, data in memory:
+                    _put_back(pair, tensor, data)
                 _fill(saved)
                 _swapped.difference_update(marks)
                 marks = set()
-            except KeyboardInterrupt as error:  # once more from the start, so that no half of it stays
+            except Exception:
+                raise
+            except BaseException as error:  # Ctrl-C: once more from the start, so that no half of it stays
                 interruption = error
         if interruption is not None:
             raise interruption
 
 
-def _marks(slots: list[Slot]) -> set[int]:
+def _marks(pairs: list[Pair]) -> set[int]:
+    slots = [pair.slots()[0] for pair in pairs]
     return {mark for owner, key in slots for mark in (id(owner), id(owner[key]))}
 
 
-def _rebind(tensor: Tensor, memory: Tensor) -> None:
-    """Gives ``tensor`` its memory back, unless it has it."""
+def _put_back(pair: Pair, tensor: Tensor, memory: Tensor) -> None:
+    """Puts a tensor of the model back into its place, and its memory into it, unless they are there."""
+    owner, key = pair.slots()[0]
+    if key not in owner:
+        owner[key] = tensor
+    elif owner[key] is not tensor:
+        setattr(pair.online, key, tensor)  # by way of the module, since an LSTM keeps a list of its own
     if memory.layout is torch.strided and (
-        tensor.data_ptr() != memory.data_ptr() or tensor.dtype != memory.dtype or tensor.stride() != memory.stride()
+        tensor.data_ptr() != memory.data_ptr()
+        or tensor.dtype != memory.dtype
+        or tensor.shape != memory.shape
+        or tensor.stride() != memory.stride()
     ):
         tensor.data = memory
 

@@ -359,15 +359,18 @@ def test_the_state_says_whether_a_step_waits_for_its_update():
     handler, other = EMAHandler(model, 0.25), EMAHandler(model, 0.25)
     trainer = Engine(lambda engine, batch: None)
     handler.attach(trainer, optimizer=optimizer)
-    other.attach(trainer, "other", optimizer=sgd(model))
-    assert handler.state_dict()["optimizer_stepped"] is False
+    other_trainer = Engine(lambda engine, batch: None)
+    other.attach(other_trainer, optimizer=sgd(model))
+    assert handler.state_dict()["optimizer_stepped"] == []
     optimizer.step()
-    assert handler.state_dict()["optimizer_stepped"] is True
+    assert handler.state_dict()["optimizer_stepped"] == ["ema_momentum"]
     other.load_state_dict(handler.state_dict())
     trainer.run([0])
+    other_trainer.run([0])
     assert (handler.num_updates, other.num_updates) == (1, 1)
-    assert handler.state_dict()["optimizer_stepped"] is False
+    assert handler.state_dict()["optimizer_stepped"] == []
     trainer.run([0])
+    other_trainer.run([0])
     assert (handler.num_updates, other.num_updates) == (1, 1)
 
 
@@ -442,6 +445,16 @@ def test_the_path_is_named_whichever_tensor_it_is(path):
     getattr(model, path).detach().fill_(torch.nan)
     with pytest.warns(UserWarning, match=f"'{path}' holds"):
         average.update(0.5)
+
+
+def test_a_nan_of_a_type_without_infinities_is_one():
+    model = module(weight=nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn)))
+    average = ModelAverage(model, skip_nonfinite=True)
+    model.weight.detach()[1] = torch.nan
+    with pytest.warns(UserWarning, match="'weight'"):
+        assert not average.update(0.5)
+    model.weight.detach().fill_(448.0)
+    assert average.update(1.0)
 
 
 def test_an_imaginary_nan_is_one():
