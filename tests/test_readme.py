@@ -1,6 +1,8 @@
 """The README is true: every Python block runs, in order, and every test that it names exists."""
 
 import re
+import subprocess
+import sys
 from math import log2
 from pathlib import Path
 
@@ -53,6 +55,24 @@ def test_the_teacher_has_statistics_of_its_own(names):
 def test_the_mean_of_three_epochs_has_statistics_of_the_whole_data(names):
     assert names["swa_handler"].num_updates == 3
     assert names["swa_handler"].ema_model[1].num_batches_tracked == len(names["data"])
+
+
+def test_each_row_for_those_who_come_from_another_system_has_its_test():
+    section = TEXT.partition("## Coming from another system")[2].partition("\n## ")[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 50
+    named = {_node(name.strip().strip("`")) for *_, name in rows}
+    files = sorted({node.partition("::")[0] for node in named})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n0", *files]
+    collected = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, check=True).stdout
+    assert named <= set(collected.splitlines())
+
+
+def _node(name):
+    if "::" in name:
+        return name
+    name = name if name.startswith("test_") else f"test_the_average_is_theirs[{name}]"
+    return f"tests/test_migration.py::{name}"
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([\w./]+)\)|`(tests/[\w/]+\.py)`", TEXT))
