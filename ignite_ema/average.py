@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from . import kernels, swap
 from .buffers import BufferRule, check_patterns, check_rule, treatment_of
-from .loading import by_path, check_loadable
+from .loading import by_path, check_loadable, like
 from .momentum import checked_momentum
 from .pairing import Pairing
-from .structure import Mismatch, Structure, tensors_of, unwrapped
-from .twin import check_own_twin, freeze, make_twin, refuse_lazy, stripped
+from .structure import Mismatch, Structure, local, reshard, tensors_of, unwrapped
+from .twin import check_own_twin, freeze, make_twin, materialise, refuse_lazy, stripped
 
 __all__ = ["ModelAverage"]
 
@@ -96,6 +96,7 @@ class ModelAverage:
             self.module = make_twin(self.model, dtype, None if device is None else torch.device(device), share_frozen)
         else:
             check_own_twin(ema_model, dtype, device, share_frozen)
+            materialise(ema_model, self.model)
             self.module = ema_model
         try:
             structure = Structure(self.model, self.module, share_frozen)
@@ -215,7 +216,7 @@ class ModelAverage:
         own = self.state_dict()
         check_loadable(own, state)
         if own:
-            kernels.copy(list(own.values()), [state[path] for path in own])
+            kernels.copy([local(tensor) for tensor in own.values()], [like(state[path], own[path]) for path in own])
 
     def load_plain(self, plain: Mapping[str, Tensor]) -> None:
         """Fills the twin with a plain ``state_dict`` of its model, or the parameters of one.
@@ -253,6 +254,7 @@ class ModelAverage:
 
     def _tensors(self) -> dict[str, Tensor]:
         """What the twin holds, by path."""
+        reshard(self.module)
         shared = {id(tensor) for pair in self._pairing.structure.shared for tensor in pair.tensors()}
         return {path: tensor for path, tensor in tensors_of(self.module).items() if id(tensor) not in shared}
 
@@ -262,7 +264,7 @@ class ModelAverage:
         return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
 
     def _parameters(self) -> list[Tensor]:
-        return [tensor for tensor in self._tensors().values() if isinstance(tensor, nn.Parameter)]
+        return [local(tensor) for tensor in self._tensors().values() if isinstance(tensor, nn.Parameter)]
 
     def _skip(self, path: str) -> None:
         self.num_skipped += 1

@@ -1,11 +1,14 @@
 """What may be loaded into an averaged twin: checked, and named by path, before anything is changed."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["by_path", "check_loadable"]
+from .structure import is_sharded, local
+
+__all__ = ["by_path", "check_loadable", "like"]
 
 
 def check_loadable(own: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
@@ -16,6 +19,16 @@ def check_loadable(own: Mapping[str, Tensor], state: Mapping[str, object]) -> No
             raise ValueError(f"The averaged tensors should be those of this model, but the state {what} '{path}'.")
     for path, held in own.items():
         _check_one(path, held, state[path])
+
+
+def like(loaded: Tensor, held: Tensor) -> Tensor:
+    """The part of ``loaded`` for what this rank has of ``held``: of a full tensor its shard, without communication."""
+    if is_sharded(held) and not is_sharded(loaded):
+        from torch.distributed.tensor import distribute_tensor
+
+        spec: Any = held
+        loaded = distribute_tensor(loaded.to(held.device), spec.device_mesh, spec.placements, src_data_rank=None)
+    return local(loaded)
 
 
 def by_path(
@@ -68,6 +81,12 @@ def _equal(held: Tensor, loaded: object) -> bool:
 def _check_one(path: str, held: Tensor, loaded: object) -> None:
     if not isinstance(loaded, Tensor):
         raise ValueError(f"'{path}' of the averaged tensors should be a tensor, got {type(loaded).__name__}.")
+    if is_sharded(loaded) and not (is_sharded(held) and _placed(loaded) == _placed(held)):
+        mesh, placements = _placed(loaded)
+        raise ValueError(
+            f"'{path}' of the averaged tensors should be sharded as it is held, got {placements} over {mesh}; load it "
+            "with torch.distributed.checkpoint, which shards it anew."
+        )
     if loaded.shape != held.shape:
         raise ValueError(
             f"'{path}' of the averaged tensors should have shape {tuple(held.shape)}, got {tuple(loaded.shape)}: the "
@@ -83,6 +102,10 @@ def _check_one(path: str, held: Tensor, loaded: object) -> None:
             f"'{path}' of the averaged tensors should fit into {held.dtype}, got {loaded.dtype}; hold the average in "
             "that type with dtype=."
         )
+
+
+def _placed(tensor: Any) -> tuple[Any, Any]:
+    return tensor.device_mesh, tensor.placements
 
 
 def _fits(loaded: Tensor, held: Tensor) -> bool:

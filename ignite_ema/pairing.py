@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .structure import Pair, Slot, Structure, overlaps_itself
+from .structure import Mismatch, Pair, Slot, Structure, is_sharded, local, overlaps_itself, reshard
 
 __all__ = ["Group", "Pairing", "Treatment"]
 
@@ -66,7 +66,7 @@ class Pairing:
         """
         try:
             if self._structure.intact():
-                tensors = [owner[key] for owner, key in self._slots]
+                tensors = self._tensors()
                 pointers, shapes, types = self._known
                 online = tensors[: len(shapes)]
                 if (
@@ -75,10 +75,18 @@ class Pairing:
                     and [tensor.dtype for tensor in online] == types
                 ) or self._follows(tensors):
                     return tensors
-        except (KeyError, TypeError, RuntimeError):  # a name is gone, holds None, or a tensor without memory
-            pass
+        except (AttributeError, KeyError, TypeError, RuntimeError):
+            pass  # a name is gone, holds None, a tensor without memory, or one that is gathered from its shards
+        for root in self._structure.roots:
+            reshard(root)
         self._arrange(self._structure.followed())
-        return [owner[key] for owner, key in self._slots]
+        return self._tensors()
+
+    def _tensors(self) -> Tensors:
+        tensors = [owner[key] for owner, key in self._slots]
+        for index in self._sharded:
+            tensors[index] = tensors[index].to_local()
+        return tensors
 
     def spoiler(self, tensors: Tensors) -> str | None:
         """The path of a tensor to be averaged whose NaN or infinity would come into the average, if there is one.
@@ -117,6 +125,7 @@ class Pairing:
         online = tensors[: len(tensors) // 2]
         return list(map(self._pointer_of, tensors)), [t.shape for t in online], [t.dtype for t in online]
 
+    @torch.no_grad()
     def _arrange(self, structure: Structure) -> None:
         """Sorts the pairs into groups; checks shapes and that the twin owns its memory."""
         by_kind: dict[tuple[Any, ...], list[Pair]] = {}
@@ -139,7 +148,8 @@ class Pairing:
             self.groups.append(group)
             start = stop
         self.resolution = max((resolution for _, resolution, *_ in by_kind), default=0.0)
-        tensors = [owner[key] for owner, key in self._slots]
+        self._sharded = [index for index, (owner, key) in enumerate(self._slots) if is_sharded(owner[key])]
+        tensors = self._tensors()
         all_strided = all(tensor.layout is torch.strided for tensor in tensors)
         self._pointer_of = Tensor.data_ptr if all_strided else _pointer
         self._devices = [tensor.device for tensor in tensors[:count]]
@@ -164,8 +174,9 @@ class Pairing:
 def _give_memory(structure: Structure) -> None:
     """Gives memory of its own to every tensor of the twin that shares some with the model, another one, or itself."""
     pairs = [[owner[key] for owner, key in pair.slots()] for pair in structure.pairs]
-    taken: dict[int, list[tuple[float, float]]] = {_storage(online): [(0, math.inf)] for online, _ in pairs}
-    for _, averaged in pairs:
+    taken: dict[int, list[tuple[float, float]]] = {_storage(local(online)): [(0, math.inf)] for online, _ in pairs}
+    for pair, (_, held) in zip(structure.pairs, pairs, strict=True):
+        averaged = local(held)
         if (storage := _storage(averaged)) == 0:
             continue
         # Parts of one storage that do not overlap are fine: torch lays out the weights of an LSTM so.
@@ -173,6 +184,8 @@ def _give_memory(structure: Structure) -> None:
         start, stop = averaged.data_ptr(), averaged.data_ptr() + averaged.element_size() * extent
         others = taken.setdefault(storage, [])
         if overlaps_itself(averaged) or any(start < end and begin < stop for begin, end in others):
+            if is_sharded(held):
+                raise Mismatch(f"'{pair.path}' of the twin shares memory with another tensor")
             with torch.inference_mode(False):
                 averaged.data = averaged.detach().clone()
         else:

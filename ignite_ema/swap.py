@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .structure import Pair, Structure, overlaps_itself
+from .structure import Pair, Structure, overlaps_itself, reshard
 
 __all__ = ["any_swapped", "is_swapped", "swapped"]
 
@@ -36,7 +36,7 @@ def swapped(structure: Structure) -> Iterator[None]:
     tensors = [pair.tensors() for pair in structure.pairs]
     expanded = [(online, averaged) for online, averaged in tensors if overlaps_itself(online)]  # cannot be written to
     written = [(online, averaged) for online, averaged in tensors if not overlaps_itself(online)]
-    memory = [(pair, online, online.detach()) for pair in structure.names for online in pair.tensors()[:1]]
+    memory = [(pair, *_held(pair)) for pair in structure.names]
     saved = [(online, online.detach().clone()) for online, _ in written]
     marks = _marks(structure.pairs)
     interruption = None
@@ -49,8 +49,9 @@ def swapped(structure: Structure) -> Iterator[None]:
     finally:
         while marks:
             try:
-                for pair, tensor, data in memory:
-                    _put_back(pair, tensor, data)
+                reshard(structure.roots[0])  # or it would go on with weights that were gathered in the block
+                for pair, tensor, part, data in memory:
+                    _put_back(pair, tensor, part, data)
                 _fill(saved)
                 _swapped.difference_update(marks)
                 marks = set()
@@ -67,7 +68,14 @@ def _marks(pairs: list[Pair]) -> set[int]:
     return {mark for owner, key in slots for mark in (id(owner), id(owner[key]))}
 
 
-def _put_back(pair: Pair, tensor: Tensor, memory: Tensor) -> None:
+def _held(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """A tensor of the model, the part of it that this rank holds, and its memory."""
+    owner, key = pair.slots()[0]
+    part = pair.tensors()[0]
+    return owner[key], part, part.detach()
+
+
+def _put_back(pair: Pair, tensor: Tensor, part: Tensor, memory: Tensor) -> None:
     """Puts a tensor of the model back into its place, and its memory into it, unless they are there."""
     owner, key = pair.slots()[0]
     if key not in owner:
@@ -75,12 +83,12 @@ def _put_back(pair: Pair, tensor: Tensor, memory: Tensor) -> None:
     elif owner[key] is not tensor:
         setattr(pair.online, key, tensor)  # by way of the module, since an LSTM keeps a list of its own
     if memory.layout is torch.strided and (
-        tensor.data_ptr() != memory.data_ptr()
-        or tensor.dtype != memory.dtype
-        or tensor.shape != memory.shape
-        or tensor.stride() != memory.stride()
+        part.data_ptr() != memory.data_ptr()
+        or part.dtype != memory.dtype
+        or part.shape != memory.shape
+        or part.stride() != memory.stride()
     ):
-        tensor.data = memory
+        part.data = memory
 
 
 def _fill(pairs: list[tuple[Tensor, Tensor]]) -> None:

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from .structure import inside, tensors_of
 
-__all__ = ["check_own_twin", "freeze", "make_twin", "refuse_lazy", "stripped"]
+__all__ = ["check_own_twin", "freeze", "make_twin", "materialise", "refuse_lazy", "stripped"]
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -22,10 +22,10 @@ def stripped(module: nn.Module) -> nn.Module:
     return module
 
 
-def refuse_lazy(name: str, module: nn.Module) -> None:
+def refuse_lazy(name: str, module: nn.Module, may_be_meta: bool = False) -> None:
     """Raises RuntimeError where a tensor of ``module`` has no shape, or no values, yet."""
     for path, tensor in tensors_of(module).items():
-        if is_lazy(tensor) or tensor.is_meta:
+        if is_lazy(tensor) or (tensor.is_meta and not may_be_meta):
             lacks = "shape; run it on one batch first" if is_lazy(tensor) else "values; materialise it first"
             raise RuntimeError(
                 f"{name} should be initialised before it is averaged, got one whose '{path}' has no {lacks}."
@@ -42,7 +42,7 @@ def check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen:
     """Raises TypeError, ValueError or RuntimeError where ``twin`` cannot be the averaged twin of a model."""
     if not isinstance(twin, nn.Module):
         raise TypeError(f"ema_model should be an nn.Module, got {type(twin).__name__}.")
-    refuse_lazy("ema_model", twin)
+    refuse_lazy("ema_model", twin, may_be_meta=True)
     if dtype is not None or device is not None:
         raise ValueError(
             f"dtype and device should be None where ema_model brings its own, got {dtype} and {device}; move the "
@@ -58,6 +58,27 @@ def check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen:
                 f"ema_model should hold tensors that can be updated, but '{path}' was made inside "
                 "torch.inference_mode(); build the twin outside of it."
             )
+
+
+def materialise(twin: nn.Module, model: nn.Module) -> None:
+    """Gives memory to a twin on the meta device, where the tensors of ``model`` live; its ties stay."""
+    if not any(tensor.is_meta for tensor in tensors_of(twin).values()):
+        return
+    devices = {tensor.device for tensor in tensors_of(model).values()}
+    if len(devices) != 1:
+        raise ValueError(
+            f"ema_model should have memory where the model is on {len(devices)} devices, got one on the meta device; "
+            "materialise it with ema_model.to_empty(device=...) first."
+        )
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in twin.modules():
+        for owner in (module._parameters, module._buffers):
+            for key, tensor in owner.items():
+                places.setdefault(id(tensor), []).append((owner, key))
+    twin.to_empty(device=devices.pop())
+    for (first, name), *tied in places.values():
+        for owner, key in tied:
+            owner[key] = first[name]
 
 
 def make_twin(

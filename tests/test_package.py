@@ -22,7 +22,7 @@ IMPORTS = {
     "pairing": {"kernels", "structure"},
     "twin": {"structure"},
     "buffers": {"pairing"},
-    "loading": set(),
+    "loading": {"structure"},
     "momentum": {"schedules"},
     "swap": {"kernels", "structure"},
     "files": set(),
