@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import finalize
 
 from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
 from ignite.engine.events import RemovableEventHandle, State
-from torch import nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+
+from .steps import StepWatch
 
 if TYPE_CHECKING:
     from .handler import EMAHandler
 
-__all__ = ["Attachment", "Event", "attachments", "check_name", "check_optimizer", "members_of"]
+__all__ = ["Attachment", "Event", "attachments", "check_name", "members_of"]
 
 Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
@@ -34,24 +34,10 @@ def attachments(engine: Engine) -> list[Attachment]:
 def check_name(name: str) -> None:
     """Raises unless ``name`` can be an attribute of ``engine.state`` beside the engine's own."""
     if not isinstance(name, str) or not name:
-        raise TypeError(f"name should be a string such as 'ema_momentum', got {name!r}.")
+        got = repr(name) if isinstance(name, str) else type(name).__name__
+        raise TypeError(f"name should be a string such as 'ema_momentum', got {got}; an optimizer goes to optimizer=.")
     if hasattr(State(), name):
         raise ValueError(f"name should not be an attribute of the engine's own, got {name!r}; choose another one.")
-
-
-def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
-    """Raises TypeError unless it is an optimizer or None; warns where it is that of another model."""
-    if optimizer is None:
-        return
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer should be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
-    parameters = {id(parameter) for parameter in model.parameters()}
-    if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
-        warnings.warn(
-            "optimizer should train parameters of the model that is averaged, but has none of them; pass the one whose "
-            "steps move this model.",
-            stacklevel=3,
-        )
 
 
 def members_of(event: Event, engine: Engine) -> list[str | CallableEventWithFilter]:
@@ -91,7 +77,7 @@ class Attachment(RemovableEventHandle):
         event: the event, accepted by :func:`members_of`.
         on_event: called with the engine at each event.
         on_started: called with the engine when a run starts.
-        hook: what else ``remove`` takes away.
+        steps: where there is one, events are left out before which it has seen no step.
     """
 
     def __init__(
@@ -103,18 +89,24 @@ class Attachment(RemovableEventHandle):
         event: Event,
         on_event: Callable[[Engine], None],
         on_started: Callable[[Engine], None],
-        hook: RemovableHandle | None = None,
+        steps: StepWatch | None = None,
     ) -> None:
         last: tuple[int, int] | None = None  # the iteration of the last call, and the member that made it
+        left_out, moved = 0, False
 
         def fire(engine: Engine, member: int) -> None:
-            nonlocal last
+            nonlocal last, left_out, moved
             if not self.is_attached:  # removed by an earlier handler of this very event
+                return
+            if steps is not None and not steps.has_stepped:
+                left_out += 1
                 return
             iteration = engine.state.iteration
             if last is None or last[0] != iteration or last[1] == member:
                 on_event(engine)
-                last = iteration, member
+                last, moved = (iteration, member), True
+                if steps is not None:
+                    steps.has_stepped = False
 
         def start(engine: Engine) -> None:
             nonlocal last
@@ -122,6 +114,14 @@ class Attachment(RemovableEventHandle):
                 last = None  # a new run counts from 1 again
             if self.is_attached:
                 on_started(engine)
+
+        def complete(engine: Engine) -> None:
+            if left_out and not moved:
+                warnings.warn(
+                    f"The optimizer of '{name}' should have stepped in this run, but {left_out} events passed without "
+                    "a step and the average has not moved; attach the handler with the optimizer that trains.",
+                    stacklevel=2,
+                )
 
         super().__init__(event, fire, engine)  # type: ignore[arg-type]  # a string is as good
         self.owner = owner
@@ -131,10 +131,29 @@ class Attachment(RemovableEventHandle):
         self._start = start
         for index, member in enumerate(members_of(event, engine)):
             engine.add_event_handler(member, fire, index)
-        self._start_handle = engine.add_event_handler(Events.STARTED, start)
-        self._hook = hook
+        self._handles: list[RemovableEventHandle | StepWatch] = [engine.add_event_handler(Events.STARTED, start)]
+        self.steps = steps
+        if steps is not None:
+            self._complete = complete
+            self._handles += [steps, engine.add_event_handler(Events.COMPLETED, complete)]
+            finalize(engine, steps.remove)  # the optimizer may outlive the engine
         self.is_attached = True
         vars(engine).setdefault(_ATTACHMENTS, []).append(self)
+
+    def call_at(self, engine: Engine, event: Events, function: Callable[[Engine], object]) -> None:
+        """Calls ``function`` with the engine at one more event, until ``remove``."""
+        self._handles.append(engine.add_event_handler(event, function))
+
+    @property
+    def value(self) -> Any:
+        """What the attribute holds, None where there is none."""
+        return getattr(getattr(self.engine(), "state", None), self.name, None)
+
+    @value.setter
+    def value(self, momentum: float) -> None:
+        engine = self.engine()
+        if engine is not None:
+            setattr(engine.state, self.name, momentum)
 
     def remove(self) -> None:
         """Takes everything off the engine again, ``engine.state.<name>`` included; does nothing the second time."""
@@ -143,9 +162,8 @@ class Attachment(RemovableEventHandle):
             return
         self.is_attached = False
         super().remove()
-        self._start_handle.remove()
-        if self._hook is not None:
-            self._hook.remove()
+        for handle in self._handles:
+            handle.remove()
         vars(engine)[_ATTACHMENTS].remove(self)
         if self._owns_name and all(other.name != self.name for other in attachments(engine)):
             vars(engine.state).pop(self.name, None)

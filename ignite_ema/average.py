@@ -13,7 +13,7 @@ from .buffers import BufferRule, check_patterns, check_rule, treatment_of
 from .loading import by_path, check_loadable, like
 from .momentum import checked_momentum
 from .pairing import Pairing
-from .structure import Mismatch, Structure, local, reshard, tensors_of, unwrapped
+from .structure import Mismatch, Structure, local, names_of, reshard, tensors_of, unwrapped
 from .twin import check_own_twin, freeze, make_twin, materialise, refuse_lazy, stripped
 
 __all__ = ["ModelAverage"]
@@ -100,6 +100,12 @@ class ModelAverage:
             self.module = ema_model
         try:
             structure = Structure(self.model, self.module, share_frozen)
+            if share_frozen and not structure.shared:
+                warnings.warn(
+                    "share_frozen should find frozen parameters, but all require gradients and are copied; freeze "
+                    "before the average is made.",
+                    stacklevel=2,
+                )
             check_patterns(handle_buffers, [pair.path for pair in structure.pairs if pair.kind == "_buffers"])
             self._pairing = Pairing(structure, partial(treatment_of, handle_buffers))
         except Mismatch as mismatch:
@@ -136,7 +142,7 @@ class ModelAverage:
         try:
             tensors = self._pairing.read()
             if swap.any_swapped():
-                self._refuse_while_swapped("updated")
+                swap.refuse_while_swapped(self._pairing.structure.pairs, "updated")
             if self._skip_nonfinite and (path := self._pairing.spoiler(tensors)) is not None:
                 self._skip(path)
                 return False
@@ -180,8 +186,13 @@ class ModelAverage:
             >>> model.weight.item()
             7.0
         """
-        with swap.swapped(self._current("swapped")):
+        structure = self._current("swapped")
+        with swap.swapped(structure):
             yield
+
+    def is_swapped(self) -> bool:
+        """Whether the model holds averaged weights now, those of this average or of another of the same model."""
+        return swap.is_swapped(self._pairing.structure.pairs)
 
     @torch.no_grad()
     def is_stale(self) -> bool:
@@ -201,7 +212,7 @@ class ModelAverage:
     def state_dict_names(self) -> dict[str, str]:
         """For each name in the twin's own ``state_dict``, tied ones too, the path in :meth:`state_dict`."""
         paths = {id(tensor): path for path, tensor in self._tensors().items()}
-        return {name: paths[id(tensor)] for name, tensor in self._plain().items() if id(tensor) in paths}
+        return {name: paths[id(tensor)] for name, tensor in self._names() if id(tensor) in paths}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -212,9 +223,10 @@ class ModelAverage:
                 loss; nothing has been loaded then.
             RuntimeError: inside :meth:`swapped`.
         """
-        self._refuse_while_swapped("loaded")
+        swap.refuse_while_swapped(self._pairing.structure.pairs, "loaded")
         own = self.state_dict()
         check_loadable(own, state)
+        self._has_moved = True
         if own:
             kernels.copy([local(tensor) for tensor in own.values()], [like(state[path], own[path]) for path in own])
 
@@ -227,11 +239,10 @@ class ModelAverage:
         Raises:
             ValueError: as :meth:`load_state_dict` does, and where tied tensors differ, or those that are shared.
         """
-        shared = {id(pair.tensors()[0]) for pair in self._pairing.structure.shared}
-        frozen = {name: tensor for name, tensor in self._plain().items() if id(tensor) in shared}
+        shared = {id(tensor) for pair in self._pairing.structure.shared for tensor in pair.tensors()}
+        frozen = {name: tensor for name, tensor in self._names() if id(tensor) in shared}
         names = self.state_dict_names()
-        extra = unwrapped(self.module).state_dict().keys() - names.keys() - frozen.keys()
-        plain = {name: tensor for name, tensor in plain.items() if name not in extra}
+        plain = {name: plain[name] for name in plain if name in names or not name.endswith("_extra_state")}
         self.load_state_dict(by_path(plain, names, self._tensors(), frozen))
 
     def _current(self, what: str) -> Structure:
@@ -242,15 +253,8 @@ class ModelAverage:
                 pair.tensors()
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
-        self._refuse_while_swapped(what)
+        swap.refuse_while_swapped(self._pairing.structure.pairs, what)
         return self._pairing.structure
-
-    def _refuse_while_swapped(self, what: str) -> None:
-        if swap.is_swapped(self._pairing.structure.pairs):
-            raise RuntimeError(
-                f"An average should be {what} while the model holds its own weights, but it holds averaged ones now; "
-                "leave the block of swapped() first, or the run of the evaluator that swap_during() swaps for."
-            )
 
     def _tensors(self) -> dict[str, Tensor]:
         """What the twin holds, by path."""
@@ -258,10 +262,8 @@ class ModelAverage:
         shared = {id(tensor) for pair in self._pairing.structure.shared for tensor in pair.tensors()}
         return {path: tensor for path, tensor in tensors_of(self.module).items() if id(tensor) not in shared}
 
-    def _plain(self) -> dict[str, Tensor]:
-        """The twin's own ``state_dict``, tensors alone, as they are held."""
-        held: dict[str, object] = unwrapped(self.module).state_dict(keep_vars=True)
-        return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+    def _names(self) -> Iterator[tuple[str, Tensor]]:
+        return names_of(unwrapped(self.module))
 
     def _parameters(self) -> list[Tensor]:
         return [local(tensor) for tensor in self._tensors().values() if isinstance(tensor, nn.Parameter)]

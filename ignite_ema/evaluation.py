@@ -13,10 +13,15 @@ from .attachment import attachments
 if TYPE_CHECKING:
     from .handler import EMAHandler
 
-__all__ = ["EvaluationSwap"]
+__all__ = ["EvaluationSwap", "swaps"]
 
 # The attribute of an engine under which its swaps are found.
 _SWAPS = "_ignite_ema_swaps"
+
+
+def swaps(engine: Engine) -> list[EvaluationSwap]:
+    """Those that are active for ``engine`` now."""
+    return list(vars(engine).get(_SWAPS, ()))
 
 
 class EvaluationSwap:
@@ -40,8 +45,7 @@ class EvaluationSwap:
                 "evaluator should be an engine of its own, but this handler is attached to this one and updates the "
                 "average there; swap during the runs of another engine."
             )
-        swaps: list[EvaluationSwap] = vars(engine).setdefault(_SWAPS, [])
-        if any(other.owner is owner for other in swaps):
+        if any(other.owner is owner for other in swaps(engine)):
             raise RuntimeError(
                 "An EMAHandler should swap during the runs of an evaluator once, but this one does so already; "
                 "remove() the handle of that call first."
@@ -53,8 +57,10 @@ class EvaluationSwap:
         self._inner = engine.run
         self._inner_is_own = "run" in vars(engine)  # somebody else has wrapped it, too
         engine.run = self._outer = self._run  # type: ignore[method-assign]
-        self._start_handle = engine.add_event_handler(Events.STARTED, self._check_start)
-        swaps.append(self)
+        # A run that began before this call, or by a method that was taken before, is on the model's own weights.
+        started = Events.STARTED, Events.ITERATION_STARTED
+        self._handles = [engine.add_event_handler(event, self._check_start) for event in started]
+        vars(engine).setdefault(_SWAPS, []).append(self)
 
     def remove(self) -> None:
         """Lets the engine run on the model's own weights again; does nothing the second time."""
@@ -62,7 +68,8 @@ class EvaluationSwap:
             return
         engine = self._engine
         self.is_active = False
-        self._start_handle.remove()
+        for handle in self._handles:
+            handle.remove()
         vars(engine)[_SWAPS].remove(self)
         if vars(engine).get("run") is not self._outer:
             return  # somebody has wrapped it once more, and this layer passes through from here on
@@ -87,6 +94,6 @@ class EvaluationSwap:
     def _check_start(self, engine: Engine) -> None:
         if not self._is_running:
             raise RuntimeError(
-                "The evaluator should be started as evaluator.run(...), but its run was taken before swap_during() was "
-                "called, and would evaluate the model's own weights; call swap_during() before that."
+                "The evaluator should be started as evaluator.run(...) after swap_during() was called, but this run "
+                "began before, or by a method taken before, and is on the model's own weights; call it earlier."
             )

@@ -10,19 +10,20 @@ from weakref import ref
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.engine.events import RemovableEventHandle, State
+from ignite.engine.events import RemovableEventHandle
 from ignite.handlers.param_scheduler import BaseParamScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoints
-from .attachment import Attachment, Event, attachments, check_name, check_optimizer, members_of
+from .attachment import Attachment, Event, attachments, check_name, members_of
 from .average import ModelAverage
 from .buffers import BufferRule
-from .evaluation import EvaluationSwap
+from .evaluation import EvaluationSwap, swaps
 from .momentum import checked_momentum, rule_of, scheduled
 from .schedules import Constant, Schedule
 from .state import VERSION, check_count, check_state, described
+from .steps import StepWatch, check_optimizer
 from .structure import unwrapped
 
 __all__ = ["EMAHandler"]
@@ -107,7 +108,7 @@ class EMAHandler:
             skip_nonfinite=skip_nonfinite,
         )
         self._num_updates = 0
-        self._stepped: set[str] = set()  # the attachments whose optimizer has stepped since their last event
+        self._loaded_steps: set[str] = set()  # names of attachments to come, whose optimizer has stepped already
         self._count_is_known = False  # whether num_updates is known to be right: set, loaded, or counted from a start
         self._current_is_loaded = False
         self._attachments: list[ref[Attachment]] = []
@@ -130,6 +131,8 @@ class EMAHandler:
     def _set_rule(
         self, momentum: float | Schedule, momentum_warmup: float | None = None, warmup_iters: int | None = None
     ) -> None:
+        if isinstance(momentum, type):
+            raise TypeError(f"momentum should be a schedule, got the class {momentum.__name__}; make one: call it.")
         if isinstance(momentum, BaseParamScheduler):
             raise TypeError(
                 f"momentum should be a float or a schedule of the number of updates, got {type(momentum).__name__} of "
@@ -221,6 +224,11 @@ class EMAHandler:
                     f"name should be another than '{name}', which another EMAHandler of this engine uses; where one of "
                     "two handlers has a schedule, it would drive the other."
                 )
+        if any(swap.owner is self for swap in swaps(engine)):
+            raise RuntimeError(
+                "engine should be one that trains, but swap_during() was called with it and its runs are on the "
+                "averaged weights; train with another engine."
+            )
         exists = hasattr(engine.state, name)
         current = getattr(engine.state, name, None)  # None also where a StateParamScheduler made it and has not run yet
         goes_on = current is not None and self.momentum_scheduler is None and not self._current_is_loaded
@@ -242,10 +250,13 @@ class EMAHandler:
             name,
             not exists,
             event,
-            partial(self._update, name, optimizer is not None),
+            partial(self._update, name),
             partial(self._check_start, name),
-            optimizer.register_step_post_hook(partial(self._note_step, name)) if optimizer is not None else None,
+            None if optimizer is None else StepWatch(optimizer, name in self._loaded_steps),
         )
+        self._loaded_steps.discard(name)
+        if self.handle_buffers == "ema_train":
+            attachment.call_at(engine, Events.ITERATION_STARTED, lambda engine: self.ema_model.train())
         self._attachments.append(ref(attachment))
         return attachment
 
@@ -283,6 +294,7 @@ class EMAHandler:
         """
         self._average.reset(buffers_only=buffers_only)
         if not buffers_only:
+            self._average.num_skipped = 0
             self.num_updates = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -293,7 +305,8 @@ class EMAHandler:
             "current_momentum": self._plain_momentum() if self.momentum_scheduler is None else None,
             "momentum_schedule": described(self._rule),
             "num_skipped": self._average.num_skipped,
-            "optimizer_stepped": sorted(self._stepped),
+            "optimizer_stepped": sorted(self._loaded_steps | {a.name for a in self._attached() if _has_stepped(a)}),
+            "saved_while_swapped": self._average.is_swapped(),
             "averaged_tensors": self._average.state_dict(),
             "state_dict_names": self._average.state_dict_names(),
         }
@@ -312,8 +325,15 @@ class EMAHandler:
         self._momentum_of(state["num_updates"])  # raises before anything has changed
         self._average.load_state_dict(state["averaged_tensors"])
         self._average.num_skipped = state["num_skipped"]
-        self._stepped = set(state["optimizer_stepped"])
+        self._load_steps(set(state["optimizer_stepped"]))
         self.num_updates = state["num_updates"]
+        if state["saved_while_swapped"]:
+            warnings.warn(
+                "The EMA handler was saved inside swapped() or swap_during(): its own state is right, but a model "
+                "that was saved beside it holds averaged weights, too; save what you resume from at an event of the "
+                "trainer.",
+                stacklevel=2,
+            )
         if state["momentum_schedule"] != described(self._rule):
             warnings.warn(
                 f"The EMA handler was saved with {state['momentum_schedule']} and goes on with "
@@ -330,46 +350,50 @@ class EMAHandler:
         source: str | os.PathLike[str] | Mapping[str, Any],
         *,
         key: str | None = None,
+        names: nn.Module | Mapping[str, Tensor] | None = None,
         num_updates: int | None = None,
     ) -> None:
-        """Starts from the averaged weights in a checkpoint of another system, or of this one.
+        """Starts from the averaged weights in a checkpoint of another system, or of this one; leaves the model alone.
 
         Args:
             source: a file, or what was loaded from one; see :func:`ignite_ema.checkpoints.read` for the systems.
             key: which average, where there are several.
-            num_updates: how many updates the average has behind it, for schedules; None: as many as the checkpoint
-                says, else as before.
+            names: the names of a list without names, None: those of the model; see there.
+            num_updates: how many updates the average has behind it; None: as many as the checkpoint says. For schedules
+                it has to be known.
 
         Raises:
-            TypeError, ValueError, OSError: where the checkpoint cannot be read or is of another model, or where the
-                next update would copy the model over what was loaded; nothing has been loaded then.
+            TypeError, ValueError, OSError, ImportError: where the checkpoint cannot be read, is of another model, or
+                does not say the count that a schedule goes on from; nothing has been loaded then.
+            RuntimeError: inside :meth:`swapped`.
 
         Note:
             Of a checkpoint without an average the weights themselves are taken, with a warning.
         """
-        found = checkpoints.read(source, key=key, names=unwrapped(self.ema_model))
-        stated = self._num_updates if found.num_updates is None else found.num_updates
-        count = stated if num_updates is None else num_updates
-        check_count(count)
-        if self._momentum_of(count) == 1:
+        found = checkpoints.read(source, key=key, names=unwrapped(self.ema_model) if names is None else names)
+        count = found.num_updates if num_updates is None else num_updates
+        if count is None and not isinstance(self._rule, Constant) and not self._count_is_known:
             raise ValueError(
-                "num_updates should be the number of updates that the loaded average has behind it, got "
-                f"{count}: at the next update {described(self._rule)} would copy the model over it."
+                "num_updates should be the number of updates that the loaded average has behind it, which the "
+                f"checkpoint does not say: {described(self._rule)} would go on with a momentum of {self._rule(0):g}; "
+                "pass num_updates=, 0 to start the schedule."
             )
+        count = self._num_updates if count is None else count
+        check_count(count)
+        self._momentum_of(count)  # raises before anything has changed
         self._average.load_plain(found.tensors)
         self.num_updates = count
         if found.system == "plain":
             warnings.warn("The checkpoint has no average; this one starts from the weights in it.", stacklevel=2)
 
-    def _note_step(self, name: str, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # A fused optimizer is always called by a GradScaler, and skips the step itself where this is not 0.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not found_inf.item():
-            self._stepped.add(name)
+    def _load_steps(self, names: set[str]) -> None:
+        for attachment in self._attached():
+            if attachment.steps is not None:
+                attachment.steps.has_stepped = attachment.name in names
+                names.discard(attachment.name)
+        self._loaded_steps = names
 
-    def _update(self, name: str, only_after_step: bool, engine: Engine) -> None:
-        if only_after_step and name not in self._stepped:
-            return
+    def _update(self, name: str, engine: Engine) -> None:
         if self.momentum_scheduler is None:
             momentum = getattr(engine.state, name, None)
             if type(momentum) is not float or not 0 <= momentum <= 1:
@@ -380,7 +404,6 @@ class EMAHandler:
             setattr(engine.state, name, momentum)
         if self._average.update(momentum):
             self._num_updates += 1
-        self._stepped.discard(name)
         self._count_is_known = True
 
     def _momentum_of(self, n: int) -> float | None:
@@ -390,21 +413,20 @@ class EMAHandler:
         return scheduled(self.momentum_scheduler, n)
 
     def _plain_momentum(self) -> float:
-        for state, name in self._attached():
-            return checked_momentum(getattr(state, name, None), f"engine.state.{name}")
+        for attachment in self._attached():
+            return checked_momentum(attachment.value, f"engine.state.{attachment.name}")
         return self._current
 
     def _publish(self, momentum: float) -> None:
-        for state, name in self._attached():
-            setattr(state, name, momentum)
+        for attachment in self._attached():
+            attachment.value = momentum
 
-    def _attached(self) -> Iterator[tuple[State, str]]:
-        """Where this handler is attached now: the states of the engines and the names of the attributes."""
+    def _attached(self) -> Iterator[Attachment]:
+        """What is attached now, to engines that are still there."""
         for reference in self._attachments:
             attachment = reference()
-            engine = attachment.engine() if attachment is not None and attachment.is_attached else None
-            if attachment is not None and engine is not None:
-                yield engine.state, attachment.name
+            if attachment is not None and attachment.is_attached and attachment.engine() is not None:
+                yield attachment
 
     def _check_start(self, name: str, engine: Engine) -> None:
         """Warns once where a run is resumed with a handler that was not restored."""
@@ -420,3 +442,7 @@ class EMAHandler:
                 "Checkpoint.load_objects, or call handler.reset() if the average is meant to start here.",
                 stacklevel=2,
             )
+
+
+def _has_stepped(attachment: Attachment) -> bool:
+    return attachment.steps is not None and attachment.steps.has_stepped

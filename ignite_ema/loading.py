@@ -16,7 +16,10 @@ def check_loadable(own: Mapping[str, Tensor], state: Mapping[str, object]) -> No
     for path in [*own, *state]:
         if path not in state or path not in own:
             what = "misses" if path in own else "should not have"
-            raise ValueError(f"The averaged tensors should be those of this model, but the state {what} '{path}'.")
+            raise ValueError(
+                f"The averaged tensors should be those of this model, but the state {what} '{path}'; build the model, "
+                "and freeze and share its parameters, as they were then."
+            )
     for path, held in own.items():
         _check_one(path, held, state[path])
 
@@ -60,8 +63,8 @@ def by_path(
             continue
         if name not in names:
             raise ValueError(
-                f"The averaged tensors should be those of this model, but '{name}' is none; strip a prefix that is too "
-                "much, or load them into the model that they were averaged for."
+                f"The averaged tensors should be those of this model, but it has no '{name}'; they may be of another "
+                "model, for which key= chooses where a file has several, or have a prefix too much."
             )
         path = names[name]
         if path in found and not _equal(found[path], tensor):

@@ -5,7 +5,7 @@ import warnings
 
 from torch import Tensor
 
-from .schedules import Constant, LinearWarmup, Schedule
+from .schedules import Constant, CopyUntil, LinearWarmup, Rescaled, Schedule
 
 __all__ = ["checked_momentum", "rule_of", "scheduled"]
 
@@ -39,6 +39,7 @@ def rule_of(momentum: float | Schedule, momentum_warmup: float | None, warmup_it
                 "momentum_warmup and warmup_iters should be None where momentum is a schedule, got "
                 f"{momentum_warmup!r} and {warmup_iters!r}; a schedule brings its own warm-up."
             )
+        _warn_of_decay(_last(momentum), "the last momentum of the schedule")
         return momentum
     if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
         raise TypeError(f"momentum should be a float in (0, 1) or a schedule, got {momentum!r}.")
@@ -51,12 +52,24 @@ def rule_of(momentum: float | Schedule, momentum_warmup: float | None, warmup_it
             "momentum_warmup and warmup_iters should be given together or not at all, got "
             f"{momentum_warmup!r} and {warmup_iters!r}."
         )
-    if momentum > 0.5:
-        warnings.warn(
-            f"momentum is the weight of the new weights, and {momentum:g} nearly copies them at each update; if it was "
-            f"meant as a decay, pass 1 - {momentum:g} = {1 - momentum:g}.",
-            stacklevel=4,
-        )
+    _warn_of_decay(float(momentum), "momentum")
     if momentum_warmup is None or warmup_iters is None:
         return Constant(float(momentum))
     return LinearWarmup(momentum, momentum_warmup, warmup_iters)
+
+
+def _last(schedule: object) -> float:
+    """Where a schedule of ours ends up, 0 for any other."""
+    if isinstance(schedule, CopyUntil):
+        return _last(schedule.schedule)
+    is_ours = type(schedule).__module__ == CopyUntil.__module__ and not isinstance(schedule, Rescaled)
+    return schedule(10**12) if is_ours and callable(schedule) else 0.0
+
+
+def _warn_of_decay(momentum: float, what: str) -> None:
+    if momentum > 0.5:
+        warnings.warn(
+            f"{what} is the weight of the new weights, and {momentum:g} nearly copies them at each update; if it was "
+            f"meant as a decay, pass 1 - {momentum:g} = {1 - momentum:g}.",
+            stacklevel=5,
+        )

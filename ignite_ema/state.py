@@ -9,7 +9,7 @@ from .momentum import checked_momentum
 
 __all__ = ["VERSION", "check_count", "check_state", "described"]
 
-VERSION = 1
+VERSION = 2
 _STATE: dict[str, tuple[type, ...]] = {
     "ignite_ema_version": (int,),
     "num_updates": (int,),
@@ -17,6 +17,7 @@ _STATE: dict[str, tuple[type, ...]] = {
     "momentum_schedule": (str,),
     "num_skipped": (int,),
     "optimizer_stepped": (list,),
+    "saved_while_swapped": (bool,),
     "averaged_tensors": (Mapping,),
     "state_dict_names": (Mapping,),
 }
@@ -28,6 +29,11 @@ def check_state(state: Mapping[str, Any]) -> None:
         raise TypeError(
             f"The state of an EMAHandler should be a mapping from its state_dict(), got {type(state).__name__}."
         )
+    if state.get("ignite_ema_version", VERSION) != VERSION:
+        raise ValueError(
+            f"'ignite_ema_version' of the state should be {VERSION}, got {state['ignite_ema_version']}; load it with "
+            "the ignite_ema that wrote it, or a newer one."
+        )
     for key in [*_STATE, *state]:
         if key not in state or key not in _STATE:
             what = "misses" if key in _STATE else "should not have"
@@ -36,16 +42,16 @@ def check_state(state: Mapping[str, Any]) -> None:
                 "a model belongs into handler.ema_model."
             )
     for key, expected in _STATE.items():
-        if not isinstance(state[key], expected) or isinstance(state[key], bool):
+        if not isinstance(state[key], expected) or (isinstance(state[key], bool) and bool not in expected):
             names = " or ".join(kind.__name__ for kind in expected)
             raise TypeError(
                 f"{key!r} of the state should be of type {names}, got {type(state[key]).__name__}; load what "
                 "state_dict() gave, unchanged."
             )
-    if state["ignite_ema_version"] != VERSION:
-        raise ValueError(
-            f"'ignite_ema_version' of the state should be {VERSION}, got {state['ignite_ema_version']}; load it with "
-            "the ignite_ema that wrote it, or a newer one."
+    if not all(isinstance(name, str) for name in state["optimizer_stepped"]):
+        raise TypeError(
+            f"'optimizer_stepped' of the state should be a list of names, got {state['optimizer_stepped']!r}; load "
+            "what state_dict() gave, unchanged."
         )
     for key in ("num_updates", "num_skipped"):
         check_count(state[key], key)

@@ -4,6 +4,7 @@ Tensors are paired by owner and name, never by position, and wrappers (``Distrib
 what ``torch.compile`` returns) are looked through. What does not match raises :class:`Mismatch` and names the path.
 """
 
+from collections.abc import Iterator
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ __all__ = [
     "inside",
     "is_sharded",
     "local",
+    "names_of",
     "overlaps_itself",
     "reshard",
     "tensors_of",
@@ -96,6 +98,17 @@ def overlaps_itself(tensor: Tensor) -> bool:
             return True
         reach += (size - 1) * step
     return False
+
+
+def names_of(module: nn.Module, prefix: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+    """The names that ``module.state_dict()`` has for tensors, for tied ones and shared modules all, and the tensors."""
+    for owner, left_out in ((module._parameters, ()), (module._buffers, module._non_persistent_buffers_set)):
+        for key, tensor in owner.items():
+            if tensor is not None and key not in left_out:
+                yield prefix + key, tensor
+    for key, child in module._modules.items():
+        if child is not None and not any(child is one for one in (*above, module)):
+            yield from names_of(child, f"{prefix}{key}.", (*above, module))
 
 
 class Pair(NamedTuple):

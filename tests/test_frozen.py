@@ -573,10 +573,10 @@ REFUSED = {
         lambda state: [drop(state, name) for name in ("body.weight", "head.weight")],
         "'body.weight' is missing",
     ),
-    "unexpected": (lambda state: state.update(tail=torch.ones(1)), "'tail' is none; strip a prefix"),
-    "prefix": (lambda state: rename(state, "model."), "'model.body.weight' is none; strip a prefix"),
-    "prefix of some": (lambda state: rename(state, "module.", ["body.bias"]), "'module.body.bias' is none; strip a"),
-    "prefix twice": (lambda state: rename(state, "module.module."), "'module.body.weight' is none; strip a prefix"),
+    "unexpected": (lambda state: state.update(tail=torch.ones(1)), "it has no 'tail'"),
+    "prefix": (lambda state: rename(state, "model."), "it has no 'model.body.weight'"),
+    "prefix of some": (lambda state: rename(state, "module.", ["body.bias"]), "it has no 'module.body.bias'"),
+    "prefix twice": (lambda state: rename(state, "module.module."), "it has no 'module.body.weight'"),
     "nothing": (dict.clear, "'body.weight' is missing"),
     "tied weights that differ": (
         lambda state: state["head.weight"].add_(1),
@@ -711,3 +711,8 @@ def test_extra_state_is_no_weight():
     move(model)
     average.load_plain(model.state_dict())
     assert contents(average.module) == contents(model)
+
+
+def test_nothing_to_share_is_warned_about():
+    with pytest.warns(UserWarning, match="share_frozen should find frozen parameters, but all require gradients"):
+        ModelAverage(nn.Linear(1, 1), share_frozen=True)

@@ -11,7 +11,7 @@ from ignite.engine import Engine, EventEnum, Events
 from ignite.handlers.state_param_scheduler import LambdaStateScheduler
 from torch import nn
 
-from ignite_ema import EMAHandler
+from ignite_ema import EMAHandler, schedules
 from ignite_ema.schedules import Constant, LinearWarmup
 
 
@@ -560,3 +560,47 @@ def test_a_twin_that_is_the_model_raises():
 def test_a_decay_passed_as_momentum_is_warned_about():
     with pytest.warns(UserWarning, match=r"if it was meant as a decay, pass 1 - 0.999 = 0.001"):
         EMAHandler(scalar_model(), 0.999)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        schedules.Constant(0.999),
+        schedules.CopyUntil(1, schedules.Constant(0.9998)),
+        schedules.RatioWarmup(0.999),
+        schedules.Annealing(0.999),
+        schedules.ExponentialWarmup(0.9998),
+        schedules.InverseGamma(min_momentum=0.9999),
+        schedules.Cosine(0.996, 1.0, 100),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_a_decay_in_a_schedule_is_warned_about(rule):
+    with pytest.warns(UserWarning, match="the last momentum of the schedule is the weight of the new weights.*decay"):
+        EMAHandler(nn.Linear(1, 1), rule)
+
+
+@pytest.mark.parametrize(
+    "rule", [schedules.EqualWeight(), schedules.Rescaled(schedules.Constant(0.1), 30), lambda n: 0.9]
+)
+def test_a_schedule_that_is_no_decay_is_not_warned_about(rule):
+    EMAHandler(nn.Linear(1, 1), rule)
+
+
+def test_a_class_in_the_place_of_a_schedule_is_refused():
+    with pytest.raises(TypeError, match="should be a schedule, got the class EqualWeight; make one"):
+        EMAHandler(nn.Linear(1, 1), schedules.EqualWeight)
+
+
+def test_a_teacher_that_was_evaluated_is_in_train_mode_at_the_next_iteration():
+    model = nn.Linear(1, 1)
+    handler = EMAHandler(model, handle_buffers="ema_train")
+    modes = []
+    trainer = Engine(lambda engine, batch: modes.append(handler.ema_model.training))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: handler.ema_model.eval())
+    handle = handler.attach(trainer, event=Events.EPOCH_COMPLETED)
+    trainer.run([0] * 3)
+    assert modes == [True] * 3
+    handle.remove()
+    trainer.run([0] * 2)
+    assert modes == [True] * 4 + [False]

@@ -13,7 +13,7 @@ import pytest
 import ignite_ema
 
 MODULES = sorted(f"ignite_ema.{info.name}" for info in pkgutil.iter_modules(ignite_ema.__path__))
-USES_IGNITE = {f"ignite_ema.{name}" for name in ("attachment", "demo", "evaluation", "handler")}
+USES_IGNITE = {f"ignite_ema.{name}" for name in ("attachment", "demo", "distributed", "evaluation", "handler")}
 # which modules of ours each one may import
 IMPORTS = {
     "schedules": set(),

@@ -195,7 +195,7 @@ BAD_STATES = [
     (dict, ValueError, "but it misses 'ignite_ema_version'"),
     (lambda: nn.Linear(2, 2).state_dict(), ValueError, "the state of a model belongs into handler.ema_model"),
     (lambda: replaced(decay=0.9), ValueError, "but it should not have 'decay'"),
-    (lambda: replaced(ignite_ema_version=99), ValueError, "'ignite_ema_version' of the state should be 1, got 99"),
+    (lambda: replaced(ignite_ema_version=99), ValueError, "'ignite_ema_version' of the state should be 2, got 99"),
     (lambda: replaced(num_updates=-1), ValueError, "num_updates should be 0 or more, got -1"),
     (lambda: replaced(num_updates=1.5), TypeError, "'num_updates' of the state should be of type int, got float"),
     (lambda: replaced(num_updates=True), TypeError, "'num_updates' of the state should be of type int, got bool"),

@@ -1,6 +1,7 @@
 """attach(optimizer=): the average moves as often as the weights; skip_nonfinite: and never towards a NaN."""
 
 import copy
+import gc
 import io
 from itertools import pairwise
 
@@ -260,10 +261,58 @@ def test_each_of_two_attachments_waits_for_its_own_optimizer():
     handler.attach(first, optimizer=weights)
     handler.attach(second, "other_momentum", optimizer=biases)
     weights.step()
-    second.run([0] * 2)
+    with pytest.warns(UserWarning, match="'other_momentum' should have stepped in this run, but 2 events passed"):
+        second.run([0] * 2)
     assert handler.num_updates == 0
     first.run([0] * 2)
     assert handler.num_updates == 2
+
+
+def test_attachments_of_one_name_wait_for_their_own_optimizers():
+    model = linear()
+    weights, biases = (torch.optim.SGD([parameter], lr=0.5) for parameter in model.parameters())
+    handler = EMAHandler(model, 0.25)
+    first, second = (Engine(lambda engine, batch: None) for _ in range(2))
+    handler.attach(first, optimizer=weights)
+    handler.attach(second, optimizer=biases)
+    weights.step()
+    with pytest.warns(UserWarning, match="should have stepped in this run"):
+        second.run([0])
+    first.run([0])
+    assert handler.num_updates == 1
+
+
+def test_a_step_does_not_wait_for_the_next_attachment():
+    model, trainer = linear(), Engine(lambda engine, batch: None)
+    optimizer, other = sgd(model), sgd(model)
+    handler = EMAHandler(model, 0.25)
+    handle = handler.attach(trainer, optimizer=optimizer)
+    optimizer.step()
+    handle.remove()
+    handler.attach(trainer, optimizer=other)
+    with pytest.warns(UserWarning, match="should have stepped in this run, but 2 events passed without a step"):
+        trainer.run([0] * 2)
+    assert handler.num_updates == 0
+
+
+def test_a_hook_goes_with_its_engine():
+    model = linear()
+    optimizer = sgd(model)
+    trainer = Engine(lambda engine, batch: None)
+    EMAHandler(model, 0.25).attach(trainer, optimizer=optimizer)
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+    del trainer
+    gc.collect()
+    assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("steps", [[[1]], ["a", None], "ema_momentum", True], ids=["list", "None", "text", "bool"])
+def test_a_state_with_steps_that_are_no_names_is_refused_and_changes_nothing(steps):
+    handler = EMAHandler(linear(), 0.25)
+    state = {**handler.state_dict(), "optimizer_stepped": steps, "num_updates": 5}
+    with pytest.raises(TypeError, match="'optimizer_stepped' of the state should be"):
+        handler.load_state_dict(state)
+    assert handler.num_updates == 0
 
 
 @pytest.mark.parametrize("what", ["optimizer", torch.optim.SGD, linear(), 0.1], ids=["text", "type", "model", "float"])
@@ -375,6 +424,20 @@ def test_the_state_says_whether_a_step_waits_for_its_update():
 
 
 # skip_nonfinite
+
+
+def test_reset_counts_and_warns_from_the_start():
+    model = linear()
+    handler = EMAHandler(model, 0.25, skip_nonfinite=True)
+    trainer = Engine(lambda engine, batch: model.weight.data.fill_(torch.nan))
+    handler.attach(trainer)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="'weight' holds a NaN"):
+            trainer.run([0])
+        assert handler.num_skipped == 1
+        model.weight.data.fill_(0.0)
+        handler.reset()
+        assert handler.num_skipped == 0
 
 
 def module(**named):

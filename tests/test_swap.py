@@ -382,6 +382,7 @@ def no_mark_stays():
     swap._swapped.clear()
 
 
+@pytest.mark.filterwarnings("ignore:.* and the change is dropped:UserWarning")
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_done_in_the_block_is_undone(change, no_mark_stays):
     torch.manual_seed(0)
@@ -391,8 +392,7 @@ def test_what_is_done_in_the_block_is_undone(change, no_mark_stays):
     before, held_in, output, names = contents(model), places(model), computed(model, x), set(model.state_dict())
     with average.swapped():
         CHANGES[change](model)
-    if change == "no gradients needed":
-        model.requires_grad_(True)  # no matter of the weights
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert contents(model) == before
     assert sorted(places(model)) == sorted(held_in)
     assert torch.equal(computed(model, x), output)
@@ -543,8 +543,61 @@ def test_a_checkpoint_taken_in_the_block_is_that_of_before(mode):
     move(model)
     before = saved(handler), saved(handler.ema_model)
     with handler.swapped():
-        assert (saved(handler), saved(handler.ema_model)) == before
+        inside = handler.state_dict()
+        assert saved(handler.ema_model) == before[1]
+    assert inside.pop("saved_while_swapped")
+    outside = handler.state_dict()
+    assert not outside.pop("saved_while_swapped")
+    assert str(inside) == str(outside)
     assert (saved(handler), saved(handler.ema_model)) == before
+
+
+def test_a_state_that_was_saved_in_the_block_says_so_when_it_is_loaded():
+    _, handler = scalar_handler()
+    with handler.swapped():
+        state = handler.state_dict()
+    with pytest.warns(
+        UserWarning, match="saved inside swapped.*a model that was saved beside it holds averaged weights"
+    ):
+        handler.load_state_dict(state)
+
+
+def test_training_in_the_block_is_warned_about():
+    model, handler = scalar_handler()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+
+    def train_in_the_block():
+        with handler.swapped():
+            model(torch.ones(1, 1)).sum().backward()
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="'weight' was changed while .* and the change is dropped"):
+        train_in_the_block()
+    with handler.swapped():  # nothing was
+        model(torch.ones(1, 1)).sum().backward()
+
+
+def test_a_swap_that_begins_within_a_run_raises():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: handler.swap_during(evaluator))
+    with pytest.raises(RuntimeError, match="this run began before"):
+        evaluator.run([0] * 3)
+
+
+@pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt], ids=["signal handler", "Ctrl-C"])
+def test_memory_that_was_freed_in_the_block_is_there_again(error):
+    model = nn.Linear(3, 2)
+    average = ModelAverage(model)
+    before = contents(model)
+
+    def free():
+        model.weight.untyped_storage().resize_(0)
+        raise error
+
+    with pytest.raises(error), average.swapped():
+        free()
+    assert contents(model) == before
 
 
 # Ways out of a block
@@ -598,7 +651,9 @@ def test_return_break_and_continue_are_ways_out():
     assert contents(model) == before
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])  # Control-C, and what a handler of SIGTERM raises
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, SystemExit, TimeoutError]
+)  # Control-C, handlers of SIGTERM and SIGALRM
 @pytest.mark.parametrize("hit", [(1,), (2,), (1, 2), (2, 3), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("part", [0, 0.5, 1])
 def test_an_interrupt_while_weights_are_copied_leaves_no_half(part, hit, error, monkeypatch, no_mark_stays):
@@ -920,14 +975,14 @@ def test_the_trainer_itself_raises():
     assert handler.num_updates == 1
 
 
-def test_an_engine_that_was_swapped_for_and_is_attached_to_then_raises_at_the_update():
+def test_an_engine_that_is_swapped_for_cannot_be_attached_to():
     model, handler = scalar_handler()
     trainer = evaluator_of(model)
-    handler.swap_during(trainer)
+    handle = handler.swap_during(trainer)
+    with pytest.raises(RuntimeError, match="engine should be one that trains, but swap_during"):
+        handler.attach(trainer)
+    handle.remove()
     handler.attach(trainer)
-    with pytest.raises(RuntimeError, match="should be updated while the model holds its own weights"):
-        trainer.run([0])
-    assert model.weight.item() == 1.0
 
 
 @pytest.mark.parametrize("what", [None, "evaluator", nn.Linear(1, 1)], ids=["None", "string", "module"])
