@@ -13,7 +13,8 @@ from .buffers import BufferRule, check_patterns, check_rule, treatment_of
 from .loading import by_path, check_loadable, like
 from .momentum import checked_momentum
 from .pairing import Pairing
-from .structure import Mismatch, Structure, local, names_of, reshard, tensors_of, unwrapped
+from .sharding import local, reshard
+from .structure import Mismatch, Structure, names_of, tensors_of, unwrapped
 from .twin import check_own_twin, freeze, make_twin, materialise, refuse_lazy, stripped
 
 __all__ = ["ModelAverage"]
@@ -272,7 +273,7 @@ class ModelAverage:
         self.num_skipped += 1
         if self.num_skipped == 1:
             warnings.warn(
-                f"'{path}' holds a NaN or an infinity, and the average was left as it is; num_skipped counts from here "
+                f"{path} holds a NaN or an infinity, and the average was left as it is; num_skipped counts from here "
                 "on how often.",
                 stacklevel=3,
             )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .structure import is_sharded, local
+from .sharding import is_sharded, local
 
 __all__ = ["by_path", "check_loadable", "like"]
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .structure import Mismatch, Pair, Slot, Structure, is_sharded, local, overlaps_itself, reshard
+from .sharding import is_sharded, local, on_any_rank, reshard
+from .structure import Mismatch, Pair, Slot, Structure, overlaps_itself
 
 __all__ = ["Group", "Pairing", "Treatment"]
 
@@ -89,17 +90,25 @@ class Pairing:
         return tensors
 
     def spoiler(self, tensors: Tensors) -> str | None:
-        """The path of a tensor to be averaged whose NaN or infinity would come into the average, if there is one.
+        """Names a tensor to be averaged whose NaN or infinity would come into the average, if there is one.
+
+        Of sharded models all ranks have to call this, and agree: one number goes from each to each.
 
         Args:
             tensors: what :meth:`read` gave.
         """
+        path = self._spoiler_here(tensors)
+        if self._sharded and on_any_rank(path is not None, (owner[key] for owner, key in self._slots)) and not path:
+            return "a tensor on another rank"
+        return path
+
+    def _spoiler_here(self, tensors: Tensors) -> str | None:
         for _, averaged, online, averages in self.groups:
             if averages and not kernels.is_finite(tensors[online], tensors[averaged][0].dtype):
                 paths = self._paths[online]
                 for path, average, value in zip(paths, tensors[averaged], tensors[online], strict=True):
                     if kernels.spoils(average, value):
-                        return path
+                        return f"'{path}'"
         return None
 
     def _follows(self, tensors: Tensors) -> bool:

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .sharding import is_sharded, local, sharding
+
 __all__ = [
     "Mismatch",
     "Pair",
     "Slot",
     "Structure",
     "inside",
-    "is_sharded",
-    "local",
     "names_of",
     "overlaps_itself",
-    "reshard",
     "tensors_of",
     "unwrapped",
 ]
@@ -48,24 +47,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while (wrapped := inside(module)) is not None:
         module = wrapped
     return module
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``, as ``fully_shard`` makes them; told by a method, for the class is slow to import."""
-    return hasattr(tensor, "to_local")
-
-
-@torch.no_grad()
-def local(tensor: Tensor) -> Tensor:
-    """The part of a ``DTensor`` that this rank holds; any other tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def reshard(module: nn.Module) -> None:
-    """Lets what ``fully_shard`` has wrapped hold its shards again, where a forward pass left the gathered weights."""
-    for part in module.modules():
-        if hasattr(part, "set_reshard_after_forward"):
-            part.reshard()  # type: ignore[operator]
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -139,7 +120,7 @@ class Pair(NamedTuple):
         """
         online, averaged = (owner[key] for owner, key in self.slots())
         if is_sharded(online) or is_sharded(averaged):
-            if (ours := _sharding(online)) != (theirs := _sharding(averaged)):
+            if (ours := sharding(online)) != (theirs := sharding(averaged)):
                 raise Mismatch(f"'{self.path}' is {ours} in the model and {theirs} in the twin")
             if online.shape == averaged.shape:
                 online, averaged = local(online), local(averaged)
@@ -154,10 +135,6 @@ class Pair(NamedTuple):
         ):
             raise Mismatch(f"'{self.path}' has {online.dtype} in the model and {averaged.dtype} in the twin")
         return online, averaged
-
-
-def _sharding(tensor: Any) -> str:
-    return f"sharded as {tensor.placements} over {tensor.device_mesh}" if is_sharded(tensor) else "not sharded"
 
 
 _UNFROZEN = "'{}' was frozen and is shared with the average, but requires gradients now"

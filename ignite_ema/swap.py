@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .structure import Pair, Structure, overlaps_itself, reshard
+from .sharding import reshard
+from .structure import Pair, Structure, overlaps_itself
 
 __all__ = ["any_swapped", "is_swapped", "refuse_while_swapped", "swapped"]
 

@@ -18,18 +18,22 @@ USES_IGNITE = {f"ignite_ema.{name}" for name in ("attachment", "demo", "distribu
 IMPORTS = {
     "schedules": set(),
     "kernels": set(),
-    "structure": set(),
-    "pairing": {"kernels", "structure"},
+    "sharding": set(),
+    "steps": set(),
+    "structure": {"sharding"},
+    "pairing": {"kernels", "sharding", "structure"},
     "twin": {"structure"},
     "buffers": {"pairing"},
-    "loading": {"structure"},
+    "loading": {"sharding"},
     "momentum": {"schedules"},
-    "swap": {"kernels", "structure"},
+    "swap": {"kernels", "sharding", "structure"},
     "files": set(),
-    "checkpoints": {"files"},
+    "layouts": set(),
+    "finding": {"layouts"},
+    "checkpoints": {"files", "finding", "layouts"},
     "cli": {"checkpoints"},
     "__main__": {"cli"},
-    "average": {"buffers", "kernels", "loading", "momentum", "pairing", "structure", "swap", "twin"},
+    "average": {"buffers", "kernels", "loading", "momentum", "pairing", "sharding", "structure", "swap", "twin"},
 }
 
 

@@ -1,0 +1,42 @@
+"""What is special about the tensors of a model that ``torch.distributed.fsdp.fully_shard`` has sharded."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["is_sharded", "local", "on_any_rank", "reshard", "sharding"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a ``DTensor``; told by a method, for the class is slow to import."""
+    return hasattr(tensor, "to_local")
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """The part of a ``DTensor`` that this rank holds; any other tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sharding(tensor: Any) -> str:
+    """How a tensor is sharded, in words that are equal for tensors that are sharded alike."""
+    return f"sharded as {tensor.placements} over {tensor.device_mesh}" if is_sharded(tensor) else "not sharded"
+
+
+def reshard(module: nn.Module) -> None:
+    """Lets what ``fully_shard`` has wrapped hold its shards again, where a forward pass left the gathered weights."""
+    for part in module.modules():
+        if hasattr(part, "set_reshard_after_forward"):
+            part.reshard()  # type: ignore[operator]
+
+
+def on_any_rank(flag: bool, tensors: Iterable[Tensor]) -> bool:
+    """Whether ``flag`` is true on any of the ranks that hold parts of ``tensors``; all of them have to call this."""
+    for mesh in {tensor.device_mesh for tensor in tensors if is_sharded(tensor)}:  # type: ignore[attr-defined]
+        agreed = torch.tensor(int(flag), device=mesh.device_type)
+        for dimension in range(mesh.ndim):
+            torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dimension))
+        flag = bool(agreed.item())
+    return flag
