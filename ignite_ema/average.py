@@ -15,7 +15,7 @@ from .momentum import checked_momentum
 from .pairing import Pairing
 from .sharding import local, reshard
 from .structure import Mismatch, Structure, names_of, tensors_of, unwrapped
-from .twin import check_own_twin, freeze, make_twin, materialise, refuse_lazy, stripped
+from .twin import check_own_twin, freeze, make_twin, materialise, refuse_lazy, refuse_unsupported, stripped
 
 __all__ = ["ModelAverage"]
 
@@ -79,6 +79,7 @@ class ModelAverage:
                 "model should be an instance of nn.Module or its subclasses, but got "
                 f"model: {type(model).__name__}; pass the module itself."
             )
+        refuse_unsupported(model)
         refuse_lazy("model", model)
         self.model = stripped(model)
         check_rule(handle_buffers)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import kernels
 from .sharding import is_sharded, local, on_any_rank, reshard
@@ -173,11 +173,24 @@ class Pairing:
                     f"A tensor should be strided to be averaged, got '{pair.path}' with layout {online.layout}; a "
                     f'buffer can be copied instead: handle_buffers={{"{pair.path}": "copy", "*": "update"}}.'
                 )
+            if not {type(online), type(averaged)} <= {Tensor, nn.Parameter}:
+                _try(pair.path, averaged, online)
             kernel = kernels.lerping_kernel_for(averaged, online, pair.kind == "_buffers")
             resolution = torch.finfo(averaged.dtype).eps
         else:
             kernel, resolution = kernels.copying_kernel_for(averaged), 0.0
         return kernel, resolution, averaged.dtype, averaged.device, online.dtype, online.device
+
+
+def _try(path: str, averaged: Tensor, online: Tensor) -> None:
+    """Raises TypeError where tensors of a type of their own cannot be interpolated."""
+    try:
+        torch._foreach_lerp_([averaged.detach().clone()], [online.detach()], 0.5)
+    except Exception as error:
+        raise TypeError(
+            f"A parameter should be of a type that can be averaged, got '{path}', a {type(online).__name__}, for which "
+            f"lerp fails ({str(error).splitlines()[0]}); freeze it and pass share_frozen=True, or leave it out."
+        ) from error
 
 
 def _give_memory(structure: Structure) -> None:

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from .structure import inside, tensors_of
 
-__all__ = ["check_own_twin", "freeze", "make_twin", "materialise", "refuse_lazy", "stripped"]
+__all__ = ["check_own_twin", "freeze", "make_twin", "materialise", "refuse_lazy", "refuse_unsupported", "stripped"]
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,6 +29,22 @@ def refuse_lazy(name: str, module: nn.Module, may_be_meta: bool = False) -> None
             lacks = "shape; run it on one batch first" if is_lazy(tensor) else "values; materialise it first"
             raise RuntimeError(
                 f"{name} should be initialised before it is averaged, got one whose '{path}' has no {lacks}."
+            )
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Raises RuntimeError where the parameters are held by a system that this library does not know how to read."""
+    for module in model.modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            raise RuntimeError(
+                "model should be whole, or sharded with torch.distributed.fsdp.fully_shard, got one with "
+                "FullyShardedDataParallel (FSDP1), which makes one flat parameter of many; use fully_shard."
+            )
+    for path, tensor in tensors_of(model).items():
+        if hasattr(tensor, "ds_id"):
+            raise RuntimeError(
+                "model should be whole, or sharded with torch.distributed.fsdp.fully_shard, got one whose "
+                f"'{path}' is partitioned by DeepSpeed ZeRO-3; use its stage 1 or 2, or fully_shard."
             )
 
 

@@ -896,3 +896,51 @@ def test_a_lazy_tensor_is_named(lazy):
     made[lazy] = nn.Sequential(nn.LazyLinear(1))
     with pytest.raises((RuntimeError, ValueError), match=r"'0\.weight'.*run it on one batch"):
         ModelAverage(made["model"], ema_model=made["twin"])
+
+
+class Quantised(torch.Tensor):
+    """A type of tensor that can be copied but not interpolated."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), named=None):
+        if "lerp" in function.__name__:
+            raise NotImplementedError("no lerp for quantised tensors")
+        return super().__torch_function__(function, types, arguments, named or {})
+
+    def __deepcopy__(self, memo):
+        return nn.Parameter(self.detach().clone().as_subclass(Quantised), self.requires_grad)
+
+
+def quantised():
+    model = module(base=nn.Parameter(torch.ones(2).as_subclass(Quantised)), adapter=nn.Parameter(torch.ones(2)))
+    model.base.requires_grad_(False)
+    return model
+
+
+def test_a_type_of_tensor_that_cannot_be_averaged_is_named_and_may_be_shared():
+    with pytest.raises(TypeError, match="got 'base', a Quantised, for which lerp fails .no lerp.*share_frozen=True"):
+        ModelAverage(quantised())
+    model = quantised()
+    average = ModelAverage(model, share_frozen=True)
+    assert average.update(0.5)
+    assert average.module.base is model.base
+
+
+def test_a_parameter_of_zero_3_is_refused():
+    model = nn.Linear(1, 1)
+    model.weight.ds_id = 0
+    with pytest.raises(RuntimeError, match="'weight' is partitioned by DeepSpeed ZeRO-3; use its stage 1 or 2"):
+        ModelAverage(model)
+
+
+def test_fsdp1_is_refused(process_group):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = nn.Sequential(FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))
+        except Exception as error:  # it may want an accelerator
+            pytest.skip(f"FullyShardedDataParallel cannot be made here: {error}")
+    with pytest.raises(RuntimeError, match=r"got one with FullyShardedDataParallel \(FSDP1\).*; use fully_shard"):
+        ModelAverage(model)
