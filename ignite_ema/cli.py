@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"ignite-ema: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:  # of torch, about tensors that it cannot compute with
+        reason = str(error).partition("\n")[0] or "out of memory"
+        print(f"ignite-ema: '{arguments.file}' cannot be worked on: {reason}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -84,10 +88,6 @@ def _add_source(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _read(arguments: argparse.Namespace) -> checkpoints.Averaged:
-    return checkpoints.read(arguments.file, key=arguments.key, names=_names(arguments.names))
-
-
 def _names(path: Path | None) -> Mapping[str, Tensor] | None:
     if path is None:
         return None
@@ -115,7 +115,14 @@ def _add_inspect(subparsers: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    found = _read(arguments)
+    try:
+        found = checkpoints._read(arguments.file, arguments.key, _names(arguments.names))
+    except checkpoints._Several as several:
+        print(f"file      {arguments.file}")
+        for one in several.choices:
+            note = f"; {one.note}" if one.note else ""
+            print(f"average   {one.label}  ({one.system}, {len(one.tensors)} tensors{note})")
+        raise
     types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values())
     rows = {
         "file": arguments.file,
@@ -124,6 +131,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         "size": f"{_mebibytes(found.tensors)} MiB",
         "updates": "not stated" if found.num_updates is None else found.num_updates,
     }
+    if sparse := sum(not _is_dense(tensor) for tensor in found.tensors.values()):
+        rows["sparse"] = f"{sparse} of the tensors, in neither the size nor the distance"
     for name, value in rows.items():
         print(f"{name:<8}  {value}")
     if found.online is None:
@@ -137,6 +146,8 @@ def _distances(averaged: Mapping[str, Tensor], online: Mapping[str, Tensor]) -> 
     """The distance of all floating-point tensors, then a line for each layer: the names without their last parts."""
     squares: dict[str, tuple[float, float]] = {}
     for name, tensor in averaged.items():
+        if not (_is_dense(tensor) and _is_dense(online[name])):
+            continue
         if tensor.is_floating_point() or tensor.is_complex():
             layer = name.rpartition(".")[0] or "(root)"
             apart, norm = squares.get(layer, (0.0, 0.0))
@@ -150,6 +161,10 @@ def _distances(averaged: Mapping[str, Tensor], online: Mapping[str, Tensor]) -> 
     for layer, ratio in ratios.items():
         bar = block * math.ceil(_WIDTH * ratio / largest) if largest and math.isfinite(ratio) else ""
         yield f"distance  {ratio:.3e}  {layer:<{width}}  {bar}".rstrip()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided
 
 
 def _square(tensor: Tensor, other: Tensor | None = None) -> float:
@@ -175,7 +190,7 @@ def _block() -> str:
 
 
 def _mebibytes(tensors: Mapping[str, Tensor]) -> str:
-    return f"{sum(tensor.nbytes for tensor in tensors.values()) / 2**20:.3f}"
+    return f"{sum(one.nbytes for one in tensors.values() if _is_dense(one)) / 2**20:.3f}"
 
 
 def _add_export(subparsers: Any) -> None:
@@ -194,11 +209,6 @@ def _add_export(subparsers: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    found = _read(arguments)
-    if found.system == "plain":
-        raise ValueError(
-            f"'{arguments.file}' should hold an average, but it has plain weights alone; use them as they are, or take "
-            "another checkpoint."
-        )
+    found = checkpoints._read_average(arguments.file, arguments.key, _names(arguments.names))
     checkpoints.save_file(found.tensors, arguments.out, force=arguments.force)
     print(f"{arguments.out}: {len(found.tensors)} tensors, {_mebibytes(found.tensors)} MiB, averaged by {found.system}")

@@ -3,27 +3,36 @@
 import os
 import pickle
 import re
+import stat
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 
-__all__ = ["load_file", "save_file"]
+__all__ = ["copied", "load_file", "save_file"]
 
 _SUFFIXES = (".pt", ".pth", ".safetensors")
+_lock = threading.Lock()  # torch has one list of allowed names for the whole process
 
 
 def load_file(path: str | os.PathLike[str]) -> Any:
     """What a file of ``torch.save``, or a ``.safetensors`` file, holds, on the CPU.
 
     Nothing in the file is imported or run: objects of other classes than torch's own (an ``argparse.Namespace``, an
-    entry of a log) become empty stand-ins. Tensors stay mapped to the file where its format allows, so that what is
-    never looked at is never read: clone what should outlive a file that is overwritten in place.
+    entry of a log) become empty stand-ins. The exception are classes that the program itself has allowed with
+    ``torch.serialization.add_safe_globals``: these are made, by their own code.
+
+    Tensors stay mapped to the file where its format allows, so that what is never looked at is never read: clone what
+    should outlive a file that is overwritten in place.
+
+    Threads take turns here. A ``torch.load`` of their own that runs at the same time may get stand-ins too.
 
     Raises:
         FileNotFoundError, ValueError: for what is no such file, in one sentence.
@@ -37,7 +46,10 @@ def load_file(path: str | os.PathLike[str]) -> Any:
     if not path.stat().st_size:
         raise ValueError(f"'{path}' should hold weights, but it is empty; take another checkpoint.")
     try:
-        return _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path)
+        with _lock:
+            return _load_torch(path)
     except (ImportError, OSError, MemoryError, _Foreign):
         raise
     except Exception as error:  # of a broken file nearly anything can come
@@ -71,6 +83,11 @@ def _load_torch(path: Path) -> Any:
             f"'{path}' should be a file of torch 1.0 or newer, got the tar format of older ones; load it with "
             "torch.load(..., weights_only=False) if you trust it, and save it again."
         )
+    if zipfile.is_zipfile(path) and _is_compressed(path):
+        raise _Foreign(
+            f"'{path}' should hold its tensors as they are, but the file was compressed; load it with "
+            "torch.load(..., weights_only=True) if you trust its size, and save it again."
+        )
     names: set[str] = set()
     while True:
         try:
@@ -87,6 +104,11 @@ def _load_torch(path: Path) -> Any:
                     "weights_only=False) and pass the mapping."
                 ) from error
             names |= foreign
+
+
+def _is_compressed(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def _weights_only(path: Path) -> Any:
@@ -119,32 +141,34 @@ class _Inert:
     def __setstate__(self, state: Any) -> None: ...
 
 
+def _list(items: Iterable[Any] = (), maxlen: int | None = None) -> list[Any]:
+    return list(items)
+
+
+def _dict(factory: Any = None) -> dict[Any, Any]:
+    return {}
+
+
+_CONTAINERS: dict[str, Callable[..., Any]] = {
+    "collections.deque": _list,
+    "collections.defaultdict": _dict,
+}  # torch fills no subclasses
+
+
 def _stand_in(name: str) -> Callable[..., Any]:
-    """Something harmless of that name; torch fills containers only where they are plain lists and dictionaries."""
+    """Something harmless of that name."""
     module, _, qualname = name.rpartition(".")
-    stand_in: Any
-    if name == "collections.deque":
-
-        def stand_in(items: Iterable[Any] = (), maxlen: int | None = None) -> list[Any]:
-            return list(items)
-
-    elif name == "collections.defaultdict":
-
-        def stand_in(factory: Any = None) -> dict[Any, Any]:
-            return {}
-
-    else:
-        stand_in = type(qualname, (_Inert,), {})
+    stand_in = _CONTAINERS.get(name, type(qualname, (_Inert,), {}))
     stand_in.__module__, stand_in.__qualname__ = module, qualname
-    made: Callable[..., Any] = stand_in
-    return made
+    return stand_in
 
 
 def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Writes a plain state dict, as ``torch.save`` (``.pt``, ``.pth``) or as ``.safetensors``.
 
-    The file appears at once and whole: it is written beside its place first. Tied tensors stay tied in a torch file;
-    safetensors knows no ties and gets a copy for each name.
+    The file appears at once and whole: it is written beside its place first. A file that is overwritten keeps its
+    mode, and a link stays a link: what it points to is written. Tied tensors stay tied in a torch file; safetensors
+    knows no ties and gets a copy for each name.
 
     Args:
         tensors: a mapping from names to tensors.
@@ -152,8 +176,8 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
         force: whether to overwrite a file that is there.
 
     Raises:
-        FileExistsError: where there is a file already and ``force`` is False.
-        TypeError, ValueError: for another suffix, or for what is not a tensor.
+        FileExistsError: where there is a file already, or there is one in the end, and ``force`` is False.
+        TypeError, ValueError: for another suffix, or for what is not a tensor or has no values.
         OSError: where it cannot be written; nothing is left behind then, and an old file stays.
     """
     path = Path(path)
@@ -162,34 +186,80 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"'{name}' should be a tensor, got {type(value).__name__}; take it out.")
+        if value.is_meta:
+            raise ValueError(f"'{name}' should have values, got a tensor on the meta device; load its values first.")
     if path.is_dir():
         raise ValueError(f"'{path}' should be a file, got a directory; name a file in it.")
-    if path.exists() and not force:
-        raise FileExistsError(f"'{path}' exists already; choose another name, or overwrite it with force (--force).")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    target = path.resolve()
+    if target.exists() and not force:
+        raise _exists(path)
+    temporary = target.with_name(f".{uuid4().hex}{path.suffix}")
     try:
-        if path.suffix == ".safetensors":
+        temporary.touch()
+        mode = (target if target.exists() else temporary).stat().st_mode
+        if path.suffix == ".safetensors":  # which would make it for the owner alone
             _safetensors(path).save_file(_alone(tensors), temporary, metadata={"format": "pt"})
         else:
             torch.save(_compact(tensors), temporary)
-        temporary.replace(path)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise OSError(f"'{path}' could not be written: {error}") from error
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(stat.S_IMODE(mode))
+        _put(temporary, target, path, force)
+    except (RuntimeError, KeyError, ValueError, MemoryError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise OSError(f"'{path}' could not be written: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, ties kept, without what else their memory holds: torch saves the whole of it with each view."""
-    compact: dict[Any, Tensor] = {}
+def _put(temporary: Path, target: Path, path: Path, force: bool) -> None:
+    """Moves the whole file to its place; without ``force`` by a link, which alone is refused where a file is."""
+    if not force:
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            raise _exists(path) from None
+        except OSError:  # a file system without links
+            if target.exists():
+                raise _exists(path) from None
+        else:
+            return
+    temporary.replace(target)
+
+
+def _exists(path: Path) -> FileExistsError:
+    return FileExistsError(f"'{path}' exists already; choose another name, or overwrite it with force (--force).")
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in memory of their own, which ties share."""
+    copies: dict[Any, Tensor] = {}
     result = {}
     for name, value in tensors.items():
-        tensor = value.detach()
-        if tensor.layout == torch.strided and tensor.untyped_storage().nbytes() != tensor.nbytes:
-            view = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-            tensor = compact.setdefault((*view, tensor.dtype), tensor.clone())
-        result[name] = tensor
+        view = _view(value)
+        if view not in copies:
+            copies[view] = value.detach().clone()
+        result[name] = copies[view]
     return result
+
+
+def _view(tensor: Tensor) -> Any:
+    """What two tensors have in common that are one."""
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
+
+
+def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, ties kept, without what else their memory holds: torch saves the whole of it with each view."""
+    parts = {name: value for name, value in tensors.items() if _is_part(value)}
+    copies = copied(parts)
+    return {name: copies[name] if name in parts else value.detach() for name, value in tensors.items()}
+
+
+def _is_part(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.untyped_storage().nbytes() != tensor.nbytes
 
 
 def _alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

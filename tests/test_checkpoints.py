@@ -7,8 +7,10 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections import Counter, OrderedDict, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -216,9 +218,79 @@ def test_names_of_an_average(name):
     assert read({name: state(), "model": state(1.0), "trainer": {"iteration": 3}}).system == "Ignite"
 
 
-@pytest.mark.parametrize("name", ["schema", "remark", "cinema", "emanation"])
+@pytest.mark.parametrize("name", ["schema", "remark", "cinema", "emanation", "avg_loss", "swap"])
 def test_names_of_no_average(name):
-    assert read({name: state(), "model": state(1.0)}).system == "plain"
+    assert read({name: {"loss": torch.zeros(1)}, "model": state(1.0)}).system == "plain"
+
+
+@pytest.mark.parametrize(
+    "name", ["modelEMA", "netEMA", "emaModel", "EMAModel", "swa_state_dict", "averaged", "model_avg"]
+)
+def test_names_of_an_average_of_the_model_beside(name):
+    found = read({"model": state(1.0), name: state(2.0), "optimizer": {}})
+    assert found.system == "Ignite"
+    assert equal(found.tensors, state(2.0))
+    assert equal(found.online, state(1.0))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_word_of_an_average_beside_a_wrapped_model(prefix):
+    assert equal(read({"model": prefixed(prefix, state(1.0)), "swa": state(2.0)}).tensors, state(2.0))
+
+
+def test_raw_weights_of_camel_case():
+    file = {"netG": state(1.0), "netD": state(2.0), "netGEma": state(3.0), "netDEma": state(4.0)}
+    assert equal(read(file, key="netDEma").online, state(2.0))
+
+
+@pytest.mark.parametrize("name", ["shadow", "teacher", "means", "polyak", "emamodel"])
+@pytest.mark.parametrize("wrap", [state, lambda fill: prefixed("module.", state(fill))])
+def test_twin_of_the_model_of_any_name_needs_a_key(name, wrap):
+    file = {"model": wrap(1.0), name: state(2.0), "optimizer": {}}
+    if name == "means":
+        file["means"].popitem()  # such as parameters alone, without buffers
+    with pytest.raises(ValueError, match=f"got several.*'model' .plain., '{name}' .Ignite; perhaps: of the names"):
+        read(file)
+    assert equal(averaged_state_dict(file, key=name), file[name])
+    assert read(file, key="model").system == "plain"
+
+
+def test_twin_one_level_deeper_needs_a_key():
+    file = {"model": state(1.0), "ema": {"decay": 0.9, "shadow": state(2.0)}}
+    with pytest.raises(ValueError, match="'model' .plain., 'ema.shadow' .Ignite; perhaps"):
+        read(file)
+    assert equal(read(file, key="shadow").online, state(1.0))
+
+
+def test_equal_twin_is_the_model():
+    assert read({"model": state(), "best": state()}).system == "plain"
+
+
+def test_part_of_a_model_that_is_an_average_itself():
+    moco = prefixed("encoder.", state(1.0)) | prefixed("encoder_ema.", state(2.0))
+    averaged = prefixed("encoder.", state(3.0)) | prefixed("encoder_ema.", state(4.0))
+    file = {"model": moco, "ema_model": averaged}
+    with pytest.raises(
+        ValueError, match="'model.encoder_ema' .mmagic., 'ema_model.encoder_ema' .*, 'ema_model' .Ignite"
+    ):
+        read(file)
+    found = read(file, key="ema_model")
+    assert equal(found.tensors, averaged)
+    assert equal(found.online, moco)
+    assert equal(read(file, key="ema_model.encoder_ema").tensors, state(4.0))
+
+
+def test_ema_field_of_a_script_that_does_not_swap():
+    file = {"state_dict": state(1.0), "ema_state_dict": state(2.0)}
+    for ema in (state(2.0), prefixed("module.", state(2.0)), state(2.0) | {"steps": torch.tensor(3)}):
+        found = read(file | {"ema_state_dict": ema})
+        assert found.system == "Ignite"
+        assert torch.equal(found.tensors["a.bias"], torch.full((2,), 2.0))
+    swapped = prefixed("module.", state(1.0)) | {"steps": torch.tensor(3)}
+    found = read({"state_dict": state(2.0), "ema_state_dict": swapped})
+    assert found.system == "mmengine"
+    assert equal(found.tensors, state(2.0))
+    assert equal(found.online, state(1.0))
 
 
 # --- mmcv ---
@@ -230,10 +302,23 @@ def test_mmcv_names_that_collide():
         read({"state_dict": file})
 
 
-def test_mmcv_within_an_epoch_needs_a_key():
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"epoch": 3, "iter": 13},
+        {"epoch": 1, "iter": 12},  # any count is whole epochs of one
+        {"epoch": 0, "iter": 5},
+        {"epoch": 3, "iter": 0},
+        {"iter": 5},
+        None,
+        {"epoch": 3, "iter": 12, "config": "runner = dict(type='IterBasedRunner', max_iters=80)"},
+        {"epoch": 3, "iter": 12, "config": "checkpoint_config = dict(interval=4, by_epoch=False)"},
+    ],
+)
+def test_mmcv_needs_a_key_unless_an_epoch_ended(meta):
     own, raw, buffers = mmcv_state(net(), dict(net().named_parameters()))
-    file = {"meta": {"epoch": 3, "iter": 13}, "state_dict": own | buffers}
-    with pytest.raises(ValueError, match="'model' .mmcv; 13 iterations are no 3 whole epochs.*'ema_' .mmcv"):
+    file = {"meta": meta, "state_dict": own | buffers}
+    with pytest.raises(ValueError, match="'model' .mmcv; .* at the end of an epoch., 'ema_' .mmcv; .*IterBasedRunner"):
         read(file)
     assert equal(read(file, key="model").tensors, own)
     found = read(file, key="ema_")
@@ -241,13 +326,13 @@ def test_mmcv_within_an_epoch_needs_a_key():
     assert equal(found.online, own)
 
 
-@pytest.mark.parametrize("meta", [{"epoch": 3, "iter": 12}, {"epoch": 0, "iter": 5}, {"iter": 5}, None])
-def test_mmcv_at_the_end_of_an_epoch(meta):
+@pytest.mark.parametrize("config", [{}, {"config": "checkpoint_config = dict(interval=1)\nlog = dict(by_epoch=False)"}])
+def test_mmcv_at_the_end_of_an_epoch(config):
     own, _, buffers = mmcv_state(net(), dict(net().named_parameters()))
-    assert equal(read({"meta": meta, "state_dict": own | buffers}).tensors, own)
-    assert equal(read(own | buffers).tensors, own)
-    assert equal(read(own | buffers, key="mmcv").tensors, own)
-    assert equal(read(own | buffers, key="ema_").online, own)
+    file = {"meta": {"epoch": 3, "iter": 12} | config, "state_dict": own | buffers}
+    assert equal(read(file).tensors, own)
+    assert equal(read(file, key="mmcv").tensors, own)
+    assert equal(read(file, key="ema_").online, own)
 
 
 @pytest.mark.parametrize("extra", [{"ema_decay": torch.zeros(1)}, {"ema_a_bias": torch.zeros(3)}])
@@ -305,10 +390,88 @@ def test_plain():
     found = read({"epoch": 3, "weights": state(), "optimizer": {"state": {0: {"step": 1}}, "param_groups": []}})
     assert (found.system, found.online, found.num_updates) == ("plain", None, None)
     assert equal(found.tensors, state())
-    assert equal(read({"model": state(1.0), "statistics": state()}).tensors, state(1.0))
-    assert equal(read({"model": state(1.0), "statistics": state()}, key="statistics").tensors, state())
+    file = {"model": state(1.0), "statistics": {"mean": torch.zeros(1)}}
+    assert equal(read(file).tensors, state(1.0))
+    assert equal(read(file, key="statistics").tensors, {"mean": torch.zeros(1)})
     with pytest.raises(ValueError, match="got several.*'one' .plain., 'two' .plain."):
-        read({"one": state(1.0), "two": state()})
+        read({"one": state(1.0), "two": {"mean": torch.zeros(1)}})
+    with pytest.raises(ValueError, match="got several.*'student' .Ignite; perhaps.*'teacher' .Ignite; perhaps"):
+        read({"student": state(1.0), "teacher": state()})
+
+
+@pytest.mark.parametrize("key", [None, "model", "plain"])
+def test_plain_weights_are_no_average(key, tmp_path):
+    file = {"model": state(), "epoch": 3}
+    torch.save(file, tmp_path / "file.pt")
+    for source, name in ((file, "source"), (tmp_path / "file.pt", "file.pt'")):
+        assert read(source, key=key).system == "plain"
+        with pytest.raises(ValueError, match=f"{name} should hold an average, but it has plain weights alone; use"):
+            averaged_state_dict(source, key=key)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"state_dict_ema": {}, "state_dict": state()},
+        {"state_dict_ema": {"_extra_state": 3}},
+        {"shadow_params": [], "optimization_step": 3},
+        {"ignite_ema_version": 1, "averaged_tensors": {}, "state_dict_names": {}},
+    ],
+)
+def test_empty_average(file):
+    with pytest.raises(ValueError, match="The average in source should have tensors, but it is empty"):
+        read(file, names={})
+
+
+def test_tensors_without_values():
+    meta = nn.Linear(2, 2, device="meta").state_dict()
+    for file in ({"ema": meta}, meta, {"module.w": torch.zeros(1, device="meta"), "n_averaged": meta["bias"][0]}):
+        with pytest.raises(ValueError, match="should have values, got a tensor on the meta device"):
+            read(file)
+    average = nn.Linear(2, 2).state_dict()
+    assert read({"model": meta, "ema": average}).online is None
+    assert read({"ema": {"w": torch.zeros(1).expand(5)}}).tensors["w"].shape == (5,)
+
+
+def test_tensors_of_repeated_memory():
+    huge = {"w": torch.zeros(1).expand(10**13)}
+    for file in ({"ema": huge}, huge, {"ema": {str(i): torch.zeros(1).expand(2**27) for i in range(3)}}):
+        with pytest.raises(ValueError, match="should have memory for its shape.*got 4 bytes that are repeated"):
+            read(file)
+    with pytest.raises(ValueError, match="got several"):  # and are not compared either
+        read({"ema_a": huge, "ema_b": {"w": torch.zeros(1).expand(10**13)}})
+
+
+def test_sparse_tensors():
+    sparse = {"w": torch.eye(2).to_sparse()}
+    assert read({"ema_a": sparse, "ema_b": sparse}).tensors["w"].layout == torch.sparse_coo
+    with pytest.raises(ValueError, match="got several"):
+        read({"ema_a": sparse, "ema_b": {"w": torch.eye(2).to_sparse()}})
+    assert read({"ema": {"module.w": torch.zeros(1)}, "n_averaged": torch.tensor(float("nan"))}).num_updates is None
+
+
+@pytest.mark.parametrize("count", [float("nan"), torch.tensor(float("nan")), torch.tensor(3, device="meta"), "3"])
+def test_counts_that_are_none(count):
+    assert read({"module.w": torch.zeros(1), "n_averaged": count}).num_updates is None
+
+
+def test_parts_that_are_no_mappings():
+    assert read({"state_dict_ema": state(), "state_dict": 3}).online is None
+    file = {"shadow_params": [torch.zeros(1)], "collected_params": [], "num_updates": 2}
+    assert read(file, names={"x": torch.zeros(1)}).online is None
+
+
+def test_lightnings_swa_is_not_silently_the_raw_weights():
+    callback = {"n_averaged": 3, "latest_update_epoch": 5, "scheduler_state": {}, "average_model_state": state(2.0)}
+    file = {"state_dict": state(1.0), "callbacks": {"Other": {}, "Log": 3, "StochasticWeightAveraging": callback}}
+    with pytest.raises(ValueError, match="average_model_state' .Lightning; .*running_mean.*'state_dict' .plain; raw"):
+        read(file)
+    found = read(file, key="average_model_state")
+    assert (found.system, found.num_updates) == ("Lightning", 3)
+    assert equal(found.tensors, state(2.0))
+    assert equal(found.online, state(1.0))
+    callback["n_averaged"] = 0  # not begun: a copy of the first weights
+    assert read(file).system == "plain"
 
 
 @pytest.mark.parametrize("source", [{}, {"epoch": 3}, {f"k{i}": {} for i in range(20)}, {"model": state() | {"n": 1}}])
@@ -429,6 +592,36 @@ def test_objects_that_cannot_be_left_out_are_named(foreign, tmp_path):
     assert set(torch.serialization.get_safe_globals()) == allowed
 
 
+def test_threads_read_one_after_the_other(tmp_path, monkeypatch):
+    torch.save({"ema": state(), "args": argparse.Namespace()}, tmp_path / "file.pt")
+    reading, most, load = [], [], torch.load
+
+    def slow(*args, **kwargs):
+        reading.append(1)
+        most.append(len(reading))
+        time.sleep(0.02)
+        reading.pop()
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(equal(loaded["ema"], state()) for loaded in pool.map(load_file, [tmp_path / "file.pt"] * 4))
+    assert max(most) == 1
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+def test_zipped_again(compression, tmp_path):
+    torch.save({"ema": state(3.0)}, tmp_path / "file.pt")
+    with zipfile.ZipFile(tmp_path / "file.pt") as old, zipfile.ZipFile(tmp_path / "again.pt", "w", compression) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    if compression == zipfile.ZIP_STORED:
+        assert equal(read(tmp_path / "again.pt").tensors, state(3.0))
+        return
+    with pytest.raises(ValueError, match="again.pt' should hold its tensors as they are, but the file was compressed"):
+        read(tmp_path / "again.pt")
+
+
 def test_torch_without_safe_globals_names_the_object(tmp_path, monkeypatch):
     torch.save({"model": state(), "args": argparse.Namespace()}, tmp_path / "file.pt")
     for name in ("safe_globals", "get_unsafe_globals_in_checkpoint"):  # torch 2.4
@@ -441,11 +634,33 @@ def test_torch_without_safe_globals_names_the_object(tmp_path, monkeypatch):
 
 def test_what_is_not_looked_at_is_not_read(tmp_path):
     torch.save({"ema": {"w": torch.zeros(100_000)}}, tmp_path / "file.pt")
-    tensors = read(tmp_path / "file.pt").tensors
+    tensors = load_file(tmp_path / "file.pt")["ema"]
     content = (tmp_path / "file.pt").read_bytes()
     with (tmp_path / "file.pt").open("r+b") as file:  # in place, before the tensor has been read
         file.write(content.replace(bytes(400_000), b"\x00\x00\x80?" * 100_000))
     assert torch.equal(tensors["w"], torch.ones(100_000))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_was_read_outlives_the_file(suffix, tmp_path):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    file = tmp_path / f"file{suffix}"
+    save_file(prefixed("g.", state(1.0)) | prefixed("g_ema.", state(2.0)), file)
+    found, tensors = read(file), averaged_state_dict(file)
+    size = file.stat().st_size
+    with file.open("r+b") as opened:  # in place
+        opened.write(bytes(size))
+    assert equal(found.tensors, state(2.0))
+    assert equal(found.online, state(1.0))
+    assert equal(tensors, state(2.0))
+
+
+def test_ties_of_a_file_stay_ties(tmp_path):
+    torch.save({"ema": Tied().state_dict()}, tmp_path / "file.pt")
+    tensors = averaged_state_dict(tmp_path / "file.pt")
+    assert tensors["inner.weight"].data_ptr() == tensors["outer.weight"].data_ptr()
+    assert tensors["inner.weight"].untyped_storage().nbytes() == 16
 
 
 def test_old_format(tmp_path):
@@ -603,6 +818,89 @@ def test_nothing_is_overwritten_unless_forced(suffix, tmp_path):
     assert equal(load_file(file), state())
 
 
+def test_file_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
+    file, save = tmp_path / "file.pt", torch.save
+
+    def slow(content, path):
+        save(content, path)
+        file.write_bytes(b"precious")
+
+    monkeypatch.setattr(torch, "save", slow)
+    for link in (os.link, no_links):
+        monkeypatch.setattr(os, "link", link)
+        with pytest.raises(FileExistsError, match="exists already; choose another name"):
+            save_file(state(), file)
+        assert file.read_bytes() == b"precious"
+        assert files_in(tmp_path) == ["file.pt"]
+        file.unlink()
+
+
+def no_links(*args):
+    raise OSError("not supported")
+
+
+def test_file_system_without_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_links)
+    save_file(state(), tmp_path / "file.pt")
+    assert equal(load_file(tmp_path / "file.pt"), state())
+    assert files_in(tmp_path) == ["file.pt"]
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_threads_write_at_the_same_time(force, tmp_path):
+    def save(index):
+        try:
+            save_file({"w": torch.full((1000,), float(index))}, tmp_path / "file.pt", force=force)
+        except FileExistsError:
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(4) as pool:
+        written = sum(pool.map(save, range(16)))
+    assert written == (16 if force else 1)
+    assert files_in(tmp_path) == ["file.pt"]
+    assert load_file(tmp_path / "file.pt")["w"].unique().numel() == 1
+
+
+@SUFFIXES
+def test_mode_of_a_file_is_kept(suffix, tmp_path):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    file = tmp_path / f"file{suffix}"
+    save_file(state(), file)
+    (tmp_path / "plain").touch()
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    file.chmod(0o640)
+    save_file(state(), file, force=True)
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def test_link_is_written_through(tmp_path):
+    (tmp_path / "store").mkdir()
+    link, target = tmp_path / "link.pt", tmp_path / "store" / "v1"
+    link.symlink_to(target)
+    save_file(state(1.0), link)
+    with pytest.raises(FileExistsError, match="link.pt' exists already"):
+        save_file(state(2.0), link)
+    save_file(state(2.0), link, force=True)
+    assert link.is_symlink()
+    assert equal(load_file(target), state(2.0))
+    assert files_in(tmp_path / "store") == ["v1"]
+
+
+def test_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    there = []
+    monkeypatch.setattr(os, "fsync", lambda number: there.append((tmp_path / "file.pt").exists()))
+    save_file(state(), tmp_path / "file.pt")
+    assert there == [False]
+
+
+def test_conjugate_is_not_taken_for_a_tie(tmp_path):
+    long = torch.full((9,), 1j)
+    save_file({"a": long[:2], "b": long[:2].conj()}, tmp_path / "file.pt")
+    assert torch.equal(load_file(tmp_path / "file.pt")["b"], torch.full((2,), -1j))
+
+
 @SUFFIXES
 @pytest.mark.parametrize("error", [RuntimeError("disk full"), OSError("disk full"), KeyboardInterrupt()])
 def test_failing_save_leaves_the_old_file_alone(suffix, error, tmp_path, monkeypatch):
@@ -638,6 +936,12 @@ def test_save_over_the_file_that_is_read(tmp_path):
         (state(), "file", ValueError, "should end in"),
         (state(), "folder.pt", ValueError, "should be a file, got a directory"),
         (state() | {"n": 3}, "file.pt", TypeError, "'n' should be a tensor, got int"),
+        (
+            {"n": torch.zeros(1, device="meta")},
+            "file.pt",
+            ValueError,
+            "'n' should have values, got a tensor on the meta",
+        ),
         (state(), "nowhere/file.pt", OSError, "nowhere/file.pt' could not be written|No such file"),
     ],
 )
@@ -646,6 +950,13 @@ def test_what_cannot_be_saved(tensors, name, error, message, tmp_path):
     with pytest.raises(error, match=message):
         save_file(tensors, tmp_path / name, force=True)
     assert files_in(tmp_path) == ["folder.pt"]
+
+
+def test_sparse_tensors_of_a_file_are_not_mixed_up(tmp_path):
+    tensors = {str(index): torch.full((2,), float(index)).to_sparse() for index in range(20)}
+    torch.save({"ema": tensors}, tmp_path / "file.pt")
+    for name, tensor in read(tmp_path / "file.pt").tensors.items():
+        assert torch.equal(tensor.to_dense(), torch.full((2,), float(name)))
 
 
 def test_order_of_an_ordered_state_dict_is_kept(tmp_path):

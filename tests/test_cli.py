@@ -145,6 +145,78 @@ def test_export_of_a_plain_file_is_refused(tmp_path, capsys):
     assert files_in(tmp_path) == ["file.pt"]
 
 
+def test_inspect_lists_several_averages(tmp_path, capsys):
+    first, second = {"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.zeros(1), "b": torch.zeros(1)}
+    torch.save({"model": first, "ema_a": first, "ema_b": second, "shadow": second}, tmp_path / "file.pt")
+    assert main(["inspect", str(tmp_path / "file.pt")]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        f"file      {tmp_path / 'file.pt'}",
+        "average   ema_a  (Ignite, 2 tensors)",
+        "average   ema_b  (Ignite, 2 tensors)",
+    ]
+    assert printed.err.count("\n") == 1
+    assert "choose one by its key (--key): 'ema_a' (Ignite), 'ema_b' (Ignite)." in printed.err
+    torch.save({"model": first, "shadow": second}, tmp_path / "file.pt")
+    assert main(["inspect", str(tmp_path / "file.pt")]) == 1
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "average   model  (plain, 2 tensors)",
+        "average   shadow  (Ignite, 2 tensors; perhaps: of the names and shapes of 'model')",
+    ]
+    assert main(["inspect", str(tmp_path / "file.pt"), "--key", "shadow"]) == 0
+    assert "distance  1.000e+00  all" in capsys.readouterr().out
+
+
+def test_sparse_tensors_are_counted_and_not_measured(tmp_path, capsys):
+    model = {"a": torch.eye(2).to_sparse(), "b": torch.ones(1)}
+    torch.save({"model": model, "ema": model | {"b": torch.zeros(1)}}, tmp_path / "file.pt")
+    assert main(["inspect", str(tmp_path / "file.pt")]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "tensors   2 (2 float32)",
+        "size      0.000 MiB",
+        "updates   not stated",
+        "sparse    1 of the tensors, in neither the size nor the distance",
+        "distance  1.000e+00  all",
+        f"distance  1.000e+00  (root)  {'█' * 40}",
+    ]
+    assert main(["export", str(tmp_path / "file.pt"), str(tmp_path / "out.pt")]) == 0
+    assert torch.equal(load_file(tmp_path / "out.pt")["a"].to_dense(), torch.eye(2))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (
+            torch.zeros(1).expand(10**13),
+            "should have memory for its shape, (10000000000000,), got 4 bytes that are rep",
+        ),
+        (torch.zeros(1, device="meta"), "'w' of the averaged weights in"),
+    ],
+)
+@pytest.mark.parametrize("beside", [{}, {"model": {"w": torch.zeros(1)}}])
+def test_tensors_without_memory_are_one_sentence(tensor, message, beside, tmp_path, capsys):
+    torch.save({"ema": {"w": tensor}, "ema_too": {"w": tensor}} | beside, tmp_path / "file.pt")
+    for arguments in (["inspect"], ["export", str(tmp_path / "out.pt")]):
+        assert main([arguments[0], str(tmp_path / "file.pt"), *arguments[1:], "--key", "ema"]) == 1
+        printed = capsys.readouterr()
+        assert message in printed.err
+        assert printed.err.count("\n") == 1
+    assert files_in(tmp_path) == ["file.pt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(MemoryError(), "out of memory"), (RuntimeError("not implemented\nfor this"), "not implemented")],
+)
+def test_what_torch_cannot_compute_is_one_sentence(error, reason, file, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(cli, "_square", fail)
+    assert main(["inspect", str(file)]) == 1
+    assert capsys.readouterr().err == f"ignite-ema: '{file}' cannot be worked on: {reason}\n"
+
+
 def test_no_overwriting_without_force(file, tmp_path, capsys):
     out = tmp_path / "out.pt"
     out.write_bytes(b"precious")
@@ -249,7 +321,7 @@ def test_ctrl_c(file, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "read", stop)
+    monkeypatch.setattr(checkpoints, "_read", stop)
     assert main(["inspect", str(file)]) == 130
 
 

@@ -1,0 +1,257 @@
+"""The layouts of other systems; `finding` searches a file for them.
+
+Each system has one function here that recognises its layout in a mapping, and a row in one table. What these layouts
+are was read in the systems' sources, which the functions name; nothing of them is needed to read their files.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LAYOUTS", "Found", "State", "Tensors", "covers", "listed", "plain_name", "within"]
+
+State = Mapping[str, Any]
+Tensors = State | list[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """An average as it lies in the file, unchecked; lists have no names yet.
+
+    Attributes:
+        path: the keys that lead to it.
+        beside: the mapping in which it is, or is part of, an entry, and ``entry`` the key there.
+        rank: where no key is given, only what has the lowest is considered.
+        note: what helps to choose between this and others.
+    """
+
+    system: str
+    tensors: Tensors
+    online: Tensors | None = None
+    num_updates: int | None = None
+    path: tuple[str, ...] = ()
+    beside: State = field(default_factory=dict)
+    entry: str = ""
+    rank: int = 1
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        return ".".join(self.path) or self.system
+
+    def answers_to(self, key: str) -> bool:
+        return key in {self.label, self.path[-1] if self.path else "", self.system}
+
+
+# Each of these gets a mapping, and gives the averages that it holds in the layout of one system.
+
+
+def _ignite_ema(state: State) -> Iterator[Found]:
+    """The state of our handler: averaged tensors by path, and the names that a ``state_dict`` has for the paths."""
+    if "ignite_ema_version" not in state or "averaged_tensors" not in state:
+        return
+    tensors, paths = state["averaged_tensors"], state.get("state_dict_names")
+    if not isinstance(tensors, Mapping) or not isinstance(paths, Mapping):
+        raise ValueError(
+            "The state of an EMAHandler should have the mappings 'averaged_tensors' and 'state_dict_names', got "
+            f"{listed(state)}; save it again with this version of ignite_ema."
+        )
+    if missing := [path for path in paths.values() if path not in tensors]:
+        raise ValueError(
+            f"'averaged_tensors' should have '{missing[0]}', which 'state_dict_names' asks for; the state of the "
+            "EMAHandler was changed, take another checkpoint."
+        )
+    named = {name: tensors[path] for name, path in paths.items()}
+    yield Found("ignite_ema", named, None, _count(state, "num_updates"), rank=0)
+
+
+def _mmengine(state: State) -> Iterator[Found]:
+    """``EMAHook.before_save_checkpoint`` swaps: the average is in ``state_dict``, the raw weights in the ema field.
+
+    The field is the state of its ``BaseAveragedModel``. Scripts that do not swap have other names in theirs.
+    """
+    if _has_states(state, "ema_state_dict", "state_dict"):
+        raw = within(state["ema_state_dict"], "module.")
+        if raw and "steps" in state["ema_state_dict"] and len(raw) == len(state["ema_state_dict"]) - 1:
+            yield Found("mmengine", state["state_dict"], raw)
+
+
+def _timm(state: State) -> Iterator[Found]:
+    """What ``CheckpointSaver`` writes, both parts without wrappers."""
+    if _has_states(state, "state_dict_ema"):
+        yield Found("timm", state["state_dict_ema"], _mapping(state.get("state_dict")))
+
+
+def _lightning(state: State) -> Iterator[Found]:
+    """``WeightAveraging.on_save_checkpoint``: the average in ``state_dict``, the raw weights beside it.
+
+    ``StochasticWeightAveraging`` keeps its average in its own state, and copies the parameters into the model at the
+    end of training; it never averages buffers.
+    """
+    if _has_states(state, "state_dict", "current_model_state") and isinstance(state.get("averaging_state"), Mapping):
+        count = _count(state["averaging_state"], "n_averaged")
+        yield Found("Lightning", state["state_dict"], state["current_model_state"], count)
+    if not _has_states(state, "state_dict", "callbacks"):
+        return
+    for name, callback in state["callbacks"].items():
+        if not isinstance(callback, Mapping) or not _has_states(callback, "average_model_state"):
+            continue
+        if count := _count(callback, "n_averaged"):
+            path = ("callbacks", str(name), "average_model_state")
+            note = "the average, with the buffers from before training, such as running_mean"
+            yield Found("Lightning", callback[path[-1]], state["state_dict"], count, path, note=note)
+            note = "raw weights, or the average where training has ended"
+            yield Found("plain", state["state_dict"], path=("state_dict",), note=note)
+
+
+def _averaged_model(state: State) -> Iterator[Found]:
+    """The state dict of ``torch.optim.swa_utils.AveragedModel``."""
+    inner = within(state, "module.")
+    if inner and len(inner) == len(state) - 1 and "n_averaged" in state:
+        yield Found("torch AveragedModel", inner, None, _count(state, "n_averaged"))
+
+
+def _ema_pytorch(state: State) -> Iterator[Found]:
+    """The state dict of ``ema_pytorch.EMA``, with the online model or without."""
+    inner = within(state, "ema_model.")
+    if inner and "initted" in state and "step" in state:
+        yield Found("ema-pytorch", inner, within(state, "online_model.") or None)
+
+
+def _diffusers(state: State) -> Iterator[Found]:
+    """The state of ``diffusers.training_utils.EMAModel``; each of its steps updates."""
+    if isinstance(state.get("shadow_params"), list) and "optimization_step" in state:
+        yield Found("diffusers", state["shadow_params"], None, _count(state, "optimization_step"))
+
+
+def _torch_ema(state: State) -> Iterator[Found]:
+    """The state of ``torch_ema.ExponentialMovingAverage``, which may be saved while it has the raw weights put by."""
+    shadow, raw = state.get("shadow_params"), state.get("collected_params")
+    if isinstance(shadow, list) and "num_updates" in state:
+        online = raw if isinstance(raw, list) and len(raw) == len(shadow) else None
+        yield Found("torch_ema", shadow, online, _count(state, "num_updates"))
+
+
+def _mmcv(state: State) -> Iterator[Found]:
+    """Buffers ``ema_<name>`` with underscores for dots, beside the model's own names.
+
+    ``EMAHook`` (mmcv 1.x, ``mmcv/runner/hooks/ema.py``) and ``BaseEMAHook`` (mmdetection 2.x,
+    ``mmdet/core/hook/ema.py``) swap in ``after_train_epoch``, ahead of the ``CheckpointHook``, and back in
+    ``before_train_epoch``. ``IterBasedRunner`` calls neither.
+    """
+    model = state["state_dict"] if _has_states(state, "state_dict") else state
+    buffers = {name for name in model if isinstance(name, str) and name.startswith("ema_") and "." not in name}
+    own = {name: value for name, value in model.items() if name not in buffers}
+    partners: dict[str, list[str]] = {}
+    for name in own:
+        partners.setdefault(f"ema_{str(name).replace('.', '_')}", []).append(name)
+    if not all(name in partners for name in buffers):
+        return
+    if not covers(own, {partners[name][0]: model[name] for name in buffers}):
+        return
+    for name in sorted(buffers):
+        if len(partners[name]) > 1:
+            both = "' and '".join(partners[name])
+            raise ValueError(
+                f"'{name}' should belong to one tensor of the model, got '{both}': mmcv writes both under this name, "
+                "and the average of one is lost; rename one of them and train again."
+            )
+    other = own | {partners[name][0]: model[name] for name in buffers}
+    if _ends_epoch(state.get("meta")):
+        yield Found("mmcv", own, other, path=("model",))
+        yield Found("mmcv", other, own, path=("ema_",), rank=2)
+    else:
+        note = "the average where the file was saved"
+        yield Found("mmcv", own, other, path=("model",), note=f"{note} at the end of an epoch")
+        yield Found("mmcv", other, own, path=("ema_",), note=f"{note} within one, or by an IterBasedRunner")
+
+
+def _ends_epoch(meta: Any) -> bool:
+    """Whether a file of mmcv was saved at the end of an epoch, as far as its counts and its config show.
+
+    Any number of iterations is whole epochs of one epoch, so that the first shows nothing.
+    """
+    if not isinstance(meta, Mapping):
+        return False
+    epoch, iteration, config = meta.get("epoch"), meta.get("iter"), str(meta.get("config"))
+    if re.search(r"IterBasedRunner|checkpoint_config\s*=\s*dict\([^)]*by_epoch\s*=\s*False", config):
+        return False
+    return isinstance(epoch, int) and isinstance(iteration, int) and epoch > 1 and iteration % epoch == 0 < iteration
+
+
+def _mmagic(state: State) -> Iterator[Found]:
+    """Submodules ``<name>_ema`` beside ``<name>``; mmagic wraps them (``module.``, ``steps``), mmgen does not.
+
+    ``ExponentialMovingAverageHook`` (mmgen, ``mmgen/core/hooks/ema_hook.py``) and ``BaseGAN`` (mmagic,
+    ``mmagic/models/base_models/base_gan.py``) never swap.
+    """
+    heads = dict.fromkeys(str(name).partition(".")[0] for name in state if "_ema." in str(name))
+    for head in heads:
+        if not head.endswith("_ema"):
+            continue
+        twin, online = within(state, f"{head}."), within(state, f"{head.removesuffix('_ema')}.")
+        if "steps" in twin and len(inner := within(twin, "module.")) == len(twin) - 1:
+            twin = inner
+        if online.keys() != twin.keys():  # DDP around a part of the model
+            online = within(online, "module.")
+        if online.keys() == twin.keys():
+            yield Found("mmagic", twin, online, path=(head,))
+
+
+LAYOUTS: dict[str, Callable[[State], Iterable[Found]]] = {
+    "ignite_ema": _ignite_ema,
+    "mmengine": _mmengine,
+    "timm": _timm,
+    "Lightning": _lightning,
+    "torch AveragedModel": _averaged_model,
+    "ema-pytorch": _ema_pytorch,
+    "diffusers": _diffusers,
+    "torch_ema": _torch_ema,
+    "mmcv": _mmcv,
+    "mmagic": _mmagic,
+}
+
+
+def covers(state: State, tensors: State) -> bool:
+    """Whether ``state`` has a tensor of the same name and shape for each of ``tensors``, which are some."""
+    known = {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    return bool(tensors) and all(
+        isinstance(value, Tensor) and plain_name(name) in known and known[plain_name(name)].shape == value.shape
+        for name, value in tensors.items()
+    )
+
+
+def plain_name(name: Any) -> str:
+    """The name without what ``torch.compile`` puts into it."""
+    return str(name).replace("_orig_mod.", "")
+
+
+def within(state: State, prefix: str) -> dict[str, Any]:
+    """The entries whose names start with ``prefix``, without it."""
+    return {name[len(prefix) :]: value for name, value in state.items() if str(name).startswith(prefix)}
+
+
+def _has_states(state: State, *names: str) -> bool:
+    return all(isinstance(state.get(name), Mapping) for name in names)
+
+
+def _mapping(value: Any) -> State | None:
+    return value if isinstance(value, Mapping) else None
+
+
+def _count(state: State, name: str) -> int | None:
+    """A whole number, plain or in a tensor of one element."""
+    value = state.get(name)
+    if isinstance(value, Tensor) and value.numel() == 1 and not (value.is_floating_point() or value.is_complex()):
+        return None if value.is_meta or value.layout != torch.strided else int(value)
+    return value if isinstance(value, int) else None
+
+
+def listed(state: State) -> str:
+    """The first keys of a mapping, and how many there are."""
+    keys = ", ".join(f"'{key}'" for key in list(state)[:8])
+    return f"{keys}, … ({len(state)} in all)" if len(state) > 8 else keys or "of an empty mapping"
