@@ -209,6 +209,8 @@ def _add_export(subparsers: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if arguments.out.exists() and arguments.file.exists() and arguments.out.samefile(arguments.file):
+        raise ValueError(f"OUT should be another file than FILE, got '{arguments.out}' for both; name a new one.")
     found = checkpoints._read_average(arguments.file, arguments.key, _names(arguments.names))
     checkpoints.save_file(found.tensors, arguments.out, force=arguments.force)
     print(f"{arguments.out}: {len(found.tensors)} tensors, {_mebibytes(found.tensors)} MiB, averaged by {found.system}")

@@ -90,13 +90,22 @@ def _state_dicts(state: State, depth: int = 2) -> Iterator[tuple[tuple[str, ...]
 
 
 def raw_beside(tensors: State, name: str, beside: State) -> State | None:
-    """The raw weights among the other entries of a file: what covers all names and shapes, if that is one alone."""
+    """The raw weights among the other entries of a file: what covers all names and shapes, if that is one alone.
+
+    An entry that is the average once more, as in a checkpoint for deployment, is taken only where there is no other.
+    """
     entries = {str(key): entry for key, entry in beside.items() if key != name and isinstance(entry, Mapping)}
     fitting = {_snake(key): entry for key, entry in entries.items() if covers(entry, tensors)}
-    for model in (re.sub(f"_?{_WORDS}_?", "", _snake(name), flags=re.IGNORECASE), "model", "state_dict"):
+    fitting = {key: entry for key, entry in fitting.items() if not _repeats(entry, tensors)} or fitting
+    for model in ("raw_model", re.sub(f"_?{_WORDS}_?", "", _snake(name), flags=re.IGNORECASE), "model", "state_dict"):
         if model in fitting:
             return fitting[model]
     return next(iter(fitting.values())) if len(fitting) == 1 else None
+
+
+def _repeats(entry: State, tensors: State) -> bool:
+    held = {plain_name(name): value for name, value in entry.items()}
+    return all(_equal(value, held[plain_name(name)]) for name, value in tensors.items())
 
 
 def same(one: Tensors, other: Tensors) -> bool:

@@ -963,3 +963,18 @@ def test_order_of_an_ordered_state_dict_is_kept(tmp_path):
     tensors = OrderedDict((name, torch.ones(1)) for name in "zyxa")
     save_file(tensors, tmp_path / "file.pt")
     assert list(load_file(tmp_path / "file.pt")) == list("zyxa")
+
+
+def test_the_raw_weights_of_a_checkpoint_for_deployment_are_not_the_average_once_more():
+    model = torch.nn.Linear(2, 1)
+    handler = EMAHandler(model)
+    model.weight.data.add_(1.0)
+    file = {
+        "model": handler.ema_model.state_dict(),
+        "raw_model": model.state_dict(),
+        "ema_handler": handler.state_dict(),
+    }
+    assert torch.equal(read(file).online["weight"], model.weight)
+    del file["raw_model"]
+    file["net"] = model.state_dict()
+    assert torch.equal(read(file).online["weight"], model.weight)

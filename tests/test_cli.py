@@ -355,3 +355,13 @@ def test_closed_pipe(tmp_path):
     )
     assert piped.stderr == b""
     assert piped.stdout.splitlines()[1] == b"141"
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["plain", "forced"])
+def test_a_checkpoint_is_never_written_over_itself(force, tmp_path, capsys):
+    file = tmp_path / "checkpoint.pt"
+    torch.save({"model": {"weight": torch.ones(1)}, "ema_model": {"weight": torch.zeros(1)}}, file)
+    before = file.read_bytes()
+    assert main(["export", str(file), str(tmp_path / "." / "checkpoint.pt"), *force]) == 1
+    assert "OUT should be another file than FILE" in capsys.readouterr().err
+    assert file.read_bytes() == before
