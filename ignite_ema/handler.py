@@ -429,17 +429,24 @@ class EMAHandler:
                 yield attachment
 
     def _check_start(self, name: str, engine: Engine) -> None:
-        """Warns once where a run is resumed with a handler that was not restored."""
+        """Warns once where a run is resumed with a handler that was not restored, or starts from other weights."""
         if self._count_is_known:
             return
         self._count_is_known = True
         iteration = engine.state.iteration
-        if iteration > 0 and ((stale := self._average.is_stale()) or not isinstance(self._rule, Constant)):
-            lost = "its average starts from the weights it was made with" if stale else "its momentum starts again"
+        is_stale = self._average.is_stale()
+        if iteration > 0 and (is_stale or not isinstance(self._rule, Constant)):
+            lost = "its average starts from the weights it was made with" if is_stale else "its momentum starts again"
             warnings.warn(
                 f"The trainer resumes at iteration {iteration}, but the EMA handler of '{name}' was not restored, and "
                 f'{lost}; put the handler into the checkpoint ("ema_handler": handler) and load it with '
                 "Checkpoint.load_objects, or call handler.reset() if the average is meant to start here.",
+                stacklevel=2,
+            )
+        elif is_stale and self._current < 1:
+            warnings.warn(
+                f"The model has other weights than when the EMA handler of '{name}' was made (loaded or synchronised "
+                "since), and the average starts from the old ones; call handler.reset() once the model has its weights.",
                 stacklevel=2,
             )
 

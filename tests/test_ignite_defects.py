@@ -15,6 +15,9 @@ from torch import nn
 
 from ignite_ema import EMAHandler, schedules
 
+# For brevity many tests move the weights before the run, which our handler warns about.
+pytestmark = pytest.mark.filterwarnings("ignore:The model has other weights than when:UserWarning")
+
 ITERATION = Events.ITERATION_COMPLETED
 
 of_ignite_0_5_5 = pytest.mark.skipif(version("pytorch-ignite") != "0.5.5", reason="a defect of pytorch-ignite 0.5.5")
@@ -209,7 +212,7 @@ def test_low_precision_weights_that_cannot_move_are_warned_about_once(dtype):
     model = constant(1.0, dtype)
     with pytest.warns(UserWarning, match="too small for the type that holds the average.*dtype=torch.float32") as seen:
         update_towards(EMAHandler(model), model, 2.0, updates=3)
-    assert len(seen) == 1
+    assert sum("too small" in str(one.message) for one in seen) == 1
 
 
 # (1 - λ) · x + λ · x is not x: the rounding of 1 - λ acts on every update.

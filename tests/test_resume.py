@@ -299,3 +299,31 @@ def test_a_run_that_goes_on_after_terminate_is_not_warned_about():
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), trainer.terminate)
     trainer.run([0] * 4, max_epochs=3)
     trainer.run([0] * 4, max_epochs=3)
+
+
+def loaded_afterwards(momentum=0.25):
+    model = nn.Linear(1, 1)
+    handler = EMAHandler(model, momentum)
+    trainer = Engine(lambda engine, batch: None)
+    handler.attach(trainer)
+    model.load_state_dict({"weight": torch.ones(1, 1), "bias": torch.ones(1)})
+    return handler, trainer
+
+
+def test_weights_that_were_loaded_after_the_handler_was_made_are_warned_about_once():
+    _, trainer = loaded_afterwards()
+    with pytest.warns(UserWarning, match="The model has other weights than when .*call handler.reset"):
+        trainer.run([0])
+    trainer.run([0])
+
+
+def test_weights_that_were_loaded_are_started_from_after_reset():
+    handler, trainer = loaded_afterwards()
+    handler.reset()
+    trainer.run([0])
+    assert handler.ema_model.weight == 1
+
+
+def test_weights_that_are_copied_at_the_first_update_may_be_others():
+    _, trainer = loaded_afterwards(lambda n: 1 / (n + 1))
+    trainer.run([0])
