@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,16 +21,15 @@ import torch.distributed as dist
 from ignite.handlers.checkpoint import BaseSaveHandler, Checkpoint
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.optim import Optimizer
 
 from .handler import EMAHandler
-from .structure import is_sharded
+from .sharding import is_sharded
 
 __all__ = ["ShardedSaver", "gathered_state_dict", "load_objects"]
 
@@ -44,7 +44,7 @@ class ShardedSaver(BaseSaveHandler):
     Args:
         dirname: where the checkpoints go; made where it is missing.
         asynchronous: go on training as soon as the values have been copied, and write in the background, one checkpoint
-            at a time. Needs a process group with a CPU backend, such as ``"cpu:gloo,cuda:nccl"``, where there is one.
+            at a time, over a gloo group of its own. Call :meth:`wait` when training is over, for the last one.
         require_empty: raise where the directory holds checkpoints of another run.
 
     Raises:
@@ -77,37 +77,38 @@ class ShardedSaver(BaseSaveHandler):
         self.asynchronous = asynchronous
         self._dropped: list[str] = []
         self._running: tuple[Any, Event] | None = None
-        names = sorted(path.name for path in self.dirname.iterdir()) if self.dirname.exists() else []
-        if require_empty and (found := [name for name in names if not name.startswith(".")]):
-            raise ValueError(
-                f"'{self.dirname}' should be empty, but has '{found[0]}' among {len(found)} entries; choose another "
-                "directory, or pass require_empty=False to go on in this one."
-            )
-        _barrier()  # before the first rank writes, all have looked
-        _on_first_rank(lambda: self.dirname.mkdir(parents=True, exist_ok=True))
+        self._failure: Exception | None = None
+        # Of its own, for what a thread of each rank sends would get mixed up with what training sends meanwhile.
+        self._group = dist.new_group(backend="gloo") if asynchronous else None
+        _on_first_rank(partial(self._prepare, require_empty))
 
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
         """Saves the states of this rank; to be called on all ranks."""
         self.wait()
-        partial = self.dirname / f".{filename}.partial"
-        _on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True))  # of a run that was killed
+        beside = self.dirname / f".{filename}.partial"
+        _on_first_rank(lambda: shutil.rmtree(beside, ignore_errors=True))  # of a save that failed
+        publish = partial(self._publish, beside, filename, tuple(self._dropped))
         if not self.asynchronous:
             with _single_process():
-                save(dict(checkpoint), checkpoint_id=partial)
-            _on_first_rank(lambda: self._publish(partial, filename))
+                save(dict(checkpoint), checkpoint_id=beside, planner=_first_rank_counts())
+            _on_first_rank(publish)
             return
         published = Event()
 
-        def publish(future: Any) -> None:
+        def publish_if_saved(future: Any) -> None:
             try:
                 if future.exception() is None and _rank() == 0:
-                    self._publish(partial, filename)
+                    publish()
+            except Exception as error:  # which the future would keep to itself
+                self._failure = error
             finally:
                 published.set()
 
-        future = async_save(dict(checkpoint), checkpoint_id=partial)
+        future = async_save(
+            dict(checkpoint), checkpoint_id=beside, planner=_first_rank_counts(), process_group=self._group
+        )
         self._running = future, published
-        future.add_done_callback(publish)  # type: ignore[union-attr]
+        future.add_done_callback(publish_if_saved)  # type: ignore[union-attr]
 
     def remove(self, filename: str) -> None:
         """Notes that a checkpoint is not needed any more; it goes when the next one is there."""
@@ -120,32 +121,56 @@ class ShardedSaver(BaseSaveHandler):
             self._running = None
             future.result()
             published.wait()
-            _barrier()
+            _on_first_rank(self._raise_failure)
 
-    def _publish(self, partial: Path, filename: str) -> None:
-        target, old = self.dirname / filename, self.dirname / f".{filename}.old"
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _prepare(self, require_empty: bool) -> None:
+        names = sorted(path.name for path in self.dirname.iterdir()) if self.dirname.exists() else []
+        if require_empty and (found := [name for name in names if not name.startswith(".")]):
+            raise ValueError(
+                f"'{self.dirname}' should be empty, but has '{found[0]}' among {len(found)} entries; choose another "
+                "directory, or pass require_empty=False to go on in this one."
+            )
+        self.dirname.mkdir(parents=True, exist_ok=True)
+        for leftover in self.dirname.glob(".*.partial"):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        for old in self.dirname.glob(".*.old"):
+            target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+            if not target.exists():  # it was killed between two renames
+                old.rename(target)
+
+    def _publish(self, beside: Path, filename: str, dropped: Collection[str]) -> None:
+        target, old = self.dirname / filename, _old(self.dirname / filename)
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
-        partial.rename(target)
+        beside.rename(target)
         shutil.rmtree(old, ignore_errors=True)
-        for name in self._dropped:
-            if name != filename:
-                shutil.rmtree(self.dirname / name, ignore_errors=True)
-        self._dropped.clear()
+        for name in dropped:
+            if name != filename and (self.dirname / name).exists():
+                (self.dirname / name).rename(beside)  # so that no half of one is taken for a whole
+                shutil.rmtree(beside, ignore_errors=True)
+        self._dropped = [name for name in self._dropped if name not in dropped]
 
 
 def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str]) -> None:
     """Fills objects with what :class:`ShardedSaver` has saved of them, on any number of ranks; to be called on all.
 
     Args:
-        to_load: all objects that were saved or some, under the same names. For an optimizer the model has to be among
-            them, whose parameters it trains: its state is made first, to have where to load to.
+        to_load: all objects that were saved or some, under the same names. An optimizer that has not stepped yet gets
+            its state from a step with a learning rate of 0, to have where to load to.
         checkpoint: the directory.
 
     Raises:
         FileNotFoundError, ValueError: where the checkpoint is none, is incomplete, or was not saved from these objects.
     """
     path = Path(checkpoint)
+    if not path.exists() and _old(path).exists():
+        path = _old(path)  # a run was killed between two renames
     if not (path / ".metadata").is_file():
         raise FileNotFoundError(
             f"'{path}' should be a directory that ShardedSaver wrote, but there is no '.metadata' in it; name one of "
@@ -154,17 +179,17 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str])
     reader = _Reader(path)
     try:
         saved = reader.read_metadata().state_dict_metadata.keys()
-        for value in to_load.values():
-            if isinstance(value, Optimizer):
-                _make_state(value, to_load)
+        for name, value in to_load.items():
+            if isinstance(value, Optimizer) and not value.state:
+                _make_state(value, name, saved)
         states = {name: _unwrapped(value).state_dict() for name, value in to_load.items()}
         with _single_process():
             load(_as_saved(states, saved), storage_reader=reader, planner=_Planner())
     except pickle.UnpicklingError as error:
         raise ValueError(f"'{path}' should be a checkpoint of ShardedSaver, but {error}.") from error
     except CheckpointException as error:
-        reasons = [str(reason[0]) for reason in error.failures.values()]
-        raise ValueError(f"'{path}' should be a checkpoint of these objects, but: {reasons[0]}") from error
+        reasons = [str(reason[0]).removesuffix(".") for reason in error.failures.values()]
+        raise ValueError(f"'{path}' should be a checkpoint of these objects, but: {reasons[0]}.") from error
     Checkpoint.load_objects(dict(to_load), states)
 
 
@@ -179,7 +204,7 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
     for path, tensor in state["averaged_tensors"].items():
         full = tensor.full_tensor() if is_sharded(tensor) else tensor
         if is_first:
-            whole[path] = full.detach().cpu()
+            whole[path] = full.detach().to("cpu", copy=True)
     return {name: whole[path] for name, path in state["state_dict_names"].items()} if is_first else {}
 
 
@@ -192,33 +217,55 @@ def _as_saved(states: dict[str, Any], saved: Collection[str]) -> dict[str, Any]:
     return states if named else state
 
 
+def _old(path: Path) -> Path:
+    """Where a checkpoint is while another one takes its place."""
+    return path.with_name(f".{path.name}.old")
+
+
 def _unwrapped(value: Any) -> Any:
     """As Ignite's ``Checkpoint`` unwraps it."""
     return value.module if isinstance(value, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else value
 
 
-def _make_state(optimizer: Optimizer, objects: Mapping[str, Any]) -> None:
-    """Lets an optimizer that has not stepped yet have its state, as a step would make it."""
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for value in objects.values():
-        if isinstance(value, nn.Module) and any(id(parameter) in trained for parameter in value.parameters()):
-            get_optimizer_state_dict(value, optimizer)
-            return
-    raise ValueError("to_load should have the model whose parameters its optimizer trains, but has none; add it.")
+def _make_state(optimizer: Optimizer, name: str, saved: Collection[str]) -> None:
+    """Lets an optimizer have its state for those parameters for which there is one in the checkpoint."""
+    named = any(key.startswith(f"{name}.param_groups") for key in saved)  # a single object is saved without its name
+    prefix = f"{name}.state." if named else "state."
+    indices = {key.removeprefix(prefix).partition(".")[0] for key in saved if key.startswith(prefix)}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for index, parameter in enumerate(parameters):
+            parameter.grad = torch.zeros_like(parameter) if str(index) in indices else None
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * 0
+        optimizer.step()
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def _first_rank_counts() -> DefaultSavePlanner:
+    """Saves from the first rank what all have; else, where they differ, as buffers do, one would get a mixture."""
+    return DefaultSavePlanner(dedup_save_to_lowest_rank=True)
 
 
 class _Planner(DefaultLoadPlanner):
     """Loads values that are no tensors without running anything."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        plain = torch.load(value, weights_only=True)
-        super().load_bytes(read_item, io.BytesIO(_saved(plain)))
-
-
-def _saved(value: Any) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
+        try:
+            plain = torch.load(value, weights_only=True)
+        except Exception as error:
+            name = read_item.storage_index.fqn
+            raise ValueError(f"'{name}' holds something else than plain values, or is damaged") from error
+        stream = io.BytesIO()
+        torch.save(plain, stream)
+        stream.seek(0)
+        super().load_bytes(read_item, stream)
 
 
 class _Reader(FileSystemReader):
@@ -226,7 +273,12 @@ class _Reader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         with (Path(self.path) / ".metadata").open("rb") as stream:
-            metadata = _Contents(stream).load()
+            try:
+                metadata = _Contents(stream).load()
+            except Exception as error:  # damaged pickles raise whatever they come upon
+                raise pickle.UnpicklingError(f"its table of contents cannot be read: {error}") from error
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"its table of contents is a {type(metadata).__name__}")
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -251,7 +303,7 @@ class _Contents(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _KNOWN.get(module, ()):
-            raise pickle.UnpicklingError(f"its table of contents asks for {module}.{name}, which is not loaded")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not loaded")
         return super().find_class(module, name)
 
 
@@ -259,16 +311,18 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def _on_first_rank(action: Callable[[], object]) -> None:
-    """Calls ``action`` on the first rank, while the others wait."""
+    """Calls ``action`` on the first rank, while the others wait; all raise what goes wrong there."""
+    failure: list[Exception | None] = [None]
     if _rank() == 0:
-        action()
-    _barrier()
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            failure = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 @contextmanager

@@ -446,7 +446,7 @@ class EMAHandler:
         elif is_stale and self._current < 1:
             warnings.warn(
                 f"The model has other weights than when the EMA handler of '{name}' was made (loaded or synchronised "
-                "since), and the average starts from the old ones; call handler.reset() once the model has its weights.",
+                "since), and the average starts from the old ones; call handler.reset() when the model is ready.",
                 stacklevel=2,
             )
 
