@@ -112,7 +112,8 @@ class ShardedSaver(BaseSaveHandler):
 
     def remove(self, filename: str) -> None:
         """Notes that a checkpoint is not needed any more; it goes when the next one is there."""
-        self._dropped.append(filename)
+        if _rank() == 0:
+            self._dropped.append(filename)
 
     def wait(self) -> None:
         """Waits for what is being written in the background, and raises what has gone wrong with it."""

@@ -1,0 +1,251 @@
+"""What `test_distributed` runs in worlds of several processes: the models, and how a world is started and ended.
+
+The processes of all worlds are forked from one that has imported torch, so that a world costs a fraction of a second.
+"""
+
+import multiprocessing
+import os
+import traceback
+import warnings
+from datetime import timedelta
+from multiprocessing.connection import wait
+from time import monotonic
+
+import torch
+import torch._dynamo
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ignite_ema import EMAHandler
+from ignite_ema.distributed import ShardedSaver
+
+TIMEOUT = 60  # seconds for a world; the longest needs five
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    [
+        *("pytest", "torch._dynamo.testing", "torch.distributed.fsdp", "torch.distributed.tensor.debug"),
+        *("torch.distributed.tensor", "ignite.distributed", "ignite_ema.distributed"),
+    ]
+)
+
+
+def start_world(folder, ranks, scenario, *args):
+    """Starts the processes, of which each calls `scenario(folder, *args)` in a process group of them all."""
+    group = folder / f"group-{monotonic()}"  # a file of its own, in which they find each other
+    processes = []
+    for rank in range(ranks):
+        receiver, sender = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(target=_run, args=(sender, group, rank, ranks, scenario, folder, *args))
+        process.start()
+        sender.close()
+        processes.append((process, receiver))
+    return processes
+
+
+def run_world(folder, ranks, scenario, *args, timeout=TIMEOUT):
+    """What `scenario(folder, *args)` returns on each rank; raises what goes wrong, and leaves no process behind."""
+    processes = start_world(folder, ranks, scenario, *args)
+    waiting = {receiver: rank for rank, (_, receiver) in enumerate(processes)}
+    results, end = [None] * ranks, monotonic() + timeout
+    try:
+        while waiting:
+            for receiver in wait(list(waiting), max(0, end - monotonic())) or _timed_out(waiting, scenario, timeout):
+                rank = waiting.pop(receiver)
+                try:
+                    failed, results[rank] = receiver.recv()
+                except EOFError:
+                    processes[rank][0].join()
+                    failed, results[rank] = True, f"it ended with exit code {processes[rank][0].exitcode}"
+                if failed:
+                    raise AssertionError(f"{scenario.__name__} on rank {rank} of {ranks}:\n{results[rank]}")
+        for process, _ in processes:
+            process.join(max(1, end - monotonic()))
+    finally:
+        kill(processes)
+    return results
+
+
+def kill(processes):
+    for process, _ in processes:
+        process.kill()
+    for process, receiver in processes:
+        process.join()
+        receiver.close()
+
+
+def _timed_out(waiting, scenario, timeout):
+    raise TimeoutError(f"{scenario.__name__} should end within {timeout} s, but ranks {sorted(waiting.values())} run.")
+
+
+def _run(sender, group, rank, ranks, scenario, folder, *args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    torch.set_num_threads(1)  # the bits of a sum depend on the number of threads
+    warnings.simplefilter("error")
+    for text in ("The .grad attribute of a Tensor that is not a leaf", "Dynamo does not know how to trace"):
+        warnings.filterwarnings("ignore", text, UserWarning)  # of dynamo about DDP and FSDP2
+    torch.manual_seed(0)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{group}", rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT)
+        )
+        result = scenario(folder, *args)
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+        sender.send((False, result))
+    except BaseException:
+        sender.send((True, traceback.format_exc()))
+        os._exit(1)  # without waiting for the others
+
+
+# The models.
+
+
+class Norm(nn.BatchNorm1d):
+    """Batch normalisation that computes in float32 where weights and inputs are bfloat16."""
+
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked += 1
+        buffers, weights = (self.running_mean, self.running_var), (self.weight.float(), self.bias.float())
+        return nn.functional.batch_norm(x.float(), *buffers, *weights, self.training).to(x.dtype)
+
+
+class Net(nn.Module):
+    """Shapes that no number of ranks divides, one with fewer rows than ranks, tied weights, buffers of three kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5)
+        self.body = nn.Linear(5, 5)
+        self.norm = Norm(5)
+        self.narrow = nn.Linear(5, 1)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("cache", torch.ones(3), persistent=False)
+
+    def forward(self, x):
+        hidden = self.norm(self.body(self.embedding(x)))
+        return self.head(hidden * self.narrow(hidden).sigmoid()) * self.cache.mean()
+
+
+def mesh():
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def sharded(model, **policy):
+    """A part of its own, the rest with the root."""
+    fully_shard(model.body, mesh=mesh(), **policy)
+    return fully_shard(model, mesh=mesh(), **policy)
+
+
+def sharded_in_part(model):
+    """One that is sharded, beside some that are not."""
+    fully_shard(model.body, mesh=mesh())
+    fully_shard(model.narrow, mesh=mesh())
+    return model
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+CASES = {
+    "plain": lambda model: model,
+    "compiled": compiled,
+    "DDP": DistributedDataParallel,
+    "compiled DDP": lambda model: compiled(DistributedDataParallel(model)),
+    "DDP of a compiled model": lambda model: DistributedDataParallel(compiled(model)),
+    "FSDP2": sharded,
+    "FSDP2 in part": sharded_in_part,
+    "FSDP2 that keeps gathered weights": lambda model: sharded(model, reshard_after_forward=False),
+    "FSDP2 in mixed precision": lambda model: sharded(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16)),
+    "compiled FSDP2": lambda model: compiled(sharded(model)),
+}
+
+
+def is_sharded_case(case):
+    return "FSDP2" in case
+
+
+class Run:
+    """Model, twin, AdamW and trainer; each rank has batches of its own, which depend on nothing but the iteration."""
+
+    def __init__(self, case, momentum=0.25, seed=0, make=Net, **options):
+        torch.manual_seed(seed)
+        self.case = case
+        self.model = CASES[case](make())
+        if is_sharded_case(case):
+            with torch.device("meta"):
+                options["ema_model"] = CASES[case.removeprefix("compiled ")](make())
+        self.handler = EMAHandler(self.model, momentum, **options)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
+        self.trainer = Engine(self.step)
+        self.handler.attach(self.trainer)
+
+    def step(self, engine, batch):
+        # What is not sharded is not synchronised either: all ranks see the same then.
+        rank = 0 if self.case == "FSDP2 in part" else dist.get_rank()
+        generator = torch.Generator().manual_seed(100 * engine.state.iteration + rank)
+        x = torch.randint(7, (8,), generator=generator)
+        self.handler.model.cache.fill_(1 + engine.state.iteration)
+        self.model.train()
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.model(x).float(), x).backward()
+        self.optimizer.step()
+
+    def train(self, until):
+        stop = self.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=until), self.trainer.terminate)
+        self.trainer.run(range(4), max_epochs=100)
+        stop.remove()
+        assert self.trainer.state.iteration == until
+
+    def objects(self):
+        return {
+            "model": self.handler.model,
+            "ema_model": self.handler.ema_model,
+            "optimizer": self.optimizer,
+            "ema_handler": self.handler,
+            "trainer": self.trainer,
+        }
+
+    def checkpoint(self, folder, n_saved=1, **options):
+        return Checkpoint(self.objects(), ShardedSaver(folder, **options), n_saved=n_saved)
+
+
+def full(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def tensors(module):
+    """Parameters and buffers by name, each tied one once; of what is sharded the shards."""
+    for part in module.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def full_tensors(module):
+    return {name: full(tensor) for name, tensor in tensors(module).items()}
+
+
+def bits(tensor):
+    return tensor.dtype, tuple(tensor.shape), tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def local_bits(module):
+    return {name: bits(local(tensor)) for name, tensor in tensors(module).items()}
+
+
+def full_bits(module):
+    return {name: bits(tensor) for name, tensor in full_tensors(module).items()}
