@@ -79,7 +79,7 @@ class ModelAverage:
                 "model should be an instance of nn.Module or its subclasses, but got "
                 f"model: {type(model).__name__}; pass the module itself."
             )
-        refuse_unsupported(model)
+        refuse_unsupported(model, ema_model is not None)
         refuse_lazy("model", model)
         self.model = stripped(model)
         check_rule(handle_buffers)
@@ -112,7 +112,7 @@ class ModelAverage:
             self._pairing = Pairing(structure, partial(treatment_of, handle_buffers))
         except Mismatch as mismatch:
             raise RuntimeError(
-                f"ema_model should have the structure of the model, but {mismatch}; build it as the model is built."
+                f"ema_model should have the structure of the model, but {mismatch}; build and shard it as the model is."
             ) from None
         self.module.train(handle_buffers == "ema_train")
         freeze(self.module)

@@ -34,9 +34,11 @@ def reshard(module: nn.Module) -> None:
 
 def on_any_rank(flag: bool, tensors: Iterable[Tensor]) -> bool:
     """Whether ``flag`` is true on any of the ranks that hold parts of ``tensors``; all of them have to call this."""
-    for mesh in {tensor.device_mesh for tensor in tensors if is_sharded(tensor)}:  # type: ignore[attr-defined]
-        agreed = torch.tensor(int(flag), device=mesh.device_type)
-        for dimension in range(mesh.ndim):
-            torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dimension))
-        flag = bool(agreed.item())
+    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor))  # type: ignore[attr-defined]
+    for _ in meshes:  # as often as there are meshes, so that it comes from each to each
+        for mesh in meshes:
+            agreed = torch.tensor(int(flag), device=mesh.device_type)
+            for dimension in range(mesh.ndim):
+                torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dimension))
+            flag = bool(agreed.item())
     return flag

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
+from .sharding import is_sharded, sharding
 from .structure import inside, tensors_of
 
 __all__ = ["check_own_twin", "freeze", "make_twin", "materialise", "refuse_lazy", "refuse_unsupported", "stripped"]
@@ -32,7 +33,7 @@ def refuse_lazy(name: str, module: nn.Module, may_be_meta: bool = False) -> None
             )
 
 
-def refuse_unsupported(model: nn.Module) -> None:
+def refuse_unsupported(model: nn.Module, has_own_twin: bool) -> None:
     """Raises RuntimeError where the parameters are held by a system that this library does not know how to read."""
     for module in model.modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
@@ -41,6 +42,12 @@ def refuse_unsupported(model: nn.Module) -> None:
                 "FullyShardedDataParallel (FSDP1), which makes one flat parameter of many; use fully_shard."
             )
     for path, tensor in tensors_of(model).items():
+        if is_sharded(tensor) and not has_own_twin:
+            raise RuntimeError(
+                f"ema_model should be a twin that is sharded as the model is, got None where '{path}' is "
+                f"{sharding(tensor)}; build the model again under torch.device('meta'), call fully_shard on it in the "
+                "same way, and pass it as ema_model=."
+            )
         if hasattr(tensor, "ds_id"):
             raise RuntimeError(
                 "model should be whole, or sharded with torch.distributed.fsdp.fully_shard, got one whose "

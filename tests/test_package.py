@@ -22,7 +22,7 @@ IMPORTS = {
     "steps": set(),
     "structure": {"sharding"},
     "pairing": {"kernels", "sharding", "structure"},
-    "twin": {"structure"},
+    "twin": {"sharding", "structure"},
     "buffers": {"pairing"},
     "loading": {"sharding"},
     "momentum": {"schedules"},

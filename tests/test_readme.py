@@ -1,5 +1,6 @@
 """The README is true: every Python block runs, in order, and every test that it names exists."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,13 +12,15 @@ import torch
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text()
+BLOCKS = list(re.finditer(r"^```python\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE))
+SCRIPT = "# train.py"  # a script of its own
 
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
     """What the Python blocks define, run in order, and the directory that they wrote into."""
     folder = tmp_path_factory.mktemp("readme")
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE))
+    blocks = [block for block in BLOCKS if not block[1].startswith(SCRIPT)]
     namespace = {"folder": folder}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -55,6 +58,21 @@ def test_the_teacher_has_statistics_of_its_own(names):
 def test_the_mean_of_three_epochs_has_statistics_of_the_whole_data(names):
     assert names["swa_handler"].num_updates == 3
     assert names["swa_handler"].ema_model[1].num_batches_tracked == len(names["data"])
+
+
+def test_the_sharded_script_goes_on_with_another_number_of_ranks(tmp_path):
+    (script,) = (block[1] for block in BLOCKS if block[1].startswith(SCRIPT))
+    (tmp_path / "train.py").write_text(script)
+    for ranks, epochs in ((2, 2), (3, 4)):
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "train.py", str(epochs)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, check=True, timeout=120)
+    saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert saved == {f"checkpoint_{iteration}.pt" for iteration in (8, 16, 24, 32)}
+    namespace = {}
+    model = re.search(r"^class Net.*?(?=^def )", script, flags=re.DOTALL | re.MULTILINE)[0]
+    exec(f"import torch\nfrom torch import nn\n{model}", namespace)
+    namespace["Net"]().load_state_dict(torch.load(tmp_path / "averaged.pt", weights_only=True))
 
 
 def test_each_row_for_those_who_come_from_another_system_has_its_test():
