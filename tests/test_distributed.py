@@ -277,7 +277,10 @@ def refuses_twins(folder):
             EMAHandler(model, ema_model=make())
     with pytest.raises(RuntimeError, match="is not sharded in the model and sharded as .* in the twin; build"):
         EMAHandler(Even(), ema_model=sharded(Even()))
-    with pytest.raises(RuntimeError, match="model should be one .* build the twin yourself, .* pass it as ema_model=."):
+    with pytest.raises(
+        RuntimeError,
+        match="ema_model should be a twin that is sharded as the model is, got None .* pass it as ema_model=",
+    ):
         EMAHandler(model)
     assert local_bits(model) == before
 
