@@ -289,6 +289,7 @@ def ignite_ema():
     model, trainer = Tied(), Engine(lambda engine, batch: None)
     handler = EMAHandler(model, momentum=0.2, handle_buffers="update")
     handler.attach(trainer)
+    handler.num_updates = 0  # or it would warn that the model moves before the first run
     train(model, lambda: trainer.run([0]))
     path = path_of("ignite_ema")
     objects = {"model": model, "ema_model": handler.ema_model, "ema_handler": handler, "trainer": trainer}
