@@ -53,11 +53,11 @@ def swapped(structure: Structure) -> Iterator[None]:
     """
     pairs = structure.pairs
     marks = _marks(pairs)
+    held: list[_Held] = []
+    saved: list[tuple[Tensor, Tensor]] = []
     with _lock:
         refuse_while_swapped(pairs, "swapped")
         _swapped.update(marks)
-    held: list[_Held] = []
-    saved: list[tuple[Tensor, Tensor]] = []
     try:
         tensors = [pair.tensors() for pair in pairs]
         held += [_Held.of(pair) for pair in structure.names]
