@@ -116,7 +116,7 @@ class Attachment(RemovableEventHandle):
                 on_started(engine)
 
         def complete(engine: Engine) -> None:
-            if left_out and not moved:
+            if left_out and not moved and not engine.should_terminate:  # cut short, it may yet step
                 warnings.warn(
                     f"The optimizer of '{name}' should have stepped in this run, but {left_out} events passed without "
                     "a step and the average has not moved; attach the handler with the optimizer that trains.",

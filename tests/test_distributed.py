@@ -508,7 +508,7 @@ def _publish_dying(saver, publish, dying, *args):
 
 @pytest.mark.parametrize("where", [1, 2], ids=["before the old one has moved", "before the new one has come"])
 def test_a_kill_while_a_file_is_replaced_loses_nothing(world, tmp_path, where):
-    with pytest.raises(AssertionError, match="exit code -9"):
+    with pytest.raises(AssertionError, match="exit code -9|dies_in_the_middle on rank 1 of 2"):
         world(2, dies_in_the_middle, where)
     got = world(1, loads, "plain", "checkpoint.pt")[0]
     assert got["count"] == 1
