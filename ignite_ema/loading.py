@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sharding import is_sharded, local
+from .sharding import is_sharded, local, sharding
 
 __all__ = ["by_path", "check_loadable", "like"]
 
@@ -84,11 +84,10 @@ def _equal(held: Tensor, loaded: object) -> bool:
 def _check_one(path: str, held: Tensor, loaded: object) -> None:
     if not isinstance(loaded, Tensor):
         raise ValueError(f"'{path}' of the averaged tensors should be a tensor, got {type(loaded).__name__}.")
-    if is_sharded(loaded) and not (is_sharded(held) and _placed(loaded) == _placed(held)):
-        mesh, placements = _placed(loaded)
+    if is_sharded(loaded) and sharding(loaded) != sharding(held):
         raise ValueError(
-            f"'{path}' of the averaged tensors should be sharded as it is held, got {placements} over {mesh}; load it "
-            "with torch.distributed.checkpoint, which shards it anew."
+            f"'{path}' of the averaged tensors should be sharded as it is held, got one that is {sharding(loaded)}; "
+            "load it with torch.distributed.checkpoint, which shards it anew."
         )
     if loaded.shape != held.shape:
         raise ValueError(
@@ -105,10 +104,6 @@ def _check_one(path: str, held: Tensor, loaded: object) -> None:
             f"'{path}' of the averaged tensors should fit into {held.dtype}, got {loaded.dtype}; hold the average in "
             "that type with dtype=."
         )
-
-
-def _placed(tensor: Any) -> tuple[Any, Any]:
-    return tensor.device_mesh, tensor.placements
 
 
 def _fits(loaded: Tensor, held: Tensor) -> bool:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from holders import module
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
@@ -269,17 +270,6 @@ def assert_same_state(handler, other):
 
 
 # From here on: what is special, one by one, on the engine-free core.
-
-
-def module(**named):
-    """A module of these parameters and buffers; other tensors than parameters become buffers."""
-    made = nn.Module()
-    for name, tensor in named.items():
-        if isinstance(tensor, nn.Parameter):
-            made.register_parameter(name, tensor)
-        else:
-            made.register_buffer(name, tensor)
-    return made
 
 
 def frozen(tensor):

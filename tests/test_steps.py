@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from holders import module
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
@@ -438,16 +439,6 @@ def test_reset_counts_and_warns_from_the_start():
         model.weight.data.fill_(0.0)
         handler.reset()
         assert handler.num_skipped == 0
-
-
-def module(**named):
-    made = nn.Module()
-    for name, tensor in named.items():
-        if isinstance(tensor, nn.Parameter):
-            made.register_parameter(name, tensor)
-        else:
-            made.register_buffer(name, tensor)
-    return made
 
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.float8_e5m2]
