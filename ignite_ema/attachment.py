@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from weakref import finalize
 
 from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
@@ -15,7 +15,7 @@ from .steps import StepWatch
 if TYPE_CHECKING:
     from .handler import EMAHandler
 
-__all__ = ["Attachment", "Event", "attachments", "check_name", "members_of"]
+__all__ = ["Attachment", "Event", "Handles", "attachments", "check_name", "members_of"]
 
 Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
@@ -167,3 +167,29 @@ class Attachment(RemovableEventHandle):
         vars(engine)[_ATTACHMENTS].remove(self)
         if self._owns_name and all(other.name != self.name for other in attachments(engine)):
             vars(engine.state).pop(self.name, None)
+
+
+class _Removable(Protocol):
+    def remove(self) -> None: ...
+
+
+class Handles:
+    """Several handles as one: ``remove()`` takes everything off an engine again, as does leaving it as a context."""
+
+    def __init__(self) -> None:
+        self._handles: list[_Removable] = []
+
+    def add(self, handle: _Removable) -> None:
+        """Takes on one more."""
+        self._handles.append(handle)
+
+    def remove(self) -> None:
+        """Takes everything off the engine again; does nothing the second time."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> Handles:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()

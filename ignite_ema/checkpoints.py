@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import copied, load_file, save_file
+from .files import check_target, copied, load_file, save_file
 from .finding import LARGE, find, raw_beside, same
 from .layouts import LAYOUTS, Found, State, Tensors, covers, listed, plain_name
 
-__all__ = ["Averaged", "averaged_state_dict", "load_file", "read", "save_file"]
+__all__ = ["Averaged", "averaged_state_dict", "check_target", "load_file", "read", "save_file"]
 
 _Names = nn.Module | Mapping[str, Tensor] | None
 

@@ -7,8 +7,8 @@ import stat
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,7 +16,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-__all__ = ["copied", "load_file", "save_file"]
+__all__ = ["check_target", "compact", "copied", "is_dense", "load_file", "mebibytes", "save_file", "whole_file"]
 
 _SUFFIXES = (".pt", ".pth", ".safetensors")
 _lock = threading.Lock()  # torch has one list of allowed names for the whole process
@@ -181,26 +181,46 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
         OSError: where it cannot be written; nothing is left behind then, and an old file stays.
     """
     path = Path(path)
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"'{path}' should end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; choose one of them.")
+    check_target(path, force=force)
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"'{name}' should be a tensor, got {type(value).__name__}; take it out.")
         if value.is_meta:
             raise ValueError(f"'{name}' should have values, got a tensor on the meta device; load its values first.")
+    with whole_file(path, force=force) as temporary:
+        if path.suffix == ".safetensors":  # which would make it for the owner alone
+            _safetensors(path).save_file(_alone(tensors), temporary, metadata={"format": "pt"})
+        else:
+            torch.save(compact(tensors), temporary)
+
+
+def check_target(path: Path, *, force: bool) -> None:
+    """Raises as :func:`save_file` does where ``path`` cannot be its target."""
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"'{path}' should end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; choose one of them.")
+    _check_place(path, force)
+
+
+def _check_place(path: Path, force: bool) -> None:
     if path.is_dir():
         raise ValueError(f"'{path}' should be a file, got a directory; name a file in it.")
-    target = path.resolve()
-    if target.exists() and not force:
+    if path.resolve().exists() and not force:
         raise _exists(path)
+
+
+@contextmanager
+def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
+    """Gives a path beside ``path`` to be written to, and moves what was written to its place at the end.
+
+    Raises as :func:`save_file` does; nothing is left behind then.
+    """
+    _check_place(path, force)
+    target = path.resolve()
     temporary = target.with_name(f".{uuid4().hex}{path.suffix}")
     try:
         temporary.touch()
         mode = (target if target.exists() else temporary).stat().st_mode
-        if path.suffix == ".safetensors":  # which would make it for the owner alone
-            _safetensors(path).save_file(_alone(tensors), temporary, metadata={"format": "pt"})
-        else:
-            torch.save(_compact(tensors), temporary)
+        yield temporary
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         temporary.chmod(stat.S_IMODE(mode))
@@ -251,7 +271,7 @@ def _view(tensor: Tensor) -> Any:
     return (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
 
 
-def _compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, ties kept, without what else their memory holds: torch saves the whole of it with each view."""
     parts = {name: value for name, value in tensors.items() if _is_part(value)}
     copies = copied(parts)
@@ -272,3 +292,13 @@ def _alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[name] = tensor.clone() if place in known else tensor
         known.add(place)
     return result
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether every element has a place of its own in memory."""
+    return tensor.layout == torch.strided
+
+
+def mebibytes(tensors: Mapping[str, Tensor]) -> str:
+    """The size of the dense ones, in MiB."""
+    return f"{sum(one.nbytes for one in tensors.values() if is_dense(one)) / 2**20:.3f}"

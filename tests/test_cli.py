@@ -10,7 +10,7 @@ import pytest
 import torch
 from peer_files import MAKERS, equal, made
 
-from ignite_ema import checkpoints, cli
+from ignite_ema import checkpoints, cli, cli_checkpoints
 from ignite_ema.checkpoints import load_file
 from ignite_ema.cli import main
 
@@ -212,7 +212,7 @@ def test_what_torch_cannot_compute_is_one_sentence(error, reason, file, capsys, 
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(cli, "_square", fail)
+    monkeypatch.setattr(cli_checkpoints, "_square", fail)
     assert main(["inspect", str(file)]) == 1
     assert capsys.readouterr().err == f"ignite-ema: '{file}' cannot be worked on: {reason}\n"
 
@@ -281,14 +281,16 @@ def test_wrong_usage(arguments, capsys):
     assert capsys.readouterr().err.startswith("usage: ignite-ema")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["export", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["inspect", "--help"], ["export", "--help"], ["reconstruct", "--help"]]
+)
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as info:
         main(arguments)
     assert info.value.code == 0
     text = capsys.readouterr().out
     assert "examples:\n  ignite-ema " in text
-    assert "exit codes:\n  0  done\n  1  the file cannot be read" in text
+    assert "exit codes:\n  0  done\n  1  a file cannot be read" in text
     assert text.isascii()  # or a terminal that is not UTF-8 could not show it
     assert max(map(len, text.splitlines())) <= 100
 

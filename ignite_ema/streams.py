@@ -1,0 +1,83 @@
+"""One of the averages of a :class:`~ignite_ema.snapshots.PostHocEMA`: its momentum, and what is stored of it."""
+
+import math
+
+import torch
+from ignite.engine import Engine
+from torch import Tensor, nn
+
+from .buffers import treatment_of
+from .files import compact
+from .handler import EMAHandler
+from .schedules import PowerFunction
+from .sharding import is_first_rank, whole
+
+__all__ = ["PowerOfSamples", "Stream"]
+
+
+class PowerOfSamples:
+    """λ of a power function where time is counted in samples: 1 - (t / t') ^ (γ + 1) from time t to t'.
+
+    Attributes:
+        now: the time.
+        updated_at: that of the last update.
+    """
+
+    def __init__(self, sigma_rel: float) -> None:
+        self._exponent = PowerFunction(sigma_rel).gamma + 1
+        self.now = self.updated_at = 0
+
+    def __call__(self, n: int) -> float:
+        if n == 0 or self.updated_at == 0:
+            return 1.0
+        return -math.expm1(self._exponent * math.log1p((self.updated_at - self.now) / self.now))
+
+
+class Stream(EMAHandler):
+    """A handler whose momentum may depend on samples, and that knows what to store."""
+
+    def averaged_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the twin by path; not copies."""
+        return self._average.state_dict()
+
+    def state_dict_names(self) -> dict[str, str]:
+        """For each name in the twin's ``state_dict`` the path."""
+        return self._average.state_dict_names()
+
+    def parts(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is averaged, in ``dtype``, and what is not: by path, whole, on the CPU; nothing but on the first rank.
+
+        Raises:
+            ValueError: where a weight is beyond the range of ``dtype``.
+        """
+        averaged: dict[str, Tensor] = {}
+        copied: dict[str, Tensor] = {}
+        for path, held in self._average._tensors().items():
+            tensor = whole(held.detach())
+            is_kept = not isinstance(held, nn.Parameter) and treatment_of(self.handle_buffers, path) != "average"
+            if not is_first_rank():
+                continue
+            if is_kept or not (tensor.is_floating_point() or tensor.is_complex()):
+                copied[path] = tensor.cpu()
+            else:
+                averaged[path] = _narrowed(path, tensor, dtype)
+        return compact(averaged), compact(copied)
+
+    def _update(self, name: str, engine: Engine) -> None:
+        before = self.num_updates
+        super()._update(name, engine)
+        if isinstance(self.momentum, PowerOfSamples) and self.num_updates > before:
+            self.momentum.updated_at = self.momentum.now
+
+
+def _narrowed(path: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_complex():
+        return tensor.cpu()
+    narrow = tensor.to(dtype)
+    may_overflow = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if may_overflow and not bool((narrow.isfinite() | ~tensor.isfinite()).all()):
+        raise ValueError(
+            f"'{path}' should be within ±{torch.finfo(dtype).max:g} to be stored in {dtype}, got "
+            f"{tensor.abs().max().item():g}; pass another snapshot_dtype, such as torch.bfloat16."
+        )
+    return narrow.cpu()
