@@ -123,7 +123,7 @@ class ExponentialWarmup(_Checked):
 
 @dataclass(frozen=True)
 class RatioWarmup(_Checked):
-    """λ(n) = min(λ∞, (1 + n) / (warm_up + n)): from 1 / warm_up upwards.
+    """λ(n) = min(λ∞, (1 + n) / (warm_up + n)): from 1 / warm_up upwards; with λ∞ ≤ 1 / warm_up there is no warm-up.
 
     Args:
         momentum: λ∞, in [0, 1].
