@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,11 +27,14 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from .handler import EMAHandler
 from .sharding import is_sharded
 
-__all__ = ["ShardedSaver", "gathered_state_dict", "load_objects"]
+__all__ = ["ShardedSaver", "gathered_state_dict", "load_objects", "sync_buffers"]
+
+_T = TypeVar("_T")
 
 
 class ShardedSaver(BaseSaveHandler):
@@ -76,22 +79,31 @@ class ShardedSaver(BaseSaveHandler):
         self.dirname = Path(dirname)
         self.asynchronous = asynchronous
         self._dropped: list[str] = []
-        self._running: tuple[Any, Event] | None = None
+        self._running: tuple[Any, Event, str] | None = None
         self._failure: Exception | None = None
         # Of its own, for what a thread of each rank sends would get mixed up with what training sends meanwhile.
         self._group = dist.new_group(backend="gloo") if asynchronous else None
         _on_first_rank(partial(self._prepare, require_empty))
 
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
-        """Saves the states of this rank; to be called on all ranks."""
+        """Saves the states of this rank; to be called on all ranks.
+
+        Raises:
+            ValueError: where the ranks do not save the same objects.
+            RuntimeError: on all ranks, where one could not write; the checkpoint before is still there then.
+        """
         self.wait()
-        beside = self.dirname / f".{filename}.partial"
+        beside = self._beside(filename)
+        _check_same_objects(checkpoint)
         _on_first_rank(lambda: shutil.rmtree(beside, ignore_errors=True))  # of a save that failed
         publish = partial(self._publish, beside, filename, tuple(self._dropped))
         if not self.asynchronous:
-            with _single_process():
-                save(dict(checkpoint), checkpoint_id=beside, planner=_first_rank_counts())
-            _on_first_rank(publish)
+            try:
+                with _single_process():
+                    save(dict(checkpoint), checkpoint_id=beside, planner=_first_rank_counts())
+                _on_first_rank(publish)
+            except (CheckpointException, OSError) as error:  # on all ranks
+                self._report(filename, error)
             return
         published = Event()
 
@@ -107,7 +119,7 @@ class ShardedSaver(BaseSaveHandler):
         future = async_save(
             dict(checkpoint), checkpoint_id=beside, planner=_first_rank_counts(), process_group=self._group
         )
-        self._running = future, published
+        self._running = future, published, filename
         future.add_done_callback(publish_if_saved)  # type: ignore[union-attr]
 
     def remove(self, filename: str) -> None:
@@ -116,18 +128,31 @@ class ShardedSaver(BaseSaveHandler):
             self._dropped.append(filename)
 
     def wait(self) -> None:
-        """Waits for what is being written in the background, and raises what has gone wrong with it."""
-        if self._running is not None:
-            future, published = self._running
-            self._running = None
-            future.result()
-            published.wait()
-            _on_first_rank(self._raise_failure)
+        """Waits for what is being written in the background; to be called on all ranks.
 
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        Raises:
+            RuntimeError: on all ranks, where one could not write; the checkpoint before is still there then.
+        """
+        if self._running is not None:
+            (future, published, filename), self._running = self._running, None
+            error = future.exception()
+            published.wait()
+            error, self._failure = error or self._failure, None
+            self._report(filename, error)
+
+    def _report(self, filename: str, error: BaseException | None) -> None:
+        """Raises RuntimeError on all ranks where there is an error on one; what has been written so far goes."""
+        if reason := _first(None if error is None else _reason(error)):
+            if _rank() == 0:
+                shutil.rmtree(self._beside(filename), ignore_errors=True)
+            raise RuntimeError(
+                f"'{self.dirname / filename}' should be saved by all ranks, but {reason}; the checkpoint before it is "
+                "still there: put right what is in the way, and save again."
+            ) from error
+
+    def _beside(self, filename: str) -> Path:
+        """Where a checkpoint is written."""
+        return self.dirname / f".{filename}.partial"
 
     def _prepare(self, require_empty: bool) -> None:
         names = sorted(path.name for path in self.dirname.iterdir()) if self.dirname.exists() else []
@@ -209,6 +234,34 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
     return {name: whole[path] for name, path in state["state_dict_names"].items()} if is_first else {}
 
 
+def _reason(error: BaseException) -> str:
+    rank = _rank()
+    if isinstance(error, CheckpointException):
+        rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])
+    return f"rank {rank} could not ({type(error).__name__}: {str(error).removesuffix('.')})"
+
+
+@torch.no_grad()
+def sync_buffers(module: nn.Module, source: int = 0) -> None:
+    """Gives all ranks the buffers of one, such as batch-norm statistics; to be called on all.
+
+    Args:
+        module: the averaged twin, or a model; its parameters, and buffers that are sharded, are left alone.
+        source: the rank whose buffers the others get.
+
+    Without a process group there is one rank, and nothing to do.
+
+    Examples:
+        >>> sync_buffers(nn.BatchNorm1d(2))
+    """
+    for buffer in module.buffers() if dist.is_initialized() else ():
+        if not is_sharded(buffer):
+            sent = buffer.contiguous()
+            dist.broadcast(sent, source)
+            if sent is not buffer:
+                buffer.copy_(sent)
+
+
 def _as_saved(states: dict[str, Any], saved: Collection[str]) -> dict[str, Any]:
     """The states as Ignite gives them to a save handler: a single one without its name."""
     if len(states) > 1:
@@ -241,12 +294,30 @@ def _make_state(optimizer: Optimizer, name: str, saved: Collection[str]) -> None
             parameter.grad = torch.zeros_like(parameter) if str(index) in indices else None
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * 0
-        optimizer.step()
+        with _without_hooks(optimizer):
+            optimizer.step()
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+
+@contextmanager
+def _without_hooks(optimizer: Optimizer) -> Iterator[None]:
+    """Keeps a step inside from those who watch the optimizer's steps."""
+    hooks: tuple[dict[int, Any], ...] = (
+        *(optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks),
+        *(torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks),
+    )
+    kept = [hook.copy() for hook in hooks]
+    try:
+        for hook in hooks:
+            hook.clear()  # in place, for their handles point to these dictionaries
+        yield
+    finally:
+        for hook, before in zip(hooks, kept, strict=True):
+            hook.update(before)
 
 
 def _first_rank_counts() -> DefaultSavePlanner:
@@ -312,18 +383,44 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _on_first_rank(action: Callable[[], object]) -> None:
-    """Calls ``action`` on the first rank, while the others wait; all raise what goes wrong there."""
-    failure: list[Exception | None] = [None]
+def _on_first_rank(action: Callable[[], _T]) -> _T:
+    """Calls ``action`` on the first rank, while the others wait; all get its result, or raise what goes wrong there."""
+    answer: list[Any] = [None, None]
     if _rank() == 0:
         try:
-            action()
-        except (OSError, ValueError) as error:
-            failure = [error]
+            answer[0] = action()
+        except Exception as error:
+            answer[1] = error
     if dist.is_initialized():
-        dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0]
+        dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    result: _T = answer[0]
+    return result
+
+
+def _first(text: str | None) -> str | None:
+    """The first text that one of the ranks has to say."""
+    texts = [text]
+    if dist.is_initialized():
+        texts *= dist.get_world_size()
+        dist.all_gather_object(texts, text)
+    return next((said for said in texts if said is not None), None)
+
+
+def _check_same_objects(checkpoint: Collection[str]) -> None:
+    """Raises ValueError on all ranks where they would not save the same; else those that have more wait for ever."""
+    names = _on_first_rank(lambda: sorted(checkpoint))
+    differs = sorted({*names} ^ {*checkpoint})
+    problem = None
+    if differs:
+        having, lacking = (0, _rank()) if differs[0] in names else (_rank(), 0)
+        problem = f"got '{differs[0]}' on rank {having} and not on rank {lacking}"
+    if problem := _first(problem):
+        raise ValueError(
+            f"A checkpoint should have the same objects on all ranks, {problem}; build them, the EMA handler too, on "
+            "all ranks, and save them on all."
+        )
 
 
 @contextmanager

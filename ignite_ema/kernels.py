@@ -9,6 +9,7 @@ written ``averaged + weight * (online - averaged)``: weights that do not change 
 the form above would lose a rounding error at each update.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -24,9 +25,11 @@ Kernel: TypeAlias = Callable[[Tensors, Tensors, float], None]
 _NATIVE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
-def copying_kernel_for(averaged: Tensor) -> Kernel:
+def copying_kernel_for(averaged: Tensor, online: Tensor) -> Kernel:
     """The kernel that copies whatever the weight."""
-    return _copy_strided if averaged.layout is torch.strided else _copy_sparse
+    if averaged.layout is not torch.strided:
+        return _copy_sparse
+    return _copy_staged if _leaves_gpu(averaged, online) else _copy_strided
 
 
 def lerping_kernel_for(averaged: Tensor, online: Tensor, is_buffer: bool) -> Kernel:
@@ -39,7 +42,7 @@ def lerping_kernel_for(averaged: Tensor, online: Tensor, is_buffer: bool) -> Ker
         return _lerp_widened
     if averaged.dtype == online.dtype and averaged.device == online.device:
         return _lerp
-    return _lerp_converted
+    return _lerp_staged if _leaves_gpu(averaged, online) else _lerp_converted
 
 
 def copy(averaged: Tensors, online: Tensors) -> None:
@@ -49,7 +52,7 @@ def copy(averaged: Tensors, online: Tensors) -> None:
         chosen = [pair for pair in pairs if (pair[0].layout is torch.strided) == strided]
         if chosen:
             ours, theirs = zip(*chosen, strict=True)
-            copying_kernel_for(ours[0])(ours, theirs, 1)
+            (_copy_strided if strided else _copy_sparse)(ours, theirs, 1)
 
 
 def is_finite(tensors: Tensors, dtype: torch.dtype) -> bool:
@@ -99,6 +102,72 @@ def _lerp_converted(averaged: Tensors, online: Tensors, weight: float) -> None:
     elif weight != 0:
         for average, value in zip(averaged, online, strict=True):  # one by one: one temporary at a time
             average.lerp_(value.to(average.device, average.dtype), weight)
+
+
+def _copy_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
+    _stage(_copy_strided, averaged, online, weight)
+
+
+def _lerp_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
+    if weight != 0:
+        _stage(_lerp_converted, averaged, online, weight)
+
+
+_CHUNK = 2**28  # bytes
+
+
+def _stage(kernel: Kernel, averaged: Tensors, online: Tensors, weight: float) -> None:
+    """Brings the values from a GPU to the CPU chunk by chunk: the kernel works on one while the next is under way.
+
+    They come through page-locked memory, which torch keeps for the next time: that of two chunks of 256 MiB, or of two
+    tensors where they are larger. The host waits once for each chunk. The copies follow what the current stream has
+    been given so far, and nothing that it is given later waits for them.
+    """
+    side = _side_stream(online[0].device)
+    under_way: deque[tuple[Tensors, Tensors, torch.cuda.Event]] = deque()
+    for chunk in _chunks(online):
+        under_way.append((averaged[chunk], *_send(online[chunk], side)))
+        if len(under_way) == 2:
+            _finish(kernel, weight, *under_way.popleft())
+    _finish(kernel, weight, *under_way.popleft())
+
+
+def _finish(kernel: Kernel, weight: float, averaged: Tensors, values: Tensors, arrived: torch.cuda.Event) -> None:
+    arrived.synchronize()
+    kernel(averaged, values, weight)
+
+
+def _chunks(tensors: Tensors) -> list[slice]:
+    """Neighbours that have up to ``_CHUNK`` bytes together, but at least one tensor."""
+    bounds, size = [0], 0
+    for index, tensor in enumerate(tensors):
+        if size and size + tensor.nbytes > _CHUNK:
+            bounds.append(index)
+            size = 0
+        size += tensor.nbytes
+    return [slice(start, stop) for start, stop in zip(bounds, [*bounds[1:], len(tensors)], strict=True)]
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that goes on from where the current one is."""
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream(device))
+    return side
+
+
+def _send(online: Tensors, side: torch.cuda.Stream) -> tuple[Tensors, torch.cuda.Event]:
+    """Starts copies into page-locked memory, and gives them with the event after which they hold the values."""
+    sizes = [value.numel() for value in online]
+    flat = torch.empty(sum(sizes), dtype=online[0].dtype, pin_memory=True)
+    values = [part.view(value.shape) for part, value in zip(torch.split(flat, sizes), online, strict=True)]
+    with torch.cuda.stream(side):
+        for value, source in zip(values, online, strict=True):
+            value.copy_(source, non_blocking=True)
+        return values, side.record_event()
+
+
+def _leaves_gpu(averaged: Tensor, online: Tensor) -> bool:
+    return online.is_cuda and averaged.device.type == "cpu"
 
 
 def _lerp_buffers(averaged: Tensors, online: Tensors, weight: float) -> None:

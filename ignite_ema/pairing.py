@@ -80,7 +80,12 @@ class Pairing:
             pass  # a name is gone, holds None, a tensor without memory, or one that is gathered from its shards
         for root in self._structure.roots:
             reshard(root)
-        self._arrange(self._structure.followed())
+        try:
+            self._arrange(self._structure.followed())
+        except Mismatch as mismatch:
+            if not self._sharded and any(map(is_sharded, self._structure.roots[0].parameters())):
+                raise Mismatch(f"{mismatch} (call fully_shard before the handler is made)") from None
+            raise
         return self._tensors()
 
     def _tensors(self) -> Tensors:
@@ -178,7 +183,7 @@ class Pairing:
             kernel = kernels.lerping_kernel_for(averaged, online, pair.kind == "_buffers")
             resolution = torch.finfo(averaged.dtype).eps
         else:
-            kernel, resolution = kernels.copying_kernel_for(averaged), 0.0
+            kernel, resolution = kernels.copying_kernel_for(averaged, online), 0.0
         return kernel, resolution, averaged.dtype, averaged.device, online.dtype, online.device
 
 

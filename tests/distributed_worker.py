@@ -152,6 +152,23 @@ def sharded_in_part(model):
     return model
 
 
+def replicated_mesh():
+    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+
+
+def sharded_and_replicated(model):
+    """Two copies, each sharded over half of the ranks (HSDP)."""
+    fully_shard(model.body, mesh=replicated_mesh())
+    return fully_shard(model, mesh=replicated_mesh())
+
+
+def sharded_over_meshes(model):
+    """A part over all ranks, another one with a copy on each half, and the rest over all."""
+    fully_shard(model.body, mesh=mesh())
+    fully_shard(model.narrow, mesh=replicated_mesh())
+    return fully_shard(model, mesh=mesh())
+
+
 def compiled(model):
     return torch.compile(model, backend="eager")
 
@@ -166,6 +183,8 @@ CASES = {
     "FSDP2 in part": sharded_in_part,
     "FSDP2 that keeps gathered weights": lambda model: sharded(model, reshard_after_forward=False),
     "FSDP2 in mixed precision": lambda model: sharded(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16)),
+    "FSDP2 with replicas": sharded_and_replicated,
+    "FSDP2 over several meshes": sharded_over_meshes,
     "compiled FSDP2": lambda model: compiled(sharded(model)),
 }
 

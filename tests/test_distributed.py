@@ -3,8 +3,10 @@
 A scenario is a function that each process of a world calls; the tests say which worlds.
 """
 
+import errno
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +21,7 @@ import torch
 import torch._dynamo.testing
 import torch.distributed as dist
 from distributed_worker import (
+    CASES,
     Net,
     Run,
     full,
@@ -38,12 +41,15 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
 from torch.distributed import fsdp
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ignite_ema import EMAHandler, ModelAverage
-from ignite_ema.distributed import ShardedSaver, gathered_state_dict, load_objects
+from ignite_ema.distributed import ShardedSaver, gathered_state_dict, load_objects, sync_buffers
+from ignite_ema.steps import StepWatch
 
 WORLDS = {
     "plain": [1],
@@ -54,6 +60,8 @@ WORLDS = {
     "FSDP2 in part": [3],
     "FSDP2 that keeps gathered weights": [2],
     "FSDP2 in mixed precision": [2],
+    "FSDP2 with replicas": [4],
+    "FSDP2 over several meshes": [4],
 }
 ALL_WORLDS = {**WORLDS, "DDP of a compiled model": [2], "compiled FSDP2": [2]}
 
@@ -183,7 +191,7 @@ def updates_without_communication(folder, case):
     assert (seen.get_total_counts() > 0) == is_sharded_case(case)  # it would have been seen
 
 
-@pytest.mark.parametrize("case", ["DDP", "FSDP2", "FSDP2 in part"])
+@pytest.mark.parametrize("case", ["DDP", "FSDP2", "FSDP2 in part", "FSDP2 over several meshes"])
 def test_an_update_communicates_nothing(world, case):
     world(2, updates_without_communication, case)
 
@@ -295,7 +303,8 @@ def is_sharded_too_late(folder):
     sharded(model)
     before = local_bits(average.module)
     text = (
-        "The model should keep .* 'embedding.weight' is sharded .* and not sharded in the twin; make the change before"
+        "The model should keep .* 'embedding.weight' is sharded .* and not sharded in the twin "
+        r"\(call fully_shard before the handler is made\); make the change before"
     )
     with pytest.raises(RuntimeError, match=text):
         average.update(0.5)
@@ -308,10 +317,10 @@ def test_a_model_that_is_sharded_after_its_average_was_made_is_refused(world):
     world(2, is_sharded_too_late)
 
 
-def skips_together(folder, rank):
-    model = sharded(Even())
+def skips_together(folder, rank, case):
+    model = CASES[case](Net())
     with torch.device("meta"):
-        twin = sharded(Even())
+        twin = CASES[case](Net())
     average = ModelAverage(model, ema_model=twin, skip_nonfinite=True)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -326,9 +335,12 @@ def skips_together(folder, rank):
     assert local_bits(twin) == before
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_nan_in_one_shard_is_skipped_on_all_ranks(world, rank):
-    world(2, skips_together, rank)
+@pytest.mark.parametrize(
+    ("ranks", "rank", "case"),
+    [(2, 0, "FSDP2"), (2, 1, "FSDP2"), (4, 3, "FSDP2 with replicas"), (4, 2, "FSDP2 over several meshes")],
+)
+def test_a_nan_in_one_shard_is_skipped_on_all_ranks(world, ranks, rank, case):
+    world(ranks, skips_together, rank, case)
 
 
 # Ignite's own way to several processes.
@@ -359,10 +371,9 @@ def _train_with_idist(local_rank, results):
     trainer = Engine(step)
     handler.attach(trainer)
     trainer.run(range(5))
-    results.append(full_bits(handler.ema_model))
-    for buffer in handler.ema_model.buffers():  # the remedy of the README
-        dist.broadcast(buffer, src=0)
-    results.append(full_bits(handler.ema_model))
+    for sync in (lambda: None, lambda: sync_buffers(handler.ema_model), lambda: sync_buffers(model, source=1)):
+        sync()
+        results.append(full_bits(handler.ema_model) | {"model": full_bits(handler.model)})
 
 
 def free_port():
@@ -372,11 +383,96 @@ def free_port():
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_averages_are_equal_on_all_ranks_and_statistics_after_a_broadcast(world, ranks):
-    averages, broadcast = zip(*world(ranks, trains_with_idist, free_port()), strict=True)
-    differ = {name for name in averages[0] if any(other[name] != averages[0][name] for other in averages)}
-    assert differ == {"norm.running_mean", "norm.running_var"}
-    assert all(other == averages[0] for other in broadcast)
+def test_averages_are_equal_on_all_ranks_and_statistics_once_they_are_synchronised(world, ranks):
+    averages, synced, last = zip(*world(ranks, trains_with_idist, free_port()), strict=True)
+    statistics = {"norm.running_mean", "norm.running_var"}
+    models = [average.pop("model") for average in averages]
+    for first, *others in (averages, models):
+        assert {name for name in first if any(other[name] != first[name] for other in others)} == statistics
+    assert [other.pop("model") for other in synced] == models
+    assert all(other == averages[0] for other in synced)
+    assert all(other["model"] == models[1] for other in last)
+
+
+class Statistics(nn.Module):
+    """Buffers that a broadcast does not take as they are, and one that is sharded."""
+
+    def __init__(self):
+        super().__init__()
+        rank = dist.get_rank()
+        self.weight = nn.Parameter(torch.full((2,), float(rank)))
+        self.register_buffer("transposed", torch.full((2, 3), float(rank)).t())
+        self.register_buffer("count", torch.tensor(rank))
+        self.register_buffer("flags", torch.tensor([rank == 1, True]), persistent=False)
+        self.register_buffer("narrow", torch.full((2,), float(rank), dtype=torch.bfloat16))
+        self.register_buffer("empty", torch.empty(0))
+        self.register_buffer("sharded", distribute_tensor(torch.arange(4.0), mesh(), [Shard(0)]))
+
+
+def synchronises(folder):
+    module = Statistics()
+    before = module.sharded.to_local().clone()
+    sync_buffers(module, source=1)
+    assert torch.equal(module.transposed, torch.ones(3, 2))
+    assert module.count.item() == 1
+    assert module.flags.tolist() == [True, True]
+    assert module.narrow.tolist() == [1, 1]
+    assert torch.equal(module.sharded.to_local(), before)
+    assert module.weight.tolist() == [dist.get_rank()] * 2
+
+
+def test_buffers_of_any_kind_are_synchronised(world):
+    world(2, synchronises)
+
+
+def test_one_process_has_nothing_to_synchronise():
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(3)
+    sync_buffers(norm)
+    assert norm.running_mean.tolist() == [3, 3]
+
+
+# A handler that is not made as it should be.
+
+
+def is_made_before_ddp(folder, same_seed):
+    torch.manual_seed(0 if same_seed else dist.get_rank())
+    model = Even()
+    handler = EMAHandler(model, 0.25)
+    nn.parallel.DistributedDataParallel(model)  # which gives all ranks the weights of the first
+    trainer = Engine(lambda engine, batch: None)
+    handler.attach(trainer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.run(range(1))
+    return [str(warning.message) for warning in caught]
+
+
+def test_an_average_that_was_made_of_other_weights_than_ddp_trains_is_reported(world):
+    assert world(2, is_made_before_ddp, True) == [[], []]
+    first, second = world(2, is_made_before_ddp, False)
+    assert first == []
+    assert [text.partition(" when ")[0] for text in second] == ["The model has other weights than"]
+
+
+def is_made_on_the_first_rank_alone(folder, case):
+    run = Run(case)
+    objects = run.objects()
+    if dist.get_rank() == 1:
+        del objects["ema_handler"]
+    checkpoint = Checkpoint(objects, ShardedSaver(folder / "checkpoints"))
+    run.train(2)  # each rank averages by itself, so nothing waits
+    with pytest.raises(
+        ValueError,
+        match="should have the same objects on all ranks, got 'ema_handler' on rank 0 and not on rank 1; build them",
+    ):
+        checkpoint(run.trainer)
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize("case", ["DDP", "FSDP2"])
+def test_a_handler_on_the_first_rank_alone_is_refused_when_it_is_saved(world, case):
+    world(2, is_made_on_the_first_rank_alone, case)
 
 
 # Checkpoints.
@@ -416,9 +512,26 @@ def saved(tmp_path_factory):
     return folder, run_world(folder, 2, saves)[0]
 
 
-@pytest.mark.parametrize(("ranks", "case"), [(1, "plain"), (1, "FSDP2"), (2, "FSDP2"), (3, "FSDP2"), (2, "DDP")])
+LOADING = {
+    "plain": [1],
+    "FSDP2": [1, 2, 3],
+    "DDP": [2],
+    "FSDP2 with replicas": [4],
+    "FSDP2 over several meshes": [4],
+}
+
+
+@in_worlds(LOADING)
 def test_any_number_of_ranks_loads_what_two_have_saved(saved, ranks, case):
-    folder, due = saved
+    assert_loads(*saved, ranks, case)
+
+
+@pytest.mark.parametrize("case", ["FSDP2 with replicas", "FSDP2 over several meshes"])
+def test_other_meshes_load_what_several_have_saved(world, tmp_path, case):
+    assert_loads(tmp_path, world(4, saves, case)[0], 3, "FSDP2")
+
+
+def assert_loads(folder, due, ranks, case):
     for got in run_world(folder, ranks, loads, case, "checkpoint_4.pt"):
         for key, value in due.items():
             if isinstance(value, dict):
@@ -528,8 +641,8 @@ def saves_again(folder):
         checkpoint(run.trainer)
 
 
-def gathers(folder):
-    run = Run("FSDP2")
+def gathers(folder, case):
+    run = Run(case)
     run.train(2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -544,9 +657,101 @@ def gathers(folder):
         assert {name for name in due if name != "cache" and got[name] != due[name]} == set()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_whole_average_is_gathered_on_the_first_rank(world, ranks):
-    world(ranks, gathers)
+GATHERED = {"FSDP2": [1, 2, 3], "FSDP2 with replicas": [4], "FSDP2 over several meshes": [4]}
+
+
+@in_worlds(GATHERED)
+def test_the_whole_average_is_gathered_on_the_first_rank(world, ranks, case):
+    world(ranks, gathers, case)
+
+
+FAILURES = {
+    "a full disk": OSError(errno.ENOSPC, "No space left on device"),
+    "anything else": RuntimeError("the writer fell over."),
+}
+
+
+def fails_in_between(folder, failure, rank, asynchronous, reported_by):
+    """Writes a checkpoint, then one that fails on a rank, then another one."""
+    run = Run("FSDP2")
+    checkpoint = run.checkpoint(folder / "checkpoints", asynchronous=asynchronous)
+    saver = checkpoint.save_handler
+
+    def fail(*args):
+        raise FAILURES[failure]
+
+    def save(until):
+        run.train(until)
+        checkpoint(run.trainer)
+
+    def save_and_report():
+        save(3)
+        saver.wait() if reported_by == "wait" else save(4)
+
+    save(2)
+    saver.wait()
+    reason = re.escape(str(FAILURES[failure]).removesuffix("."))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == "publishing":
+            patch.setattr(saver, "_publish", fail)
+        elif rank == dist.get_rank():
+            patch.setattr(FileSystemWriter, "write_data", fail)
+        at = 0 if rank == "publishing" else rank
+        with pytest.raises(RuntimeError, match=NOT_SAVED.format(at, reason)):
+            save_and_report()
+    saver.wait()  # it was said once
+    dist.barrier()
+    assert names(folder) == ["checkpoint_2.pt"]
+    dist.barrier()
+    save(5)
+    saver.wait()
+    dist.barrier()
+    assert names(folder) == ["checkpoint_5.pt"]
+
+
+NOT_SAVED = (
+    r"checkpoints/checkpoint_3.pt' should be saved by all ranks, but rank {} could not \(\w+Error: .*{}\); the "
+    "checkpoint before it is still there"
+)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("reported_by", ["wait", "next"])
+def test_a_failure_in_the_background_is_raised_on_all_ranks(world, failure, rank, reported_by):
+    world(2, fails_in_between, failure, rank, True, reported_by)
+
+
+def test_a_failure_to_publish_in_the_background_is_raised_on_all_ranks(world):
+    world(2, fails_in_between, "a full disk", "publishing", True, "wait")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failure_is_raised_on_all_ranks(world, rank):
+    world(2, fails_in_between, "a full disk", rank, False, "wait")
+
+
+def loses_its_directory(folder, asynchronous):
+    run = Run("FSDP2")
+    checkpoint = run.checkpoint(folder / "checkpoints", asynchronous=asynchronous)
+    run.train(3)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (folder / "checkpoints").rmdir()
+        (folder / "checkpoints").write_text("a file")
+    dist.barrier()
+
+    def save():
+        checkpoint(run.trainer)
+        checkpoint.save_handler.wait()
+
+    with pytest.raises(RuntimeError, match=NOT_SAVED.format(0, "'.*checkpoints.*'")):
+        save()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_directory_that_cannot_be_written_is_raised_on_all_ranks(world, asynchronous):
+    world(2, loses_its_directory, asynchronous)
 
 
 def fails_to_save(folder):
@@ -614,6 +819,29 @@ def test_an_optimizer_gets_its_state_where_it_had_some(tmp_path):
     load_objects(fresh.objects, path)
     assert_loaded(small, fresh)
     assert all(parameter.grad is None for parameter in fresh.model.parameters())
+
+
+def test_making_that_state_is_no_step_for_those_who_watch(tmp_path):
+    path, fresh, seen = Small().save(tmp_path), Small(), []
+    watch = StepWatch(fresh.optimizer)
+    handles = [
+        fresh.optimizer.register_step_pre_hook(lambda *args: seen.append("before")),
+        fresh.optimizer.register_step_post_hook(lambda *args: seen.append("after")),
+        register_optimizer_step_pre_hook(lambda *args: seen.append("before any")),
+        register_optimizer_step_post_hook(lambda *args: seen.append("after any")),
+    ]
+    try:
+        load_objects(fresh.objects, path)
+        assert not watch.has_stepped
+        assert seen == []
+        fresh.optimizer.step()
+        assert watch.has_stepped
+        assert sorted(seen) == ["after", "after any", "before", "before any"]
+    finally:
+        for handle in handles:
+            handle.remove()
+    fresh.optimizer.step()
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("name", ["model", "optimizer", "ema_handler"])

@@ -2,13 +2,22 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
+from functools import cache
 from math import log2
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ignite_ema import ModelAverage
+from tests.benchmarks import cost
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text()
@@ -60,21 +69,136 @@ def test_the_mean_of_three_epochs_has_statistics_of_the_whole_data(names):
     assert names["swa_handler"].ema_model[1].num_batches_tracked == len(names["data"])
 
 
-def test_the_sharded_script_goes_on_with_another_number_of_ranks(tmp_path):
-    (script,) = (block[1] for block in BLOCKS if block[1].startswith(SCRIPT))
-    (tmp_path / "train.py").write_text(script)
-    for ranks, epochs in ((2, 2), (3, 4)):
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "train.py", str(epochs)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+(TRAIN,) = (block[1] for block in BLOCKS if block[1].startswith(SCRIPT))
+PIDS = "import os, pathlib\npathlib.Path('rank-' + os.environ['RANK']).write_text(str(os.getpid()))\n"
+
+
+@contextmanager
+def torchrun(folder, ranks, epochs):
+    """Starts the script for several ranks in `folder`, where it finds what a run before has left."""
+    folder.mkdir(exist_ok=True)
+    (folder / "train.py").write_text(PIDS + TRAIN)
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "train.py", str(epochs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.terminate()  # which takes the ranks along, where it has not ended
+        process.communicate(timeout=60)
+
+
+def train(folder, ranks, epochs):
+    with torchrun(folder, ranks, epochs) as process:
         # What it wrote counts, not its exit code: threads of torch's own may abort a process that has ended.
-        subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, check=False, timeout=120)
-        assert (tmp_path / "checkpoints" / f"checkpoint_{8 * epochs}.pt").exists()
+        said = process.communicate(timeout=120)[1].decode()
+    assert (folder / "checkpoints" / f"checkpoint_{8 * epochs}.pt").exists(), said
+
+
+def averaged(folder):
+    """The averaged weights, from a plain model that has loaded them."""
+    namespace = {}
+    model = re.search(r"^class Net.*?(?=^def )", TRAIN, flags=re.DOTALL | re.MULTILINE)[0]
+    exec(f"import torch\nfrom torch import nn\n{model}", namespace)
+    net = namespace["Net"]()
+    net.load_state_dict(torch.load(folder / "averaged.pt", weights_only=True))
+    return net.state_dict()
+
+
+def test_the_sharded_script_goes_on_with_another_number_of_ranks(tmp_path):
+    for ranks, epochs in ((2, 2), (3, 4)):
+        train(tmp_path, ranks, epochs)
     saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert saved == {f"checkpoint_{iteration}.pt" for iteration in (8, 16, 24, 32)}
-    namespace = {}
-    model = re.search(r"^class Net.*?(?=^def )", script, flags=re.DOTALL | re.MULTILINE)[0]
-    exec(f"import torch\nfrom torch import nn\n{model}", namespace)
-    namespace["Net"]().load_state_dict(torch.load(tmp_path / "averaged.pt", weights_only=True))
+    averaged(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The averaged weights of a run of so many epochs that was not killed."""
+
+    @cache
+    def run(epochs):
+        folder = tmp_path_factory.mktemp("straight")
+        train(folder, 2, epochs)
+        return averaged(folder)
+
+    return run
+
+
+def iteration_of(checkpoint):
+    return int(checkpoint.stem.partition("_")[2])
+
+
+@pytest.mark.parametrize("victims", [["1"], ["0", "1"]], ids=["one rank", "all ranks"])
+def test_the_sharded_script_is_killed_and_goes_on_to_the_same_average(tmp_path, straight, victims):
+    with torchrun(tmp_path, 2, 10_000) as process:
+        end = time.monotonic() + 60
+        while not list(tmp_path.glob("checkpoints/checkpoint_*.pt")):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        for rank in victims:
+            os.kill(int((tmp_path / f"rank-{rank}").read_text()), signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert process.returncode > 0
+    last = max(tmp_path.glob("checkpoints/checkpoint_*.pt"), key=iteration_of)
+    epochs, written = iteration_of(last) // 8 + 1, last.stat().st_mtime_ns
+    train(tmp_path, 3, epochs)
+    assert last.stat().st_mtime_ns == written  # it went on from there
+    got, due = averaged(tmp_path), straight(epochs)
+    for name in due:
+        if name.endswith("in_proj_bias"):
+            # A bias of keys changes nothing: its gradient is rounding noise, which AdamW scales up.
+            got[name][16:32] = due[name][16:32]
+        torch.testing.assert_close(got[name], due[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_cost_is_what_its_bytes_give():
+    found = re.findall(r"^\| (\d+)B parameters \|(.*)\|$", TEXT, flags=re.MULTILINE)
+    assert [billions for billions, _ in found] == ["1", "8", "70"]
+    for billions, row in found:
+        parameters = 1e9 * int(billions)
+        for devices, cell in zip((1, 8, 1024), row.split("|"), strict=True):
+            gibibytes = cost.held(parameters, devices) / 2**30
+            milliseconds = cost.milliseconds(parameters, devices, bandwidth=4.8e12)
+            assert cell.strip() == f"{gibibytes:.3g} GiB, {milliseconds:.3g} ms"
+
+
+@pytest.mark.parametrize(
+    ("held_by_model", "held", "due"),
+    [(torch.float32, None, 12), (torch.bfloat16, None, 6), (torch.bfloat16, torch.float32, 18)],
+)
+def test_an_update_moves_as_many_bytes_as_it_says(held_by_model, held, due):
+    model = torch.nn.Linear(512, 512, bias=False).to(held_by_model)
+    average = ModelAverage(model, dtype=held)
+    with Bytes() as seen:
+        average.update(0.5)
+    assert seen.moved == due * model.weight.numel()
+    assert f"{due} bytes per parameter" in TEXT or f"({due} where" in TEXT or f"; {due} for" in TEXT
+    assert average.module.weight.nbytes == model.weight.numel() * (held or held_by_model).itemsize
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations read and write."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
+        self.moved += sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+        if operation._schema.name.endswith("_"):
+            self.moved += tensors[0].nbytes  # which is written as well as read
+        return result
+
+
+def test_the_cost_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr(cost, "CONTIGUOUS", 2**16)
+    cost.main(["--parameters", "4e7", "--devices", "1", "1024", "--rounds", "2"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("33,554,432 of 4e+07 parameters on one of 1 devices, in 2 tensors: ")
+    assert second.startswith("32,768 of 4e+07 parameters on one of 1,024 devices, in 2 tensors: ")
 
 
 def test_each_row_for_those_who_come_from_another_system_has_its_test():

@@ -1,0 +1,261 @@
+"""The contract on a GPU: no wait of the host, CUDA graphs, resume, swap, and an average that is held on the CPU."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from ignite.engine import Engine
+from ignite.handlers import Checkpoint, DiskSaver
+from torch import nn
+
+from ignite_ema import EMAHandler, ModelAverage, kernels
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no CUDA device", allow_module_level=True)
+
+DEVICE = torch.device("cuda", 0)
+
+
+class Net(nn.Module):
+    """Weights, a batch norm, an integer buffer, a mask with infinities, and a weight in another memory format."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm2d(5)
+        self.head = nn.Linear(5, 3)
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("positions", torch.arange(4))
+
+    def forward(self, x):
+        return self.head(self.norm(self.convolution(x)).mean(dim=(2, 3)))
+
+
+def made(held_by_model=torch.float32, **options):
+    torch.manual_seed(0)
+    model = Net().to(DEVICE, held_by_model)
+    return model, ModelAverage(model, **options)
+
+
+@torch.no_grad()
+def move(model):
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.add_(torch.ones_like(tensor) if not tensor.is_floating_point() else torch.rand_like(tensor))
+
+
+@contextmanager
+def no_wait():
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def double(module):
+    return {n: t.detach().cpu().double() for n, t in (*module.named_parameters(), *module.named_buffers())}
+
+
+def followed(due, model, momentum, averages_buffers):
+    """The float64 reference, one update on; infinities and integers as they are."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, value in double(model).items():
+        averages = name in parameters or (averages_buffers and buffers[name].is_floating_point())
+        # where all is copied, 0 times an infinity would be a NaN
+        due[name] = (1 - momentum) * due[name] + momentum * value if averages and momentum < 1 else value
+
+
+def assert_follows(module, due, precision):
+    for name, tensor in double(module).items():
+        torch.testing.assert_close(tensor, due[name], rtol=precision, atol=precision)
+
+
+CASES = {  # what the model is held in, and its average
+    "float32": (torch.float32, None),
+    "bfloat16 in float32": (torch.bfloat16, torch.float32),
+    "bfloat16": (torch.bfloat16, None),
+    "float32 in float64": (torch.float32, torch.float64),
+}
+
+
+def made_as(case, **options):
+    held_by_model, dtype = CASES[case]
+    return made(held_by_model, dtype=dtype, **options)
+
+
+def precision_of(case):
+    # bfloat16 has 8 bits, and rounds at each of few updates
+    return 5e-2 if case == "bfloat16" else 1e-6
+
+
+@pytest.mark.parametrize("handle_buffers", ["copy", "update"])
+@pytest.mark.parametrize("case", CASES)
+def test_an_update_does_not_make_the_host_wait(case, handle_buffers):
+    model, average = made_as(case, handle_buffers=handle_buffers)
+    due = double(average.module)
+    with pytest.raises(RuntimeError, match="synchronizing"), no_wait():
+        model.head.bias.sum().item()  # it would be seen
+    for momentum in (0.25, 0.5, 1.0, 0.0, 0.25):
+        move(model)
+        with no_wait():
+            average.update(momentum)
+        if momentum != 0:  # which copies buffers, but averages nothing
+            followed(due, model, momentum, handle_buffers == "update")
+    assert_follows(average.module, due, precision_of(case))
+
+
+def test_rebound_weights_do_not_make_the_host_wait():
+    model, average = made()
+    due = double(average.module)
+    with torch.no_grad():
+        model.load_state_dict({name: tensor + 1 for name, tensor in model.state_dict().items()}, assign=True)
+    with no_wait():
+        average.update(0.25)
+    followed(due, model, 0.25, False)
+    assert_follows(average.module, due, 1e-6)
+
+
+@pytest.mark.parametrize("handle_buffers", ["copy", "update"])
+@pytest.mark.parametrize("case", ["float32", "bfloat16 in float32"])
+def test_an_update_in_a_graph_follows_the_reference(case, handle_buffers):
+    model, average = made_as(case, handle_buffers=handle_buffers)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # a warm-up, as torch asks for
+        average.update(0.25)
+    torch.cuda.current_stream().wait_stream(side)
+    average.reset()
+    due = double(average.module)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        average.update(0.25)
+    assert_follows(average.module, due, 0)  # capturing does nothing
+    for _ in range(5):
+        move(model)
+        graph.replay()
+        followed(due, model, 0.25, handle_buffers == "update")
+    assert_follows(average.module, due, 1e-6)
+
+
+class Run:
+    """Model, AdamW and trainer, with batches that depend on nothing but the iteration."""
+
+    def __init__(self, seed=0, **options):
+        torch.manual_seed(seed)
+        self.model = Net().to(DEVICE)
+        self.handler = EMAHandler(self.model, 0.25, **options)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
+        self.trainer = Engine(self.step)
+        self.handler.attach(self.trainer)
+        self.objects = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "ema_handler": self.handler,
+            "trainer": self.trainer,
+        }
+
+    def step(self, engine, batch):
+        generator = torch.Generator().manual_seed(engine.state.iteration)
+        x, y = torch.randn(8, 3, 6, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.model(x.to(DEVICE)), y.to(DEVICE)).backward()
+        self.optimizer.step()
+
+    def train(self, epochs):
+        self.trainer.run(range(3), max_epochs=epochs)
+
+
+def bits(module):
+    return {
+        n: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist() for n, t in module.state_dict().items()
+    }
+
+
+@pytest.fixture
+def deterministic():
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        yield
+
+
+PLACES = {"on the GPU": {}, "on the CPU": {"device": "cpu"}}
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("options", PLACES.values(), ids=PLACES)
+def test_resuming_is_exact(tmp_path, options):
+    straight = Run(**options)
+    straight.train(4)
+    killed = Run(**options)
+    killed.train(2)
+    checkpoint = Checkpoint(killed.objects, DiskSaver(tmp_path), filename_pattern="{name}.{ext}")
+    checkpoint(killed.trainer)
+    resumed = Run(seed=1, **options)
+    Checkpoint.load_objects(resumed.objects, tmp_path / "checkpoint.pt")
+    resumed.train(4)
+    assert resumed.handler.num_updates == straight.handler.num_updates == 12
+    assert bits(resumed.model) == bits(straight.model)
+    assert bits(resumed.handler.ema_model) == bits(straight.handler.ema_model)
+
+
+@pytest.mark.parametrize("options", PLACES.values(), ids=PLACES)
+def test_swapping_is_exact(options):
+    run = Run(**options)
+    run.train(1)
+    before, averaged = bits(run.model), bits(run.handler.ema_model)
+    assert before != averaged
+    with run.handler.swapped():
+        assert bits(run.model) == averaged
+        assert all(tensor.device == DEVICE for tensor in run.model.state_dict().values())
+    assert bits(run.model) == before
+    assert bits(run.handler.ema_model) == averaged
+
+
+# The average on the CPU.
+
+
+@pytest.mark.parametrize("handle_buffers", ["copy", "update"])
+@pytest.mark.parametrize("case", ["float32", "bfloat16 in float32"])
+@pytest.mark.parametrize("chunk", [kernels._CHUNK, 100], ids=["one chunk", "many chunks"])
+def test_an_average_on_the_cpu_follows_the_reference(monkeypatch, case, handle_buffers, chunk):
+    monkeypatch.setattr(kernels, "_CHUNK", chunk)
+    model, average = made_as(case, handle_buffers=handle_buffers, device="cpu")
+    assert {tensor.device.type for tensor in average.module.state_dict().values()} == {"cpu"}
+    due = double(average.module)
+    for momentum in (0.25, 1.0, 0.25):
+        move(model)
+        average.update(momentum)
+        followed(due, model, momentum, handle_buffers == "update")
+    model.head.weight = nn.Parameter(torch.rand_like(model.head.weight))  # rebound, and not contiguous
+    model.norm.weight = nn.Parameter(torch.rand(10, device=DEVICE, dtype=model.norm.weight.dtype)[::2])
+    average.update(0.25)
+    followed(due, model, 0.25, handle_buffers == "update")
+    assert_follows(average.module, due, 1e-6)
+
+
+def test_what_is_under_way_is_waited_for_on_both_sides():
+    """A long queue before an update is awaited by it, and what is queued after it does not reach the average."""
+    model = nn.Linear(4096, 4096, bias=False, device=DEVICE)
+    average = ModelAverage(model, device="cpu")
+    noise = torch.randn(4096, 4096, device=DEVICE)
+    with torch.no_grad():
+        for i in range(5):
+            for _ in range(30):
+                noise = (noise @ noise).clamp(-1, 1)
+            model.weight.copy_(noise).fill_(i)  # once all of that is done
+            average.update(1.0)
+            model.weight.fill_(-1)
+            assert average.module.weight.unique().tolist() == [i]
+
+
+def test_the_copies_come_through_page_locked_memory(monkeypatch):
+    seen, lerp = [], kernels._lerp_converted
+
+    def spy(averaged, online, weight):
+        seen.extend(value.is_pinned() for value in online)
+        lerp(averaged, online, weight)
+
+    model, average = made(device="cpu")
+    monkeypatch.setattr(kernels, "_lerp_converted", spy)
+    average.update(0.25)
+    assert seen == [True] * len(list(model.parameters()))
