@@ -4,37 +4,34 @@ Ignite's ``Checkpoint`` asks every rank for its states and writes those of one. 
 of them, by way of :mod:`torch.distributed.checkpoint`. Nothing in a checkpoint is run when it is read.
 """
 
-import io
 import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from ignite.handlers.checkpoint import BaseSaveHandler, Checkpoint
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from .handler import EMAHandler
-from .sharding import is_sharded
+from .ranks import first_said, is_first_rank, on_first_rank, rank
+from .sharded_files import Planner, Reader
+from .sharding import is_sharded, whole
 
 __all__ = ["ShardedSaver", "gathered_state_dict", "load_objects", "sync_buffers"]
-
-_T = TypeVar("_T")
 
 
 class ShardedSaver(BaseSaveHandler):
@@ -83,7 +80,7 @@ class ShardedSaver(BaseSaveHandler):
         self._failure: Exception | None = None
         # Of its own, for what a thread of each rank sends would get mixed up with what training sends meanwhile.
         self._group = dist.new_group(backend="gloo") if asynchronous else None
-        _on_first_rank(partial(self._prepare, require_empty))
+        on_first_rank(partial(self._prepare, require_empty))
 
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
         """Saves the states of this rank; to be called on all ranks.
@@ -95,13 +92,13 @@ class ShardedSaver(BaseSaveHandler):
         self.wait()
         beside = self._beside(filename)
         _check_same_objects(checkpoint)
-        _on_first_rank(lambda: shutil.rmtree(beside, ignore_errors=True))  # of a save that failed
+        on_first_rank(lambda: shutil.rmtree(beside, ignore_errors=True))  # of a save that failed
         publish = partial(self._publish, beside, filename, tuple(self._dropped))
         if not self.asynchronous:
             try:
                 with _single_process():
                     save(dict(checkpoint), checkpoint_id=beside, planner=_first_rank_counts())
-                _on_first_rank(publish)
+                on_first_rank(publish)
             except (CheckpointException, OSError) as error:  # on all ranks
                 self._report(filename, error)
             return
@@ -109,7 +106,7 @@ class ShardedSaver(BaseSaveHandler):
 
         def publish_if_saved(future: Any) -> None:
             try:
-                if future.exception() is None and _rank() == 0:
+                if future.exception() is None and is_first_rank():
                     publish()
             except Exception as error:  # which the future would keep to itself
                 self._failure = error
@@ -124,7 +121,7 @@ class ShardedSaver(BaseSaveHandler):
 
     def remove(self, filename: str) -> None:
         """Notes that a checkpoint is not needed any more; it goes when the next one is there."""
-        if _rank() == 0:
+        if is_first_rank():
             self._dropped.append(filename)
 
     def wait(self) -> None:
@@ -142,8 +139,8 @@ class ShardedSaver(BaseSaveHandler):
 
     def _report(self, filename: str, error: BaseException | None) -> None:
         """Raises RuntimeError on all ranks where there is an error on one; what has been written so far goes."""
-        if reason := _first(None if error is None else _reason(error)):
-            if _rank() == 0:
+        if reason := first_said(None if error is None else _reason(error)):
+            if is_first_rank():
                 shutil.rmtree(self._beside(filename), ignore_errors=True)
             raise RuntimeError(
                 f"'{self.dirname / filename}' should be saved by all ranks, but {reason}; the checkpoint before it is "
@@ -202,7 +199,7 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str])
             f"'{path}' should be a directory that ShardedSaver wrote, but there is no '.metadata' in it; name one of "
             "its checkpoints."
         )
-    reader = _Reader(path)
+    reader = Reader(path)
     try:
         saved = reader.read_metadata().state_dict_metadata.keys()
         for name, value in to_load.items():
@@ -210,7 +207,7 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str])
                 _make_state(value, name, saved)
         states = {name: _unwrapped(value).state_dict() for name, value in to_load.items()}
         with _single_process():
-            load(_as_saved(states, saved), storage_reader=reader, planner=_Planner())
+            load(_as_saved(states, saved), storage_reader=reader, planner=Planner())
     except pickle.UnpicklingError as error:
         raise ValueError(f"'{path}' should be a checkpoint of ShardedSaver, but {error}.") from error
     except CheckpointException as error:
@@ -225,20 +222,19 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
     Gathers one tensor at a time. To be called on all ranks; ``checkpoints.save_file`` writes it on the first.
     """
     state = handler.state_dict()
-    is_first = _rank() == 0
-    whole: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path, tensor in state["averaged_tensors"].items():
-        full = tensor.full_tensor() if is_sharded(tensor) else tensor
-        if is_first:
-            whole[path] = full.detach().to("cpu", copy=True)
-    return {name: whole[path] for name, path in state["state_dict_names"].items()} if is_first else {}
+        gathered = whole(tensor)
+        if is_first_rank():
+            tensors[path] = gathered.detach().to("cpu", copy=True)
+    return {name: tensors[path] for name, path in state["state_dict_names"].items() if tensors}
 
 
 def _reason(error: BaseException) -> str:
-    rank = _rank()
+    where = rank()
     if isinstance(error, CheckpointException):
-        rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])
-    return f"rank {rank} could not ({type(error).__name__}: {str(error).removesuffix('.')})"
+        where, (error, _) = min(error.failures.items(), key=lambda item: item[0])
+    return f"rank {where} could not ({type(error).__name__}: {str(error).removesuffix('.')})"
 
 
 @torch.no_grad()
@@ -325,98 +321,15 @@ def _first_rank_counts() -> DefaultSavePlanner:
     return DefaultSavePlanner(dedup_save_to_lowest_rank=True)
 
 
-class _Planner(DefaultLoadPlanner):
-    """Loads values that are no tensors without running anything."""
-
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        try:
-            plain = torch.load(value, weights_only=True)
-        except Exception as error:
-            name = read_item.storage_index.fqn
-            raise ValueError(f"'{name}' holds something else than plain values, or is damaged") from error
-        stream = io.BytesIO()
-        torch.save(plain, stream)
-        stream.seek(0)
-        super().load_bytes(read_item, stream)
-
-
-class _Reader(FileSystemReader):
-    """Reads the table of contents without running anything."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        with (Path(self.path) / ".metadata").open("rb") as stream:
-            try:
-                metadata = _Contents(stream).load()
-            except Exception as error:  # damaged pickles raise whatever they come upon
-                raise pickle.UnpicklingError(f"its table of contents cannot be read: {error}") from error
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"its table of contents is a {type(metadata).__name__}")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-_KNOWN = {
-    "torch": {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)} | {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    },
-    "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
-    "collections": {"OrderedDict"},
-}
-
-
-class _Contents(pickle.Unpickler):
-    """Knows the classes of a table of contents, and no others."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _KNOWN.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not loaded")
-        return super().find_class(module, name)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _on_first_rank(action: Callable[[], _T]) -> _T:
-    """Calls ``action`` on the first rank, while the others wait; all get its result, or raise what goes wrong there."""
-    answer: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            answer[0] = action()
-        except Exception as error:
-            answer[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    result: _T = answer[0]
-    return result
-
-
-def _first(text: str | None) -> str | None:
-    """The first text that one of the ranks has to say."""
-    texts = [text]
-    if dist.is_initialized():
-        texts *= dist.get_world_size()
-        dist.all_gather_object(texts, text)
-    return next((said for said in texts if said is not None), None)
-
-
 def _check_same_objects(checkpoint: Collection[str]) -> None:
     """Raises ValueError on all ranks where they would not save the same; else those that have more wait for ever."""
-    names = _on_first_rank(lambda: sorted(checkpoint))
+    names = on_first_rank(lambda: sorted(checkpoint))
     differs = sorted({*names} ^ {*checkpoint})
     problem = None
     if differs:
-        having, lacking = (0, _rank()) if differs[0] in names else (_rank(), 0)
+        having, lacking = (0, rank()) if differs[0] in names else (rank(), 0)
         problem = f"got '{differs[0]}' on rank {having} and not on rank {lacking}"
-    if problem := _first(problem):
+    if problem := first_said(problem):
         raise ValueError(
             f"A checkpoint should have the same objects on all ranks, {problem}; build them, the EMA handler too, on "
             "all ranks, and save them on all."

@@ -9,12 +9,13 @@ written ``averaged + weight * (online - averaged)``: weights that do not change 
 the form above would lose a rounding error at each update.
 """
 
-from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from .staging import stage
 
 __all__ = ["Kernel", "copy", "copying_kernel_for", "is_finite", "lerping_kernel_for", "norms", "spoils"]
 
@@ -105,65 +106,12 @@ def _lerp_converted(averaged: Tensors, online: Tensors, weight: float) -> None:
 
 
 def _copy_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
-    _stage(_copy_strided, averaged, online, weight)
+    stage(_copy_strided, averaged, online, weight)
 
 
 def _lerp_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
     if weight != 0:
-        _stage(_lerp_converted, averaged, online, weight)
-
-
-_CHUNK = 2**28  # bytes
-
-
-def _stage(kernel: Kernel, averaged: Tensors, online: Tensors, weight: float) -> None:
-    """Brings the values from a GPU to the CPU chunk by chunk: the kernel works on one while the next is under way.
-
-    They come through page-locked memory, which torch keeps for the next time: that of two chunks of 256 MiB, or of two
-    tensors where they are larger. The host waits once for each chunk. The copies follow what the current stream has
-    been given so far, and nothing that it is given later waits for them.
-    """
-    side = _side_stream(online[0].device)
-    under_way: deque[tuple[Tensors, Tensors, torch.cuda.Event]] = deque()
-    for chunk in _chunks(online):
-        under_way.append((averaged[chunk], *_send(online[chunk], side)))
-        if len(under_way) == 2:
-            _finish(kernel, weight, *under_way.popleft())
-    _finish(kernel, weight, *under_way.popleft())
-
-
-def _finish(kernel: Kernel, weight: float, averaged: Tensors, values: Tensors, arrived: torch.cuda.Event) -> None:
-    arrived.synchronize()
-    kernel(averaged, values, weight)
-
-
-def _chunks(tensors: Tensors) -> list[slice]:
-    """Neighbours that have up to ``_CHUNK`` bytes together, but at least one tensor."""
-    bounds, size = [0], 0
-    for index, tensor in enumerate(tensors):
-        if size and size + tensor.nbytes > _CHUNK:
-            bounds.append(index)
-            size = 0
-        size += tensor.nbytes
-    return [slice(start, stop) for start, stop in zip(bounds, [*bounds[1:], len(tensors)], strict=True)]
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream that goes on from where the current one is."""
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream(device))
-    return side
-
-
-def _send(online: Tensors, side: torch.cuda.Stream) -> tuple[Tensors, torch.cuda.Event]:
-    """Starts copies into page-locked memory, and gives them with the event after which they hold the values."""
-    sizes = [value.numel() for value in online]
-    flat = torch.empty(sum(sizes), dtype=online[0].dtype, pin_memory=True)
-    values = [part.view(value.shape) for part, value in zip(torch.split(flat, sizes), online, strict=True)]
-    with torch.cuda.stream(side):
-        for value, source in zip(values, online, strict=True):
-            value.copy_(source, non_blocking=True)
-        return values, side.record_event()
+        stage(_lerp_converted, averaged, online, weight)
 
 
 def _leaves_gpu(averaged: Tensor, online: Tensor) -> bool:

@@ -4,10 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["is_first_rank", "is_sharded", "local", "on_any_rank", "reshard", "sharding", "whole"]
+__all__ = ["is_sharded", "local", "on_any_rank", "reshard", "sharding", "whole"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -24,11 +23,6 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered from all ranks, which have to call this; any other tensor itself."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def is_first_rank() -> bool:
-    """Whether this process is alone or the first of its group."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def sharding(tensor: Any) -> str:

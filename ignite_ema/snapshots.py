@@ -16,8 +16,9 @@ from . import kernels
 from .attachment import Event, Handles, check_name, members_of
 from .buffers import BufferRule
 from .loading import check_loadable
+from .ranks import is_first_rank
 from .schedules import PowerFunction
-from .sharding import is_first_rank, local
+from .sharding import local
 from .snapshot_files import StoredSnapshot, paths_in, read, write
 from .state import check_count, check_state
 from .streams import PowerOfSamples, Stream

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from .buffers import treatment_of
 from .files import compact
 from .handler import EMAHandler
+from .ranks import is_first_rank
 from .schedules import PowerFunction
-from .sharding import is_first_rank, whole
+from .sharding import whole
 
 __all__ = ["PowerOfSamples", "Stream"]
 

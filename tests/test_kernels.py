@@ -7,7 +7,7 @@ from weakref import WeakSet
 import pytest
 import torch
 
-from ignite_ema import kernels
+from ignite_ema import kernels, staging
 
 ALIVE = WeakSet()
 
@@ -38,9 +38,9 @@ def gpu(monkeypatch):
             value.fill_(nan if value.is_floating_point() else 99)
         return values, Arrival(log, list(zip(online, values, strict=True)))
 
-    monkeypatch.setattr(kernels, "_side_stream", lambda device: log.append("stream"))
-    monkeypatch.setattr(kernels, "_send", send)
-    monkeypatch.setattr(kernels, "_CHUNK", 1000)
+    monkeypatch.setattr(staging, "_side_stream", lambda device: log.append("stream"))
+    monkeypatch.setattr(staging, "_send", send)
+    monkeypatch.setattr(staging, "_CHUNK", 1000)
     return log
 
 
@@ -101,7 +101,7 @@ def test_what_is_sent_keeps_its_shapes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda side: nullcontext(done.append("stream")))
     online = [torch.randn(2, 3), torch.tensor(5.0), torch.randn(0, 4), torch.randn(2, 3, 4, 5), torch.randn(4, 6)[::2]]
     online[3] = online[3].to(memory_format=torch.channels_last)
-    values, arrived = kernels._send(online, Side())
+    values, arrived = staging._send(online, Side())
     assert arrived == "arrived"
     assert done == [(6 + 1 + 0 + 120 + 12, torch.float32), "stream", "event"]
     assert all(torch.equal(value, due) for value, due in zip(values, online, strict=True))
