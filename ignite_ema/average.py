@@ -15,7 +15,16 @@ from .momentum import checked_momentum
 from .pairing import Pairing
 from .sharding import local, reshard
 from .structure import Mismatch, Structure, names_of, tensors_of, unwrapped
-from .twin import check_own_twin, freeze, make_twin, materialise, refuse_lazy, refuse_unsupported, stripped
+from .twin import (
+    check_own_twin,
+    checked_device,
+    freeze,
+    make_twin,
+    materialise,
+    refuse_lazy,
+    refuse_unsupported,
+    stripped,
+)
 
 __all__ = ["ModelAverage"]
 
@@ -74,6 +83,8 @@ class ModelAverage:
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
     ) -> None:
+        if isinstance(model, type):
+            raise TypeError(f"model should be an nn.Module, got the class {model.__name__}; make one: call it.")
         if not isinstance(model, nn.Module):
             raise ValueError(
                 "model should be an instance of nn.Module or its subclasses, but got "
@@ -95,7 +106,7 @@ class ModelAverage:
         self._skip_nonfinite = skip_nonfinite
         self.num_skipped = 0
         if ema_model is None:
-            self.module = make_twin(self.model, dtype, None if device is None else torch.device(device), share_frozen)
+            self.module = make_twin(self.model, dtype, checked_device(device), share_frozen)
         else:
             check_own_twin(ema_model, dtype, device, share_frozen)
             materialise(ema_model, self.model)
@@ -231,6 +242,7 @@ class ModelAverage:
         self._has_moved = True
         if own:
             kernels.copy([local(tensor) for tensor in own.values()], [like(state[path], own[path]) for path in own])
+            self._pairing.choose_anew()
 
     def load_plain(self, plain: Mapping[str, Tensor]) -> None:
         """Fills the twin with a plain ``state_dict`` of its model, or the parameters of one.

@@ -221,6 +221,10 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
 
     Gathers one tensor at a time. To be called on all ranks; ``checkpoints.save_file`` writes it on the first.
     """
+    if not isinstance(handler, EMAHandler):
+        raise TypeError(
+            f"handler should be an EMAHandler, got {type(handler).__name__}; pass the one that averages it."
+        )
     state = handler.state_dict()
     tensors: dict[str, Tensor] = {}
     for path, tensor in state["averaged_tensors"].items():

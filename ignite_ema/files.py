@@ -1,5 +1,6 @@
 """Files of tensors: read without running anything that they hold, written whole or not at all. See `checkpoints`."""
 
+import errno
 import os
 import pickle
 import re
@@ -50,9 +51,11 @@ def load_file(path: str | os.PathLike[str]) -> Any:
             return _load_safetensors(path)
         with _lock:
             return _load_torch(path)
-    except (ImportError, OSError, MemoryError, _Foreign):
+    except (ImportError, MemoryError, _Foreign):
         raise
     except Exception as error:  # of a broken file nearly anything can come
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch says of a file that is cut short
+            raise
         kind = "safetensors" if path.suffix == ".safetensors" else "torch.save"
         raise ValueError(
             f"'{path}' should be a file that {kind} wrote, but it cannot be read as one; it may be cut short, or of "
@@ -181,6 +184,11 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
         OSError: where it cannot be written; nothing is left behind then, and an old file stays.
     """
     path = Path(path)
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"tensors should be a mapping from names to tensors, got {type(tensors).__name__}; pass the state_dict() "
+            "of a module."
+        )
     check_target(path, force=force)
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
@@ -206,6 +214,8 @@ def _check_place(path: Path, force: bool) -> None:
         raise ValueError(f"'{path}' should be a file, got a directory; name a file in it.")
     if path.resolve().exists() and not force:
         raise _exists(path)
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"'{path}' should be in a folder that exists, but there is none; make it first.")
 
 
 @contextmanager
@@ -225,7 +235,9 @@ def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(stat.S_IMODE(mode))
         _put(temporary, target, path, force)
-    except (RuntimeError, KeyError, ValueError, MemoryError) as error:
+    except (ImportError, OSError, TypeError):
+        raise
+    except Exception as error:  # of safetensors, and of torch where the disk is full
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise OSError(f"'{path}' could not be written: {reason}") from error
     finally:

@@ -78,7 +78,10 @@ def by_path(
 
 
 def _equal(held: Tensor, loaded: object) -> bool:
-    return isinstance(loaded, Tensor) and torch.equal(held.to(loaded), loaded)
+    if not isinstance(loaded, Tensor) or held.shape != loaded.shape:
+        return False
+    held = held.to(loaded)
+    return torch.equal(held, loaded) or bool(((held == loaded) | (held.isnan() & loaded.isnan())).all())
 
 
 def _check_one(path: str, held: Tensor, loaded: object) -> None:

@@ -17,7 +17,7 @@ def checked_momentum(value: object, what: str) -> float:
     if isinstance(value, Tensor) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{what} should be a momentum, a number in [0, 1], got {value!r}; set it to one.")
+        raise TypeError(f"{what} should be a momentum, a number in [0, 1], got {value!r}; 0.001 is usual.")
     momentum = float(value)
     if not 0 <= momentum <= 1:
         raise ValueError(

@@ -70,7 +70,9 @@ class Pairing:
                 tensors = self._tensors()
                 pointers, shapes, types = self._known
                 online = tensors[: len(shapes)]
-                if (
+                if self._frozen and [tensors[index]._version for index in self._frozen] != self._versions:
+                    pass  # they may hold infinities now, for which there is another kernel
+                elif (
                     list(map(self._pointer_of, tensors)) == pointers
                     and [tensor.shape for tensor in online] == shapes
                     and [tensor.dtype for tensor in online] == types
@@ -87,6 +89,10 @@ class Pairing:
                 raise Mismatch(f"{mismatch} (call fully_shard before the handler is made)") from None
             raise
         return self._tensors()
+
+    def choose_anew(self) -> None:
+        """Chooses kernels for the values that the twin has now."""
+        self._arrange(self._structure)
 
     def _tensors(self) -> Tensors:
         tensors = [owner[key] for owner, key in self._slots]
@@ -166,6 +172,8 @@ class Pairing:
         tensors = self._tensors()
         all_strided = all(tensor.layout is torch.strided for tensor in tensors)
         self._pointer_of = Tensor.data_ptr if all_strided else _pointer
+        self._frozen = [index for index in range(count) if _is_frozen(tensors[index])]
+        self._versions = [tensors[index]._version for index in self._frozen]
         self._devices = [tensor.device for tensor in tensors[:count]]
         self._taken = {_storage(tensor) for tensor in tensors[count:]}
         self._known = self._fingerprint(tensors)
@@ -217,6 +225,11 @@ def _give_memory(structure: Structure) -> None:
                 averaged.data = averaged.detach().clone()
         else:
             others.append((start, stop))
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    """Whether it is a parameter whose values are not expected to change, and are counted when they do."""
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad and not tensor.is_inference()
 
 
 def _storage(tensor: Tensor) -> int:

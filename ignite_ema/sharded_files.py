@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,20 @@ class Reader(FileSystemReader):
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
+        self._check_sizes(metadata.storage_data)
         return metadata
+
+    def _check_sizes(self, places: Mapping[Any, Any]) -> None:
+        """Raises UnpicklingError where a file is not there or cut short, before anything is loaded from the others."""
+        ends: dict[Path, int] = {}
+        for place in places.values():
+            file = Path(self.path) / place.relative_path
+            ends[file] = max(ends.get(file, 0), place.offset + place.length)
+        for file, end in ends.items():
+            if not file.is_file():
+                raise pickle.UnpicklingError(f"'{file.name}' is missing")
+            if file.stat().st_size < end:
+                raise pickle.UnpicklingError(f"'{file.name}' is cut short")
 
 
 _KNOWN = {

@@ -34,6 +34,12 @@ def check_state(state: Mapping[str, Any]) -> None:
             f"'ignite_ema_version' of the state should be {VERSION}, got {state['ignite_ema_version']}; load it with "
             "the ignite_ema that wrote it, or a newer one."
         )
+    for key, value in state.items():
+        if isinstance(value, Mapping) and "ignite_ema_version" in value:
+            raise ValueError(
+                f"The state of an EMAHandler should be what its state_dict() gave, got a mapping that has one under "
+                f"{key!r}; load that entry."
+            )
     for key in [*_STATE, *state]:
         if key not in state or key not in _STATE:
             what = "misses" if key in _STATE else "should not have"

@@ -11,7 +11,16 @@ from torch.nn.parameter import is_lazy
 from .sharding import is_sharded, sharding
 from .structure import inside, tensors_of
 
-__all__ = ["check_own_twin", "freeze", "make_twin", "materialise", "refuse_lazy", "refuse_unsupported", "stripped"]
+__all__ = [
+    "check_own_twin",
+    "checked_device",
+    "freeze",
+    "make_twin",
+    "materialise",
+    "refuse_lazy",
+    "refuse_unsupported",
+    "stripped",
+]
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -83,6 +92,27 @@ def check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen:
             )
 
 
+def checked_device(device: torch.device | str | None) -> torch.device | None:
+    """The device that is meant; raises TypeError or ValueError unless there is such a one, and it holds values."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"device should be a torch.device or a name such as 'cpu' or 'cuda:0', got {device!r}.") from None
+    if found.type == "meta":
+        raise ValueError("device should be one that holds values, got 'meta'; pass 'cpu' or an accelerator.")
+    try:
+        torch.empty(0, device=found)
+    except Exception as error:  # of which kind depends on the device
+        reason = str(error).partition("\n")[0].removesuffix(".")
+        raise ValueError(
+            f"device should be one that is there, got {str(device)!r} ({reason}); pass another."
+        ) from error
+    return found
+
+
 def materialise(twin: nn.Module, model: nn.Module) -> None:
     """Gives memory to a twin on the meta device, where the tensors of ``model`` live; its ties stay."""
     if not any(tensor.is_meta for tensor in tensors_of(twin).values()):
@@ -121,8 +151,6 @@ def make_twin(
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype should be a torch.dtype, such as torch.float32, got {dtype!r}.")
-    if device is not None and device.type == "meta":
-        raise ValueError("device should be one that holds values, got 'meta'; pass 'cpu' or an accelerator.")
     if dtype is not None and dtype not in _HOLDING_TYPES:
         raise ValueError(f"dtype should be one of {', '.join(map(str, _HOLDING_TYPES))}, got {dtype}.")
     with torch.inference_mode(False), torch.no_grad():

@@ -3,6 +3,11 @@
 import ignite.distributed as idist
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples at each test run, and others every night: pytest --hypothesis-profile nightly
+settings.register_profile("default", settings(deadline=None, derandomize=True, database=None))
+settings.register_profile("nightly", settings(deadline=None, max_examples=2000, print_blob=True))
 
 
 @pytest.fixture(scope="module")

@@ -207,3 +207,22 @@ def test_a_restored_momentum_wins_over_an_existing_attribute():
     handler.load_state_dict({**handler.state_dict(), "current_momentum": 0.125})
     handler.attach(trainer, warn_if_exists=False)
     assert trainer.state.ema_momentum == 0.125
+
+
+def masked(*values):
+    model = nn.Linear(1, 1)
+    model.mask = nn.Parameter(torch.tensor(values), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("twin_is_loaded", [True, False])
+def test_infinities_that_a_frozen_parameter_gets_later_are_no_nan(twin_is_loaded):
+    model, source = masked(0.0, 0.0), masked(0.0, -torch.inf)
+    average = ModelAverage(model)
+    average.update(0.5)
+    model.load_state_dict(source.state_dict())  # in place: nothing but the values changes
+    if twin_is_loaded:
+        average.module.load_state_dict(source.state_dict())
+    average.update(0.5)
+    average.update(0.5)
+    assert average.module.mask.tolist() == [0.0, -torch.inf]

@@ -5,7 +5,7 @@ import torch
 
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.models import MODELS
-from tests.benchmarks.peers import LIMIT, OURS, PEERS
+from tests.benchmarks.peers import EVENT, LIMIT, OURS, PEERS, Unavailable
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from tests.benchmarks.peers import LIMIT, OURS, PEERS
         ("many", 163_200, 1_200, 0),
         ("resnet50", 25_557_032, 161, 159),
         ("gpt2", 124_439_808, 148, 0),
+        ("gpt2-bfloat16", 124_439_808, 148, 0),
     ],
 )
 def test_models_have_the_published_numbers_of_tensors(name, parameters, tensors, buffers):
@@ -23,15 +24,28 @@ def test_models_have_the_published_numbers_of_tensors(name, parameters, tensors,
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert len(list(model.parameters())) == tensors
     assert len(list(model.buffers())) == buffers
-    assert all(p.dtype == torch.float32 for p in model.parameters())
+    dtype = torch.bfloat16 if name.endswith("bfloat16") else torch.float32
+    assert all(p.dtype == dtype for p in model.parameters())
 
 
 @pytest.mark.parametrize("peer", sorted(PEERS.keys() - {LIMIT}))
 def test_peers_leave_the_model_as_it_is(peer):
     model = MODELS["mlp"]()
     before = [p.clone() for p in model.parameters()]
-    PEERS[peer](model)()
+    try:
+        PEERS[peer](model)()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
     assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("peer", sorted(PEERS.keys() - {LIMIT, EVENT}))
+def test_peers_hold_the_average_in_float32_or_say_that_they_cannot(peer):
+    if peer in (OURS, "timm"):
+        PEERS[peer](MODELS["mlp"]().bfloat16())()
+        return
+    with pytest.raises(Unavailable, match="is not installed|cannot hold the average in float32"):
+        PEERS[peer](MODELS["mlp"]().bfloat16())
 
 
 def test_figures_are_written(tmp_path):
@@ -44,7 +58,7 @@ def test_figures_are_written(tmp_path):
     assert figures["models"].keys() == {"mlp"}
     mlp = figures["models"]["mlp"]
     assert (mlp["parameters"], mlp["parameter_tensors"], mlp["buffer_tensors"]) == (8_970, 6, 0)
-    assert mlp["peers"].keys() == PEERS.keys()
+    assert mlp["peers"].keys() | mlp["missing"].keys() == PEERS.keys()
     for figure in mlp["peers"].values():
         assert figure.keys() == {"batch", "ms", "to_ours", "to_limit"}
         assert all(figure[key].keys() == {"q1", "median", "q3"} for key in ("ms", "to_ours", "to_limit"))

@@ -17,7 +17,7 @@ from torch import nn
 
 from .measure import measure
 from .models import MODELS
-from .peers import LIMIT, OURS, PEERS
+from .peers import LIMIT, OURS, PEERS, Unavailable, Update
 from .swap import swap_costs
 
 
@@ -66,13 +66,26 @@ def _problem(options: argparse.Namespace) -> str | None:
 
 
 def _measured(model: nn.Module, rounds: int) -> dict[str, Any]:
+    peers, missing = _built(model)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameter_tensors": len(list(model.parameters())),
         "buffer_tensors": len(list(model.buffers())),
-        "peers": measure({name: build(model) for name, build in PEERS.items()}, rounds),
+        "peers": measure(peers, rounds),
+        "missing": missing,
         "swap": swap_costs(model, rounds),
     }
+
+
+def _built(model: nn.Module) -> tuple[dict[str, Update], dict[str, str]]:
+    """The updates of the peers, and of those that cannot take part the reasons."""
+    peers, missing = {}, {}
+    for name, build in PEERS.items():
+        try:
+            peers[name] = build(model)
+        except Unavailable as reason:
+            missing[name] = str(reason)
+    return peers, missing
 
 
 def _machine() -> dict[str, Any]:
@@ -107,6 +120,8 @@ def _table(models: Mapping[str, Any]) -> Table:
             ms = figure["ms"]
             ratios = [f"{figure[to]['median']:.2f}" for to in ("to_ours", "to_limit")]
             table.add_row(name, peer, f"{ms['median']:.4f}", f"{ms['q3'] - ms['q1']:.4f}", *ratios)
+        for peer, reason in figures["missing"].items():
+            table.add_row(name, f"{peer}: {reason}")
         table.add_section()
     return table
 

@@ -31,7 +31,18 @@ def gpt2() -> nn.Module:
     return nn.Sequential(embedding, nn.Embedding(1024, 768), *blocks, nn.LayerNorm(768), head)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "many": many, "resnet50": resnet50, "gpt2": gpt2}
+def gpt2_bfloat16() -> nn.Module:
+    """The same in bfloat16; its average is held in float32."""
+    return gpt2().bfloat16()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": mlp,
+    "many": many,
+    "resnet50": resnet50,
+    "gpt2": gpt2,
+    "gpt2-bfloat16": gpt2_bfloat16,
+}
 
 
 def _bottlenecks(inputs: int, width: int, count: int) -> Iterator[nn.Module]:

@@ -1,0 +1,286 @@
+"""Real clients: trainers that others have built on Ignite, each with the handler attached as its users would."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from ignite.engine import Engine, Events, create_supervised_evaluator
+from ignite.handlers import Checkpoint, DiskSaver
+from ignite.metrics import MeanSquaredError
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ignite_ema import EMAHandler
+from ignite_ema.schedules import EqualWeight, LinearWarmup
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+
+
+def samples(count=8):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"image": torch.randn(3, generator=generator), "label": torch.randn(1, generator=generator)}
+        for _ in range(count)
+    ]
+
+
+def bits(module):
+    return {
+        name: (one.dtype, one.detach().clone()) for name, one in [*module.named_parameters(), *module.named_buffers()]
+    }
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        one[name][0] == other[name][0] and torch.equal(one[name][1], other[name][1]) for name in one
+    )
+
+
+# Ignite alone, with automatic mixed precision and accumulated gradients
+
+
+class Accumulating:
+    """bfloat16 autocast, four batches to a step, an average that moves with the steps alone."""
+
+    STEPS_EVERY = 4
+
+    def __init__(self, **options):
+        self.model = net()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        self.trainer = Engine(self.step)
+        self.handler = EMAHandler(self.model, LinearWarmup(0.1, 0.5, 4), handle_buffers="update", **options)
+        self.handler.attach(self.trainer, optimizer=self.optimizer)
+        self.parameters = []  # after each step
+        self.optimizer.register_step_post_hook(lambda *args: self.parameters.append(bits(self.model)))
+
+    def step(self, engine, batch):
+        self.model.train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            prediction = self.model(batch["image"])
+            assert prediction.dtype == torch.bfloat16
+            loss = nn.functional.mse_loss(prediction.float(), batch["label"]) / self.STEPS_EVERY
+        self.scaler.scale(loss).backward()
+        if engine.state.iteration % self.STEPS_EVERY == 0:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+        return loss.item()
+
+    def objects(self):
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "ema_handler": self.handler,
+            "trainer": self.trainer,
+        }
+
+
+def batches():
+    return DataLoader(samples(24), batch_size=2)  # 12 to an epoch: 3 steps
+
+
+def test_the_average_follows_the_steps_of_accumulated_gradients():
+    run = Accumulating()
+    expected = {name: one.double() for name, (_, one) in bits(run.model).items()}
+    run.trainer.run(batches(), max_epochs=2)
+    assert (run.handler.num_updates, len(run.parameters)) == (6, 6)
+    for n, parameters in enumerate(run.parameters):
+        momentum = LinearWarmup(0.1, 0.5, 4)(n)
+        expected = {name: (1 - momentum) * one + momentum * parameters[name][1] for name, one in expected.items()}
+    for name, (_, one) in bits(run.handler.ema_model).items():
+        due = expected[name] if one.is_floating_point() else run.parameters[-1][name][1].double()
+        torch.testing.assert_close(one.double(), due, rtol=1e-5, atol=1e-6)  # six updates in float32
+
+
+def test_a_step_that_the_scaler_skips_moves_nothing():
+    run = Accumulating()
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: run.model[0].weight.grad.fill_(torch.inf))
+    run.trainer.run(batches(), max_epochs=1)
+    assert (run.handler.num_updates, len(run.parameters)) == (2, 2)
+    assert all(bool(one.isfinite().all()) for one in run.handler.ema_model.parameters())
+
+
+def test_an_accumulating_run_resumes(tmp_path):
+    whole = Accumulating()
+    whole.trainer.run(batches(), max_epochs=3)
+    first = Accumulating()
+    checkpoint = Checkpoint(first.objects(), DiskSaver(tmp_path), n_saved=1)
+    first.trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint)
+    first.trainer.run(batches(), max_epochs=1)
+    second = Accumulating()
+    Checkpoint.load_objects(second.objects(), tmp_path / checkpoint.last_checkpoint)
+    assert same(bits(second.handler.ema_model), bits(first.handler.ema_model))
+    second.trainer.run(batches(), max_epochs=3)
+    assert same(bits(second.handler.ema_model), bits(whole.handler.ema_model))
+    assert second.handler.num_updates == whole.handler.num_updates == 9
+
+
+def test_an_evaluation_in_autocast_sees_the_averaged_weights():
+    run = Accumulating()
+    evaluator = create_supervised_evaluator(
+        run.model,
+        {"error": MeanSquaredError()},
+        prepare_batch=lambda batch, device, non_blocking: (batch["image"], batch["label"]),
+        amp_mode=None,
+    )
+    run.handler.swap_during(evaluator)
+    seen = []
+
+    @run.trainer.on(Events.EPOCH_COMPLETED)
+    def evaluate():
+        before = bits(run.model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            seen.append(evaluator.run(batches()).metrics["error"])
+        assert same(bits(run.model), before)
+        twin = run.handler.ema_model
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            errors = [(twin(batch["image"]) - batch["label"]).square().mean() for batch in batches()]
+        assert seen[-1] == pytest.approx(torch.stack(errors).mean().item(), rel=0.02)  # 8 bits of bfloat16
+
+    run.trainer.run(batches(), max_epochs=3)
+    assert len(set(seen)) == 3
+
+
+# MONAI
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    try:
+        from monai.engines import SupervisedEvaluator, SupervisedTrainer
+        from monai.handlers import CheckpointLoader, CheckpointSaver, StatsHandler, ValidationHandler, from_engine
+        from monai.handlers import MeanSquaredError as MonaiError
+    except ImportError:
+        SupervisedTrainer = None
+
+monai = pytest.mark.skipif(SupervisedTrainer is None, reason="needs MONAI: pip install --no-deps monai")
+
+
+class Monai:
+    """A trainer and an evaluator as MONAI's tutorials put them together."""
+
+    def __init__(self, folder=None, epochs=2, momentum=0.25, **options):
+        self.model = net()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.handler = EMAHandler(self.model, momentum)
+        self.evaluator = SupervisedEvaluator(
+            device=torch.device("cpu"),
+            val_data_loader=DataLoader(samples(), batch_size=4),
+            network=self.model,
+            key_val_metric={"error": MonaiError(output_transform=from_engine(["pred", "label"]))},
+        )
+        self.swap = self.handler.swap_during(self.evaluator)
+        handlers = [ValidationHandler(validator=self.evaluator, interval=1, epoch_level=True)]
+        self.trainer = SupervisedTrainer(
+            device=torch.device("cpu"),
+            max_epochs=epochs,
+            train_data_loader=DataLoader(samples(), batch_size=4),
+            network=self.model,
+            optimizer=self.optimizer,
+            loss_function=nn.MSELoss(),
+            train_handlers=handlers,
+            **options,
+        )
+        self.handler.attach(self.trainer)
+        if folder is not None:
+            CheckpointSaver(save_dir=str(folder), save_dict=self.objects(), save_interval=1).attach(self.trainer)
+
+    def objects(self):
+        return {
+            "model": self.model,
+            "ema_model": self.handler.ema_model,
+            "optimizer": self.optimizer,
+            "ema_handler": self.handler,
+            "trainer": self.trainer,
+        }
+
+    def load(self, path):
+        CheckpointLoader(load_path=str(path), load_dict=self.objects(), map_location="cpu").attach(self.trainer)
+
+
+@monai
+def test_monai_trainer_updates_the_average():
+    run = Monai(momentum=EqualWeight())
+    steps = []
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: steps.append(bits(run.model)))
+    run.trainer.run()
+    assert (run.handler.num_updates, len(steps)) == (4, 4)
+    for name, one in run.handler.ema_model.named_parameters():
+        due = torch.stack([step[name][1].double() for step in steps]).mean(0)
+        torch.testing.assert_close(one.double(), due, rtol=1e-5, atol=1e-6)  # four updates in float32
+
+
+@monai
+def test_monai_evaluator_sees_the_averaged_weights():
+    run = Monai()
+    seen = []
+
+    def look(module, inputs):
+        if not module.training:  # MONAI's trainer puts it into train mode, the evaluator into eval mode
+            seen.append(same(bits(module), bits(run.handler.ema_model)))
+
+    run.model.register_forward_pre_hook(look)
+    run.trainer.run()
+    assert seen == [True] * 4
+    assert not same(bits(run.model), bits(run.handler.ema_model))
+    error = run.evaluator.state.metrics["error"]
+    with torch.no_grad():
+        twin = copy.deepcopy(run.handler.ema_model).eval()
+        due = [(twin(batch["image"]) - batch["label"]).square().mean() for batch in DataLoader(samples(), batch_size=4)]
+    assert error == pytest.approx(torch.stack(due).mean().item(), rel=1e-5)
+
+
+@monai
+def test_monai_checkpoints_resume(tmp_path):
+    whole = Monai(epochs=4, momentum=LinearWarmup(0.1, 0.9, 6))
+    whole.trainer.run()
+    first = Monai(tmp_path, epochs=2, momentum=LinearWarmup(0.1, 0.9, 6))
+    first.trainer.run()
+    second = Monai(epochs=4, momentum=LinearWarmup(0.1, 0.9, 6))
+    (saved,) = tmp_path.glob("*epoch=2.pt")
+    second.load(saved)
+    second.trainer.run()
+    assert second.handler.num_updates == whole.handler.num_updates == 8
+    assert same(bits(second.handler.ema_model), bits(whole.handler.ema_model))
+    assert same(bits(second.model), bits(whole.model))
+
+
+@monai
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.cuda.amp.GradScaler:FutureWarning", "ignore:.*CUDA is not available:UserWarning"
+)
+def test_monai_amp_trainer_updates_the_average():
+    run = Monai(amp=True, amp_kwargs={"dtype": torch.bfloat16})
+    run.trainer.run()
+    assert run.handler.num_updates == 4
+    assert {one.dtype for one in run.handler.ema_model.parameters()} == {torch.float32}
+
+
+@monai
+def test_monai_shows_the_momentum():
+    run = Monai(momentum=LinearWarmup(0.1, 0.9, 3))
+    StatsHandler(
+        name="momentum",
+        tag_name="loss",
+        output_transform=from_engine(["loss"], first=True),
+        state_attributes=["ema_momentum"],
+    ).attach(run.trainer)
+    run.trainer.run()
+    assert run.trainer.state.ema_momentum == 0.1
+
+
+@monai
+def test_monai_checkpoint_is_exported(tmp_path):
+    from ignite_ema.checkpoints import read
+
+    run = Monai(tmp_path)
+    run.trainer.run()
+    found = read(next(tmp_path.glob("*epoch=2.pt")))
+    assert found.system == "ignite_ema"
+    assert found.num_updates == 4
+    assert all(torch.equal(one, found.tensors[name]) for name, one in run.handler.ema_model.state_dict().items())
