@@ -119,6 +119,11 @@ def _read(source: str | os.PathLike[str] | State, key: str | None, names: _Names
             f"{where} should be, or hold, a mapping such as a state dict, got {type(content).__name__}; pass the "
             "state_dict() of a module or an average."
         )
+    if "ignite_ema_snapshot" in content:
+        raise ValueError(
+            f"{where} should hold an average by itself, but it is a snapshot of a PostHocEMA; rebuild an average "
+            "from its directory with posthoc.reconstruct (ignite-ema reconstruct DIR)."
+        )
     found = find(content)
     if not found:
         raise ValueError(

@@ -1,5 +1,7 @@
 """What several test files need."""
 
+import os
+
 import ignite.distributed as idist
 import pytest
 import torch
@@ -8,6 +10,16 @@ from hypothesis import settings
 # The same examples at each test run, and others every night: pytest --hypothesis-profile nightly
 settings.register_profile("default", settings(deadline=None, derandomize=True, database=None))
 settings.register_profile("nightly", settings(deadline=None, max_examples=2000, print_blob=True))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Where NO_SKIPS is set, as it is where everything is installed, a test that is skipped is an error."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    unexpected = [report for report in skipped if "there is no CUDA device" not in str(report.longrepr)]
+    if unexpected and os.environ.get("NO_SKIPS"):
+        for report in unexpected:
+            terminalreporter.write_line(f"skipped, which should not be: {report.nodeid}: {report.longrepr}", red=True)
+        pytest.exit("tests were skipped", returncode=1)
 
 
 @pytest.fixture(scope="module")
