@@ -52,7 +52,7 @@ def add_reconstruct(add_command: AddCommand) -> None:
 
 
 def _reconstruct(arguments: argparse.Namespace) -> None:
-    targets = {f"{name}_{x:g}": kind(x) for name, (kind, _) in _TARGETS.items() for x in getattr(arguments, name)}
+    targets = {f"{name}_{x}": kind(x) for name, (kind, _) in _TARGETS.items() for x in getattr(arguments, name)}
     if arguments.list:
         if targets or arguments.out:
             raise ValueError(

@@ -11,6 +11,7 @@ comes closest to a profile that is wanted is found by least squares, without the
 """
 
 import math
+import numbers
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -121,6 +122,8 @@ def _fit(snapshots: Sequence[Snapshot], target: Profile | float, end: float | No
         raise ValueError("snapshots should be one or more, got none; without them nothing can be rebuilt.")
     wanted = Snapshot(_as_profile(target), max(one.time for one in snapshots) if end is None else end)
     own = inner_products(wanted.profile, _times([wanted]), wanted.profile, _times([wanted])).item()
+    if not 0 < own < math.inf:
+        raise ValueError(f"target should have a density that float64 can hold, got {target}; choose a longer one.")
     gram, mixed = _gram(snapshots, snapshots), _gram(snapshots, [wanted])[:, 0]
     # Scaled to a diagonal of 1, and inverted where it can be: the profiles of neighbours in time are nearly the same.
     scale = gram.diagonal().rsqrt()
@@ -152,7 +155,11 @@ def _gram(rows: Sequence[Snapshot], columns: Sequence[Snapshot]) -> Tensor:
 
 
 def _by_profile(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Profile, list[int]]]:
-    for profile in dict.fromkeys(one.profile for one in snapshots):
+    profiles: list[Profile] = []  # and not a set: a profile of one's own may have no hash
+    for one in snapshots:
+        if one.profile not in profiles:
+            profiles.append(one.profile)
+    for profile in profiles:
         yield profile, [index for index, one in enumerate(snapshots) if one.profile == profile]
 
 
@@ -232,12 +239,17 @@ def reconstruct(
     Note:
         A residual above 1 % is warned about.
     """
+    if not isinstance(max_residual, numbers.Real) or isinstance(max_residual, bool) or not max_residual >= 0:
+        raise ValueError(f"max_residual should be a number of at least 0, got {max_residual!r}; 0.1 is 10%.")
     used = stored(dirname, step)
     targets = list(target) if isinstance(target, Sequence) else [target]
     if not targets:
         raise ValueError("target should be a profile or several, got none.")
     known = [Snapshot(profile, one.time) for one in used for profile in one.profiles]
-    weights = torch.stack([_checked(known, _as_profile(one), max_residual) for one in targets])
+    rows = []
+    for one in targets:  # and no comprehension, which until Python 3.12 is a level of the stack: see stacklevel
+        rows.append(_checked(known, _as_profile(one), max_residual))
+    weights = torch.stack(rows)
     last = used[-1]
     results: list[dict[str, Tensor]] = [{} for _ in targets]
     total = sum(tensor.numel() for tensor in last.averaged[0].values())

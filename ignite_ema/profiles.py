@@ -194,7 +194,7 @@ def inner_products(one: Profile, ends: Tensor, other: Profile, other_ends: Tenso
     s, t = ends[:, None], other_ends[None, :]
     if isinstance(one, PowerProfile) and isinstance(other, PowerProfile):
         a, b = one.gamma, other.gamma
-        exponent = torch.where(s < t, b, -a)
+        exponent = torch.where(s < t, s.new_tensor(b), s.new_tensor(-a))  # plain numbers would give float32
         return (a + 1) * (b + 1) / (a + b + 1) * (s / t) ** exponent / torch.maximum(s, t)
     if isinstance(one, ExponentialProfile) and isinstance(other, ExponentialProfile):
         return _of_exponentials(one._rate / s, s, other._rate / t, t)

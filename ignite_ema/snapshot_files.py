@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import load_file, whole_file
+from .files import is_dense, load_file, whole_file
 from .profiles import PowerProfile
 
 __all__ = ["StoredSnapshot", "paths_in", "read", "read_all", "write"]
@@ -66,11 +66,15 @@ def write(snapshot: StoredSnapshot, dirname: Path) -> Path:
     Raises:
         FileExistsError, OSError: where there is one of that time already, or it cannot be written.
     """
-    path = dirname / f"snapshot_{snapshot.time}.pt"
+    path = dirname / _name_of(snapshot)
     content = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
     with whole_file(path, force=False) as temporary, temporary.open("wb") as file:  # a path would come into the bytes
         torch.save({"ignite_ema_snapshot": _VERSION, **content}, file)
     return path
+
+
+def _name_of(snapshot: StoredSnapshot) -> str:
+    return f"snapshot_{snapshot.time}.pt"
 
 
 def paths_in(dirname: Path) -> dict[int, Path]:
@@ -98,6 +102,10 @@ def read(path: Path) -> StoredSnapshot:
     faults = [fault for fault in _faults(snapshot) if fault]
     if faults:
         raise ValueError(f"'{path}' should be as a PostHocEMA wrote it, but {faults[0]}; restore the file.")
+    if path.name != _name_of(snapshot):
+        raise ValueError(
+            f"'{path}' should be named '{_name_of(snapshot)}', after its time; rename it, or move it away."
+        )
     return snapshot
 
 
@@ -106,17 +114,32 @@ def _faults(snapshot: StoredSnapshot) -> list[str | None]:
     if not all(isinstance(stream, dict) for stream in streams):
         return ["its averages are no mappings"]
     tensors = [value for stream in streams for value in stream.values()]
+    if not all(isinstance(value, Tensor) for value in tensors):
+        return ["it has other things than tensors"]
     first = snapshot.averaged[0] if snapshot.averaged else {}
+    both = {*first, *snapshot.copied}
     return [
         "it is of no time" if snapshot.time < 1 else None,
-        "it has other things than tensors" if not all(isinstance(value, Tensor) for value in tensors) else None,
+        "it has tensors without memory of their own"
+        if not all(_has_memory(value) for value in tensors) or not all(map(is_dense, first.values()))
+        else None,
         "it has no average" if not first else None,
         "its averages are not as many as their widths" if len(snapshot.averaged) != len(snapshot.sigma_rels) else None,
         "its averages differ in names or shapes" if not all(_alike(first, one) for one in snapshot.averaged) else None,
+        "its widths are none" if not all(map(_is_width, snapshot.sigma_rels)) else None,
         "its names do not fit its tensors"
-        if not {*snapshot.state_dict_names.values()} <= {*first, *snapshot.copied}
+        if not all(isinstance(path, str) and path in both for path in snapshot.state_dict_names.values())
         else None,
     ]
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether it is as large as it looks: a small file can pretend to be of any size."""
+    return not tensor.is_meta and (not is_dense(tensor) or tensor.nbytes <= tensor.untyped_storage().nbytes())
+
+
+def _is_width(value: object) -> bool:
+    return type(value) is float and 0 < value < 12**-0.5
 
 
 def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

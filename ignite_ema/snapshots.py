@@ -111,6 +111,8 @@ class PostHocEMA:
             raise ValueError(
                 f"ema_models should be one twin for each of {len(self.sigma_rels)} widths, got {len(ema_models)}."
             )
+        if ema_models is not None and len({id(twin) for twin in ema_models}) < len(ema_models):
+            raise ValueError("ema_models should be different modules, got one twice; each average needs its own.")
         self.dirname = Path(dirname)
         self.time_unit = "updates" if samples is None else "samples"
         self._samples = samples
@@ -185,10 +187,11 @@ class PostHocEMA:
         check_name(name)
         handles = Handles()
         try:
-            if self._samples is not None:
-                handles.add(engine.add_event_handler(Events.ITERATION_STARTED, self._count))
             for index, stream in enumerate(self.streams):
                 handles.add(stream.attach(engine, f"{name}_{index}", event=event, optimizer=optimizer))
+            # After what refuses a second time: handlers are removed by equality, and this would take the first's away.
+            if self._samples is not None:
+                handles.add(engine.add_event_handler(Events.ITERATION_STARTED, self._count))
             handles.add(engine.add_event_handler(Events.STARTED, self._check_directory))
             for moment in moments:
                 handles.add(engine.add_event_handler(moment, self._save))
@@ -312,8 +315,10 @@ class PostHocEMA:
                 f"{max(found)}; choose another directory, or to go on with that run put the PostHocEMA into its "
                 "checkpoint and load it."
             )
-        for path in found.values():
-            if read(path).run != self._run:
+        for time, path in found.items():
+            # One of the very time of the state may have been written after the checkpoint of the same event.
+            is_expected = time in self._written or time >= self.time
+            if not is_expected or read(path).run != self._run:
                 raise ValueError(
                     f"'{path}' should be a snapshot of the run that goes on, but it is of another one; choose another "
                     "directory."

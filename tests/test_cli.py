@@ -2,15 +2,17 @@
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Engine, Events
 from peer_files import MAKERS, equal, made
 
-from ignite_ema import checkpoints, cli, cli_checkpoints
+from ignite_ema import PostHocEMA, checkpoints, cli, cli_checkpoints, posthoc
 from ignite_ema.checkpoints import load_file
 from ignite_ema.cli import main
 
@@ -367,3 +369,165 @@ def test_a_checkpoint_is_never_written_over_itself(force, tmp_path, capsys):
     assert main(["export", str(file), str(tmp_path / "." / "checkpoint.pt"), *force]) == 1
     assert "OUT should be another file than FILE" in capsys.readouterr().err
     assert file.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """16 snapshots of a run."""
+    folder = tmp_path_factory.mktemp("snapshots")
+    model = torch.nn.Linear(300, 300)
+    trainer = Engine(lambda engine, batch: model.weight.data.fill_(engine.state.iteration))
+    PostHocEMA(model, dirname=folder).attach(trainer, snapshot_event=Events.ITERATION_COMPLETED(every=4))
+    trainer.run(range(64))
+    return folder
+
+
+class TestReconstruct:
+    """``ignite-ema reconstruct``."""
+
+    @pytest.fixture
+    def command(self, written, tmp_path, monkeypatch):
+        """Runs it with the snapshots as DIR, in an empty folder."""
+        monkeypatch.chdir(tmp_path)
+        return lambda *arguments: main(["reconstruct", str(written), *arguments])
+
+    def test_list(self, command, capsys):
+        assert command("--list") == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        lines = printed.out.splitlines()
+        assert lines[:5] == [
+            "16 snapshots of sigma_rel 0.05, sigma_rel 0.1",
+            "each 2 averaged tensors, 0.689 MiB in all, in float32",
+            "",
+            "updates  iteration  epoch",
+            "      4          4      1",
+        ]
+        assert lines[19:22] == ["     64         64      1", "", "what can be rebuilt at 64 updates:"]
+        assert lines[22:27] == [
+            "  --sigma-rel 0.02   residual  11.956%  refused",
+            "  --sigma-rel 0.03   residual   3.864%  rough",
+            "  --sigma-rel 0.04   residual   1.027%  rough",
+            "  --sigma-rel 0.05   residual   0.000%",
+            "  --sigma-rel 0.075  residual   0.348%",
+        ]
+        assert "  --half-life 0.05   residual   0.153%" in lines
+        assert any(line.startswith("  --last 0.5 ") and line.endswith("rough") for line in lines)
+        assert len(lines) == 22 + 13 + 5 + 3
+
+    def test_list_at_a_step(self, command, capsys):
+        assert command("--list", "--step", "32") == 0
+        out = capsys.readouterr().out
+        assert out.startswith("8 snapshots of")
+        assert "what can be rebuilt at 32 updates:" in out
+
+    def test_what_the_list_promises_is_kept(self, command, capsys):
+        command("--list")
+        rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+        for flag, x, _, percent, *verdict in rows:
+            out = f"{flag.strip('-')}_{x}.pt"
+            code = command(flag, x, "--out", out)
+            printed = capsys.readouterr()
+            assert (code, Path(out).exists()) == ((1, False) if verdict == ["refused"] else (0, True))
+            assert ("differ" in printed.err) == bool(verdict)
+            assert not verdict or f"by {float(percent[:-1]):.1f}%" in printed.err
+
+    @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+    def test_one_length(self, suffix, command, written, capsys):
+        if suffix == ".safetensors":
+            pytest.importorskip("safetensors")
+        assert command("--sigma-rel", "0.1", "--out", f"out{suffix}") == 0
+        assert capsys.readouterr() == (f"out{suffix}: 2 tensors, 0.344 MiB\n", "")
+        assert equal(load_file(Path(f"out{suffix}")), posthoc.reconstruct(written, 0.1))
+        assert files_in(Path()) == [f"out{suffix}"]
+
+    def test_several_lengths_have_names_of_their_own(self, command, written, capsys):
+        arguments = ["--sigma-rel", "0.1", "0.075", "--half-life", "0.05", "--last", "0.5", "--step", "56"]
+        assert command(*arguments, "--out", "run_{}.pt") == 0
+        names = ["sigma_rel_0.1", "sigma_rel_0.075", "half_life_0.05", "last_0.5"]
+        printed = capsys.readouterr()
+        assert printed.out.splitlines() == [f"run_{name}.pt: 2 tensors, 0.344 MiB" for name in names]
+        assert printed.err.startswith("ignite-ema: The snapshots give another average than UniformProfile(window=0.5)")
+        assert printed.err.count("\n") == 1
+        targets = [0.1, 0.075, posthoc.ExponentialProfile(0.05)]
+        for name, due in zip(names, posthoc.reconstruct(written, targets, 56), strict=False):
+            assert equal(load_file(Path(f"run_{name}.pt")), due)
+
+    def test_lengths_that_look_alike_are_both_written(self, command):
+        assert command("--sigma-rel", "0.1", "0.1000000001", "--out", "{}.pt") == 0
+        assert files_in(Path()) == ["sigma_rel_0.1.pt", "sigma_rel_0.1000000001.pt"]
+
+    def test_a_limit_of_ones_own(self, command, capsys):
+        assert command("--sigma-rel", "0.02", "--out", "out.pt") == 1
+        assert "accept it with max_residual=0.12 (--max-residual)" in capsys.readouterr().err
+        assert command("--sigma-rel", "0.02", "--out", "out.pt", "--max-residual", "0.12") == 0
+        assert "differ by 12.0%" in capsys.readouterr().err
+
+    def test_what_is_there_is_kept_without_force(self, command, capsys, monkeypatch):
+        Path("run_last_0.5.pt").write_bytes(b"precious")
+        arguments = ["--sigma-rel", "0.1", "--last", "0.5", "--out", "run_{}.pt"]
+        with monkeypatch.context() as patch:
+            patch.setattr(posthoc, "reconstruct", None)  # no work before
+            assert command(*arguments) == 1
+        printed = capsys.readouterr()
+        assert printed.err.startswith("ignite-ema: 'run_last_0.5.pt' exists already; choose another name, or overwrite")
+        assert files_in(Path()) == ["run_last_0.5.pt"]
+        assert Path("run_last_0.5.pt").read_bytes() == b"precious"
+        assert command(*arguments, "--force") == 0
+        assert len(load_file(Path("run_last_0.5.pt"))) == 2
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "reconstruct should have a length, such as --sigma-rel 0.15, and --out; see --list"),
+            (["--sigma-rel", "0.1"], "reconstruct should have a length, such as --sigma-rel 0.15, and --out"),
+            (["--out", "out.pt"], "reconstruct should have a length, such as --sigma-rel 0.15, and --out"),
+            (["--list", "--last", "0.1"], "--list should stand alone (or with --step), got lengths or --out, too"),
+            (["--list", "--out", "out.pt"], "--list should stand alone (or with --step), got lengths or --out, too"),
+            (["--list", "--step", "63"], "step should be the time of a snapshot, in updates, got 63; the nearest in"),
+            (["--sigma-rel", "0.1", "--step", "63", "--out", "out.pt"], "are 60 and 64."),
+            (["--sigma-rel", "0.3", "--out", "out.pt"], "got 0.3"),
+            (["--half-life", "0", "--out", "out.pt"], "half_life of ExponentialProfile should be a number above 0"),
+            (["--half-life", "nan", "--out", "out.pt"], "got nan"),
+            (["--last", "1.5", "--out", "out.pt"], "window of UniformProfile should be in (0, 1]"),
+            (["--sigma-rel", "0.1", "0.2", "--out", "out.pt"], "OUT should have {} in its name for 2 lengths, got 'ou"),
+            (["--sigma-rel", "0.1", "--out", "out.bin"], "'out.bin' should end in .pt, .pth or .safetensors"),
+            (
+                ["--sigma-rel", "0.1", "--out", "nowhere/out.pt"],
+                "'nowhere/out.pt' should be in a folder that exists, bu",
+            ),
+            (["--sigma-rel", "0.1", "--out", "out.pt", "--max-residual", "nan"], "max_residual should be a number of"),
+        ],
+    )
+    def test_what_cannot_be_done_is_one_sentence(self, arguments, message, command, capsys):
+        assert command(*arguments) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("ignite-ema: ")
+        assert message in printed.err
+        assert printed.err.count("\n") == 1
+        assert files_in(Path()) == []
+
+    @pytest.mark.parametrize("arguments", [["--sigma-rel"], ["--sigma-rel", "wide"], ["--step", "1.5"]])
+    def test_wrong_usage(self, arguments, command, capsys):
+        with pytest.raises(SystemExit) as info:
+            command(*arguments)
+        assert info.value.code == 2
+        assert capsys.readouterr().err.startswith("usage: ignite-ema reconstruct")
+
+    def test_examples_of_the_help_are_commands(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["reconstruct", "--help"])
+        examples = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ignite-ema ")]
+        parsed = [cli._parser().parse_args(shlex.split(line)[1:]) for line in examples]
+        assert [one.list for one in parsed] == [True, False, False]
+        assert [one.sigma_rel for one in parsed] == [[], [0.15], [0.1, 0.15]]
+
+    def test_as_a_module(self, written, tmp_path):
+        done = run("reconstruct", written, "--last", "0.5", "--out", "out.pt", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (0, b"out.pt: 2 tensors, 0.344 MiB\n")
+        assert done.stderr.startswith(b"ignite-ema: The snapshots give another average")
+        assert done.stderr.count(b"\n") == 1  # and no bar, where stderr is no terminal
+        missing = run("reconstruct", "nowhere", "--list", cwd=tmp_path)
+        assert (missing.returncode, missing.stdout) == (1, b"")
+        assert missing.stderr.startswith(b"ignite-ema: 'nowhere' should be a directory with the snapshots of a PostHoc")

@@ -13,11 +13,16 @@ import pytest
 import ignite_ema
 
 MODULES = sorted(f"ignite_ema.{info.name}" for info in pkgutil.iter_modules(ignite_ema.__path__))
-USES_IGNITE = {f"ignite_ema.{name}" for name in ("attachment", "demo", "distributed", "evaluation", "handler")}
+USES_IGNITE = {
+    f"ignite_ema.{name}"
+    for name in ("attachment", "demo", "distributed", "evaluation", "handler", "snapshots", "streams")
+}
 # which modules of ours each one may import
 IMPORTS = {
     "schedules": set(),
-    "kernels": set(),
+    "staging": set(),
+    "kernels": {"staging"},
+    "ranks": set(),
     "sharding": set(),
     "steps": set(),
     "structure": {"sharding"},
@@ -31,7 +36,17 @@ IMPORTS = {
     "layouts": set(),
     "finding": {"layouts"},
     "checkpoints": {"files", "finding", "layouts"},
-    "cli": {"checkpoints"},
+    "profiles": {"schedules"},
+    "snapshot_files": {"files", "profiles"},
+    "posthoc": {"profiles", "schedules", "snapshot_files"},
+    "streams": {"buffers", "files", "handler", "ranks", "schedules", "sharding"},
+    "snapshots": {
+        *("attachment", "buffers", "kernels", "loading", "ranks", "schedules", "sharding"),
+        *("snapshot_files", "state", "streams"),
+    },
+    "cli_checkpoints": {"checkpoints", "files"},
+    "cli_posthoc": {"checkpoints", "cli_checkpoints", "files", "posthoc"},
+    "cli": {"cli_checkpoints", "cli_posthoc"},
     "__main__": {"cli"},
     "average": {"buffers", "kernels", "loading", "momentum", "pairing", "sharding", "structure", "swap", "twin"},
 }
@@ -48,7 +63,11 @@ def test_all_is_the_public_namespace(name):
 def test_top_level_names():
     public = {key for key in vars(ignite_ema) if not key.startswith("_")}
     modules = {name.rpartition(".")[2] for name in MODULES}
-    assert set(ignite_ema.__all__) == {key for key in public if key not in modules} | {"checkpoints", "schedules"}
+    assert set(ignite_ema.__all__) == {key for key in public if key not in modules} | {
+        "checkpoints",
+        "posthoc",
+        "schedules",
+    }
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,0 +1,254 @@
+"""Averaging profiles: densities, their integrals, and inner products against a quadrature that is not ours."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from scipy import integrate
+
+from ignite_ema import profiles
+from ignite_ema.posthoc import (
+    ExponentialProfile,
+    PowerProfile,
+    Profile,
+    SampledProfile,
+    Snapshot,
+    UniformProfile,
+    inner_products,
+    residual,
+)
+
+
+class Triangle(Profile):
+    """p(x) = 2 x: a profile of one's own, for which there is no closed form."""
+
+    def density(self, x):
+        return 2 * x
+
+    def cumulative(self, x):
+        return x**2
+
+
+class Hidden(Profile):
+    """Another profile whose kind cannot be seen, so that inner products with it are by quadrature."""
+
+    def __init__(self, profile):
+        self.density, self.cumulative = profile.density, profile.cumulative
+
+    density = cumulative = None
+
+
+SMOOTH = [
+    PowerProfile(0.01),
+    PowerProfile(0.05),
+    PowerProfile(0.25),
+    PowerProfile(0.2886),  # nearly the mean of the whole run
+    ExponentialProfile(0.004),
+    ExponentialProfile(0.2),
+    ExponentialProfile(30.0),  # longer than the run
+    Triangle(),
+]
+STEPS = [
+    UniformProfile(0.2),
+    UniformProfile(1.0),
+    UniformProfile(1 / 3),
+    SampledProfile((0, 1, 0, 5, 2)),
+    SampledProfile([7]),
+]
+ALL = [*SMOOTH, *STEPS]
+named = pytest.mark.parametrize("profile", ALL, ids=str)
+
+
+def times(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def kinks(profile):
+    """Where a density may jump."""
+    return profile.edges.tolist() if hasattr(profile, "edges") else []
+
+
+def quadrature(function, low, high, points):
+    """scipy's, piece by piece between the points, which are finer towards both ends."""
+    inner = [edge + sign * (high - low) * 4.0**-k for edge, sign in ((low, 1), (high, -1)) for k in range(1, 17)]
+    bounds = sorted({low, high, *(point for point in [*points, *inner] if low < point < high)})
+    pieces = itertools.pairwise(bounds)
+    return sum(integrate.fixed_quad(lambda x: function(torch.tensor(x)).numpy(), a, b, n=20)[0] for a, b in pieces)
+
+
+def at(function, x):
+    return function(times(x)).item()
+
+
+PAIRS = [(one, other) for index, one in enumerate(ALL) for other in ALL[: index + 1]]
+paired = pytest.mark.parametrize(("profile", "other"), PAIRS, ids=str)
+
+
+@named
+@pytest.mark.parametrize("x", [0.1, 0.5, 0.81, 0.97, 1.0])
+def test_the_cumulative_is_the_integral_of_the_density(profile, x):
+    due = quadrature(profile.density, 0.0, x, kinks(profile))
+    assert at(profile.cumulative, x) == pytest.approx(due, rel=1e-9, abs=1e-12)
+
+
+@named
+def test_a_profile_has_the_integral_1_and_starts_from_0(profile):
+    assert at(profile.cumulative, 0.0) == 0
+    assert at(profile.cumulative, 1.0) == pytest.approx(1, rel=1e-14)
+
+
+@named
+def test_profiles_take_any_shape_and_answer_in_float64(profile):
+    x = torch.rand(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).transpose(0, 2)
+    for function in (profile.density, profile.cumulative):
+        got = function(x.contiguous())
+        assert (got.shape, got.dtype) == (x.shape, torch.float64)
+        assert (got >= 0).all()
+
+
+def test_steps_belong_to_the_moment_at_which_they_end():
+    profile = SampledProfile((1, 3))
+    assert profile.density(times(1e-9, 0.5, 0.5000001, 1.0)).tolist() == [0.5, 0.5, 1.5, 1.5]
+    window = UniformProfile(0.25)
+    assert window.density(times(0.1, 0.75, 0.7500001, 1.0)).tolist() == [0, 0, 4, 4]
+
+
+@paired
+def test_inner_products_are_those_of_a_quadrature(profile, other):
+    s = 40.0
+    for t in (0.8, 28.0, 40.0, 52.0, 800.0):
+        points = [s * edge for edge in kinks(profile)] + [t * edge for edge in kinks(other)]
+        points += [s * (1 - 4.0**-k) for k in range(1, 9)] + [t * (1 - 4.0**-k) for k in range(1, 9)]
+        due = quadrature(
+            lambda tau, t=t: profile.density(tau / s) / s * other.density(tau / t) / t, 0.0, min(s, t), points
+        )
+        got = inner_products(profile, times(s), other, times(t)).item()
+        # 1e-20: below that, the density of one is over where that of the other begins.
+        assert got == pytest.approx(due, rel=1e-9, abs=1e-20), t
+
+
+@paired
+def test_inner_products_are_symmetric(profile, other):
+    ends, other_ends = times(1.0, 7.0, 50.0), times(2.0, 7.0)
+    there = inner_products(profile, ends, other, other_ends)
+    assert there.shape == (3, 2)
+    assert there.dtype == torch.float64
+    torch.testing.assert_close(there, inner_products(other, other_ends, profile, ends).T, rtol=1e-10, atol=1e-20)
+
+
+@pytest.mark.parametrize("other", SMOOTH[1:-1:2], ids=str)
+@pytest.mark.parametrize("profile", SMOOTH[:-1], ids=str)
+def test_closed_forms_agree_with_the_quadrature_for_profiles_of_ones_own(profile, other):
+    ends = times(0.5, 30.0, 64.0)
+    due = inner_products(Hidden(profile), ends, Hidden(other), ends)
+    torch.testing.assert_close(inner_products(profile, ends, other, ends), due, rtol=1e-11, atol=1e-20)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.28])
+@pytest.mark.parametrize("ratio", [0.3, 0.99, 1.0, 2.0])
+def test_inner_products_of_powers_are_exact_to_float64(sigma_rel, ratio):
+    # A residual is a difference of these: 1e-8 of them, which float32 exponents cost once, was .01 % of an average.
+    a, b = PowerProfile(sigma_rel).gamma, PowerProfile(0.1).gamma
+    s, t = 3.0, 3.0 * ratio
+    due = (a + 1) * (b + 1) / (a + b + 1) * (s / t) ** (b if s < t else -a) / max(s, t)
+    got = inner_products(PowerProfile(sigma_rel), times(s), PowerProfile(0.1), times(t)).item()
+    assert got == pytest.approx(due, rel=1e-14)
+
+
+def test_inner_products_do_not_depend_on_the_default_type():
+    profile, ends = PowerProfile(0.05), times(1.0, 3.0)
+    due = [inner_products(profile, ends, other, ends) for other in ALL]
+    torch.set_default_dtype(torch.float16)
+    try:
+        got = [inner_products(profile, ends, other, ends) for other in ALL]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(due, got, strict=True))
+
+
+def test_an_inner_product_scales_with_the_unit_of_time():
+    for profile in ALL:
+        updates = inner_products(profile, times(10.0), PowerProfile(0.1), times(7.0))
+        samples = inner_products(profile, times(1280.0), PowerProfile(0.1), times(896.0))
+        torch.testing.assert_close(samples, updates / 128, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("momentum", "num_updates"), [(0.5, 10), (0.0002, 20_000), (1e-7, 1_000)])
+def test_the_profile_of_a_momentum_is_that_of_its_ema(momentum, num_updates):
+    profile = ExponentialProfile.from_momentum(momentum, num_updates)
+    edges = torch.linspace(0, 1, num_updates + 1, dtype=torch.float64)
+    got = profile.cumulative(edges).diff()
+    due = momentum * (1 - momentum) ** torch.arange(num_updates - 1, -1, -1, dtype=torch.float64)
+    torch.testing.assert_close(got, due / due.sum(), rtol=1e-8, atol=1e-15)
+
+
+def test_a_half_life_counts_half_that_far_back():
+    profile = ExponentialProfile(0.1)
+    assert at(profile.density, 0.9) == pytest.approx(at(profile.density, 1.0) / 2, rel=1e-12)
+
+
+def test_samples_are_scaled_and_equal_ones_are_the_mean_of_the_run():
+    assert SampledProfile((1, 3)) == SampledProfile([1.0, 3.0])
+    x = times(0.2, 0.6, 1.0)
+    assert torch.equal(SampledProfile((2, 6)).cumulative(x), SampledProfile((1, 3)).cumulative(x))
+    assert torch.allclose(SampledProfile((4, 4, 4)).cumulative(x), UniformProfile(1).cumulative(x), rtol=1e-15)
+    assert SampledProfile(torch.tensor([1.0, 3.0])).weights == (1.0, 3.0)
+
+
+def test_profiles_are_equal_by_value():
+    assert len({PowerProfile(0.05), PowerProfile(0.05), ExponentialProfile(0.05), UniformProfile(0.05)}) == 3
+
+
+BAD = [
+    (lambda: PowerProfile(0.3), ValueError, "sigma_rel .* got 0.3"),
+    (lambda: PowerProfile(1 / math.sqrt(12)), ValueError, "1/√12"),
+    (lambda: PowerProfile(0.0), ValueError, "got 0.0"),
+    (lambda: PowerProfile(float("nan")), ValueError, "got nan"),
+    (lambda: PowerProfile("0.1"), (TypeError, ValueError), "got '0.1'"),
+    (lambda: ExponentialProfile(0), ValueError, "half_life of ExponentialProfile should be a number above 0, .* got 0"),
+    (lambda: ExponentialProfile(-1.0), ValueError, "got -1.0; divide a half-life in updates"),
+    (lambda: ExponentialProfile(math.inf), ValueError, "got inf"),
+    (lambda: ExponentialProfile("0.1"), ValueError, "got '0.1'"),
+    (lambda: ExponentialProfile(True), ValueError, "got True"),
+    (lambda: ExponentialProfile.from_momentum(0.0, 10), ValueError, "momentum should be in .0, 1., .* got 0.0"),
+    (lambda: ExponentialProfile.from_momentum(1.0, 10), ValueError, "got 1.0"),
+    (lambda: ExponentialProfile.from_momentum(0.1, 0), ValueError, "num_updates should be 1 or more, got 0"),
+    (lambda: UniformProfile(0), ValueError, "window of UniformProfile should be in .0, 1., .* got 0"),
+    (lambda: UniformProfile(1.5), ValueError, "got 1.5"),
+    (lambda: UniformProfile(float("nan")), ValueError, "got nan"),
+    (lambda: SampledProfile(()), ValueError, "weights of SampledProfile should be numbers of at least 0"),
+    (lambda: SampledProfile((0, 0)), ValueError, "not all 0, got .0, 0."),
+    (lambda: SampledProfile((1, -1)), ValueError, "got .1, -1."),
+    (lambda: SampledProfile((1, math.nan)), ValueError, "nan"),
+    (lambda: SampledProfile((1, math.inf)), ValueError, "inf"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD)
+def test_bad_input_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_the_nodes_of_the_quadrature_lie_inside_and_weigh_1():
+    x, weights = profiles._nodes()
+    assert x.dtype == weights.dtype == torch.float64
+    assert 0 < x.min() < 1e-10
+    assert 1 - 1e-10 < x.max() < 1
+    assert weights.sum().item() == pytest.approx(1, rel=1e-14)
+    assert (weights > 0).all()
+
+
+@dataclass
+class Unhashable(Triangle):
+    """An ordinary dataclass has no hash."""
+
+    scale: float = 1.0
+
+
+def test_a_profile_of_ones_own_may_be_an_ordinary_dataclass():
+    known = [Snapshot(PowerProfile(0.1), k) for k in range(1, 9)]
+    assert residual(known, Unhashable()) == residual(known, Triangle())
+    assert residual([*known, Snapshot(Unhashable(), 8)], Unhashable()) == pytest.approx(0, abs=1e-7)
