@@ -3,16 +3,18 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from . import checkpoints, posthoc
 from .cli_checkpoints import AddCommand
 from .files import mebibytes
+from .snapshot_files import is_snapshot_name
 
 __all__ = ["add_reconstruct"]
 
+_ACCEPTED = 0.1  # a residual up to which there is no refusal
 _TARGETS: dict[str, tuple[Callable[[float], posthoc.Profile], tuple[float, ...]]] = {
     "sigma_rel": (
         posthoc.PowerProfile,
@@ -33,6 +35,7 @@ def add_reconstruct(add_command: AddCommand) -> None:
         "  ignite-ema reconstruct snapshots --sigma-rel 0.15 --out averaged.safetensors\n"
         "  ignite-ema reconstruct snapshots --sigma-rel 0.1 0.15 --half-life 0.05 --out 'averaged_{}.pt'\n",
     )
+    command.set_defaults(usage_error=command.error)
     command.add_argument("file", metavar="DIR", type=Path, help="the directory of the snapshots")
     command.add_argument("--list", action="store_true", help="which snapshots there are, and what lengths they support")
     lengths = command.add_argument_group("lengths, one or several, as fractions of the run")
@@ -47,28 +50,27 @@ def add_reconstruct(add_command: AddCommand) -> None:
     command.add_argument("--out", type=Path, help="what to write: .pt, .pth or .safetensors; {} stands for the length")
     command.add_argument("--force", action="store_true", help="overwrite what is there already")
     command.add_argument(
-        "--max-residual", metavar="X", type=float, default=0.1, help="how far from the length asked for (default 0.1)"
+        "--max-residual",
+        metavar="X",
+        type=float,
+        default=_ACCEPTED,
+        help="how far from the length asked for (default: %(default)s)",
     )
 
 
 def _reconstruct(arguments: argparse.Namespace) -> None:
-    targets = {f"{name}_{x}": kind(x) for name, (kind, _) in _TARGETS.items() for x in getattr(arguments, name)}
+    given = [(name, x) for name in _TARGETS for x in getattr(arguments, name)]
+    if problem := _problem(arguments, given):
+        arguments.usage_error(problem)
     if arguments.list:
-        if targets or arguments.out:
-            raise ValueError(
-                "--list should stand alone (or with --step), got lengths or --out, too; leave it out to write."
-            )
         print("\n".join(_list(arguments.file, arguments.step)))
         return
-    if not targets or not arguments.out:
-        raise ValueError(
-            "reconstruct should have a length, such as --sigma-rel 0.15, and --out; see --list for lengths."
-        )
-    if len(targets) > 1 and "{}" not in arguments.out.name:
-        raise ValueError(f"OUT should have {{}} in its name for {len(targets)} lengths, got '{arguments.out}'.")
+    targets = {f"{name}_{x}": _TARGETS[name][0](x) for name, x in given}
     outs = [arguments.out.with_name(arguments.out.name.replace("{}", label)) for label in targets]
     for out in outs:
         checkpoints.check_target(out, force=arguments.force)  # before minutes of work
+        if out.resolve().parent == arguments.file.resolve() and is_snapshot_name(out):
+            raise ValueError(f"OUT should not be the name of a snapshot in DIR, got '{out}'; choose another.")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         states = posthoc.reconstruct(
@@ -76,17 +78,36 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
             list(targets.values()),
             arguments.step,
             max_residual=arguments.max_residual,
-            progress=sys.stderr.isatty() and _has_tqdm(),
+            progress=sys.stderr.isatty() and find_spec("tqdm") is not None,
         )
     for warning in caught:
-        print(f"ignite-ema: {warning.message}", file=sys.stderr)
-    for out, state in zip(outs, states, strict=True):
+        print(f"ignite-ema: warning: {warning.message}", file=sys.stderr)
+    snapshots = posthoc.stored(arguments.file, arguments.step)
+    last, known = snapshots[-1], [known for one in snapshots for known in one.snapshots]
+    residuals = posthoc.residuals(known, targets.values())
+    for out, state, target, residual in zip(outs, states, targets.values(), residuals, strict=True):
         checkpoints.save_file(state, out, force=arguments.force)
-        print(f"{out}: {len(state)} tensors, {mebibytes(state)} MiB")
+        print(
+            f"{out}: {target} at {last.time} {last.time_unit} (iteration {last.iteration}, epoch {last.epoch}), "
+            f"residual {residual:.2%}, {len(state)} tensors, {mebibytes(state)} MiB"
+        )
 
 
-def _has_tqdm() -> bool:
-    return find_spec("tqdm") is not None
+def _problem(arguments: argparse.Namespace, given: Sequence[tuple[str, float]]) -> str | None:
+    """What is wrong with the usage, if anything is."""
+    if arguments.list:
+        extra = given or arguments.out or arguments.force
+        return "--list should stand alone, or with --step; leave it out to write." if extra else None
+    if not given or not arguments.out:
+        return "reconstruct should have a length, such as --sigma-rel 0.15, and --out; --list says which are good."
+    for name, x in given:
+        if not 0 < x <= 1:
+            return f"--{name.replace('_', '-')} should be in (0, 1], a fraction of the run, got {x:g}."
+    if not arguments.out.name:
+        return f"--out should name a file, got '{arguments.out}'."
+    if len(given) > 1 and "{}" not in arguments.out.name:
+        return f"--out should have {{}} in its name for {len(given)} lengths, got '{arguments.out}'."
+    return None
 
 
 def _list(directory: Path, step: int | None) -> Iterator[str]:
@@ -94,18 +115,21 @@ def _list(directory: Path, step: int | None) -> Iterator[str]:
     first, last = snapshots[0], snapshots[-1]
     tensors = {f"{index}.{path}": one for index, stream in enumerate(last.averaged) for path, one in stream.items()}
     types = ", ".join(sorted({str(one.dtype).removeprefix("torch.") for one in tensors.values()}))
-    yield f"{len(snapshots)} snapshots of {', '.join(f'sigma_rel {sigma:g}' for sigma in last.sigma_rels)}"
-    yield f"each {len(last.averaged[0])} averaged tensors, {mebibytes(tensors)} MiB in all, in {types}"
+    widths = " and ".join(f"{sigma:g}" for sigma in last.sigma_rels)
+    yield f"{len(snapshots)} snapshots of averages of sigma_rel {widths}"
+    yield f"{len(last.averaged[0])} averaged tensors in {types}, {mebibytes(tensors)} MiB in each snapshot"
     yield ""
-    width = len(str(last.time))
-    yield f"{first.time_unit:>{max(width, 7)}}  {'iteration':>9}  {'epoch':>5}"
+    width = max(len(str(last.time)), 7)
+    yield f"{first.time_unit:>{width}}  {'iteration':>9}  {'epoch':>5}"
     for one in snapshots:
-        yield f"{one.time:>{max(width, 7)}}  {one.iteration:>9}  {one.epoch:>5}"
+        yield f"{one.time:>{width}}  {one.iteration:>9}  {one.epoch:>5}"
     yield ""
     yield f"what can be rebuilt at {last.time} {last.time_unit}:"
-    known = [posthoc.Snapshot(profile, one.time) for one in snapshots for profile in one.profiles]
-    for name, (kind, lengths) in _TARGETS.items():
-        for x in lengths:
-            residual = posthoc.residual(known, kind(x))
-            verdict = "" if residual <= 0.01 else "rough" if residual <= 0.1 else "refused"
-            yield f"  --{name.replace('_', '-')} {x:<6g} residual {residual:>8.3%}  {verdict}".rstrip()
+    known = [known for one in snapshots for known in one.snapshots]
+    tried = [(name, x, kind(x)) for name, (kind, lengths) in _TARGETS.items() for x in lengths]
+    residuals = posthoc.residuals(known, [target for _, _, target in tried])
+    for (name, x, _), residual in zip(tried, residuals, strict=True):
+        verdict = "" if residual <= posthoc.GOOD else "rough" if residual <= _ACCEPTED else "refused"
+        yield f"  --{name.replace('_', '-')} {x:<6g} residual {residual:>8.3%}  {verdict}".rstrip()
+    yield ""
+    yield "(--last is good where its window begins at a snapshot)"

@@ -4,29 +4,34 @@
 them from time to time. Each is a sum over the same weights of the model, with a known profile; which sum of them
 comes closest to a profile that is wanted is found by least squares, without the weights. Karras et al. 2024 (arXiv
 2312.02696), section 3 and appendix C.
-
->>> snapshots = [Snapshot(PowerProfile(sigma_rel), k) for sigma_rel in (0.05, 0.10) for k in range(1, 65)]
->>> f"{residual(snapshots, PowerProfile(0.15)):.3%}"
-'0.058%'
 """
 
 import math
 import numbers
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
 
 import torch
 from torch import Tensor
 
-from .profiles import ExponentialProfile, PowerProfile, Profile, SampledProfile, UniformProfile, inner_products
+from .fitting import GOOD, as_profile, coefficients, fitted, planned, reach, residual, residuals
+from .profiles import (
+    ExponentialProfile,
+    PowerProfile,
+    Profile,
+    SampledProfile,
+    Snapshot,
+    UniformProfile,
+    inner_products,
+)
 from .schedules import PowerFunction
 from .snapshot_files import StoredSnapshot, read_all
 
 __all__ = [
+    "GOOD",
     "ExponentialProfile",
     "PowerProfile",
     "Profile",
@@ -36,14 +41,15 @@ __all__ = [
     "coefficients",
     "gamma_from_sigma_rel",
     "inner_products",
+    "planned",
     "reconstruct",
     "residual",
+    "residuals",
     "sigma_rel_from_gamma",
     "stored",
 ]
 
 _CHUNK = 2**23  # numbers, of all snapshots together, that are in memory in float64 at a time
-_LARGE_RESIDUAL = 0.01
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
@@ -68,101 +74,6 @@ def sigma_rel_from_gamma(gamma: float) -> float:
     return float(((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """An average that is known: its profile, and when it was taken.
-
-    Args:
-        profile: how much the weights of each moment count.
-        time: from the start of the run, above 0, in whatever unit all times are in.
-    """
-
-    profile: Profile
-    time: float
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.profile, Profile):
-            raise TypeError(f"profile should be a Profile, such as PowerProfile(0.05), got {self.profile!r}.")
-        if not 0 < self.time < float("inf"):
-            raise ValueError(
-                f"time of a Snapshot should be above 0, got {self.time!r}; before it there are no weights."
-            )
-
-
-def coefficients(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> Tensor:
-    """How much each snapshot counts in the sum that comes closest to an average with the profile ``target``.
-
-    Least squares over the run, in float64; the coefficients sum to 1, and some may be below 0.
-
-    Args:
-        snapshots: n of them.
-        target: the profile, or the ``sigma_rel`` of a power function.
-        end: when the wanted average is taken; None: at the time of the last snapshot.
-
-    Returns:
-        A float64 tensor of shape (n,).
-
-    Raises:
-        TypeError, ValueError: without snapshots, or for what is no profile or no time.
-    """
-    return _fit(snapshots, target, end)[0]
-
-
-def residual(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> float:
-    """How far the sum with these :func:`coefficients` is from what is wanted: the relative L2 distance of the profiles.
-
-    ‖p - Σᵢ cᵢ pᵢ‖ / ‖p‖: 0 is exact, and above a few percent the average is another one than the one asked for.
-    Arguments and errors as for :func:`coefficients`.
-    """
-    return _fit(snapshots, target, end)[1]
-
-
-def _fit(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None) -> tuple[Tensor, float]:
-    if not snapshots:
-        raise ValueError("snapshots should be one or more, got none; without them nothing can be rebuilt.")
-    wanted = Snapshot(_as_profile(target), max(one.time for one in snapshots) if end is None else end)
-    own = inner_products(wanted.profile, _times([wanted]), wanted.profile, _times([wanted])).item()
-    if not 0 < own < math.inf:
-        raise ValueError(f"target should have a density that float64 can hold, got {target}; choose a longer one.")
-    gram, mixed = _gram(snapshots, snapshots), _gram(snapshots, [wanted])[:, 0]
-    # Scaled to a diagonal of 1, and inverted where it can be: the profiles of neighbours in time are nearly the same.
-    scale = gram.diagonal().rsqrt()
-    values, vectors = torch.linalg.eigh(gram * scale[:, None] * scale)
-    kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
-    vectors = scale[:, None] * vectors[:, kept]
-    free, ones = ((vectors @ (vectors.T @ v / values[kept])) for v in (mixed, torch.ones_like(mixed)))
-    found = free + ones * ((1 - free.sum()) / ones.sum())  # a Lagrange multiplier: the least squares with sum 1
-    distance = own - 2 * found.dot(mixed) + found.dot(gram @ found)
-    return found, float((distance.clamp(min=0) / own).sqrt())
-
-
-def _as_profile(target: Profile | float) -> Profile:
-    return target if isinstance(target, Profile) else PowerProfile(target)
-
-
-def _times(snapshots: Sequence[Snapshot]) -> Tensor:
-    return torch.tensor([one.time for one in snapshots], dtype=torch.float64)
-
-
-def _gram(rows: Sequence[Snapshot], columns: Sequence[Snapshot]) -> Tensor:
-    """The inner products of all with all, a block for each two profiles."""
-    result = torch.empty(len(rows), len(columns), dtype=torch.float64)
-    for one, here in _by_profile(rows):
-        for other, there in _by_profile(columns):
-            block = inner_products(one, _times([rows[i] for i in here]), other, _times([columns[j] for j in there]))
-            result[torch.tensor(here)[:, None], torch.tensor(there)] = block
-    return result
-
-
-def _by_profile(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Profile, list[int]]]:
-    profiles: list[Profile] = []  # and not a set: a profile of one's own may have no hash
-    for one in snapshots:
-        if one.profile not in profiles:
-            profiles.append(one.profile)
-    for profile in profiles:
-        yield profile, [index for index, one in enumerate(snapshots) if one.profile == profile]
-
-
 def stored(dirname: str | os.PathLike[str], step: int | None = None) -> list[StoredSnapshot]:
     """The snapshots in the directory of a ``PostHocEMA``, in the order of their times.
 
@@ -175,12 +86,14 @@ def stored(dirname: str | os.PathLike[str], step: int | None = None) -> list[Sto
             not of one run.
     """
     snapshots = read_all(Path(dirname))
+    if step is not None and type(step) is not int:
+        raise TypeError(f"step should be the time of a snapshot, an integer, got {step!r}.")
     end = snapshots[-1].time if step is None else step
     if all(one.time != end for one in snapshots):
         nearest = sorted(sorted(one.time for one in snapshots), key=lambda time: abs(time - end))[:2]
         raise ValueError(
-            f"step should be the time of a snapshot, in {snapshots[0].time_unit}, got {step!r}; the nearest in "
-            f"'{dirname}' are {' and '.join(map(str, sorted(nearest)))}."
+            f"step should be the time of a snapshot, in {snapshots[0].time_unit}, got {step!r}; nearest in "
+            f"'{dirname}': {' and '.join(map(str, sorted(nearest)))}."
         )
     return [one for one in snapshots if one.time <= end]
 
@@ -241,15 +154,16 @@ def reconstruct(
     """
     if not isinstance(max_residual, numbers.Real) or isinstance(max_residual, bool) or not max_residual >= 0:
         raise ValueError(f"max_residual should be a number of at least 0, got {max_residual!r}; 0.1 is 10%.")
+    if isinstance(target, str):
+        raise TypeError(f"target should be a profile or a number, got {target!r}; pass {target} without quotes.")
     used = stored(dirname, step)
-    targets = list(target) if isinstance(target, Sequence) else [target]
+    targets = list(map(as_profile, target if isinstance(target, Sequence) else [target]))
     if not targets:
         raise ValueError("target should be a profile or several, got none.")
-    known = [Snapshot(profile, one.time) for one in used for profile in one.profiles]
-    rows = []
-    for one in targets:  # and no comprehension, which until Python 3.12 is a level of the stack: see stacklevel
-        rows.append(_checked(known, _as_profile(one), max_residual))
-    weights = torch.stack(rows)
+    known = [snapshot for one in used for snapshot in one.snapshots]
+    weights, distances = fitted(known, targets)
+    for one, distance in zip(targets, distances, strict=True):
+        _check(known, one, distance, max_residual)
     last = used[-1]
     results: list[dict[str, Tensor]] = [{} for _ in targets]
     total = sum(tensor.numel() for tensor in last.averaged[0].values())
@@ -264,21 +178,19 @@ def reconstruct(
     return plain if isinstance(target, Sequence) else plain[0]
 
 
-def _checked(known: Sequence[Snapshot], target: Profile, max_residual: float) -> Tensor:
-    found, distance = _fit(known, target, None)
+def _check(known: Sequence[Snapshot], target: Profile, distance: float, max_residual: float) -> None:
     if distance > max_residual:
+        accepting = f", or accept it with max_residual={math.ceil(100 * distance) / 100} (--max-residual)"
         raise ValueError(
             f"target should be within the reach of the snapshots, but what they give differs from {target} by "
-            f"{distance:.1%}; choose another length, or accept it with max_residual={math.ceil(100 * distance) / 100} "
-            "(--max-residual)."
+            f"{distance:.1%}; {reach(known, target)}{accepting if distance < 0.2 else ''}."
         )
-    if distance > _LARGE_RESIDUAL:
+    if distance > GOOD:
         warnings.warn(
-            f"The snapshots give another average than {target}: their profiles differ by {distance:.1%}, where 1% is "
-            "good; take more snapshots next time, or choose another length.",
+            f"The snapshots give {target} roughly: what they give differs by {distance:.1%}, where {GOOD:.0%} is good; "
+            f"{reach(known, target)}.",
             stacklevel=3,
         )
-    return found
 
 
 def _combined(parts: Sequence[Tensor], weights: Tensor, bar: "_Bar") -> list[Tensor]:

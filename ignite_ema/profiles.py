@@ -16,7 +16,15 @@ from torch import Tensor
 
 from .schedules import PowerFunction
 
-__all__ = ["ExponentialProfile", "PowerProfile", "Profile", "SampledProfile", "UniformProfile", "inner_products"]
+__all__ = [
+    "ExponentialProfile",
+    "PowerProfile",
+    "Profile",
+    "SampledProfile",
+    "Snapshot",
+    "UniformProfile",
+    "inner_products",
+]
 
 _PANELS = 40  # of the quadrature, to each end; they halve in width, down to 1e-12 of the range
 _NODES = 16  # in each panel
@@ -47,7 +55,11 @@ class PowerProfile(Profile):
     sigma_rel: float
 
     def __post_init__(self) -> None:
-        PowerFunction(self.sigma_rel)  # which checks it
+        if not 0 < _number(self.sigma_rel) < 12**-0.5:
+            raise ValueError(
+                f"sigma_rel should be a number in (0, 1/√12 = {12**-0.5:.4f}), a fraction of the run, got "
+                f"{self.sigma_rel!r}; the mean of the whole run is the widest."
+            )
 
     @property
     def gamma(self) -> float:
@@ -144,7 +156,7 @@ class UniformProfile(_Steps):
         return torch.tensor([1 / self.window], dtype=torch.float64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SampledProfile(_Steps):
     """A profile of your own: the run is cut into equal parts, and ``weights[k]`` says how much the k-th counts.
 
@@ -162,6 +174,9 @@ class SampledProfile(_Steps):
             )
         object.__setattr__(self, "weights", weights)
 
+    def __repr__(self) -> str:
+        return f"SampledProfile of {len(self.weights)} weights"
+
     @property
     def edges(self) -> Tensor:  # type: ignore[override]
         return torch.linspace(0, 1, len(self.weights) + 1, dtype=torch.float64)
@@ -170,6 +185,27 @@ class SampledProfile(_Steps):
     def heights(self) -> Tensor:  # type: ignore[override]
         weights = torch.tensor(self.weights, dtype=torch.float64)
         return weights * (len(weights) / weights.sum())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An average that is known: its profile, and when it was taken.
+
+    Args:
+        profile: how much the weights of each moment count.
+        time: from the start of the run, above 0, in whatever unit all times are in.
+    """
+
+    profile: Profile
+    time: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.profile, Profile):
+            raise TypeError(f"profile should be a Profile, such as PowerProfile(0.05), got {self.profile!r}.")
+        if not 0 < _number(self.time) < math.inf:
+            raise ValueError(
+                f"time of a Snapshot should be above 0, got {self.time!r}; before it there are no weights."
+            )
 
 
 def _number(value: object) -> float:

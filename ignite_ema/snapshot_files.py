@@ -4,15 +4,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .files import is_dense, load_file, whole_file
-from .profiles import PowerProfile
+from .profiles import PowerProfile, Snapshot
 
-__all__ = ["StoredSnapshot", "paths_in", "read", "read_all", "write"]
+__all__ = ["History", "StoredSnapshot", "is_history", "is_snapshot_name", "paths_in", "read", "read_all", "write"]
+
+History: TypeAlias = Sequence[Sequence[Any]]
 
 _VERSION = 1
 _NAME = re.compile(r"snapshot_(\d+)\.pt")
@@ -23,7 +25,6 @@ class StoredSnapshot:
     """What a file holds.
 
     Attributes:
-        run: what the files of one run have in common.
         time: when the averages were taken: the number of updates, or of samples, from the start of the run.
         time_unit: "updates" or "samples".
         num_updates: the number of updates of each average.
@@ -33,9 +34,10 @@ class StoredSnapshot:
         averaged: for each width the averaged tensors by path.
         copied: the tensors that are not averaged, by path.
         state_dict_names: for each name in the ``state_dict`` of the model the path.
+        history: for each snapshot of the run so far, this one included, its time and a digest of what it follows from
+            and what it holds: [time, digest]. The first is the start of the run.
     """
 
-    run: str
     time: int
     time_unit: str
     num_updates: int
@@ -45,17 +47,18 @@ class StoredSnapshot:
     averaged: Sequence[Mapping[str, Tensor]]
     copied: Mapping[str, Tensor]
     state_dict_names: Mapping[str, str]
+    history: History
 
     @property
-    def profiles(self) -> list[PowerProfile]:
-        """The profile of each average."""
-        return [PowerProfile(sigma_rel) for sigma_rel in self.sigma_rels]
+    def snapshots(self) -> list[Snapshot]:
+        """The profile and the time of each average."""
+        return [Snapshot(PowerProfile(sigma_rel), self.time) for sigma_rel in self.sigma_rels]
 
 
 _TYPES = {
-    **dict.fromkeys(("run", "time_unit"), str),
+    "time_unit": str,
     **dict.fromkeys(("time", "num_updates", "iteration", "epoch"), int),
-    **dict.fromkeys(("sigma_rels", "averaged"), list),
+    **dict.fromkeys(("sigma_rels", "averaged", "history"), list),
     **dict.fromkeys(("copied", "state_dict_names"), dict),
 }
 
@@ -68,6 +71,11 @@ def write(snapshot: StoredSnapshot, dirname: Path) -> Path:
     """
     path = dirname / _name_of(snapshot)
     content = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
+    if path.exists():
+        raise FileExistsError(
+            f"'{path}' is there already, and this run has not written it; give each run a directory of its own, and "
+            "let no other process write there."
+        )
     with whole_file(path, force=False) as temporary, temporary.open("wb") as file:  # a path would come into the bytes
         torch.save({"ignite_ema_snapshot": _VERSION, **content}, file)
     return path
@@ -75,6 +83,11 @@ def write(snapshot: StoredSnapshot, dirname: Path) -> Path:
 
 def _name_of(snapshot: StoredSnapshot) -> str:
     return f"snapshot_{snapshot.time}.pt"
+
+
+def is_snapshot_name(path: Path) -> bool:
+    """Whether a file of this name would be taken for a snapshot."""
+    return _NAME.fullmatch(path.name) is not None
 
 
 def paths_in(dirname: Path) -> dict[int, Path]:
@@ -101,7 +114,10 @@ def read(path: Path) -> StoredSnapshot:
     snapshot = StoredSnapshot(**content)
     faults = [fault for fault in _faults(snapshot) if fault]
     if faults:
-        raise ValueError(f"'{path}' should be as a PostHocEMA wrote it, but {faults[0]}; restore the file.")
+        raise ValueError(
+            f"'{path}' should be as a PostHocEMA wrote it, but {faults[0]}; restore it, or move it away: the others "
+            "can do without it, with a larger residual."
+        )
     if path.name != _name_of(snapshot):
         raise ValueError(
             f"'{path}' should be named '{_name_of(snapshot)}', after its time; rename it, or move it away."
@@ -120,6 +136,7 @@ def _faults(snapshot: StoredSnapshot) -> list[str | None]:
     both = {*first, *snapshot.copied}
     return [
         "it is of no time" if snapshot.time < 1 else None,
+        "its history is none" if not is_history(snapshot.history) or snapshot.history[-1][0] != snapshot.time else None,
         "it has tensors without memory of their own"
         if not all(_has_memory(value) for value in tensors) or not all(map(is_dense, first.values()))
         else None,
@@ -131,6 +148,15 @@ def _faults(snapshot: StoredSnapshot) -> list[str | None]:
         if not all(isinstance(path, str) and path in both for path in snapshot.state_dict_names.values())
         else None,
     ]
+
+
+def is_history(value: object) -> bool:
+    """Whether it is a list of [time, digest] in the order of the times, from 0 on."""
+    if not isinstance(value, list) or not all(isinstance(one, list) and len(one) == 2 for one in value):
+        return False
+    times = [time for time, _ in value]
+    are_typed = all(type(time) is int and isinstance(digest, str) for time, digest in value)
+    return are_typed and times == sorted(set(times)) and times[:1] == [0]
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -161,16 +187,16 @@ def read_all(dirname: Path) -> list[StoredSnapshot]:
             "'snapshot_1000.pt' in it; check the path."
         )
     snapshots = {path: read(path) for path in paths.values()}
-    (first_path, first), *others = snapshots.items()
+    *others, (last_path, last) = snapshots.items()
     for path, one in others:
-        for key in ("run", "time_unit", "sigma_rels", "state_dict_names"):
-            if getattr(one, key) != getattr(first, key):
-                raise ValueError(
-                    f"'{path}' should be of the run of '{first_path.name}', but its {key} is another; keep the "
-                    "snapshots of one run alone in a directory."
-                )
-        if not _alike(first.averaged[0], one.averaged[0]):
+        if list(one.history[-1]) not in last.history:
             raise ValueError(
-                f"'{path}' should have tensors of the names and shapes of '{first_path.name}'; check both."
+                f"'{path}' should be of the run of '{last_path.name}', but it is of another one; keep the snapshots of "
+                "one run alone in a directory."
             )
+        for key in ("time_unit", "sigma_rels", "state_dict_names"):
+            if getattr(one, key) != getattr(last, key):
+                raise ValueError(f"'{path}' should have the {key} of '{last_path.name}', but has others; check both.")
+        if not _alike(last.averaged[0], one.averaged[0]):
+            raise ValueError(f"'{path}' should have tensors of the names and shapes of '{last_path.name}'; check both.")
     return list(snapshots.values())

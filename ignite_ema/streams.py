@@ -1,6 +1,7 @@
 """One of the averages of a :class:`~ignite_ema.snapshots.PostHocEMA`: its momentum, and what is stored of it."""
 
 import math
+from pathlib import Path
 
 import torch
 from ignite.engine import Engine
@@ -35,7 +36,13 @@ class PowerOfSamples:
 
 
 class Stream(EMAHandler):
-    """A handler whose momentum may depend on samples, and that knows what to store."""
+    """A handler whose momentum may depend on samples, and that knows what to store.
+
+    Attributes:
+        directory: where it is stored.
+    """
+
+    directory: Path
 
     def averaged_tensors(self) -> dict[str, Tensor]:
         """The tensors of the twin by path; not copies."""
@@ -63,6 +70,9 @@ class Stream(EMAHandler):
             else:
                 averaged[path] = _narrowed(path, tensor, dtype)
         return compact(averaged), compact(copied)
+
+    def _check_start(self, name: str, engine: Engine) -> None:
+        """Leaves it to the ``PostHocEMA``; its first update copies, whatever the weights were before."""
 
     def _update(self, name: str, engine: Engine) -> None:
         before = self.num_updates

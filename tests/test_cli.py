@@ -397,8 +397,8 @@ class TestReconstruct:
         assert printed.err == ""
         lines = printed.out.splitlines()
         assert lines[:5] == [
-            "16 snapshots of sigma_rel 0.05, sigma_rel 0.1",
-            "each 2 averaged tensors, 0.689 MiB in all, in float32",
+            "16 snapshots of averages of sigma_rel 0.05 and 0.1",
+            "2 averaged tensors in float32, 0.689 MiB in each snapshot",
             "",
             "updates  iteration  epoch",
             "      4          4      1",
@@ -413,7 +413,7 @@ class TestReconstruct:
         ]
         assert "  --half-life 0.05   residual   0.153%" in lines
         assert any(line.startswith("  --last 0.5 ") and line.endswith("rough") for line in lines)
-        assert len(lines) == 22 + 13 + 5 + 3
+        assert len(lines) == 22 + 13 + 5 + 3 + 2
 
     def test_list_at_a_step(self, command, capsys):
         assert command("--list", "--step", "32") == 0
@@ -429,7 +429,7 @@ class TestReconstruct:
             code = command(flag, x, "--out", out)
             printed = capsys.readouterr()
             assert (code, Path(out).exists()) == ((1, False) if verdict == ["refused"] else (0, True))
-            assert ("differ" in printed.err) == bool(verdict)
+            assert ("differs" in printed.err) == bool(verdict)
             assert not verdict or f"by {float(percent[:-1]):.1f}%" in printed.err
 
     @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
@@ -437,7 +437,10 @@ class TestReconstruct:
         if suffix == ".safetensors":
             pytest.importorskip("safetensors")
         assert command("--sigma-rel", "0.1", "--out", f"out{suffix}") == 0
-        assert capsys.readouterr() == (f"out{suffix}: 2 tensors, 0.344 MiB\n", "")
+        said = (
+            f"out{suffix}: PowerProfile(sigma_rel=0.1) at 64 updates (iteration 64, epoch 1), residual 0.00%, 2 tensors"
+        )
+        assert capsys.readouterr() == (f"{said}, 0.344 MiB\n", "")
         assert equal(load_file(Path(f"out{suffix}")), posthoc.reconstruct(written, 0.1))
         assert files_in(Path()) == [f"out{suffix}"]
 
@@ -446,8 +449,10 @@ class TestReconstruct:
         assert command(*arguments, "--out", "run_{}.pt") == 0
         names = ["sigma_rel_0.1", "sigma_rel_0.075", "half_life_0.05", "last_0.5"]
         printed = capsys.readouterr()
-        assert printed.out.splitlines() == [f"run_{name}.pt: 2 tensors, 0.344 MiB" for name in names]
-        assert printed.err.startswith("ignite-ema: The snapshots give another average than UniformProfile(window=0.5)")
+        lines = printed.out.splitlines()
+        assert [line.partition(": ")[0] for line in lines] == [f"run_{name}.pt" for name in names]
+        assert "UniformProfile(window=0.5) at 56 updates (iteration 56, epoch 1), residual " in lines[3]
+        assert printed.err.startswith("ignite-ema: warning: The snapshots give UniformProfile(window=0.5) roughly")
         assert printed.err.count("\n") == 1
         targets = [0.1, 0.075, posthoc.ExponentialProfile(0.05)]
         for name, due in zip(names, posthoc.reconstruct(written, targets, 56), strict=False):
@@ -461,7 +466,7 @@ class TestReconstruct:
         assert command("--sigma-rel", "0.02", "--out", "out.pt") == 1
         assert "accept it with max_residual=0.12 (--max-residual)" in capsys.readouterr().err
         assert command("--sigma-rel", "0.02", "--out", "out.pt", "--max-residual", "0.12") == 0
-        assert "differ by 12.0%" in capsys.readouterr().err
+        assert "differs by 12.0%" in capsys.readouterr().err
 
     def test_what_is_there_is_kept_without_force(self, command, capsys, monkeypatch):
         Path("run_last_0.5.pt").write_bytes(b"precious")
@@ -479,18 +484,9 @@ class TestReconstruct:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([], "reconstruct should have a length, such as --sigma-rel 0.15, and --out; see --list"),
-            (["--sigma-rel", "0.1"], "reconstruct should have a length, such as --sigma-rel 0.15, and --out"),
-            (["--out", "out.pt"], "reconstruct should have a length, such as --sigma-rel 0.15, and --out"),
-            (["--list", "--last", "0.1"], "--list should stand alone (or with --step), got lengths or --out, too"),
-            (["--list", "--out", "out.pt"], "--list should stand alone (or with --step), got lengths or --out, too"),
-            (["--list", "--step", "63"], "step should be the time of a snapshot, in updates, got 63; the nearest in"),
-            (["--sigma-rel", "0.1", "--step", "63", "--out", "out.pt"], "are 60 and 64."),
-            (["--sigma-rel", "0.3", "--out", "out.pt"], "got 0.3"),
-            (["--half-life", "0", "--out", "out.pt"], "half_life of ExponentialProfile should be a number above 0"),
-            (["--half-life", "nan", "--out", "out.pt"], "got nan"),
-            (["--last", "1.5", "--out", "out.pt"], "window of UniformProfile should be in (0, 1]"),
-            (["--sigma-rel", "0.1", "0.2", "--out", "out.pt"], "OUT should have {} in its name for 2 lengths, got 'ou"),
+            (["--list", "--step", "63"], "step should be the time of a snapshot, in updates, got 63; nearest in"),
+            (["--sigma-rel", "0.1", "--step", "63", "--out", "out.pt"], ": 60 and 64."),
+            (["--sigma-rel", "0.3", "--out", "out.pt"], "sigma_rel should be a number in (0, 1/√12 = 0.2887), a fr"),
             (["--sigma-rel", "0.1", "--out", "out.bin"], "'out.bin' should end in .pt, .pth or .safetensors"),
             (
                 ["--sigma-rel", "0.1", "--out", "nowhere/out.pt"],
@@ -508,12 +504,47 @@ class TestReconstruct:
         assert printed.err.count("\n") == 1
         assert files_in(Path()) == []
 
-    @pytest.mark.parametrize("arguments", [["--sigma-rel"], ["--sigma-rel", "wide"], ["--step", "1.5"]])
-    def test_wrong_usage(self, arguments, command, capsys):
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--sigma-rel"], "expected at least one argument"),
+            (["--sigma-rel", "wide"], "invalid float value: 'wide'"),
+            (["--step", "1.5"], "invalid int value: '1.5'"),
+            ([], "reconstruct should have a length, such as --sigma-rel 0.15, and --out; --list says"),
+            (["--sigma-rel", "0.1"], "reconstruct should have a length, such as --sigma-rel 0.15, and --out"),
+            (["--out", "out.pt"], "reconstruct should have a length, such as --sigma-rel 0.15, and --out"),
+            (["--list", "--last", "0.1"], "--list should stand alone, or with --step; leave it out to write"),
+            (["--list", "--out", "out.pt"], "--list should stand alone"),
+            (["--list", "--force"], "--list should stand alone"),
+            (["--half-life", "0", "--out", "out.pt"], "--half-life should be in (0, 1], a fraction of the run, got 0"),
+            (
+                ["--half-life", "20", "--out", "out.pt"],
+                "--half-life should be in (0, 1], a fraction of the run, got 20",
+            ),
+            (["--half-life", "nan", "--out", "out.pt"], "got nan"),
+            (["--last", "1.5", "--out", "out.pt"], "--last should be in (0, 1], a fraction of the run, got 1.5"),
+            (["--sigma-rel", "0.1", "--out", "."], "--out should name a file, got '.'"),
+            (
+                ["--sigma-rel", "0.1", "0.2", "--out", "out.pt"],
+                "--out should have {} in its name for 2 lengths, got 'ou",
+            ),
+        ],
+    )
+    def test_wrong_usage(self, arguments, message, command, capsys):
         with pytest.raises(SystemExit) as info:
             command(*arguments)
         assert info.value.code == 2
-        assert capsys.readouterr().err.startswith("usage: ignite-ema reconstruct")
+        said = capsys.readouterr().err
+        assert said.startswith("usage: ignite-ema reconstruct")
+        assert message in said
+        assert files_in(Path()) == []
+
+    def test_a_snapshot_is_not_written_over(self, command, written, capsys):
+        before = (written / "snapshot_64.pt").read_bytes()
+        out = str(written / "snapshot_64.pt")
+        assert command("--sigma-rel", "0.1", "--out", out, "--force") == 1
+        assert "OUT should not be the name of a snapshot in DIR" in capsys.readouterr().err
+        assert (written / "snapshot_64.pt").read_bytes() == before
 
     def test_examples_of_the_help_are_commands(self, capsys):
         with pytest.raises(SystemExit):
@@ -525,8 +556,9 @@ class TestReconstruct:
 
     def test_as_a_module(self, written, tmp_path):
         done = run("reconstruct", written, "--last", "0.5", "--out", "out.pt", cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (0, b"out.pt: 2 tensors, 0.344 MiB\n")
-        assert done.stderr.startswith(b"ignite-ema: The snapshots give another average")
+        assert done.returncode == 0
+        assert done.stdout.startswith(b"out.pt: UniformProfile(window=0.5) at 64 updates")
+        assert done.stderr.startswith(b"ignite-ema: warning: The snapshots give UniformProfile")
         assert done.stderr.count(b"\n") == 1  # and no bar, where stderr is no terminal
         missing = run("reconstruct", "nowhere", "--list", cwd=tmp_path)
         assert (missing.returncode, missing.stdout) == (1, b"")

@@ -19,7 +19,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ignite_ema import EMAHandler, PostHocEMA, posthoc, snapshot_files
+from ignite_ema import EMAHandler, PostHocEMA, fitting, posthoc, snapshot_files
 from ignite_ema.cli import main
 from ignite_ema.posthoc import (
     ExponentialProfile,
@@ -144,8 +144,8 @@ def test_coefficients_have_the_sum_1_and_no_others_come_closer(target, sigma_rel
     assert found.dtype == torch.float64
     assert found.shape == (len(snapshots),)
     assert found.sum().item() == pytest.approx(1, abs=1e-12)
-    gram = posthoc._gram(snapshots, snapshots)
-    mixed = posthoc._gram(snapshots, [Snapshot(target, 32)])[:, 0]
+    gram = fitting._gram(snapshots, snapshots)
+    mixed = fitting._gram(snapshots, [Snapshot(target, 32)])[:, 0]
 
     def distance(c):
         return (c @ gram @ c - 2 * c @ mixed).item()
@@ -294,7 +294,7 @@ def exact(target, rows):
 
 
 def known_from(dirname):
-    return [Snapshot(profile, one.time) for one in stored(dirname) for profile in one.profiles]
+    return [snapshot for one in stored(dirname) for snapshot in one.snapshots]
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +342,6 @@ def make_snapshot(time, value=None, **changes):
     value = float(time) if value is None else value
     averaged = [{"a": torch.full((2, 3), value), "b": torch.full((), -value)} for _ in range(2)]
     entries = {
-        "run": "run",
         "time": time,
         "time_unit": "updates",
         "num_updates": time,
@@ -352,6 +351,7 @@ def make_snapshot(time, value=None, **changes):
         "averaged": averaged,
         "copied": {"count": torch.tensor(time)},
         "state_dict_names": {"a": "a", "also_a": "a", "b": "b", "count": "count"},
+        "history": [[k, str(k)] for k in range(time + 1)],
     }
     return StoredSnapshot(**(entries | changes))
 
@@ -424,18 +424,19 @@ def test_an_earlier_step_uses_what_was_there_by_then(folder, tmp_path):
     assert early["count"].item() == 32
 
 
-@pytest.mark.parametrize(
-    ("step", "nearest"), [(5, "4 and 8"), (7, "4 and 8"), (1, "4 and 8"), (99, "60 and 64"), (8.5, "8 and 12")]
-)
+@pytest.mark.parametrize(("step", "nearest"), [(5, "4 and 8"), (7, "4 and 8"), (1, "4 and 8"), (99, "60 and 64")])
 def test_a_step_between_snapshots_is_refused_and_the_nearest_are_named(step, nearest, tmp_path):
     for time in range(4, 65, 4):
         snapshot_files.write(make_snapshot(time), tmp_path)
-    with pytest.raises(ValueError, match=f"in updates, got {step}; the nearest in '.*' are {nearest}\\."):
+    with pytest.raises(ValueError, match=f"in updates, got {step}; nearest in '.*': {nearest}\\."):
         reconstruct(tmp_path, 0.15, step)
 
 
 def test_a_rough_average_is_warned_about(folder):
-    message = r"another average than PowerProfile\(sigma_rel=0.25\): .* differ by 1.5%, where 1% is good"
+    message = (
+        r"give PowerProfile\(sigma_rel=0.25\) roughly: .* differs by 1.5%, where 1% is good; choose another length "
+        r"\(sigma_rel is good from 0.03 to 0.24\)\.$"
+    )
     for target in (0.25, [0.15, 0.25]):
         with pytest.warns(UserWarning, match=message) as record:
             reconstruct(folder, target)
@@ -451,6 +452,43 @@ def test_what_is_out_of_reach_is_refused_unless_asked_for(folder):
         assert reconstruct(folder, UniformProfile(0.05), max_residual=0.16)
     with pytest.raises(ValueError, match="accept it with max_residual=0.01 "):
         reconstruct(folder, 0.15, max_residual=0.0001)
+    with pytest.raises(ValueError, match=r"sigma_rel=1e-06\) by 100.0%; choose another length \(.* to 0.24\)\.$"):
+        reconstruct(folder, 1e-6)
+
+
+def test_a_window_between_snapshots_is_told_where_to_begin(folder):
+    with pytest.warns(UserWarning, match=r"let its window begin at a snapshot, such as 0.1875 or 0.2031\.$"):
+        reconstruct(folder, UniformProfile(0.2))
+    assert reconstruct(folder, UniformProfile(0.1875))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.1, "32"), "step should be the time of a snapshot, an integer, got '32'"),
+        (("0.1",), "target should be a profile or a number, got '0.1'; pass 0.1 without quotes"),
+    ],
+)
+def test_text_is_no_number(arguments, message, folder):
+    with pytest.raises(TypeError, match=message):
+        reconstruct(folder, *arguments)
+
+
+def test_times_are_no_snapshots():
+    with pytest.raises(TypeError, match=r"should be of type Snapshot, got 20; posthoc.planned\(times=...\) makes them"):
+        residual([20, 40], 0.15)
+
+
+def test_what_is_planned_is_what_a_run_would_have():
+    made = [Snapshot(PowerProfile(sigma_rel), time) for time in (1, 2, 3) for sigma_rel in (0.05, 0.2)]
+    assert posthoc.planned(times=iter((1, 2, 3)), sigma_rels=(0.05, 0.2)) == made
+
+
+def test_many_targets_are_fitted_as_one_by_one():
+    known = posthoc.planned(range(1, 33))
+    targets = [0.03, UniformProfile(0.3), 0.2]
+    for got, target in zip(posthoc.residuals(known, targets, 30), targets, strict=True):
+        assert got == pytest.approx(residual(known, target, 30), rel=1e-9)
 
 
 @pytest.mark.parametrize("value", [math.nan, -0.1, "0.1", None, True])
@@ -689,13 +727,16 @@ BAD_FILES = [
         entries(averaged=[{"a": torch.eye(3).to_sparse()}] * 2, state_dict_names={"a": "a"}),
         "it has tensors without memory of their own",
     ),
-    (entries(run="other"), "should be of the run of 'snapshot_1.pt', but its run is another"),
-    (entries(time_unit="samples"), "but its time_unit is another"),
-    (entries(sigma_rels=[0.05, 0.2]), "but its sigma_rels is another"),
-    (entries(state_dict_names={"a": "a", "b": "b"}), "but its state_dict_names is another"),
+    (entries(history=[[0, "0"], [65, "65"]]), "should be of the run of 'snapshot_65.pt', but it is of another one"),
+    (entries(history=[[0, "0"], [64, "64"]]), "but its history is none"),
+    (entries(history=[[65, "65"]]), "but its history is none"),
+    (entries(history=[]), "but its history is none"),
+    (entries(time_unit="samples"), "should have the time_unit of 'snapshot_65.pt', but has others"),
+    (entries(sigma_rels=[0.05, 0.2]), "should have the sigma_rels of 'snapshot_65.pt'"),
+    (entries(state_dict_names={"a": "a", "b": "b"}), "should have the state_dict_names of 'snapshot_65.pt'"),
     (
         entries(averaged=[{"a": torch.zeros(3, 2), "b": torch.zeros(())}] * 2),
-        "should have tensors of the names and shapes of 'snapshot_1.pt'",
+        "should have tensors of the names and shapes of 'snapshot_65.pt'",
     ),
 ]
 
@@ -751,7 +792,7 @@ def test_the_same_snapshot_has_the_same_bytes(tmp_path):
 def test_a_snapshot_that_is_there_is_not_overwritten(tmp_path):
     path = snapshot_files.write(make_snapshot(3), tmp_path)
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="snapshot_3.pt' exists already"):
+    with pytest.raises(FileExistsError, match="snapshot_3.pt' is there already, and this run has not written it"):
         snapshot_files.write(make_snapshot(3, 7.0), tmp_path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -24,6 +24,9 @@ from ignite_ema.posthoc import (
 class Triangle(Profile):
     """p(x) = 2 x: a profile of one's own, for which there is no closed form."""
 
+    def __repr__(self):
+        return "Triangle"
+
     def density(self, x):
         return 2 * x
 

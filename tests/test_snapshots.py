@@ -50,9 +50,11 @@ class Run:
         attach=True,
         seed=0,
         optimizer=None,
+        scale=1,
         **options,
     ):
         torch.manual_seed(seed)
+        self.scale = scale
         self.model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
         self.trainer = Engine(self.step)
         self.ema = PostHocEMA(self.model, dirname=dirname, **options)
@@ -67,7 +69,7 @@ class Run:
     def step(self, engine, batch):
         generator = torch.Generator().manual_seed(engine.state.iteration)
         for parameter in self.model.parameters():
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator))
+            parameter.data.add_(self.scale * torch.randn(parameter.shape, generator=generator))
         self.model[1].running_mean += torch.randn(2, generator=generator)
         self.model[1].num_batches_tracked += 1
         self.history.append(copy.deepcopy(self.model.state_dict()))
@@ -163,7 +165,7 @@ def test_rebuilt_averages_load_into_a_fresh_model(tmp_path):
     for name, tensor in run.ema.streams[1].ema_model.state_dict().items():
         torch.testing.assert_close(fresh.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
     assert got["1.num_batches_tracked"] == LAST
-    with pytest.warns(UserWarning, match="differ by"):
+    with pytest.warns(UserWarning, match="differs by"):
         wider = reconstruct(tmp_path, posthoc.ExponentialProfile(0.2))
     assert wider["1.running_mean"].ne(got["1.running_mean"]).all()  # averaged, too
 
@@ -181,7 +183,7 @@ def test_buffers_that_are_not_averaged_are_those_of_the_snapshot(tmp_path):
 
 
 def test_copied_buffers_go_with_the_newest_snapshot(tmp_path):
-    run = Run(tmp_path).train()
+    run = Run(tmp_path, handle_buffers="copy").train()
     got = reconstruct(tmp_path, 0.1)
     assert torch.equal(got["1.running_mean"], run.history[-1]["1.running_mean"])
 
@@ -216,7 +218,7 @@ def kept(model, dirname, values=(1.0, 2.0, 3.0), **options):
 def test_tied_weights_are_stored_once_and_rebuilt_tied(tmp_path):
     kept(Tied(), tmp_path)
     one = stored(tmp_path)[0]
-    assert list(one.averaged[0]) == ["embedding.weight"]
+    assert sorted(one.averaged[0]) == ["cache", "embedding.weight", "scale"]
     got = reconstruct(tmp_path, 0.1)
     assert sorted(got) == ["embedding.weight", "head.weight", "scale"]
     assert got["head.weight"] is got["embedding.weight"]
@@ -312,7 +314,7 @@ def test_what_rounded_snapshots_cost(dtype, rounding, target, tmp_path):
         PostHocEMA(model, dirname=tmp_path / name, snapshot_dtype=kind).attach(trainer, name, snapshot_event=event)
     trainer.run(range(320))
     got, due = (reconstruct(tmp_path / name, target)["w"].double() for name in ("narrow", "wide"))
-    known = [posthoc.Snapshot(profile, one.time) for one in stored(tmp_path / "wide") for profile in one.profiles]
+    known = [known for one in stored(tmp_path / "wide") for known in one.snapshots]
     norm = posthoc.coefficients(known, target).norm().item()
     # One rounding is 0.43 of the largest one, in the mean; more of them add up like independent ones at most, and
     # where the weights hardly move they are all the same one. The sum itself is rounded to float32.
@@ -402,7 +404,7 @@ def test_snapshots_after_the_state_are_set_aside_and_written_again(name, uninter
     later = {file for file, at in snapshot_files.paths_in(tmp_path).items() if file > time}
     second = Run(tmp_path, **OPTIONS[name])
     Checkpoint.load_objects(second.objects(), state)
-    message = rf"{len(later)} snapshots in '.*' are later than the state that was loaded, of time {time}, and were set"
+    message = rf"had snapshots that are later than the state that was loaded, of time {time}: {len(later)}, from 'snap"
     with pytest.warns(UserWarning, match=message) as record:
         second.train()
     assert len(record) == 1
@@ -422,7 +424,9 @@ def test_a_run_that_goes_back_to_an_earlier_state_sets_its_snapshots_aside(unint
     again.load_state_dict(state["trainer"])
     run.trainer = again
     run.attach()
-    with pytest.warns(UserWarning, match="4 snapshots in .* are later than the state that was loaded, of time 8"):
+    with pytest.warns(
+        UserWarning, match="later than the state that was loaded, of time 8: 4, from 'snapshot_10.pt' on"
+    ):
         run.train()
     assert files(tmp_path) == uninterrupted["updates"][1]
 
@@ -436,6 +440,10 @@ def test_a_fresh_run_into_a_folder_with_snapshots_is_refused_before_training(tmp
         second.train()
     assert second.history == []
     assert files(tmp_path) == before
+
+
+def times_of(state):
+    return [time for time, _ in state["history"][1:]]
 
 
 def test_a_foreign_snapshot_is_refused_before_training(tmp_path):
@@ -462,6 +470,58 @@ def test_a_snapshot_that_the_run_did_not_write_is_refused_before_training(tmp_pa
         second.train()
 
 
+def test_a_run_that_starts_from_the_same_weights_is_another_run(tmp_path):
+    Run(tmp_path / "one", scale=2).train()  # as with another learning rate
+    state = Run(tmp_path / "other").train(8).saved()
+    second = Run(tmp_path / "one")
+    second.trainer.logger.disabled = True
+    Checkpoint.load_objects(second.objects(), state)
+    before = files(tmp_path / "one")
+    with pytest.raises(ValueError, match="snapshot_5.pt' should be a snapshot of the run that goes on, but it is of"):
+        second.train()
+    assert files(tmp_path / "one") == before
+    (tmp_path / "other" / "snapshot_5.pt").rename(tmp_path / "one" / "snapshot_5.pt")
+    with pytest.raises(
+        ValueError, match="snapshot_5.pt' should be of the run of 'snapshot_40.pt', but it is of another"
+    ):
+        stored(tmp_path / "one")
+
+
+def test_a_state_from_before_the_first_update_sets_all_aside(uninterrupted, tmp_path):
+    first = Run(tmp_path)
+    state = first.saved()
+    first.train(12)
+    second = Run(tmp_path)
+    Checkpoint.load_objects(second.objects(), state)
+    with pytest.warns(UserWarning, match="later than the state that was loaded, of time 0: 2, from 'snapshot_5.pt'"):
+        second.train()
+    assert files(tmp_path) == uninterrupted["updates"][1]
+
+
+def test_a_run_ends_with_a_snapshot(tmp_path):
+    run = Run(tmp_path)
+    run.trainer.run(batches(12), max_epochs=1)
+    assert sorted(snapshot_files.paths_in(tmp_path)) == [5, 10, 12]
+
+
+def test_a_run_that_is_terminated_writes_what_it_would_have_written(tmp_path):
+    Run(tmp_path).train(12)
+    assert sorted(snapshot_files.paths_in(tmp_path)) == [5, 10]
+
+
+def test_two_on_a_trainer_need_names_and_folders_of_their_own(tmp_path):
+    run = Run(tmp_path / "one")
+    before = traces(run.trainer)
+    other = PostHocEMA(nn.Linear(1, 1), dirname=tmp_path / "two")
+    with pytest.raises(ValueError, match="name should be another than 'posthoc_momentum', which another PostHocEMA of"):
+        other.attach(run.trainer)
+    same = PostHocEMA(nn.Linear(1, 1), dirname=tmp_path / "two" / ".." / "one")
+    with pytest.raises(ValueError, match="dirname should be another than '.*one', which another PostHocEMA of this"):
+        same.attach(run.trainer, name="other")
+    assert traces(run.trainer) == before
+    other.attach(run.trainer, name="other")
+
+
 def test_a_checkpoint_that_was_saved_just_before_a_snapshot_resumes(uninterrupted, tmp_path):
     first = Run(tmp_path, attach=False)
     states = []
@@ -470,7 +530,7 @@ def test_a_checkpoint_that_was_saved_just_before_a_snapshot_resumes(uninterrupte
     first.trainer.add_event_handler(EVERY_5, first.ema._save)
     first.train(10)
     handle.remove()
-    assert states[0]["ema"]["snapshots"] == [5]
+    assert times_of(states[0]["ema"]) == [5]
     assert sorted(files(tmp_path)) == ["snapshot_10.pt", "snapshot_5.pt"]
     second = Run(tmp_path)
     Checkpoint.load_objects(second.objects(), states[0])
@@ -494,7 +554,7 @@ def test_missing_snapshots_are_warned_about(tmp_path):
     (tmp_path / "snapshot_10.pt").unlink()
     second = Run(tmp_path)
     Checkpoint.load_objects(second.objects(), state)
-    with pytest.warns(UserWarning, match="3 snapshots that this run has written, but 1 are missing, the first of time"):
+    with pytest.warns(UserWarning, match="3 snapshots that this run has written, but lacks 1, the first of time"):
         second.train()
     assert sorted(files(tmp_path)) == [f"snapshot_{k}.pt" for k in (15, 20, 25, 30, 35, 40, 5)]
 
@@ -503,7 +563,7 @@ def test_a_resumed_run_may_go_on_elsewhere(tmp_path):
     state = Run(tmp_path / "one").train(8).saved()
     second = Run(tmp_path / "other")
     Checkpoint.load_objects(second.objects(), state)
-    with pytest.warns(UserWarning, match="1 are missing"):
+    with pytest.warns(UserWarning, match="lacks 1, the first"):
         second.train()
     (tmp_path / "one" / "snapshot_5.pt").rename(tmp_path / "other" / "snapshot_5.pt")
     assert len(stored(tmp_path / "other")) == 8
@@ -527,7 +587,7 @@ def test_reset_starts_again(tmp_path):
     run.train()
     assert [one.iteration for one in stored(tmp_path / "two")] == [10, 15, 20, 25, 30, 35, 40]
     assert [one.time for one in stored(tmp_path / "two")] == [2, 7, 12, 17, 22, 27, 32]
-    assert stored(tmp_path / "one")[0].run != stored(tmp_path / "two")[0].run
+    assert stored(tmp_path / "one")[0].history[0] != stored(tmp_path / "two")[0].history[0]
 
 
 def test_reset_in_samples_starts_time_again(tmp_path):
@@ -560,7 +620,7 @@ def newest(folder):
 
 def train(folder, kill_at=None, event=None):
     """From the newest checkpoint to the end, with a checkpoint every four iterations; kills itself where told to."""
-    warnings.filterwarnings("ignore", ".* are later than the state that was loaded")
+    warnings.filterwarnings("ignore", ".* later than the state that was loaded")
     run = Run(folder / "snapshots", samples=size_of_batch)
     checkpoint = Checkpoint(run.objects(), DiskSaver(folder, require_empty=False), n_saved=2)
     run.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=4), checkpoint)
@@ -589,7 +649,8 @@ def write_for_ever(folder, sender):
     weights = [{"a": torch.ones(500_000)}] * 2
     sender.send("begins")
     for at in range(1, 10_000):
-        one = snapshot_files.StoredSnapshot("run", at, "updates", at, at, 0, [0.05, 0.1], weights, {}, {"a": "a"})
+        history = [[k, str(k)] for k in range(at + 1)]
+        one = snapshot_files.StoredSnapshot(at, "updates", at, at, 0, [0.05, 0.1], weights, {}, {"a": "a"}, history)
         snapshot_files.write(one, folder)
 
 
@@ -626,7 +687,7 @@ def test_a_failing_write_ends_the_run_and_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left on device"):
             run.train(12)
     assert [path.name for path in tmp_path.iterdir()] == ["snapshot_5.pt"]
-    assert run.ema.state_dict()["snapshots"] == [5]
+    assert times_of(run.ema.state_dict()) == [5]
     assert run.ema.save() == tmp_path / "snapshot_10.pt"  # when there is space again
 
 
@@ -645,7 +706,7 @@ def test_a_snapshot_that_someone_else_wrote_is_not_overwritten(tmp_path):
     (tmp_path / "other").mkdir()
     run.train(4)
     (tmp_path / "snapshot_5.pt").write_text("precious")
-    with pytest.raises(FileExistsError, match="snapshot_5.pt' exists already"):
+    with pytest.raises(FileExistsError, match="snapshot_5.pt' is there already, and this run has not written it"):
         run.train(8)
     assert (tmp_path / "snapshot_5.pt").read_text() == "precious"
 
@@ -785,14 +846,15 @@ def test_the_state_is_not_shared(tmp_path):
     state = run.ema.state_dict()
     other = Run(tmp_path, attach=False)
     other.ema.load_state_dict(state)
-    other.ema.state_dict()["snapshots"].append(99)
+    other.ema.state_dict()["history"].append([99, ""])
+    other.ema.state_dict()["history"][1][0] = 99
     other.ema.streams[0].ema_model[0].weight.data.fill_(0)
-    assert other.ema.state_dict()["snapshots"] == [5]
+    assert times_of(other.ema.state_dict()) == [5]
     other.ema.save()
-    assert state["snapshots"] == [5]
+    assert times_of(state) == [5]
     assert run.ema.streams[0].ema_model[0].weight.abs().min() > 0
     run.train(12)
-    assert state["snapshots"] == [5]
+    assert times_of(state) == [5]
 
 
 def changed(**entries):
@@ -838,10 +900,18 @@ BAD_STATES = [
     (changed(stream_1=...), ValueError, "but it misses 'stream_1'"),
     (changed(stream_2={}), ValueError, "but it should not have 'stream_2'"),
     (changed(more=1), ValueError, "but it should not have 'more'"),
-    (changed(run=...), ValueError, "but it misses 'run'"),
-    (changed(run=3), TypeError, "'run' and 'snapshots' of the state should be a string and a list of times, got 3 and"),
-    (changed(snapshots=(5,)), TypeError, "'run' and 'snapshots' of the state"),
-    (changed(snapshots=[5.0]), TypeError, "'run' and 'snapshots' of the state"),
+    (changed(history=...), ValueError, "but it misses 'history'"),
+    *(
+        (
+            changed(history=history),
+            TypeError,
+            r"'history' of the state should be a list of \[time, digest\] from time 0",
+        )
+        for history in (3, (), [], [5], [[0, "a"], [5.0, "b"]], [[5, "a"]], [[0, "a"], [5, "b"], [5, "c"]], [[0, 1]])
+    ),
+    (changed(history=[[0, "a"], [9, "b"]]), ValueError, r"should be of one time, got \[8\] updates at 8; load"),
+    (changed(updated_at=7), ValueError, r"should be of one time, got \[8\] updates at 7; load"),
+    (changed_in("stream_1", num_updates=7), ValueError, r"should be of one time, got \[7, 8\] updates at 8; load"),
     (changed(samples_seen=-1), ValueError, "'samples_seen' of the state should be 0 or more, got -1"),
     (changed(samples_seen=1.5), TypeError, "'samples_seen' of the state should be an integer, got 1.5"),
     (changed(updated_at=None), TypeError, "'updated_at' of the state should be an integer, got None"),
@@ -881,8 +951,9 @@ def test_a_run_that_resumes_without_its_averages_is_warned_about(tmp_path):
     state = Run(tmp_path / "one").train(8).saved()
     second = Run(tmp_path / "two")
     Checkpoint.load_objects({"model": second.model, "trainer": second.trainer}, state)
-    with pytest.warns(UserWarning, match="resumes at iteration 8, but the EMA handler of 'posthoc_momentum_.' was"):
+    with pytest.warns(UserWarning, match="resumes at iteration 8, but its PostHocEMA was not restored") as record:
         second.train()
+    assert len(record) == 1
 
 
 def test_streams_swap_in_and_out(tmp_path):

@@ -69,7 +69,7 @@ def writes(folder, case):
     snapshots.write = write
     run = Run(case, folder / "snapshots").train()
     assert run.ema.time == LAST
-    assert run.ema.state_dict()["snapshots"] == [2, 4, 6, 8]
+    assert [time for time, _ in run.ema.state_dict()["history"]] == [0, *[2, 4, 6, 8]]
     assert run.ema.save() is None
     return len(written)
 
@@ -103,7 +103,7 @@ def resumes(folder, case):
     resumed = Run(case, folder / "snapshots", seed=1)
     load_objects(resumed.objects(), folder / "checkpoints" / "checkpoint_3.pt")
     resumed.train()
-    assert resumed.ema.state_dict()["snapshots"] == [2, 4, 6, 8]
+    assert [time for time, _ in resumed.ema.state_dict()["history"]] == [0, *[2, 4, 6, 8]]
     for stream in resumed.ema.streams:
         assert full(stream.ema_model.body.weight).isfinite().all()
 
@@ -113,7 +113,6 @@ def test_a_resumed_world_writes_what_a_single_process_writes(world, ranks, case,
     world(ranks, resumes, case)
     found = stored(tmp_path / "snapshots")
     assert_same_contents(found, due)
-    assert len({one.run for one in found}) == 1
 
 
 def refuses(folder):
@@ -139,4 +138,4 @@ def narrows(folder):
 
 
 def test_shards_are_stored_in_16_bits(world):
-    assert world(2, narrows)[0] == [torch.float16] * 7
+    assert world(2, narrows)[0] == [torch.float16] * 10

@@ -1,0 +1,139 @@
+"""Which sum of known averages comes closest to one that is wanted, and how close: least squares over their profiles."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .profiles import PowerProfile, Profile, Snapshot, UniformProfile, inner_products
+
+__all__ = ["GOOD", "as_profile", "coefficients", "fitted", "planned", "reach", "residual", "residuals"]
+
+_LENGTHS = [k / 100 for k in range(1, 29)]  # among which the reach of snapshots is looked for
+GOOD = 0.01  # a residual up to which an average is the one that was asked for
+
+
+def coefficients(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> Tensor:
+    """How much each snapshot counts in the sum that comes closest to an average with the profile ``target``.
+
+    Least squares over the run, in float64; the coefficients sum to 1, and some may be below 0.
+
+    Args:
+        snapshots: n of them.
+        target: the profile, or the ``sigma_rel`` of a power function.
+        end: when the wanted average is taken; None: at the time of the last snapshot.
+
+    Returns:
+        A float64 tensor of shape (n,).
+
+    Raises:
+        TypeError, ValueError: without snapshots, or for what is no profile or no time.
+    """
+    return fitted(snapshots, [as_profile(target)], end)[0][0]
+
+
+def residual(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> float:
+    """How far the sum with these :func:`coefficients` is from what is wanted: the relative L2 distance of the profiles.
+
+    ‖p - Σᵢ cᵢ pᵢ‖ / ‖p‖: 0 is exact, and above a few percent the average is another one than the one asked for.
+    Arguments and errors as for :func:`coefficients`.
+
+    Examples:
+        >>> f"{residual(planned(times=range(1, 65)), 0.15):.3%}"
+        '0.058%'
+    """
+    return residuals(snapshots, [target], end)[0]
+
+
+def residuals(
+    snapshots: Sequence[Snapshot], targets: Iterable[Profile | float], end: float | None = None
+) -> list[float]:
+    """The :func:`residual` of each target; faster than one by one."""
+    return fitted(snapshots, [as_profile(target) for target in targets], end)[1]
+
+
+def planned(times: Iterable[float], sigma_rels: Sequence[float] = (0.05, 0.10)) -> list[Snapshot]:
+    """The snapshots that a ``PostHocEMA`` with these widths would have at these times, to plan them."""
+    ordered = list(times)
+    return [Snapshot(PowerProfile(sigma_rel), time) for time in ordered for sigma_rel in sigma_rels]
+
+
+def fitted(
+    snapshots: Sequence[Snapshot], targets: Sequence[Profile], end: float | None = None
+) -> tuple[Tensor, list[float]]:
+    """The coefficients for each target, of shape (targets, n), and the residuals."""
+    if not snapshots:
+        raise ValueError("snapshots should be one or more, got none; without them nothing can be rebuilt.")
+    for one in snapshots:
+        if not isinstance(one, Snapshot):
+            raise TypeError(
+                f"snapshots should be of type Snapshot, got {one!r}; posthoc.planned(times=...) makes them of times."
+            )
+    wanted = [Snapshot(target, max(one.time for one in snapshots) if end is None else end) for target in targets]
+    own = torch.cat([_gram([one], [one])[0] for one in wanted])
+    for one, norm in zip(wanted, own.tolist(), strict=True):
+        if not 0 < norm < math.inf:
+            raise ValueError(
+                f"target should have a density that float64 can hold, got {one.profile}; choose a longer one."
+            )
+    gram, mixed = _gram(snapshots, snapshots), _gram(snapshots, wanted)
+    solved = _solved(gram, torch.cat([mixed, torch.ones(len(snapshots), 1, dtype=torch.float64)], dim=1))
+    free, ones = solved[:, :-1], solved[:, -1:]
+    found = free + ones * ((1 - free.sum(dim=0)) / ones.sum())  # a Lagrange multiplier: the least squares with sum 1
+    distances = own - 2 * (found * mixed).sum(dim=0) + (found * (gram @ found)).sum(dim=0)
+    return found.T, (distances.clamp(min=0) / own).sqrt().tolist()
+
+
+def _solved(gram: Tensor, right: Tensor) -> Tensor:
+    """``gram`` to the power of -1, times ``right``; where there is no inverse, as of equal snapshots, the shortest."""
+    scale = gram.diagonal().rsqrt()[:, None]  # to a diagonal of 1, for the profiles of neighbours are nearly the same
+    factor, failed = torch.linalg.cholesky_ex(gram * scale * scale.T)
+    if not failed:
+        return scale * torch.cholesky_solve(scale * right, factor)
+    values, vectors = torch.linalg.eigh(gram * scale * scale.T)
+    kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
+    vectors = scale * vectors[:, kept]
+    result: Tensor = vectors @ (vectors.T @ right / values[kept][:, None])
+    return result
+
+
+def reach(snapshots: Sequence[Snapshot], target: Profile) -> str:
+    """What to ask for in place of a target that is not to be had: a clause."""
+    times = sorted({one.time for one in snapshots})
+    if isinstance(target, UniformProfile):
+        windows = [1.0, *(1 - time / times[-1] for time in times[:-1])]
+        nearest = sorted(sorted(windows, key=lambda window: abs(window - target.window))[:2])
+        return f"let its window begin at a snapshot, such as {' or '.join(f'{window:.4g}' for window in nearest)}"
+    good = [x for x, r in zip(_LENGTHS, residuals(snapshots, _LENGTHS), strict=True) if r <= GOOD]
+    if not good:
+        return "take more snapshots next time"
+    return f"choose another length (sigma_rel is good from {good[0]:g} to {good[-1]:g})"
+
+
+def as_profile(target: Profile | float) -> Profile:
+    """``target``, or the power function of this ``sigma_rel``."""
+    return target if isinstance(target, Profile) else PowerProfile(target)
+
+
+def _times(snapshots: Sequence[Snapshot]) -> Tensor:
+    return torch.tensor([one.time for one in snapshots], dtype=torch.float64)
+
+
+def _gram(rows: Sequence[Snapshot], columns: Sequence[Snapshot]) -> Tensor:
+    """The inner products of all with all, a block for each two profiles."""
+    result = torch.empty(len(rows), len(columns), dtype=torch.float64)
+    for one, here in _by_profile(rows):
+        for other, there in _by_profile(columns):
+            block = inner_products(one, _times([rows[i] for i in here]), other, _times([columns[j] for j in there]))
+            result[torch.tensor(here)[:, None], torch.tensor(there)] = block
+    return result
+
+
+def _by_profile(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Profile, list[int]]]:
+    profiles: list[Profile] = []  # and not a set: a profile of one's own may have no hash
+    for one in snapshots:
+        if one.profile not in profiles:
+            profiles.append(one.profile)
+    for profile in profiles:
+        yield profile, [index for index, one in enumerate(snapshots) if one.profile == profile]
