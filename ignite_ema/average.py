@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
@@ -242,7 +242,7 @@ class ModelAverage:
         self._has_moved = True
         if own:
             kernels.copy([local(tensor) for tensor in own.values()], [like(state[path], own[path]) for path in own])
-            self._pairing.choose_anew()
+            self.look_again()
 
     def load_plain(self, plain: Mapping[str, Tensor]) -> None:
         """Fills the twin with a plain ``state_dict`` of its model, or the parameters of one.
@@ -258,6 +258,14 @@ class ModelAverage:
         names = self.state_dict_names()
         plain = {name: plain[name] for name in plain if name in names or not name.endswith("_extra_state")}
         self.load_state_dict(by_path(plain, names, self._tensors(), frozen))
+
+    def look_again(self) -> None:
+        """Takes note of infinities that were loaded into frozen parameters, which are averaged in another way.
+
+        A handler does so when a run starts, and :meth:`load_state_dict` by itself.
+        """
+        with suppress(Mismatch):  # the next update says so
+            self._pairing.choose_anew()
 
     def _current(self, what: str) -> Structure:
         """Model and twin as they are now; raises where nothing may be done with them."""

@@ -127,9 +127,12 @@ def _list(directory: Path, step: int | None) -> Iterator[str]:
     yield f"what can be rebuilt at {last.time} {last.time_unit}:"
     known = [known for one in snapshots for known in one.snapshots]
     tried = [(name, x, kind(x)) for name, (kind, lengths) in _TARGETS.items() for x in lengths]
-    residuals = posthoc.residuals(known, [target for _, _, target in tried])
-    for (name, x, _), residual in zip(tried, residuals, strict=True):
-        verdict = "" if residual <= posthoc.GOOD else "rough" if residual <= _ACCEPTED else "refused"
-        yield f"  --{name.replace('_', '-')} {x:<6g} residual {residual:>8.3%}  {verdict}".rstrip()
+    coefficients, residuals = posthoc.fitted(known, [target for _, _, target in tried])
+    for (name, x, _), row, residual in zip(tried, coefficients, residuals, strict=True):
+        rounding = posthoc.rounding(last, row)
+        worst = max(residual, rounding)
+        verdict = "" if worst <= posthoc.GOOD else "rough" if worst <= _ACCEPTED else "refused"
+        noise = f"rounding {rounding:.3%}  " if rounding > 1e-5 else ""
+        yield f"  --{name.replace('_', '-')} {x:<6g} residual {residual:>8.3%}  {noise}{verdict}".rstrip()
     yield ""
     yield "(--last is good where its window begins at a snapshot)"

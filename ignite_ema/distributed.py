@@ -257,7 +257,7 @@ def sync_buffers(module: nn.Module, source: int = 0) -> None:
     for buffer in module.buffers() if dist.is_initialized() else ():
         if not is_sharded(buffer):
             sent = buffer.contiguous()
-            dist.broadcast(sent, source)
+            dist.broadcast(sent.reshape(-1).view(torch.uint8), source)  # of any type, which the backend need not know
             if sent is not buffer:
                 buffer.copy_(sent)
 

@@ -430,6 +430,7 @@ class EMAHandler:
 
     def _check_start(self, name: str, engine: Engine) -> None:
         """Warns once where a run is resumed with a handler that was not restored, or starts from other weights."""
+        self._average.look_again()
         if self._count_is_known:
             return
         self._count_is_known = True

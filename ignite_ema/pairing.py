@@ -70,9 +70,7 @@ class Pairing:
                 tensors = self._tensors()
                 pointers, shapes, types = self._known
                 online = tensors[: len(shapes)]
-                if self._frozen and [tensors[index]._version for index in self._frozen] != self._versions:
-                    pass  # they may hold infinities now, for which there is another kernel
-                elif (
+                if (
                     list(map(self._pointer_of, tensors)) == pointers
                     and [tensor.shape for tensor in online] == shapes
                     and [tensor.dtype for tensor in online] == types
@@ -80,6 +78,15 @@ class Pairing:
                     return tensors
         except (AttributeError, KeyError, TypeError, RuntimeError):
             pass  # a name is gone, holds None, a tensor without memory, or one that is gathered from its shards
+        self.choose_anew()
+        return self._tensors()
+
+    def choose_anew(self) -> None:
+        """Pairs and sorts everything again: where the structure has changed, or values that were loaded are infinite.
+
+        Raises:
+            Mismatch: where the model no longer matches its twin.
+        """
         for root in self._structure.roots:
             reshard(root)
         try:
@@ -88,11 +95,6 @@ class Pairing:
             if not self._sharded and any(map(is_sharded, self._structure.roots[0].parameters())):
                 raise Mismatch(f"{mismatch} (call fully_shard before the handler is made)") from None
             raise
-        return self._tensors()
-
-    def choose_anew(self) -> None:
-        """Chooses kernels for the values that the twin has now."""
-        self._arrange(self._structure)
 
     def _tensors(self) -> Tensors:
         tensors = [owner[key] for owner, key in self._slots]
@@ -133,6 +135,7 @@ class Pairing:
             self._pointer_of is Tensor.data_ptr
             and seen[1:] == self._known[1:]
             and moved[-1] < count
+            and self._frozen.isdisjoint(moved)
             and len(set(map(id, tensors[:count]))) == count
             and all(tensors[i].device == self._devices[i] and _storage(tensors[i]) not in self._taken for i in moved)
         )
@@ -172,8 +175,8 @@ class Pairing:
         tensors = self._tensors()
         all_strided = all(tensor.layout is torch.strided for tensor in tensors)
         self._pointer_of = Tensor.data_ptr if all_strided else _pointer
-        self._frozen = [index for index in range(count) if _is_frozen(tensors[index])]
-        self._versions = [tensors[index]._version for index in self._frozen]
+        frozen = [isinstance(o[key], nn.Parameter) and not o[key].requires_grad for o, key in self._slots[:count]]
+        self._frozen = {index for index in range(count) if frozen[index]}  # whose kernel depends on what they hold
         self._devices = [tensor.device for tensor in tensors[:count]]
         self._taken = {_storage(tensor) for tensor in tensors[count:]}
         self._known = self._fingerprint(tensors)
@@ -225,11 +228,6 @@ def _give_memory(structure: Structure) -> None:
                 averaged.data = averaged.detach().clone()
         else:
             others.append((start, stop))
-
-
-def _is_frozen(tensor: Tensor) -> bool:
-    """Whether it is a parameter whose values are not expected to change, and are counted when they do."""
-    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad and not tensor.is_inference()
 
 
 def _storage(tensor: Tensor) -> int:

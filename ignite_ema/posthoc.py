@@ -39,12 +39,14 @@ __all__ = [
     "Snapshot",
     "UniformProfile",
     "coefficients",
+    "fitted",
     "gamma_from_sigma_rel",
     "inner_products",
     "planned",
     "reconstruct",
     "residual",
     "residuals",
+    "rounding",
     "sigma_rel_from_gamma",
     "stored",
 ]
@@ -147,10 +149,10 @@ def reconstruct(
 
     Raises:
         FileNotFoundError, ValueError: where there are no snapshots, or they are not of one run; where there is none at
-            ``step``; where a residual is above ``max_residual``.
+            ``step``; where a residual is above ``max_residual``, or so is what rounding to 16 bits comes to.
 
     Note:
-        A residual above 1 % is warned about.
+        Either above 1 % is warned about. Where a weight is infinite in a snapshot, that of the last one is taken.
     """
     if not isinstance(max_residual, numbers.Real) or isinstance(max_residual, bool) or not max_residual >= 0:
         raise ValueError(f"max_residual should be a number of at least 0, got {max_residual!r}; 0.1 is 10%.")
@@ -164,6 +166,8 @@ def reconstruct(
     weights, distances = fitted(known, targets)
     for one, distance in zip(targets, distances, strict=True):
         _check(known, one, distance, max_residual)
+    for one, row in zip(targets, weights, strict=True):
+        _check_rounding(used[-1], one, row, max_residual)
     last = used[-1]
     results: list[dict[str, Tensor]] = [{} for _ in targets]
     total = sum(tensor.numel() for tensor in last.averaged[0].values())
@@ -193,6 +197,28 @@ def _check(known: Sequence[Snapshot], target: Profile, distance: float, max_resi
         )
 
 
+def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:
+    """How far a weight is off in the mean, as a part of it, because the snapshots were rounded to 16 bits.
+
+    Each is off by 0.43 units of rounding; a sum amplifies that by the norm of its coefficients where it is above 1.
+    """
+    types = {tensor.dtype for tensor in snapshot.averaged[0].values()}
+    coarsest = max(torch.finfo(dtype).eps for dtype in types)
+    return float(0.43 * coarsest / 2 * coefficients.norm().clamp(min=1))
+
+
+def _check_rounding(last: StoredSnapshot, target: Profile, coefficients: Tensor, limit: float) -> None:
+    noise = rounding(last, coefficients)
+    text = (
+        f"The sum that gives {target} amplifies the rounding of the snapshots to {noise:.1%} of a weight; choose a "
+        "longer average, or store float32 next time"
+    )
+    if noise > limit:
+        raise ValueError(f"{text}, or accept it with max_residual={math.ceil(100 * noise) / 100} (--max-residual).")
+    if noise > GOOD:
+        warnings.warn(f"{text}.", stacklevel=3)
+
+
 def _combined(parts: Sequence[Tensor], weights: Tensor, bar: "_Bar") -> list[Tensor]:
     """Sums of n tensors of one shape with the weights in each row of (targets, n)."""
     first = parts[0]
@@ -203,7 +229,10 @@ def _combined(parts: Sequence[Tensor], weights: Tensor, bar: "_Bar") -> list[Ten
     size = max(1, _CHUNK // len(flat))
     for start in range(0, first.numel(), size):
         chunk = slice(start, min(start + size, first.numel()))
-        sums = weights.to(wide) @ torch.stack([part[chunk].to(wide) for part in flat])
+        stack = torch.stack([part[chunk].to(wide) for part in flat])
+        sums = weights.to(wide) @ stack
+        steady = (stack == stack[0]).all(dim=0)  # frozen, or a mask: bit for bit, and infinities, which no sum keeps
+        sums = torch.where(steady | ~stack.isfinite().all(dim=0), stack[-1], sums)
         for result, values in zip(results, sums, strict=True):
             result.view(-1)[chunk] = values
         bar.update(chunk.stop - start)

@@ -127,8 +127,11 @@ class _Steps(Profile):
         return torch.where(inside, self.heights[index.clamp(0, len(self.heights) - 1)], 0.0)
 
     def cumulative(self, x: Tensor) -> Tensor:
-        covered = torch.minimum(x[..., None], self.edges[1:]) - self.edges[:-1]
-        return (covered.clamp(min=0) * self.heights).sum(dim=-1)
+        edges, heights = self.edges, self.heights
+        inside = x.clamp(edges[0], edges[-1])
+        index = (torch.bucketize(inside, edges) - 1).clamp(0, len(heights) - 1)  # of the step that ends at or after x
+        before = torch.cat([heights.new_zeros(1), (heights * edges.diff()).cumsum(dim=0)])
+        return before[index] + (inside - edges[index]) * heights[index]
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from ignite.engine import Engine, Events
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import kernels
@@ -19,7 +20,7 @@ from .loading import check_loadable
 from .ranks import is_first_rank, on_first_rank
 from .schedules import PowerFunction
 from .sharding import is_sharded, local
-from .snapshot_files import StoredSnapshot, is_history, paths_in, read, write
+from .snapshot_files import History, StoredSnapshot, is_history, paths_in, read, write
 from .state import check_count, check_state
 from .streams import PowerOfSamples, Stream
 
@@ -28,6 +29,7 @@ __all__ = ["PostHocEMA"]
 _T = TypeVar("_T")
 
 _VERSION = 1
+_NOT_MINE = ""  # the digest where another rank has written
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -137,6 +139,8 @@ class PostHocEMA:
         )
         for stream in self.streams:
             stream.directory = self.dirname.resolve()
+        if not any(isinstance(tensor, nn.Parameter) for tensor in self.streams[0].ema_model.parameters()):
+            raise ValueError("model should have parameters, got none; there is nothing to average.")
         self._start_anew()
         if is_first_rank():
             self.dirname.mkdir(parents=True, exist_ok=True)
@@ -265,7 +269,7 @@ class PostHocEMA:
         for rule in self._rules():
             rule.now, rule.updated_at = self._samples_seen, state["updated_at"]
         self._history[:] = [list(one) for one in state["history"]]
-        self._is_loaded = True
+        self._loaded_time[:] = [self.time]
         self._directory_is_checked = False
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
@@ -310,8 +314,9 @@ class PostHocEMA:
         for rule in self._rules():
             rule.now = rule.updated_at = 0
         tensors = [local(tensor) for tensor in self.streams[0].averaged_tensors().values()]
-        self._history: list[list[Any]] = [[0, _digest(kernels.norms(tensors))]]
-        self._is_loaded = False
+        start = self._on_first_rank(lambda: _digest(kernels.norms(tensors)))
+        self._history: list[list[Any]] = [[0, start or _NOT_MINE]]
+        self._loaded_time: list[int] = []  # none where nothing was loaded
         self._directory_is_checked = False
 
     def _rules(self) -> "Iterable[PowerOfSamples]":
@@ -331,7 +336,7 @@ class PostHocEMA:
         """Once for each run, and after a state was loaded: the directory has its past and nothing else."""
         if self._directory_is_checked:
             return
-        is_new = not (self.time or self._is_loaded or self._starts_late)
+        is_new = not (self.time or self._loaded_time or self._starts_late)
         if is_new and engine is not None and engine.state.iteration > 0:
             warnings.warn(
                 f"The trainer resumes at iteration {engine.state.iteration}, but its PostHocEMA was not restored, and "
@@ -339,27 +344,41 @@ class PostHocEMA:
                 "Checkpoint.load_objects, or call reset() if they are meant to start here.",
                 stacklevel=2,
             )
-        self._on_first_rank(lambda: self._clear(paths_in(self.dirname)))
+        place = self._on_first_rank(lambda: self._clear(paths_in(self.dirname)))
         self._directory_is_checked = True
+        if place and [self.time] == self._loaded_time:
+            self._write(*place)
 
-    def _clear(self, found: Mapping[int, Path]) -> None:
-        if found and not self._is_loaded and not self.time:
+    def _clear(self, found: Mapping[int, Path]) -> tuple[int, int] | None:
+        """Sets aside what is later than the loaded state; gives iteration and epoch of one of the very time of it.
+
+        Such a one was written after the checkpoint of the same event. It may be of a later attempt that went another
+        way; the averages from which it is made anew are here.
+        """
+        now = self._loaded_time[0] if self._loaded_time else None
+        place = None
+        if found and now is None and len(self._history) == 1:
             raise ValueError(
                 f"'{self.dirname}' should have no snapshots when a run starts, got {len(found)}, up to time "
                 f"{max(found)}; choose another directory or move them away, or to go on with that run put the "
                 "PostHocEMA into its checkpoint and load it."
             )
         known = dict(self._history)
+        later: dict[int, Path] = {}
         for time, path in found.items():
-            history = [list(one) for one in read(path).history]
-            is_past = time in known and history[-1] == [time, known[time]]
-            if not is_past and (time < self.time or history[: len(self._history)] != self._history):
+            stored = read(path)
+            history = [list(one) for one in stored.history]
+            place = (stored.iteration, stored.epoch) if time == now and time not in known else place
+            if time in known:
+                is_ours = _same(history[-1:], [[time, known[time]]])
+            else:
+                is_ours = now is not None and time >= now and _same(history[: len(known)], self._history)
+                later[time] = path
+            if not is_ours:
                 raise ValueError(
                     f"'{path}' should be a snapshot of the run that goes on, but it is of another one; choose another "
                     "directory."
                 )
-            if time == self.time and not is_past:
-                self._history.append(history[-1])  # it was written after the checkpoint of the same event
         if missing := [time for time in known if time and time not in found]:
             warnings.warn(
                 f"'{self.dirname}' should have the {len(known) - 1} snapshots that this run has written, but lacks "
@@ -367,15 +386,15 @@ class PostHocEMA:
                 "rebuilt.",
                 stacklevel=2,
             )
-        later = [path for time, path in found.items() if time > self.time]
-        for path in later:
+        for path in later.values():
             path.replace(path.with_name(f"{path.name}.superseded"))
-        if later:
+        if lost := [path.name for time, path in later.items() if time != now]:
             warnings.warn(
-                f"'{self.dirname}' had snapshots that are later than the state that was loaded, of time {self.time}: "
-                f"{len(later)}, from '{later[0].name}' on; they are set aside as '….superseded', and written anew.",
+                f"'{self.dirname}' had snapshots that are later than the state that was loaded, of time {now}: "
+                f"{len(lost)}, from '{lost[0]}' on; they are set aside as '….superseded', and written anew.",
                 stacklevel=2,
             )
+        return place
 
     def _save(self, engine: Engine) -> None:
         self._write(engine.state.iteration, engine.state.epoch)
@@ -391,30 +410,52 @@ class PostHocEMA:
         self._check_directory()
         if time == self._history[-1][0]:
             return None
-        averaged, copied = zip(*(stream.parts(self._snapshot_dtype) for stream in self.streams), strict=True)
-        norms = [kernels.norms(list(stream.values())) for stream in averaged]
-        history = [*self._history, [time, _digest([self._history[-1], time, norms])]]
-        snapshot = StoredSnapshot(
-            time=time,
-            time_unit=self.time_unit,
-            num_updates=self.num_updates,
-            iteration=iteration,
-            epoch=epoch,
-            sigma_rels=list(self.sigma_rels),
-            averaged=list(averaged),
-            copied=copied[0],
-            state_dict_names=self.streams[0].state_dict_names(),
-            history=history,
-        )
-        path = self._on_first_rank(lambda: write(snapshot, self.dirname))
-        self._history[:] = history
-        return path
+        if len(counts := {stream.num_updates for stream in self.streams}) > 1:
+            raise RuntimeError(
+                f"The averages should be of one time, got {sorted(counts)} updates; leave the counts of single streams "
+                "alone, and reset() or load the PostHocEMA as a whole."
+            )
+        averaged, copied, problems = zip(*(one.parts(self._snapshot_dtype) for one in self.streams), strict=True)
+
+        def write_it() -> tuple[Path, list[Any]]:
+            for problem in chain.from_iterable(problems):
+                raise ValueError(problem)
+            norms = [[_norm(tensor) for tensor in stream.values()] for stream in averaged]
+            entry = [time, _digest([self._history[-1], time, norms])]
+            snapshot = StoredSnapshot(
+                time=time,
+                time_unit=self.time_unit,
+                num_updates=self.num_updates,
+                iteration=iteration,
+                epoch=epoch,
+                sigma_rels=list(self.sigma_rels),
+                averaged=list(averaged),
+                copied=copied[0],
+                state_dict_names=self.streams[0].state_dict_names(),
+                history=[*self._history, entry],
+            )
+            return write(snapshot, self.dirname), entry
+
+        path, entry = self._on_first_rank(write_it) or (None, [time, _NOT_MINE])
+        self._history.append(entry)
+        return path if is_first_rank() else None
 
     def _on_first_rank(self, action: Callable[[], _T]) -> _T | None:
         """Does what concerns files once. Where the model is sharded, all ranks are there, and learn what goes wrong."""
         if any(map(is_sharded, self.model.parameters())):
             return on_first_rank(action)
         return action() if is_first_rank() else None
+
+
+def _same(one: History, other: History) -> bool:
+    """Whether two parts of histories are of one run, as far as both are known."""
+    times = [time for time, _ in one] == [time for time, _ in other]
+    return times and all(_NOT_MINE in (a, b) or a == b for (_, a), (_, b) in zip(one, other, strict=True))
+
+
+def _norm(tensor: Tensor) -> float:
+    """In float64: two runs in 16 bits may be closer than 16 bits can tell."""
+    return float(torch.linalg.vector_norm(tensor.to(torch.promote_types(tensor.dtype, torch.float64))))
 
 
 def _digest(value: object) -> str:

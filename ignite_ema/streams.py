@@ -52,14 +52,14 @@ class Stream(EMAHandler):
         """For each name in the twin's ``state_dict`` the path."""
         return self._average.state_dict_names()
 
-    def parts(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def parts(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
         """What is averaged, in ``dtype``, and what is not: by path, whole, on the CPU; nothing but on the first rank.
 
-        Raises:
-            ValueError: where a weight is beyond the range of ``dtype``.
+        Averaged buffers are few and stay in float32. Last come sentences about weights beyond the range of ``dtype``.
         """
         averaged: dict[str, Tensor] = {}
         copied: dict[str, Tensor] = {}
+        problems: list[str] = []  # not raised here, where other ranks wait for the next tensor
         for path, held in self._average._tensors().items():
             tensor = whole(held.detach())
             is_kept = not isinstance(held, nn.Parameter) and treatment_of(self.handle_buffers, path) != "average"
@@ -67,12 +67,22 @@ class Stream(EMAHandler):
                 continue
             if is_kept or not (tensor.is_floating_point() or tensor.is_complex()):
                 copied[path] = tensor.cpu()
+                continue
+            if tensor.is_complex():
+                held_in = tensor.dtype
             else:
-                averaged[path] = _narrowed(path, tensor, dtype)
-        return compact(averaged), compact(copied)
+                held_in = dtype if isinstance(held, nn.Parameter) else torch.promote_types(dtype, torch.float32)
+            averaged[path] = tensor.to(held_in).cpu().contiguous()  # so that any part of it can be read by itself
+            if _overflows(tensor, averaged[path]):
+                problems.append(
+                    f"'{path}' should be within ±{torch.finfo(held_in).max:g} to be stored in {held_in}, got "
+                    f"{tensor.abs().max().item():g}; pass another snapshot_dtype, such as torch.bfloat16."
+                )
+        return compact(averaged), compact(copied), problems
 
     def _check_start(self, name: str, engine: Engine) -> None:
-        """Leaves it to the ``PostHocEMA``; its first update copies, whatever the weights were before."""
+        """Leaves it to the ``PostHocEMA`` to warn; the first update copies, whatever the weights were before."""
+        self._average.look_again()
 
     def _update(self, name: str, engine: Engine) -> None:
         before = self.num_updates
@@ -81,14 +91,8 @@ class Stream(EMAHandler):
             self.momentum.updated_at = self.momentum.now
 
 
-def _narrowed(path: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.is_complex():
-        return tensor.cpu()
-    narrow = tensor.to(dtype)
-    may_overflow = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-    if may_overflow and not bool((narrow.isfinite() | ~tensor.isfinite()).all()):
-        raise ValueError(
-            f"'{path}' should be within ±{torch.finfo(dtype).max:g} to be stored in {dtype}, got "
-            f"{tensor.abs().max().item():g}; pass another snapshot_dtype, such as torch.bfloat16."
-        )
-    return narrow.cpu()
+def _overflows(tensor: Tensor, narrow: Tensor) -> bool:
+    """Whether a finite value has become infinite in a narrower type."""
+    if torch.finfo(narrow.dtype).max >= torch.finfo(tensor.dtype).max:
+        return False
+    return not bool((narrow.isfinite() | ~tensor.cpu().isfinite()).all())

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from ignite.engine import Engine
 from torch import nn
 
 from ignite_ema import EMAHandler, ModelAverage
@@ -216,13 +217,18 @@ def masked(*values):
 
 
 @pytest.mark.parametrize("twin_is_loaded", [True, False])
-def test_infinities_that_a_frozen_parameter_gets_later_are_no_nan(twin_is_loaded):
+@pytest.mark.parametrize("how", ["load", "assign", "data"])
+def test_infinities_that_a_frozen_parameter_gets_before_a_run_are_no_nan(how, twin_is_loaded):
     model, source = masked(0.0, 0.0), masked(0.0, -torch.inf)
-    average = ModelAverage(model)
-    average.update(0.5)
-    model.load_state_dict(source.state_dict())  # in place: nothing but the values changes
+    handler = EMAHandler(model, momentum=0.5)
+    trainer = Engine(lambda engine, batch: None)
+    handler.attach(trainer)
+    trainer.run(range(2))
+    if how == "data":
+        model.mask.data = source.mask.data.clone()
+    else:
+        model.load_state_dict(source.state_dict(), assign=how == "assign")
     if twin_is_loaded:
-        average.module.load_state_dict(source.state_dict())
-    average.update(0.5)
-    average.update(0.5)
-    assert average.module.mask.tolist() == [0.0, -torch.inf]
+        handler.ema_model.load_state_dict(source.state_dict())
+    trainer.run(range(3))
+    assert handler.ema_model.mask.tolist() == [0.0, -torch.inf]

@@ -568,9 +568,9 @@ def test_memory_does_not_grow_with_the_number_of_snapshots(tmp_path, monkeypatch
             one = make_snapshot(time, averaged=weights, copied={}, state_dict_names={"a": "a"})
             snapshot_files.write(one, tmp_path / str(count))
     few, many = peak(tmp_path / "2", monkeypatch), peak(tmp_path / "30", monkeypatch)
-    # The result is 4 MB, a chunk twice 2; what the files hold is 240 MB.
-    assert 4e6 < few < 10e6
-    assert many < 10e6
+    # The result is 4 MB, a chunk three times 2 and less; what the files hold is 240 MB.
+    assert 4e6 < few < 12e6
+    assert many < 12e6
 
 
 # Files that are not as they should be, at every entrance
@@ -788,3 +788,64 @@ def test_a_write_that_fails_leaves_nothing(error, tmp_path, monkeypatch):
     with pytest.raises((OSError, KeyboardInterrupt), match="disk full|No space left|^$"):
         snapshot_files.write(make_snapshot(3), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mean", [0.0, 5.0])
+def test_infinities_stay_what_they_are(mean, tmp_path):
+    model = nn.Linear(2, 1)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf, torch.inf]))
+    model.frozen = nn.Parameter(torch.tensor([0.1, -torch.inf]), requires_grad=False)
+    ema = PostHocEMA(model, dirname=tmp_path)
+    trainer = Engine(lambda engine, batch: model.weight.data.normal_(mean))
+    ema.attach(trainer, snapshot_event=Events.ITERATION_COMPLETED(every=4))
+    trainer.run(range(80))
+    got = reconstruct(tmp_path, 0.15)
+    assert torch.equal(got["mask"], model.mask)
+    assert torch.equal(got["frozen"], model.frozen)  # bit for bit, too
+    assert got["weight"].isfinite().all()
+
+
+def test_a_weight_that_becomes_infinite_is_that_of_the_last_snapshot(tmp_path):
+    for time in range(1, 65):
+        value = -torch.inf if time > 32 else float(time)
+        snapshot_files.write(
+            make_snapshot(
+                time, averaged=[{"a": torch.tensor([value, time])}] * 2, copied={}, state_dict_names={"a": "a"}
+            ),
+            tmp_path,
+        )
+    got = reconstruct(tmp_path, 0.15)["a"]
+    assert got[0] == -torch.inf
+    assert got[1].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sigma_rels", "length"),
+    [(torch.bfloat16, (0.05, 0.1, 0.2), 0.02), (torch.float16, (0.05, 0.1, 0.2), 0.02)],
+)
+def test_rounding_that_a_sum_amplifies_is_told(dtype, sigma_rels, length, tmp_path):
+    model = nn.Linear(8, 8)
+    ema = PostHocEMA(model, sigma_rels, dirname=tmp_path, snapshot_dtype=dtype)
+    trainer = Engine(lambda engine, batch: None)
+    ema.attach(trainer, snapshot_event=Events.ITERATION_COMPLETED(every=4))
+    trainer.run(range(256))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reconstruct(tmp_path, 0.15)
+    message = r"amplifies the rounding of the snapshots to \d+\.\d% of a weight; choose a longer average, or store"
+    if dtype == torch.float16:
+        with pytest.warns(UserWarning, match=message):
+            reconstruct(tmp_path, length)
+    else:
+        with pytest.raises(ValueError, match=message):
+            reconstruct(tmp_path, length)
+
+
+def test_channels_last_weights_are_read_part_by_part(tmp_path):
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    ema = PostHocEMA(model, dirname=tmp_path)
+    trainer = Engine(lambda engine, batch: None)
+    ema.attach(trainer)
+    trainer.run(range(3))
+    assert stored(tmp_path)[0].averaged[0]["weight"].is_contiguous()
+    assert torch.equal(reconstruct(tmp_path, 0.1)["weight"], model.weight)

@@ -1,6 +1,7 @@
 """PostHocEMA: its averages against sums, its files, and what befalls a run that keeps them."""
 
 import copy
+import dataclasses
 import hashlib
 import io
 import multiprocessing
@@ -1007,3 +1008,64 @@ def test_one_stream_is_enough(tmp_path):
     run = Run(tmp_path, sigma_rels=[0.1]).train()
     assert torch.equal(reconstruct(tmp_path, 0.1)["0.weight"], run.ema.streams[0].ema_model[0].weight)
     assert run.ema.sigma_rels == (0.1,)
+
+
+# A state that is older than what the directory holds
+
+
+def diverge(run):
+    for parameter in run.model.parameters():
+        parameter.data.fill_(100)
+
+
+def test_a_rollback_in_the_middle_of_a_run_writes_its_own_snapshots(tmp_path):
+    run = Run(tmp_path)
+    states = []
+    run.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(once=18), lambda: states.append(copy.deepcopy(run.saved()))
+    )
+
+    def roll_back():
+        run.ema.load_state_dict(states[0]["ema"])
+        diverge(run)
+
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=32), roll_back)
+    with pytest.warns(UserWarning, match="later than the state that was loaded, of time 18: 3, from 'snapshot_20.pt'"):
+        run.train()
+    found = stored(tmp_path)
+    assert [one.time for one in found] == [5, 10, 15, 21, 26]  # at iterations 5, 10, 15, 35, 40
+    assert found[-1].averaged[0]["0.weight"].max() > 50
+
+
+def test_a_snapshot_of_another_attempt_at_the_same_time_is_written_anew(tmp_path):
+    first = Run(tmp_path, attach=False)
+    states = []
+    first.ema.attach(first.trainer, snapshot_event=Events.ITERATION_COMPLETED(once=40))
+    first.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=10), lambda: states.append(first.saved()))
+    first.trainer.add_event_handler(EVERY_5, first.ema._save)
+    first.train(12)
+    due = files(tmp_path)
+    (state,) = states
+    assert times_of(state["ema"]) == [5]
+    other = stored(tmp_path)[-1]
+    (tmp_path / "snapshot_10.pt").unlink()
+    history = [*other.history[:-1], [10, "of another attempt"]]
+    snapshot_files.write(dataclasses.replace(other, history=history), tmp_path)
+    second = Run(tmp_path)
+    Checkpoint.load_objects(second.objects(), state)
+    second.train(12)
+    assert files(tmp_path) == due
+    assert (tmp_path / "snapshot_10.pt.superseded").exists()
+
+
+def test_averages_of_different_times_are_not_written(tmp_path):
+    run = Run(tmp_path).train(8)
+    run.ema.streams[1].reset()
+    run.train(9)
+    with pytest.raises(RuntimeError, match=r"should be of one time, got \[1, 9\] updates; leave the counts of single"):
+        run.ema.save()
+
+
+def test_a_model_without_parameters_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="model should have parameters, got none"):
+        PostHocEMA(nn.ReLU(), dirname=tmp_path)

@@ -138,4 +138,30 @@ def narrows(folder):
 
 
 def test_shards_are_stored_in_16_bits(world):
-    assert world(2, narrows)[0] == [torch.float16] * 10
+    dtypes = world(2, narrows)[0]
+    assert (dtypes.count(torch.float16), dtypes.count(torch.float32)) == (7, 3)  # weights, and averaged buffers
+
+
+def knows(folder, case):
+    return Run(case, folder / "snapshots").train().ema.state_dict()["history"]
+
+
+def test_all_ranks_of_a_sharded_model_know_the_same_history(world):
+    first, second = world(2, knows, "FSDP2")
+    assert first == second
+    assert all(digest for _, digest in first)
+
+
+def overflows(folder):
+    run = Run("FSDP2", folder / "snapshots", snapshot_dtype=torch.float16).train(1)
+    with torch.no_grad():
+        for stream in run.ema.streams:
+            for parameter in stream.ema_model.parameters():
+                parameter.fill_(1e6)
+    with pytest.raises(ValueError, match="should be within ±65504 to be stored in torch.float16, got 1e.06"):
+        run.ema.save()
+    return True
+
+
+def test_what_cannot_be_stored_is_told_on_all_ranks(world):
+    assert world(2, overflows) == [True, True]
