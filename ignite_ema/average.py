@@ -264,6 +264,8 @@ class ModelAverage:
 
         A handler does so when a run starts, and :meth:`load_state_dict` by itself.
         """
+        if all(parameter.requires_grad for parameter in self.model.parameters()):
+            return
         with suppress(Mismatch):  # the next update says so
             self._pairing.choose_anew()
 

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .files import check_target, copied, load_file, save_file
+from .files import check_target, copied, has_memory, is_dense, load_file, save_file
 from .finding import LARGE, find, raw_beside, same
 from .layouts import LAYOUTS, Found, State, Tensors, covers, listed, plain_name
 
@@ -70,6 +69,7 @@ def read(
             no names, or the average has no tensors, or tensors without values; says what was found and the way out.
 
     Examples:
+        >>> import torch
         >>> model = nn.Linear(1, 1)
         >>> average = torch.optim.swa_utils.AveragedModel(model)
         >>> average.update_parameters(model)
@@ -243,8 +243,8 @@ def _cleaned(state: State, where: str) -> dict[str, Tensor]:
 
 def _check_memory(tensors: dict[str, Tensor], where: str) -> None:
     """Refuses what a small file can pretend to be: one number, expanded to any size."""
-    dense = {name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided}
-    repeated = {name: one.nbytes for name, one in dense.items() if one.nbytes > one.untyped_storage().nbytes()}
+    dense = {name: tensor for name, tensor in tensors.items() if is_dense(tensor)}
+    repeated = {name: one.nbytes for name, one in dense.items() if not has_memory(one)}
     if sum(repeated.values()) > LARGE:
         largest = max(repeated, key=repeated.__getitem__)
         raise ValueError(

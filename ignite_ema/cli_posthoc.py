@@ -73,18 +73,13 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
             raise ValueError(f"OUT should not be the name of a snapshot in DIR, got '{out}'; choose another.")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        states = posthoc.reconstruct(
-            arguments.file,
-            list(targets.values()),
-            arguments.step,
-            max_residual=arguments.max_residual,
-            progress=sys.stderr.isatty() and find_spec("tqdm") is not None,
+        progress = sys.stderr.isatty() and find_spec("tqdm") is not None
+        snapshots, states, residuals = posthoc._reconstruct(
+            arguments.file, list(targets.values()), arguments.step, arguments.max_residual, progress
         )
     for warning in caught:
         print(f"ignite-ema: warning: {warning.message}", file=sys.stderr)
-    snapshots = posthoc.stored(arguments.file, arguments.step)
-    last, known = snapshots[-1], [known for one in snapshots for known in one.snapshots]
-    residuals = posthoc.residuals(known, targets.values())
+    last = snapshots[-1]
     for out, state, target, residual in zip(outs, states, targets.values(), residuals, strict=True):
         checkpoints.save_file(state, out, force=arguments.force)
         print(

@@ -17,7 +17,17 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-__all__ = ["check_target", "compact", "copied", "is_dense", "load_file", "mebibytes", "save_file", "whole_file"]
+__all__ = [
+    "check_target",
+    "compact",
+    "copied",
+    "has_memory",
+    "is_dense",
+    "load_file",
+    "mebibytes",
+    "save_file",
+    "whole_file",
+]
 
 _SUFFIXES = (".pt", ".pth", ".safetensors")
 _lock = threading.Lock()  # torch has one list of allowed names for the whole process
@@ -307,8 +317,13 @@ def _alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether every element has a place of its own in memory."""
+    """Whether it is strided, and not sparse or of another layout."""
     return tensor.layout == torch.strided
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a dense one is as large as it looks; of one number, expanded, a small file can make any size."""
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def mebibytes(tensors: Mapping[str, Tensor]) -> str:

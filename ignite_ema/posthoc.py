@@ -154,12 +154,25 @@ def reconstruct(
     Note:
         Either above 1 % is warned about. Where a weight is infinite in a snapshot, that of the last one is taken.
     """
-    if not isinstance(max_residual, numbers.Real) or isinstance(max_residual, bool) or not max_residual >= 0:
-        raise ValueError(f"max_residual should be a number of at least 0, got {max_residual!r}; 0.1 is 10%.")
     if isinstance(target, str):
         raise TypeError(f"target should be a profile or a number, got {target!r}; pass {target} without quotes.")
+    wanted = target if isinstance(target, Sequence) else [target]
+    _, states, _ = _reconstruct(dirname, wanted, step, max_residual, progress)
+    return states if isinstance(target, Sequence) else states[0]
+
+
+def _reconstruct(
+    dirname: str | os.PathLike[str],
+    wanted: Sequence[Profile | float],
+    step: int | None,
+    max_residual: float,
+    progress: bool,
+) -> tuple[list[StoredSnapshot], list[dict[str, Tensor]], list[float]]:
+    """The snapshots that are used, and for each target the state dict and the residual."""
+    if not isinstance(max_residual, numbers.Real) or isinstance(max_residual, bool) or not max_residual >= 0:
+        raise ValueError(f"max_residual should be a number of at least 0, got {max_residual!r}; 0.1 is 10%.")
     used = stored(dirname, step)
-    targets = list(map(as_profile, target if isinstance(target, Sequence) else [target]))
+    targets = list(map(as_profile, wanted))
     if not targets:
         raise ValueError("target should be a profile or several, got none.")
     known = [snapshot for one in used for snapshot in one.snapshots]
@@ -179,7 +192,7 @@ def reconstruct(
     for result in results:
         result.update({path: tensor.clone() for path, tensor in last.copied.items()})
     plain = [{name: result[path] for name, path in last.state_dict_names.items()} for result in results]
-    return plain if isinstance(target, Sequence) else plain[0]
+    return used, plain, distances
 
 
 def _check(known: Sequence[Snapshot], target: Profile, distance: float, max_residual: float) -> None:
@@ -193,7 +206,7 @@ def _check(known: Sequence[Snapshot], target: Profile, distance: float, max_resi
         warnings.warn(
             f"The snapshots give {target} roughly: what they give differs by {distance:.1%}, where {GOOD:.0%} is good; "
             f"{reach(known, target)}.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -216,7 +229,7 @@ def _check_rounding(last: StoredSnapshot, target: Profile, coefficients: Tensor,
     if noise > limit:
         raise ValueError(f"{text}, or accept it with max_residual={math.ceil(100 * noise) / 100} (--max-residual).")
     if noise > GOOD:
-        warnings.warn(f"{text}.", stacklevel=3)
+        warnings.warn(f"{text}.", stacklevel=4)
 
 
 def _combined(parts: Sequence[Tensor], weights: Tensor, bar: "_Bar") -> list[Tensor]:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .schedules import PowerFunction
+from .schedules import MAX_SIGMA_REL, PowerFunction
 
 __all__ = [
+    "MAX_SIGMA_REL",
     "ExponentialProfile",
     "PowerProfile",
     "Profile",
@@ -55,9 +56,9 @@ class PowerProfile(Profile):
     sigma_rel: float
 
     def __post_init__(self) -> None:
-        if not 0 < _number(self.sigma_rel) < 12**-0.5:
+        if not 0 < _number(self.sigma_rel) < MAX_SIGMA_REL:
             raise ValueError(
-                f"sigma_rel should be a number in (0, 1/√12 = {12**-0.5:.4f}), a fraction of the run, got "
+                f"sigma_rel should be a number in (0, 1/√12 = {MAX_SIGMA_REL:.4f}), a fraction of the run, got "
                 f"{self.sigma_rel!r}; the mean of the whole run is the widest."
             )
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 __all__ = [
+    "MAX_SIGMA_REL",
     "Annealing",
     "Constant",
     "CopyUntil",
@@ -36,7 +37,7 @@ __all__ = [
 
 Schedule: TypeAlias = Callable[[int], float]
 
-_MAX_SIGMA_REL = 12**-0.5
+MAX_SIGMA_REL = 12**-0.5
 
 
 def _fault(name: str, value: object) -> str | None:
@@ -52,7 +53,7 @@ def _fault(name: str, value: object) -> str | None:
     if name in ("gamma", "power", "half_life", "rampup_ratio", "samples_per_update", "factor"):
         return None if 0 < number < math.inf else "a number above 0"
     if name == "sigma_rel":
-        return None if 0 < number < _MAX_SIGMA_REL else f"a number in (0, 1/√12 = {_MAX_SIGMA_REL:.4f})"
+        return None if 0 < number < MAX_SIGMA_REL else f"a number in (0, 1/√12 = {MAX_SIGMA_REL:.4f})"
     return None if 0 <= number <= 1 else "a number in [0, 1], as the weight of the new weights (1 - decay)"
 
 

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .files import is_dense, load_file, whole_file
-from .profiles import PowerProfile, Snapshot
+from .files import has_memory, is_dense, load_file, whole_file
+from .profiles import MAX_SIGMA_REL, PowerProfile, Snapshot
 
 __all__ = ["History", "StoredSnapshot", "is_history", "is_snapshot_name", "paths_in", "read", "read_all", "write"]
 
@@ -138,7 +138,7 @@ def _faults(snapshot: StoredSnapshot) -> list[str | None]:
         "it is of no time" if snapshot.time < 1 else None,
         "its history is none" if not is_history(snapshot.history) or snapshot.history[-1][0] != snapshot.time else None,
         "it has tensors without memory of their own"
-        if not all(_has_memory(value) for value in tensors) or not all(map(is_dense, first.values()))
+        if not all(_is_held(value) for value in tensors) or not all(map(is_dense, first.values()))
         else None,
         "it has no average" if not first else None,
         "its averages are not as many as their widths" if len(snapshot.averaged) != len(snapshot.sigma_rels) else None,
@@ -159,13 +159,12 @@ def is_history(value: object) -> bool:
     return are_typed and times == sorted(set(times)) and times[:1] == [0]
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether it is as large as it looks: a small file can pretend to be of any size."""
-    return not tensor.is_meta and (not is_dense(tensor) or tensor.nbytes <= tensor.untyped_storage().nbytes())
+def _is_held(tensor: Tensor) -> bool:
+    return not tensor.is_meta and (not is_dense(tensor) or has_memory(tensor))
 
 
 def _is_width(value: object) -> bool:
-    return type(value) is float and 0 < value < 12**-0.5
+    return type(value) is float and 0 < value < MAX_SIGMA_REL
 
 
 def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -82,6 +82,8 @@ class PostHocEMA:
         (99.0, 85)
     """
 
+    _loaded_time: int | None  # that of the state that was loaded last
+
     def __init__(
         self,
         model: nn.Module,
@@ -269,7 +271,7 @@ class PostHocEMA:
         for rule in self._rules():
             rule.now, rule.updated_at = self._samples_seen, state["updated_at"]
         self._history[:] = [list(one) for one in state["history"]]
-        self._loaded_time[:] = [self.time]
+        self._loaded_time = self.time
         self._directory_is_checked = False
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
@@ -316,7 +318,7 @@ class PostHocEMA:
         tensors = [local(tensor) for tensor in self.streams[0].averaged_tensors().values()]
         start = self._on_first_rank(lambda: _digest(kernels.norms(tensors)))
         self._history: list[list[Any]] = [[0, start or _NOT_MINE]]
-        self._loaded_time: list[int] = []  # none where nothing was loaded
+        self._loaded_time = None
         self._directory_is_checked = False
 
     def _rules(self) -> "Iterable[PowerOfSamples]":
@@ -336,7 +338,7 @@ class PostHocEMA:
         """Once for each run, and after a state was loaded: the directory has its past and nothing else."""
         if self._directory_is_checked:
             return
-        is_new = not (self.time or self._loaded_time or self._starts_late)
+        is_new = not self.time and self._loaded_time is None and not self._starts_late
         if is_new and engine is not None and engine.state.iteration > 0:
             warnings.warn(
                 f"The trainer resumes at iteration {engine.state.iteration}, but its PostHocEMA was not restored, and "
@@ -346,7 +348,7 @@ class PostHocEMA:
             )
         place = self._on_first_rank(lambda: self._clear(paths_in(self.dirname)))
         self._directory_is_checked = True
-        if place and [self.time] == self._loaded_time:
+        if place and self.time == self._loaded_time:
             self._write(*place)
 
     def _clear(self, found: Mapping[int, Path]) -> tuple[int, int] | None:
@@ -355,8 +357,7 @@ class PostHocEMA:
         Such a one was written after the checkpoint of the same event. It may be of a later attempt that went another
         way; the averages from which it is made anew are here.
         """
-        now = self._loaded_time[0] if self._loaded_time else None
-        place = None
+        now, place = self._loaded_time, None
         if found and now is None and len(self._history) == 1:
             raise ValueError(
                 f"'{self.dirname}' should have no snapshots when a run starts, got {len(found)}, up to time "

@@ -472,7 +472,7 @@ class TestReconstruct:
         Path("run_last_0.5.pt").write_bytes(b"precious")
         arguments = ["--sigma-rel", "0.1", "--last", "0.5", "--out", "run_{}.pt"]
         with monkeypatch.context() as patch:
-            patch.setattr(posthoc, "reconstruct", None)  # no work before
+            patch.setattr(posthoc, "_reconstruct", None)  # no work before
             assert command(*arguments) == 1
         printed = capsys.readouterr()
         assert printed.err.startswith("ignite-ema: 'run_last_0.5.pt' exists already; choose another name, or overwrite")
