@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ignite_ema import ModelAverage
+from ignite_ema import ModelAverage, posthoc
 from tests.benchmarks import cost
 
 README = Path(__file__).parents[1] / "README.md"
@@ -226,3 +226,14 @@ def test_what_it_points_to_exists(path):
 
 def test_it_has_the_two_commands():
     assert 'pip install -e ".[demo]" && python -m ignite_ema.demo\npip install -e ".[test]" && pytest' in TEXT
+
+
+def test_the_table_of_residuals_is_what_is_computed():
+    widths = [float(cell) for cell in re.search(r"^\| `sigma_rel` \|(.+)\|$", TEXT, flags=re.MULTILINE)[1].split("|")]
+    rows = re.findall(r"^\| (\d+) snapshots \|(.+)\|$", TEXT, flags=re.MULTILINE)
+    assert [int(count) for count, _ in rows] == [16, 32, 64]
+    for count, cells in rows:
+        residuals = posthoc.residuals(posthoc.planned(range(1, int(count) + 1)), widths)
+        for cell, residual in zip(cells.split("|"), residuals, strict=True):
+            shown = cell.strip().removesuffix(" %")
+            assert round(100 * residual, len(shown.partition(".")[2])) == float(shown)
