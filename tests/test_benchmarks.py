@@ -12,7 +12,7 @@ from tests.benchmarks.peers import EVENT, LIMIT, OURS, PEERS, Unavailable
     ("name", "parameters", "tensors", "buffers"),
     [
         ("mlp", 8_970, 6, 0),
-        ("many", 163_200, 1_200, 0),
+        ("many", 984_000, 1_200, 0),
         ("resnet50", 25_557_032, 161, 159),
         ("gpt2", 124_439_808, 148, 0),
         ("gpt2-bfloat16", 124_439_808, 148, 0),

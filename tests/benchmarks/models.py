@@ -12,7 +12,7 @@ def mlp() -> nn.Module:
 
 
 def many() -> nn.Module:
-    return nn.Sequential(*(nn.Linear(16, 16) for _ in range(600)))
+    return nn.Sequential(*(nn.Linear(40, 40) for _ in range(600)))
 
 
 def resnet50() -> nn.Module:

@@ -1,12 +1,15 @@
-"""What is measured: for each peer a function from a model to one update of its average, a call without arguments.
+"""Who is measured: for each library a function that makes its average of a model, as its documentation recommends.
 
 Every update goes through an event of an Ignite engine, as it would in a run: our handler and Ignite's are attached, and
-what other libraries offer is called by an event handler. The peers of one run share the model, so an update has to
-leave it as it is. Buffers are treated as each library does by default; diffusers and torch_ema leave them out.
+what other libraries offer is called by an event handler. Averages of one model do not disturb each other: an update
+leaves the model as it is. Buffers are treated as each library does by default; diffusers and torch_ema leave them out.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,103 +17,141 @@ from typing import Any, TypeAlias
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler as IgniteHandler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from ignite_ema import EMAHandler
 
-__all__ = ["EVENT", "LIMIT", "OURS", "PEERS", "Unavailable", "Update"]
-
-Update: TypeAlias = Callable[[], object]
+__all__ = ["EVENT", "LIMIT", "OURS", "PEERS", "Build", "Peer", "Unavailable", "Update", "event", "limit", "update_of"]
 
 OURS, EVENT, LIMIT = "ignite_ema", "event", "lerp"
 _MOMENTUM = 0.001
-_DECAY = 1 - _MOMENTUM
+
+Update: TypeAlias = Callable[[], object]
 
 
 class Unavailable(Exception):
     """A peer is not installed, or cannot do what is asked for; the text says which."""
 
 
-def ignite_ema(model: nn.Module) -> Update:
-    engine, update = _event()
-    EMAHandler(model, momentum=_MOMENTUM, dtype=torch.float32).attach(engine)
-    return update
+@dataclass(frozen=True)
+class Peer:
+    """The average that one library keeps of one model.
+
+    Attributes:
+        attach: has an engine update the average at each completed iteration.
+        averaged: gives its parameters as they are now, in the order of the model.
+        state_dict: gives what its users put into a checkpoint.
+        swapped: gives a context in which the model holds the averaged weights; None where the library has none.
+    """
+
+    attach: Callable[[Engine], object]
+    averaged: Callable[[], Iterable[Tensor]]
+    state_dict: Callable[[], object]
+    swapped: Callable[[], AbstractContextManager[None]] | None = None
 
 
-def ignite(model: nn.Module) -> Update:
-    _check_float32(model)
-    engine, update = _event()
-    IgniteHandler(model, momentum=_MOMENTUM).attach(engine)
-    return update
+# From a model, a momentum, and the type that holds the average (None: that of the model) to an average of it. The first
+# two updates may copy the model, whatever the momentum: some libraries have it so, and it cannot be changed in all.
+Build: TypeAlias = Callable[[nn.Module, float, "torch.dtype | None"], Peer]
 
 
-def averaged_model(model: nn.Module) -> Update:
+def ignite_ema(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
+    handler = EMAHandler(model, momentum=momentum, dtype=dtype)
+    return Peer(handler.attach, handler.ema_model.parameters, handler.state_dict, handler.swapped)
+
+
+def ignite(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
+    handler = IgniteHandler(model, momentum=momentum)
+    handler.ema_model.to(dtype=dtype)
+    return Peer(handler.attach, handler.ema_model.parameters, handler.ema_model.state_dict)
+
+
+def averaged_model(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
     """torch's, as its documentation recommends for speed."""
-    _check_float32(model)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_DECAY))
-    return _called(partial(average.update_parameters, model))
+    if any(parameter.dtype != (dtype or parameter.dtype) for parameter in model.parameters()):
+        raise Unavailable("it cannot average weights of one type in another")
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - momentum))
+    return Peer(_at_event(partial(average.update_parameters, model)), average.module.parameters, average.state_dict)
 
 
-def lightning(model: nn.Module) -> Update:
-    """The averaging of the callback ``EMAWeightAveraging``, which is torch's, tensor by tensor."""
+def lightning(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
+    """The callback ``EMAWeightAveraging``, without its trainer: torch's averaging, tensor by tensor."""
     _package("lightning")
-    _check_float32(model)
-    average = AveragedModel(model, use_buffers=True, avg_fn=get_ema_avg_fn(_DECAY))
-    return _called(partial(average.update_parameters, model))
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    callback: Any = EMAWeightAveraging(decay=1 - momentum)
+    callback._average_model = average = AveragedModel(model, use_buffers=True, avg_fn=get_ema_avg_fn(1 - momentum))
+    average.module.to(dtype=dtype)
+
+    @contextmanager
+    def swapped() -> Iterator[None]:
+        callback._swap_models(model)
+        yield
+        callback._swap_models(model)
+
+    update = _at_event(partial(average.update_parameters, model))
+    return Peer(update, average.module.parameters, average.state_dict, swapped)
 
 
-def timm(model: nn.Module) -> Update:
+def timm(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
     path = Path(_package("timm"), "utils", "model_ema.py")  # the package itself wants torchvision
     spec = importlib.util.spec_from_file_location("timm_model_ema", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    average = module.ModelEmaV3(model, decay=_DECAY, dtype=torch.float32)
-    return _called(partial(average.update, model))
+    average = module.ModelEmaV3(model, decay=1 - momentum, dtype=dtype)
+    return Peer(_at_event(partial(average.update, model)), average.module.parameters, average.module.state_dict)
 
 
-def diffusers(model: nn.Module) -> Update:
+def diffusers(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
     _package("diffusers")
-    _check_float32(model)
     from diffusers.training_utils import EMAModel
 
-    average = EMAModel(model.parameters(), decay=_DECAY, foreach=True)
-    return _called(lambda: average.step(model.parameters()))
+    average = EMAModel(model.parameters(), decay=1 - momentum, min_decay=1 - momentum, foreach=True)
+    average.to(dtype=dtype)
+
+    @contextmanager
+    def swapped() -> Iterator[None]:
+        average.store(model.parameters())
+        average.copy_to(model.parameters())
+        yield
+        average.restore(model.parameters())
+
+    update = _at_event(lambda: average.step(model.parameters()))
+    return Peer(update, lambda: average.shadow_params, average.state_dict, swapped)
 
 
-def ema_pytorch(model: nn.Module) -> Update:
+def ema_pytorch(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
     _package("ema_pytorch")
-    _check_float32(model)
     from ema_pytorch import EMA
 
-    average = EMA(model, beta=_DECAY, update_after_step=0, update_every=1, include_online_model=False, use_foreach=True)
-    return _called(average.update)
+    average = EMA(
+        model,
+        ema_model=None if dtype is None else deepcopy(model).to(dtype=dtype),
+        beta=1 - momentum,
+        min_value=1 - momentum,
+        update_after_step=0,
+        update_every=1,
+        include_online_model=False,
+        use_foreach=True,
+        coerce_dtype=dtype is not None,
+    )
+    return Peer(_at_event(average.update), average.ema_model.parameters, average.state_dict)
 
 
-def torch_ema(model: nn.Module) -> Update:
+def torch_ema(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
     _package("torch_ema")
-    _check_float32(model)
     from torch_ema import ExponentialMovingAverage
 
-    average = ExponentialMovingAverage(model.parameters(), decay=_DECAY)
-    return _called(average.update)
+    average = ExponentialMovingAverage(model.parameters(), decay=1 - momentum, use_num_updates=False)
+    average.to(dtype=dtype)
+    update = _at_event(average.update)
+    return Peer(update, lambda: average.shadow_params, average.state_dict, average.average_parameters)
 
 
-def event(model: nn.Module) -> Update:
-    """What every one of them pays: an event whose handler does nothing."""
-    return _called(lambda: None)
-
-
-def lerp(model: nn.Module) -> Update:
-    """The limit: one `lerp_` over contiguous floats that moves as many bytes as an average in float32 has to."""
-    moved = sum(p.numel() * (8 + p.element_size()) for p in model.parameters())
-    online, averaged = torch.ones(moved // 12), torch.ones(moved // 12)
-    return partial(averaged.lerp_, online, _MOMENTUM)
-
-
-PEERS: dict[str, Callable[[nn.Module], Update]] = {
+PEERS: dict[str, Build] = {
     OURS: ignite_ema,
     "ignite": ignite,
     "torch AveragedModel": averaged_model,
@@ -119,20 +160,31 @@ PEERS: dict[str, Callable[[nn.Module], Update]] = {
     "diffusers": diffusers,
     "torch_ema": torch_ema,
     "lightning": lightning,
-    EVENT: event,
-    LIMIT: lerp,
 }
 
 
-def _event() -> tuple[Engine, Update]:
+def update_of(peer: Peer) -> Update:
+    """One update of the average: an event of an engine of its own."""
     engine = Engine(lambda engine, batch: None)
-    return engine, partial(engine.fire_event, Events.ITERATION_COMPLETED)
+    peer.attach(engine)
+    return partial(engine.fire_event, Events.ITERATION_COMPLETED)
 
 
-def _called(function: Callable[[], Any]) -> Update:
-    engine, update = _event()
-    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: function())  # without the engine
-    return update
+def event() -> Update:
+    """What every one of them pays: an event whose handler does nothing."""
+    return update_of(Peer(_at_event(lambda: None), list, dict))
+
+
+def limit(model: nn.Module, dtype: torch.dtype | None = None) -> Update:
+    """One `lerp_` over contiguous floats that moves as many bytes as any average has to: two reads and a write."""
+    moved = sum(p.numel() * (p.element_size() + 2 * (dtype or p.dtype).itemsize) for p in model.parameters())
+    online, averaged = torch.ones(moved // 12), torch.ones(moved // 12)
+    return partial(averaged.lerp_, online, _MOMENTUM)
+
+
+def _at_event(function: Callable[[], Any]) -> Callable[[Engine], object]:
+    # The lambda takes no engine, and Ignite looks at that when it is added.
+    return lambda engine: engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: function())
 
 
 def _package(name: str) -> str:
@@ -141,8 +193,3 @@ def _package(name: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise Unavailable(f"{name} is not installed")
     return spec.submodule_search_locations[0]
-
-
-def _check_float32(model: nn.Module) -> None:
-    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
-        raise Unavailable("it cannot hold the average in float32")
