@@ -13,6 +13,7 @@ from .buffers import BufferRule, check_patterns, check_rule, treatment_of
 from .loading import by_path, check_loadable, like
 from .momentum import checked_momentum
 from .pairing import Pairing
+from .rounding import StochasticRounding
 from .sharding import local, reshard
 from .structure import Mismatch, Structure, names_of, tensors_of, unwrapped
 from .twin import (
@@ -48,12 +49,17 @@ class ModelAverage:
             alone. They must stay frozen; ``dtype`` and ``device`` do not concern them.
         skip_nonfinite: an update that would bring a NaN or an infinity into an averaged tensor leaves the whole average
             alone and is counted instead. Buffers that are copied are not looked at.
+        stochastic_rounding: parameters whose average is held in bfloat16 or float16 are rounded up or down by turns, so
+            that updates too small for the type are right in the mean instead of lost (:mod:`ignite_ema.rounding`); for
+            where there is no memory for ``dtype=torch.float32``, which is more exact. What an update does depends on
+            ``num_updates``, then.
 
     Attributes:
         model: the online model, without wrappers.
         module: the averaged twin.
         handle_buffers: what was passed.
         num_skipped: the number of updates that ``skip_nonfinite`` has left out.
+        num_updates: the number of updates made since it was made or reset; settable.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
@@ -82,6 +88,7 @@ class ModelAverage:
         device: torch.device | str | None = None,
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         if isinstance(model, type):
             raise TypeError(f"model should be an nn.Module, got the class {model.__name__}; make one: call it.")
@@ -97,14 +104,20 @@ class ModelAverage:
         self.handle_buffers = handle_buffers = (
             dict(handle_buffers) if isinstance(handle_buffers, Mapping) else handle_buffers
         )
-        for name, value in (("share_frozen", share_frozen), ("skip_nonfinite", skip_nonfinite)):
+        for name, value in (
+            ("share_frozen", share_frozen),
+            ("skip_nonfinite", skip_nonfinite),
+            ("stochastic_rounding", stochastic_rounding),
+        ):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} should be True or False, got {value!r}.")
         self._dtype = dtype
         self._warned = False
         self._has_moved = False
         self._skip_nonfinite = skip_nonfinite
+        self._rounding = StochasticRounding() if stochastic_rounding else None
         self.num_skipped = 0
+        self.num_updates = 0
         if ema_model is None:
             self.module = make_twin(self.model, dtype, checked_device(device), share_frozen)
         else:
@@ -120,11 +133,18 @@ class ModelAverage:
                     stacklevel=2,
                 )
             check_patterns(handle_buffers, [pair.path for pair in structure.pairs if pair.kind == "_buffers"])
-            self._pairing = Pairing(structure, partial(treatment_of, handle_buffers))
+            narrow = None if self._rounding is None else self._rounding.lerp
+            self._pairing = Pairing(structure, partial(treatment_of, handle_buffers), narrow)
         except Mismatch as mismatch:
             raise RuntimeError(
                 f"ema_model should have the structure of the model, but {mismatch}; build and shard it as the model is."
             ) from None
+        if stochastic_rounding and all(group.kernel != narrow for group in self._pairing.groups):
+            warnings.warn(
+                "stochastic_rounding should find parameters whose average is held in bfloat16 or float16, but there "
+                "are none, and it does nothing; leave it out.",
+                stacklevel=2,
+            )
         self.module.train(handle_buffers == "ema_train")
         freeze(self.module)
         if ema_model is not None:
@@ -163,21 +183,30 @@ class ModelAverage:
                 self._warn_of_rounding(momentum)
             else:
                 self._has_moved = True
+            if self._rounding is not None:
+                self._rounding.num_updates = self.num_updates
             for kernel, averaged, online, _ in self._pairing.groups:
                 kernel(tensors[averaged], tensors[online], momentum)
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
         finally:
             torch._C._set_grad_enabled(gradients)
+        self.num_updates += 1
         return True
 
     @torch.no_grad()
     def reset(self, *, buffers_only: bool = False) -> None:
-        """Makes the twin equal to the model, buffers included (or alone), whatever ``handle_buffers`` says."""
+        """Starts again: the twin equals the model, buffers included, whatever ``handle_buffers`` says; counts are 0.
+
+        Args:
+            buffers_only: copy the buffers alone, and leave weights and counts as they are.
+        """
         pairs = [pair.tensors() for pair in self._current("reset").pairs if not buffers_only or pair.kind == "_buffers"]
         if pairs:
             online, averaged = zip(*pairs, strict=True)
             kernels.copy(averaged, online)
+        if not buffers_only:
+            self.num_updates = self.num_skipped = 0
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -312,7 +341,8 @@ class ModelAverage:
         warnings.warn(
             f"A momentum of {momentum:g} is too small for the type that holds the average: a weight moves only where "
             f"it differs from its average by about {needed:.0%} of its size, and is rounded back otherwise; pass "
-            f"dtype={wider} to hold the average in {str(wider).removeprefix('torch.')} (or an ema_model of that type).",
+            f"dtype={wider} to hold the average in {str(wider).removeprefix('torch.')} (or an ema_model of that type)"
+            + (", or stochastic_rounding=True." if wider == torch.float32 else "."),
             stacklevel=3,
         )
 

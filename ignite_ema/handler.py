@@ -52,6 +52,8 @@ class EMAHandler:
             LoRA on a large base.
         skip_nonfinite: leave the average alone, and count it in ``num_skipped``, where an update would bring a NaN or
             an infinity into it.
+        stochastic_rounding: where the average is held in bfloat16 or float16, round so that updates too small for the
+            type are right in the mean instead of lost.
 
     Attributes:
         model: the online model; inside ``DistributedDataParallel`` and compiled modules, the module in them.
@@ -96,6 +98,7 @@ class EMAHandler:
         device: torch.device | str | None = None,
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         self._set_rule(momentum, momentum_warmup, warmup_iters)
         self._average = ModelAverage(
@@ -106,8 +109,8 @@ class EMAHandler:
             device=device,
             share_frozen=share_frozen,
             skip_nonfinite=skip_nonfinite,
+            stochastic_rounding=stochastic_rounding,
         )
-        self._num_updates = 0
         self._loaded_steps: set[str] = set()  # names of attachments to come, whose optimizer has stepped already
         self._count_is_known = False  # whether num_updates is known to be right: set, loaded, or counted from a start
         self._current_is_loaded = False
@@ -162,13 +165,13 @@ class EMAHandler:
     @property
     def num_updates(self) -> int:
         """The number of updates made so far; settable."""
-        return self._num_updates
+        return self._average.num_updates
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:
         check_count(value)
         momentum = self._momentum_of(value)
-        self._num_updates = value
+        self._average.num_updates = value
         self._count_is_known = True
         if momentum is not None:
             self._publish(momentum)
@@ -242,7 +245,7 @@ class EMAHandler:
                 stacklevel=2,
             )
         if not goes_on:
-            momentum = self._momentum_of(self._num_updates)
+            momentum = self._momentum_of(self.num_updates)
             setattr(engine.state, name, self._current if momentum is None else momentum)
         attachment = Attachment(
             self,
@@ -294,14 +297,13 @@ class EMAHandler:
         """
         self._average.reset(buffers_only=buffers_only)
         if not buffers_only:
-            self._average.num_skipped = 0
-            self.num_updates = 0
+            self.num_updates = 0  # publishes what the schedule starts with
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
         return {
             "ignite_ema_version": VERSION,
-            "num_updates": self._num_updates,
+            "num_updates": self.num_updates,
             "current_momentum": self._plain_momentum() if self.momentum_scheduler is None else None,
             "momentum_schedule": described(self._rule),
             "num_skipped": self._average.num_skipped,
@@ -378,7 +380,7 @@ class EMAHandler:
                 f"checkpoint does not say: {described(self._rule)} would go on with a momentum of {self._rule(0):g}; "
                 "pass num_updates=, 0 to start the schedule."
             )
-        count = self._num_updates if count is None else count
+        count = self.num_updates if count is None else count
         check_count(count)
         self._momentum_of(count)  # raises before anything has changed
         self._average.load_plain(found.tensors)
@@ -400,10 +402,9 @@ class EMAHandler:
                 momentum = checked_momentum(momentum, f"engine.state.{name}")
             self._current = momentum
         else:
-            momentum = scheduled(self.momentum_scheduler, self._num_updates)
+            momentum = scheduled(self.momentum_scheduler, self._average.num_updates)
             setattr(engine.state, name, momentum)
-        if self._average.update(momentum):
-            self._num_updates += 1
+        self._average.update(momentum)
         self._count_is_known = True
 
     def _momentum_of(self, n: int) -> float | None:

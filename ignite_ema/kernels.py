@@ -9,7 +9,7 @@ written ``averaged + weight * (online - averaged)``: weights that do not change 
 the form above would lose a rounding error at each update.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import torch
@@ -17,12 +17,27 @@ from torch import Tensor
 
 from .staging import stage
 
-__all__ = ["Kernel", "copy", "copying_kernel_for", "is_finite", "lerping_kernel_for", "norms", "spoils"]
+__all__ = [
+    "Kernel",
+    "Tensors",
+    "copy",
+    "copying_kernel_for",
+    "is_finite",
+    "leaves_gpu",
+    "lerping_kernel_for",
+    "norms",
+    "parts",
+    "spoils",
+]
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 Kernel: TypeAlias = Callable[[Tensors, Tensors, float], None]
 
+# Numbers of elements: what stays in a CPU's cache, and what is worth the launch of a GPU's kernel.
+_CACHED, _LAUNCHED = 2**20, 2**24
+
 # What torch can interpolate; narrower types are widened for the step.
+_NARROW = {torch.bfloat16, torch.float16}
 _NATIVE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
@@ -30,20 +45,25 @@ def copying_kernel_for(averaged: Tensor, online: Tensor) -> Kernel:
     """The kernel that copies whatever the weight."""
     if averaged.layout is not torch.strided:
         return _copy_sparse
-    return _copy_staged if _leaves_gpu(averaged, online) else _copy_strided
+    return _copy_staged if leaves_gpu(averaged, online) else _copy_strided
 
 
-def lerping_kernel_for(averaged: Tensor, online: Tensor, is_buffer: bool) -> Kernel:
-    """The fastest kernel that is right for this pair, and for every one of the same dtypes, devices and finiteness."""
+def lerping_kernel_for(averaged: Tensor, online: Tensor, is_buffer: bool, narrow: Kernel | None = None) -> Kernel:
+    """The fastest kernel that is right for this pair, and for every one of the same dtypes, devices and finiteness.
+
+    ``narrow`` is the one for parameters that are held in 16 bits, if they have one of their own.
+    """
     if averaged.dtype not in _NATIVE:
         return _lerp_widened
     if is_buffer:
         return _lerp_buffers
     if not online.requires_grad and (_holds_infinity(averaged) or _holds_infinity(online)):
         return _lerp_widened
+    if narrow is not None and averaged.dtype in _NARROW:
+        return narrow
     if averaged.dtype == online.dtype and averaged.device == online.device:
         return _lerp
-    return _lerp_staged if _leaves_gpu(averaged, online) else _lerp_converted
+    return _lerp_staged if leaves_gpu(averaged, online) else _lerp_converted
 
 
 def copy(averaged: Tensors, online: Tensors) -> None:
@@ -80,6 +100,22 @@ def norms(tensors: Tensors) -> list[float]:
     return torch.stack([norm.abs().double().cpu() for norm in torch._foreach_norm(native)]).tolist() if native else []
 
 
+def leaves_gpu(averaged: Tensor, online: Tensor) -> bool:
+    """Whether the values have to come from a GPU to an average on the CPU."""
+    return online.is_cuda and averaged.device.type == "cpu"
+
+
+def parts(averaged: Tensors, online: Tensors, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs, those of more than ``most`` elements in parts along their longest dimensions."""
+    for average, value in zip(averaged, online, strict=True):
+        if average.numel() <= most:
+            yield average, value
+        else:
+            dim = max(range(average.ndim), key=average.shape.__getitem__)
+            rows = max(1, average.shape[dim] * most // average.numel())
+            yield from parts(torch.split(average, rows, dim), torch.split(value, rows, dim), most)
+
+
 def _copy_strided(averaged: Tensors, online: Tensors, weight: float) -> None:
     torch._foreach_copy_(averaged, online)
 
@@ -101,7 +137,8 @@ def _lerp_converted(averaged: Tensors, online: Tensors, weight: float) -> None:
     if weight == 1:
         torch._foreach_copy_(averaged, online)
     elif weight != 0:
-        for average, value in zip(averaged, online, strict=True):  # one by one: one temporary at a time
+        # Parts that are converted and used while they are in the cache: as few bytes move as in one pass.
+        for average, value in parts(averaged, online, _CACHED if averaged[0].device.type == "cpu" else _LAUNCHED):
             average.lerp_(value.to(average.device, average.dtype), weight)
 
 
@@ -112,10 +149,6 @@ def _copy_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
 def _lerp_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
     if weight != 0:
         stage(_lerp_converted, averaged, online, weight)
-
-
-def _leaves_gpu(averaged: Tensor, online: Tensor) -> bool:
-    return online.is_cuda and averaged.device.type == "cpu"
 
 
 def _lerp_buffers(averaged: Tensors, online: Tensors, weight: float) -> None:

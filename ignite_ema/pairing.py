@@ -39,18 +39,23 @@ class Pairing:
         structure: the model and its averaged twin, side by side.
         treat_buffer: called with the path of a buffer, says what an update does with it. Parameters are averaged.
             "average" means "copy" where the tensor is neither floating-point nor complex.
+        narrow: the kernel for parameters that are held in 16 bits, if they have one of their own.
 
     Attributes:
         groups: what to do with the tensors that :meth:`read` gives.
-        resolution: the largest relative rounding step (``torch.finfo(dtype).eps``) among the averaged tensors.
+        resolution: the largest relative rounding step (``torch.finfo(dtype).eps``) among the averaged tensors; of those
+            that ``narrow`` treats, that of float32.
 
     Raises:
         Mismatch: where shapes, layouts or kinds of number differ.
         TypeError: where a tensor that is not strided (a sparse one) would have to be averaged.
     """
 
-    def __init__(self, structure: Structure, treat_buffer: Callable[[str], Treatment]) -> None:
+    def __init__(
+        self, structure: Structure, treat_buffer: Callable[[str], Treatment], narrow: kernels.Kernel | None = None
+    ) -> None:
         self._treat_buffer = treat_buffer
+        self._narrow = narrow
         self._known: Fingerprint
         self._arrange(structure)
 
@@ -191,8 +196,8 @@ class Pairing:
                 )
             if not {type(online), type(averaged)} <= {Tensor, nn.Parameter}:
                 _try(pair.path, averaged, online)
-            kernel = kernels.lerping_kernel_for(averaged, online, pair.kind == "_buffers")
-            resolution = torch.finfo(averaged.dtype).eps
+            kernel = kernels.lerping_kernel_for(averaged, online, pair.kind == "_buffers", self._narrow)
+            resolution = torch.finfo(torch.float32 if kernel == self._narrow else averaged.dtype).eps
         else:
             kernel, resolution = kernels.copying_kernel_for(averaged, online), 0.0
         return kernel, resolution, averaged.dtype, averaged.device, online.dtype, online.device

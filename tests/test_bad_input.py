@@ -337,6 +337,12 @@ ROWS = [
         "skip_nonfinite should be True or False, got 1.",
     ),
     (
+        "stochastic_rounding as text",
+        lambda w: EMAHandler(w.model, stochastic_rounding="even"),
+        TypeError,
+        "stochastic_rounding should be True or False, got 'even'.",
+    ),
+    (
         "a model without values",
         lambda w: EMAHandler(nn.Linear(3, 2, device="meta")),
         RuntimeError,

@@ -22,6 +22,7 @@ IMPORTS = {
     "schedules": set(),
     "staging": set(),
     "kernels": {"staging"},
+    "rounding": {"kernels", "staging"},
     "ranks": set(),
     "sharding": set(),
     "steps": set(),
@@ -49,7 +50,10 @@ IMPORTS = {
     "cli_posthoc": {"checkpoints", "cli_checkpoints", "files", "posthoc", "snapshot_files"},
     "cli": {"cli_checkpoints", "cli_posthoc"},
     "__main__": {"cli"},
-    "average": {"buffers", "kernels", "loading", "momentum", "pairing", "sharding", "structure", "swap", "twin"},
+    "average": {
+        *("buffers", "kernels", "loading", "momentum", "pairing", "rounding", "sharding", "structure", "swap"),
+        "twin",
+    },
 }
 
 

@@ -1,0 +1,209 @@
+"""Averages held in 16 bits with `stochastic_rounding=True`: right in the mean, and the same bits again."""
+
+from math import inf, nan
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
+from torch import nn
+
+from ignite_ema import EMAHandler, ModelAverage, kernels, rounding
+
+NARROW = [torch.bfloat16, torch.float16]
+
+
+class Weights(nn.Module):
+    """A model of one parameter."""
+
+    def __init__(self, values, dtype=None):
+        super().__init__()
+        self.values = nn.Parameter(torch.as_tensor(values).to(dtype or torch.float32))
+
+
+def magnitudes(count, seed=0):
+    """Values of both signs, from 1e-3 to 10."""
+    generator = torch.Generator().manual_seed(seed)
+    sign = torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+    return sign * 10 ** (4 * torch.rand(count, generator=generator, dtype=torch.float64) - 3)
+
+
+def spacing(values, dtype):
+    """The distance between neighbours in `dtype`, in float64."""
+    info = torch.finfo(dtype)
+    return 2.0 ** values.double().abs().clamp_min(info.tiny).log2().floor() * info.eps
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("momentum", [0.01, 1e-3, 1e-5])
+def test_small_updates_are_right_in_the_mean(dtype, momentum):
+    """Weights 5 % away: 200 updates move a weight by less than 13 steps at .01, and by a fiftieth of one at 1e-5."""
+    start = magnitudes(4096).to(dtype)
+    model = Weights(start, dtype)
+    average = ModelAverage(model, stochastic_rounding=True)
+    model.values.data = (start.double() * 1.05).to(dtype)
+    target = model.values.detach().double()
+    for _ in range(200):
+        average.update(momentum)
+    due = target + (1 - momentum) ** 200 * (start.double() - target)
+    error = (average.module.values.double() - due) / spacing(start, dtype)
+    assert error.square().mean().sqrt() < 0.75  # evenly spread, they cancel: with random thresholds it is up to 3.2,
+    assert error.abs().max() < 4  # and this up to 17
+    assert error.mean().abs() < 0.06
+    if momentum < 1e-4:
+        nearest = ModelAverage(Weights(start, dtype))
+        nearest.model.values.data = model.values.data
+        with pytest.warns(UserWarning, match="stochastic_rounding=True"):
+            nearest.update(momentum)
+        assert torch.equal(nearest.module.values, start)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("weight", [1e-4, 0.03, 0.5, 0.97])
+def test_an_update_goes_to_a_neighbour_of_the_exact_result(dtype, weight):
+    before, after = magnitudes(20_000).to(dtype), magnitudes(20_000, seed=1).to(dtype)
+    exact = torch.lerp(before.double(), after.double(), weight)
+    kernel = rounding.StochasticRounding()
+    for kernel.num_updates in (0, 1, 1000, 10**9):
+        moved = before.clone()
+        kernel.lerp([moved], [after], weight)
+        widest = spacing(torch.maximum(before.abs(), exact.abs()), dtype)
+        assert ((moved.double() - exact).abs() < 1.001 * widest).all()  # float32 computes it
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_constant_weights_stay_bit_for_bit(dtype):
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)  # every value there is
+    held = bits.view(dtype).clone()
+    value = held.clone()
+    kernel = rounding.StochasticRounding()
+    for kernel.num_updates in range(50):
+        kernel.lerp([held], [value], 0.01)
+    finite = value.isfinite()
+    assert torch.equal(held[finite], value[finite])
+    assert torch.equal(held.isnan(), ~finite)  # inf - inf, as without
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_nans_and_infinities_come_in_as_they_do_without(dtype):
+    held = torch.tensor([1, 1, 1, 1, inf, nan, 0, -inf], dtype=dtype)
+    value = torch.tensor([inf, -inf, nan, 2, 1, 1, -inf, inf], dtype=dtype)
+    plain = held.clone()
+    rounding.StochasticRounding().lerp([held], [value], 0.25)
+    torch._foreach_lerp_([plain], [value], 0.25)
+    assert torch.equal(held.isnan(), plain.isnan())
+    assert torch.equal(held[~held.isnan()], plain[~plain.isnan()])
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_weights_of_any_layout_and_size_are_treated_alike(dtype, monkeypatch):
+    """Joined, in parts, transposed: a weight's result is one of two neighbours, and the mean is right."""
+    monkeypatch.setattr(rounding, "_phases", lambda device: torch.arange(64.0).mul(0.7548776662466927).frac())
+    shapes = [(), (3,), (0,), (40,), (9, 11), (5, 6, 7), (2, 200), (1, 1, 300)]
+    held = [magnitudes(torch.Size(s).numel()).to(dtype).reshape(s) for s in shapes]
+    held.append(magnitudes(2 * 3 * 8 * 8).to(dtype).reshape(2, 3, 8, 8).to(memory_format=torch.channels_last))
+    held.append(magnitudes(12 * 11).to(dtype).reshape(12, 11).t())
+    value = [(tensor.double() * 1.03).to(dtype) for tensor in held]
+    start = [tensor.clone(memory_format=torch.preserve_format) for tensor in held]
+    kernel = rounding.StochasticRounding()
+    for kernel.num_updates in range(100):
+        kernel.lerp(held, value, 1e-3)
+    for tensor, before, after in zip(held, start, value, strict=True):
+        assert tensor.stride() == before.stride()
+        due = after.double() + 0.999**100 * (before.double() - after.double())
+        assert ((tensor.double() - due).abs() < 2.1 * spacing(before, dtype)).all()
+
+
+def test_wider_weights_are_averaged_in_16_bits():
+    model = Weights(magnitudes(1000))
+    average = ModelAverage(model, dtype=torch.bfloat16, stochastic_rounding=True)
+    start = average.module.values.double()
+    model.values.data *= 1.1
+    for _ in range(100):
+        average.update(1e-4)
+    assert average.module.values.dtype == torch.bfloat16
+    moved = (average.module.values.double() - start) / (model.values.detach().double() - start)
+    assert moved.mean().item() == pytest.approx(1 - 0.9999**100, rel=0.1)
+
+
+def test_momenta_of_0_and_1_do_nothing_and_copy():
+    model = Weights(magnitudes(10), torch.bfloat16)
+    average = ModelAverage(model, stochastic_rounding=True)
+    before = average.module.values.clone()
+    model.values.data *= 3
+    average.update(0.0)
+    assert torch.equal(average.module.values, before)
+    average.update(1.0)
+    assert torch.equal(average.module.values, model.values)
+
+
+def test_only_what_is_held_in_16_bits_is_rounded_so():
+    model = nn.ModuleDict({"narrow": Weights(magnitudes(100), torch.bfloat16), "wide": Weights(magnitudes(100))})
+    average, plain = ModelAverage(model, stochastic_rounding=True), ModelAverage(model)
+    for parameter in model.parameters():
+        parameter.data *= 2
+    for one in (average, plain):
+        one.update(0.1)
+    assert torch.equal(average.module["wide"].values, plain.module["wide"].values)
+    assert not torch.equal(average.module["narrow"].values, plain.module["narrow"].values)
+
+
+def test_a_resumed_average_goes_on_with_the_same_bits():
+    def made():
+        model = Weights(magnitudes(1000), torch.bfloat16)
+        handler = EMAHandler(model, momentum=1e-3, stochastic_rounding=True)
+
+        def step(engine, batch):
+            generator = torch.Generator().manual_seed(engine.state.iteration)
+            model.values.data += 0.01 * torch.randn(1000, generator=generator).bfloat16()
+
+        trainer = Engine(step)
+        handler.attach(trainer, event=Events.ITERATION_COMPLETED(every=2))
+        return {"model": model, "handler": handler, "trainer": trainer}
+
+    whole = made()
+    whole["trainer"].run([0] * 20, max_epochs=2)
+    first, second = made(), made()
+    first["trainer"].run([0] * 20, max_epochs=1)
+    Checkpoint.load_objects(second, {name: thing.state_dict() for name, thing in first.items()})
+    assert second["handler"].num_updates == 10
+    second["trainer"].run([0] * 20, max_epochs=2)
+    assert torch.equal(second["handler"].ema_model.values, whole["handler"].ema_model.values)
+
+    lost = made()
+    Checkpoint.load_objects(lost, {name: thing.state_dict() for name, thing in first.items()})
+    lost["handler"].num_updates = 3  # the count decides
+    lost["trainer"].run([0] * 20, max_epochs=2)
+    assert not torch.equal(lost["handler"].ema_model.values, whole["handler"].ema_model.values)
+
+
+def test_reset_starts_the_count_again():
+    average = ModelAverage(nn.Linear(2, 2))
+    average.update(0.1), average.update(0.1)
+    assert average.num_updates == 2
+    average.reset(buffers_only=True)
+    assert average.num_updates == 2
+    average.reset()
+    assert average.num_updates == 0
+
+
+@pytest.mark.parametrize(("model", "held"), [(nn.Linear(2, 2), None), (nn.Linear(2, 2).bfloat16(), torch.float32)])
+def test_where_nothing_is_held_in_16_bits_it_says_so(model, held):
+    with pytest.warns(UserWarning, match="stochastic_rounding should find parameters whose average is held in bfl"):
+        ModelAverage(model, dtype=held, stochastic_rounding=True)
+
+
+def test_large_tensors_are_converted_in_parts(monkeypatch):
+    """What is held wider than the weights are, in parts as a whole, bit for bit."""
+    online = torch.randn(7, 50, 60, generator=torch.Generator().manual_seed(0)).bfloat16()
+    online = [online, online.transpose(0, 2), online[:, ::2], online[0, 0, 0], online[:0]]
+    start = [torch.ones_like(value, dtype=torch.float32) for value in online]
+    due = [torch.lerp(one, value.float(), 0.1) for one, value in zip(start, online, strict=True)]
+    sizes = []
+    lerp = torch.Tensor.lerp_
+    monkeypatch.setattr(kernels, "_CACHED", 500)
+    monkeypatch.setattr(torch.Tensor, "lerp_", lambda a, b, w: (sizes.append(a.numel()), lerp(a, b, w))[1])
+    kernels._lerp_converted(start, online, 0.1)
+    assert all(map(torch.equal, start, due))
+    assert 300 < max(sizes) <= 500
+    assert sum(sizes) == sum(value.numel() for value in online)
