@@ -49,7 +49,8 @@ class StochasticRounding:
         phases = _phases(averaged[0].device)
         for ours, theirs in _batches(averaged, online, phases.numel()):
             before = torch.cat([average.reshape(-1) for average in ours]).float()
-            after = torch.cat([value.reshape(-1) for value in theirs]).to(before.device, torch.float32)
+            # Rounded to what the average can hold, so that constant weights that are wider stay what they are there.
+            after = torch.cat([value.reshape(-1) for value in theirs]).to(before.device, ours[0].dtype).float()
             thresholds = phases[: before.numel()] + shift
             thresholds -= thresholds.floor()
             moved = _moved(before, after, weight, thresholds, ours[0].dtype)

@@ -124,7 +124,7 @@ def laid_out(tensor, layout):
 
 
 def made_tensor(spec, generator):
-    infinite = spec.value == "infinite in part" and spec.kind != "parameter"  # for frozen ones see the end of the file
+    infinite = spec.value == "infinite in part" and not (spec.kind == "parameter" and spec.trains)
     tensor = values(spec.shape, spec.dtype, generator, infinite)
     tensor = laid_out(torch.zeros_like(tensor) if spec.value == "zero" else tensor, spec.layout)
     if spec.kind != "parameter":
@@ -269,10 +269,11 @@ class Averaging(RuleBasedStateMachine):
         mode=st.sampled_from(["copy", "update", "ema_train", "mapping"]),
         dtype=st.sampled_from([None, None, torch.float32, torch.float64, torch.bfloat16]),
         share_frozen=st.booleans(),
+        stochastic_rounding=st.booleans(),
         own_twin=st.booleans(),
         treatments=st.lists(st.sampled_from(["copy", "update", "keep"]), min_size=1, max_size=4),
     )
-    def begin(self, spec, seed, mode, dtype, share_frozen, own_twin, treatments):
+    def begin(self, spec, seed, mode, dtype, share_frozen, stochastic_rounding, own_twin, treatments):
         self.generator = torch.Generator().manual_seed(seed)
         self.spec, self.seed = spec, seed
         self.model = build(spec, seed)
@@ -280,7 +281,12 @@ class Averaging(RuleBasedStateMachine):
         if mode == "mapping":
             mode = dict(zip(buffers, treatments, strict=False))
         frozen = [one for one in self.model.parameters() if not one.requires_grad]
-        self.options = {"handle_buffers": mode, "dtype": dtype, "share_frozen": share_frozen and bool(frozen)}
+        self.options = {
+            "handle_buffers": mode,
+            "dtype": dtype,
+            "share_frozen": share_frozen and bool(frozen),
+            "stochastic_rounding": stochastic_rounding,
+        }
         self.brings_twin = own_twin and dtype is None and not self.options["share_frozen"]
         self.make_handler()
         self.count = 0
@@ -297,7 +303,9 @@ class Averaging(RuleBasedStateMachine):
     def make_handler(self, state=None, attach_first=True):
         before = identity(self.model)
         twin = build(self.spec, self.seed + 2) if self.brings_twin else None
-        self.handler = EMAHandler(self.model, 0.25, ema_model=twin, **self.options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "stochastic_rounding should find parameters")
+            self.handler = EMAHandler(self.model, 0.25, ema_model=twin, **self.options)
         self.trainer = Engine(lambda engine, batch: None)
         if attach_first:
             self.handler.attach(self.trainer)
