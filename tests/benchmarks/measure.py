@@ -1,66 +1,68 @@
-"""Timing peers in turns, so that whatever else slows the machine down slows all of them down."""
+"""Timing in turns, so that whatever else slows the machine down slows all of them down."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import repeat
 from statistics import quantiles
 from time import perf_counter
-from typing import Any
+from typing import TypeAlias
 
-from .peers import LIMIT, OURS, Update
+import torch
 
-__all__ = ["measure"]
+__all__ = ["Call", "Summary", "Track", "batch_of", "in_turns", "ratios", "seconds", "summary", "wait_for"]
 
 _BATCH_SECONDS = 0.01
 
+Call: TypeAlias = Callable[[], object]
+Summary: TypeAlias = dict[str, float]
 
-def measure(peers: Mapping[str, Update], rounds: int) -> dict[str, dict[str, Any]]:
-    """What an update of each peer costs, from ``rounds`` rounds of one batch of each.
+# From a title and a number of rounds to the rounds, which shows how many are done while they are gone through.
+Track: TypeAlias = Callable[[str, int], Iterable[object]]
+
+
+def in_turns(measures: Mapping[str, Callable[[], float]], rounds: Iterable[object]) -> dict[str, list[float]]:
+    """What each measure gives in each of the rounds.
 
     Every round has an order of its own: torch's threads go on spinning for a moment after a parallel operation, and
-    where cores are scarce, the peer that always came next would pay for it.
-
-    Returns:
-        For each peer the updates of a batch, and as median and quartiles: ``ms``, the milliseconds per update,
-        and ``to_ours`` and ``to_limit``, how many times as long as ours and as the limit it took in the same round.
+    where cores are scarce, the one that always came next would pay for it.
     """
-    batches = {name: _batch_of(update) for name, update in peers.items()}
-    times: dict[str, list[float]] = {name: [] for name in peers}
+    values: dict[str, list[float]] = {name: [] for name in measures}
     shuffled = random.Random(0)
-    for _ in range(rounds):
-        for name in shuffled.sample(list(peers), len(peers)):
-            times[name].append(_seconds(peers[name], batches[name]))
-    return {
-        name: {
-            "batch": batches[name],
-            "ms": _summary([1000 * t for t in times[name]]),
-            "to_ours": _summary(_ratios(times[name], times[OURS])),
-            "to_limit": _summary(_ratios(times[name], times[LIMIT])),
-        }
-        for name in peers
-    }
+    for _ in rounds:
+        for name in shuffled.sample(list(measures), len(measures)):
+            values[name].append(measures[name]())
+    return values
 
 
-def _seconds(update: Update, batch: int) -> float:
-    """Seconds per update; garbage is collected as it is in a training run, since updates make some."""
+def seconds(call: Call, batch: int, device: torch.device) -> float:
+    """Seconds per call; garbage is collected as it is in a training run, since updates make some."""
+    wait_for(device)
     start = perf_counter()
     for _ in repeat(None, batch):
-        update()
+        call()
+    wait_for(device)
     return (perf_counter() - start) / batch
 
 
-def _batch_of(update: Update) -> int:
-    """The number of updates that take about 10 ms, at least 1; also warms up, for the first update may take long."""
+def batch_of(call: Call, device: torch.device) -> int:
+    """The number of calls that take about 10 ms, at least 1; also warms up, for the first call may take long."""
     batch = 1
-    while (seconds := min(_seconds(update, batch) for _ in range(3))) * batch < _BATCH_SECONDS / 2:
+    while (least := min(seconds(call, batch, device) for _ in range(3))) * batch < _BATCH_SECONDS / 2:
         batch *= 2
-    return max(1, round(_BATCH_SECONDS / seconds))
+    return max(1, round(_BATCH_SECONDS / least))
 
 
-def _ratios(numerators: list[float], denominators: list[float]) -> list[float]:
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was given; the CPU has done it already."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ratios(numerators: Iterable[float], denominators: Iterable[float]) -> list[float]:
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
-def _summary(values: list[float]) -> dict[str, float]:
-    first, median, third = quantiles(values, n=4, method="inclusive")
+def summary(values: Iterable[float], scale: float = 1) -> Summary:
+    """Median and quartiles of the values, each ``scale`` times as large."""
+    first, median, third = quantiles([scale * value for value in values], n=4, method="inclusive")
     return {"q1": first, "median": median, "q3": third}

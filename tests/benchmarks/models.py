@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
-__all__ = ["MODELS"]
+__all__ = ["AVERAGED_IN", "MODELS"]
 
 
 def mlp() -> nn.Module:
@@ -32,7 +33,7 @@ def gpt2() -> nn.Module:
 
 
 def gpt2_bfloat16() -> nn.Module:
-    """The same in bfloat16; its average is held in float32."""
+    """The same in bfloat16."""
     return gpt2().bfloat16()
 
 
@@ -43,6 +44,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": gpt2,
     "gpt2-bfloat16": gpt2_bfloat16,
 }
+
+# The type that holds the average, where it is not that of the model.
+AVERAGED_IN: dict[str, torch.dtype] = {"gpt2-bfloat16": torch.float32}
 
 
 def _bottlenecks(inputs: int, width: int, count: int) -> Iterator[nn.Module]:

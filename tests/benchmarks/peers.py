@@ -178,7 +178,8 @@ def event() -> Update:
 def limit(model: nn.Module, dtype: torch.dtype | None = None) -> Update:
     """One `lerp_` over contiguous floats that moves as many bytes as any average has to: two reads and a write."""
     moved = sum(p.numel() * (p.element_size() + 2 * (dtype or p.dtype).itemsize) for p in model.parameters())
-    online, averaged = torch.ones(moved // 12), torch.ones(moved // 12)
+    device = next(model.parameters()).device
+    online, averaged = torch.ones(moved // 12, device=device), torch.ones(moved // 12, device=device)
     return partial(averaged.lerp_, online, _MOMENTUM)
 
 
