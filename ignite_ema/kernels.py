@@ -106,10 +106,12 @@ def leaves_gpu(averaged: Tensor, online: Tensor) -> bool:
 
 
 def parts(averaged: Tensors, online: Tensors, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs, those of more than ``most`` elements in parts along their longest dimensions."""
+    """The pairs, those of more than ``most`` elements in parts."""
     for average, value in zip(averaged, online, strict=True):
         if average.numel() <= most:
             yield average, value
+        elif average.is_contiguous() and value.is_contiguous():
+            yield from zip(torch.split(average.view(-1), most), torch.split(value.view(-1), most), strict=True)
         else:
             dim = max(range(average.ndim), key=average.shape.__getitem__)
             rows = max(1, average.shape[dim] * most // average.numel())
