@@ -14,10 +14,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """The part of a ``DTensor`` that this rank holds; any other tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()  # type: ignore[attr-defined, no-any-return]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ def sharding(tensor: Any) -> str:
 def reshard(module: nn.Module) -> None:
     """Lets what ``fully_shard`` has wrapped hold its shards again, where a forward pass left the gathered weights."""
     for part in module.modules():
-        if hasattr(part, "set_reshard_after_forward"):
+        if hasattr(type(part), "set_reshard_after_forward"):  # of its class, which is faster to ask than a module
             part.reshard()  # type: ignore[operator]
 
 
