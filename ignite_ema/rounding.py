@@ -51,8 +51,7 @@ class StochasticRounding:
             before = torch.cat([average.reshape(-1) for average in ours]).float()
             # Rounded to what the average can hold, so that constant weights that are wider stay what they are there.
             after = torch.cat([value.reshape(-1) for value in theirs]).to(before.device, ours[0].dtype).float()
-            thresholds = phases[: before.numel()] + shift
-            thresholds -= thresholds.floor()
+            thresholds = (phases[: before.numel()] + shift).frac_()
             moved = _moved(before, after, weight, thresholds, ours[0].dtype)
             sizes = [average.numel() for average in ours]
             torch._foreach_copy_(ours, [p.view(a.shape) for p, a in zip(torch.split(moved, sizes), ours, strict=True)])

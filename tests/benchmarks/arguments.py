@@ -15,7 +15,7 @@ from .models import MODELS
 from .peers import LIMIT, OURS
 from .training_steps import TRAININGS
 
-__all__ = ["Options", "parsed"]
+__all__ = ["Options", "check_target", "parsed"]
 
 _ROUNDS = 100
 
@@ -101,7 +101,7 @@ def _check_targets(given: argparse.Namespace) -> None:
     if given.force and not targets:
         raise ValueError("--force should come with --json FILE or --picture FILE, got neither; leave it out.")
     for option, path in targets.items():
-        _check_target(option, path, given.force)
+        check_target(option, path, given.force)
     if given.picture is None:
         return
     if given.picture.suffix != ".png":
@@ -110,7 +110,8 @@ def _check_targets(given: argparse.Namespace) -> None:
         raise ValueError('--picture should find matplotlib, got none; pip install -e ".[bench]" brings it.')
 
 
-def _check_target(option: str, path: Path, force: bool) -> None:
+def check_target(option: str, path: Path, force: bool) -> None:
+    """Raises ValueError where ``path`` cannot be written, or may not be."""
     if path.is_dir():
         raise ValueError(f"{option} should name a file, got {path}, a directory; name a file in it.")
     if path.exists() and not force:

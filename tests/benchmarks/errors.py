@@ -4,13 +4,13 @@ What is averaged is what the model holds, rounded to its type, so that the error
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .peers import Build, Peer, Unavailable, update_of
+from .measure import threads
+from .peers import Build, built, update_of
 
 __all__ = ["measure", "small"]
 
@@ -44,11 +44,11 @@ def measure(
         where there is none), and ``gone``, the part of it that was gone. ``missing``: those that cannot, and why.
     """
     own = {parameter.dtype for parameter in model.parameters()} == {dtype}
-    peers, missing = _built(model, builds, momentum, None if own else dtype)
+    peers, missing = built(builds, model, momentum, None if own else dtype)
     fire = [update_of(peer) for peer in peers.values()]
     start = _flat(model.parameters())
     exact = start.clone()
-    with torch.no_grad(), _one_thread():
+    with torch.no_grad(), threads(1):  # on tensors this small, more wait for each other longer than they compute
         for weights in _walk(model, step, updates):
             for update in fire:
                 update()
@@ -73,29 +73,6 @@ def _walk(model: nn.Module, step: float, updates: int) -> Iterator[Tensor]:
         weights.copy_(position.to(parameters[0].dtype))
         torch._foreach_copy_(parameters, views)
         yield weights
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """From 2,048 numbers on some operations take more, which wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _built(
-    model: nn.Module, builds: Mapping[str, Build], momentum: float, dtype: torch.dtype | None
-) -> tuple[dict[str, Peer], dict[str, str]]:
-    peers, missing = {}, {}
-    for name, build in builds.items():
-        try:
-            peers[name] = build(model, momentum, dtype)
-        except Unavailable as reason:
-            missing[name] = str(reason)
-    return peers, missing
 
 
 def _figures(error: Tensor, way: Tensor, exact: Tensor) -> dict[str, float | None]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ignite_ema import EMAHandler
 
+from .arguments import check_target
 from .errors import measure, small
 from .figures import write
 from .machine import machine
@@ -133,10 +134,10 @@ def _problem(options: argparse.Namespace) -> str | None:
         return f"--updates should be at least 1, got {options.updates}."
     if options.json is None:
         return "--force should come with --json FILE." if options.force else None
-    if options.json.exists() and not options.force:
-        return f"--json should name a new file, but {options.json} exists; pass --force to overwrite it."
-    if not options.json.parent.is_dir():
-        return f"--json should name a file in a directory that exists, got {options.json}; make the directory first."
+    try:
+        check_target("--json", options.json, options.force)
+    except ValueError as problem:
+        return str(problem)
     return None
 
 

@@ -1,7 +1,8 @@
 """Timing in turns, so that whatever else slows the machine down slows all of them down."""
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import repeat
 from statistics import quantiles
 from time import perf_counter
@@ -9,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["Call", "Summary", "Track", "batch_of", "in_turns", "ratios", "seconds", "summary", "wait_for"]
+__all__ = ["Call", "Summary", "Track", "batch_of", "in_turns", "ratios", "seconds", "summary", "threads", "wait_for"]
 
 _BATCH_SECONDS = 0.01
 
@@ -56,6 +57,17 @@ def wait_for(device: torch.device) -> None:
     """Until the device has done all that it was given; the CPU has done it already."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Inside, torch computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def ratios(numerators: Iterable[float], denominators: Iterable[float]) -> list[float]:

@@ -12,9 +12,9 @@ from torch import nn
 from .measure import Call, Track, batch_of, in_turns, ratios, seconds, summary, wait_for
 from .memory import memory_of, quick_collections
 from .models import AVERAGED_IN, MODELS
-from .peers import EVENT, LIMIT, OURS, PEERS, Peer, Unavailable, event, limit, update_of
+from .peers import EVENT, LIMIT, OURS, PEERS, Peer, built, event, limit, update_of
 
-__all__ = ["MOMENTUM", "built", "model_costs", "swap"]
+__all__ = ["MOMENTUM", "model_costs", "swap"]
 
 MOMENTUM = 0.001
 
@@ -29,7 +29,7 @@ def model_costs(name: str, device: torch.device, rounds: Mapping[str, int], trac
         ``peak`` and ``left``, the most memory that was allocated meanwhile and what stays, in copies of the model.
     """
     model, dtype = MODELS[name]().to(device), AVERAGED_IN.get(name)
-    peers, missing = built(model, dtype)
+    peers, missing = built(PEERS, model, MOMENTUM, dtype)
     states = {peer: average.state_dict for peer, average in peers.items()}
     swaps = {peer: partial(swap, average) for peer, average in peers.items() if average.swapped is not None}
     figures = {
@@ -47,17 +47,6 @@ def model_costs(name: str, device: torch.device, rounds: Mapping[str, int], trac
         builds, model, device, track(f"{name}: construction", rounds["construction"])
     )
     return figures
-
-
-def built(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The averages of the peers, and of those that cannot take part the reasons."""
-    peers, missing = {}, {}
-    for name, build in PEERS.items():
-        try:
-            peers[name] = build(model, MOMENTUM, dtype)
-        except Unavailable as reason:
-            missing[name] = str(reason)
-    return peers, missing
 
 
 def swap(peer: Peer) -> None:

@@ -6,7 +6,7 @@ leaves the model as it is. Buffers are treated as each library does by default; 
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,7 +22,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from ignite_ema import EMAHandler
 
-__all__ = ["EVENT", "LIMIT", "OURS", "PEERS", "Build", "Peer", "Unavailable", "Update", "event", "limit", "update_of"]
+__all__ = [
+    "EVENT",
+    "LIMIT",
+    "OURS",
+    "PEERS",
+    "Build",
+    "Peer",
+    "Unavailable",
+    "Update",
+    "built",
+    "event",
+    "limit",
+    "update_of",
+]
 
 OURS, EVENT, LIMIT = "ignite_ema", "event", "lerp"
 _MOMENTUM = 0.001
@@ -161,6 +174,19 @@ PEERS: dict[str, Build] = {
     "torch_ema": torch_ema,
     "lightning": lightning,
 }
+
+
+def built(
+    builds: Mapping[str, Build], model: nn.Module, momentum: float, dtype: torch.dtype | None
+) -> tuple[dict[str, Peer], dict[str, str]]:
+    """The averages of the peers, and of those that cannot take part the reasons."""
+    peers, missing = {}, {}
+    for name, build in builds.items():
+        try:
+            peers[name] = build(model, momentum, dtype)
+        except Unavailable as reason:
+            missing[name] = str(reason)
+    return peers, missing
 
 
 def update_of(peer: Peer) -> Update:

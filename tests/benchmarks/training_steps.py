@@ -1,7 +1,6 @@
 """What an average adds to the steps of a real training run: Ignite trainers, one for each peer, that take turns."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ignite_ema import demo
 
-from .measure import Track, in_turns, seconds, summary
+from .measure import Track, in_turns, seconds, summary, threads
 from .model_costs import MOMENTUM
 from .peers import PEERS, Unavailable
 
@@ -96,7 +95,7 @@ def training_costs(name: str, device: torch.device, rounds: int, track: Track) -
     batches = [(inputs.to(device), targets.to(device)) for inputs, targets in training.batches]
     runs, missing = runs_of(training, device)
     measures = {peer: partial(_iteration, run, batches, device) for peer, run in runs.items()}
-    with _threads(training.threads):
+    with threads(training.threads):
         for measure in measures.values():
             measure()  # the first steps make what the optimizer holds
         times = in_turns(measures, track(f"training, {name}", rounds))
@@ -132,16 +131,6 @@ def _run(training: Training, device: torch.device) -> Run:
         torch.manual_seed(0)
         model = training.model().to(device)
     return Run(model, create_supervised_trainer(model, training.optimizer(model.parameters()), training.loss, device))
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _iteration(run: Run, batches: list[Batch], device: torch.device) -> float:
