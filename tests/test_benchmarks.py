@@ -9,7 +9,7 @@ import pytest
 import torch
 from ignite.engine import Events
 
-from tests.benchmarks import training_steps
+from tests.benchmarks import parts, training_steps
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.measure import in_turns, ratios, summary
 from tests.benchmarks.memory import memory_of, quick_collections
@@ -358,3 +358,11 @@ def _refuse(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_parts_of_an_update_are_told(capsys):
+    parts.main(["--models", "mlp", "resnet50", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    assert printed.count(parts.WHOLE) == 2
+    assert "average 6 of torch.float32" in printed
+    assert "copy 53 of torch.int64" in printed

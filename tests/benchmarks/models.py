@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-__all__ = ["AVERAGED_IN", "MODELS"]
+__all__ = ["AVERAGED_IN", "MODELS", "TITLES"]
 
 
 def mlp() -> nn.Module:
@@ -43,6 +43,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet50": resnet50,
     "gpt2": gpt2,
     "gpt2-bfloat16": gpt2_bfloat16,
+}
+
+TITLES = {
+    "mlp": "MLP, 6 tensors",
+    "many": "1,200 small tensors",
+    "resnet50": "ResNet-50's shapes",
+    "gpt2": "GPT-2 124M's shapes",
+    "gpt2-bfloat16": "the same, bfloat16",
 }
 
 # The type that holds the average, where it is not that of the model.

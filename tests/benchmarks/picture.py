@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from ignite_ema.files import whole_file
 
+from .models import TITLES
 from .peers import EVENT, LIMIT, OURS
-from .tables import origin
+from .tables import multiple, origin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,7 +87,7 @@ def _draw_bar(axes: "Axes", row: int, times: Mapping[str, float], ours: bool) ->
     if third > first:
         error = [[median - first], [third - median]]
         axes.errorbar(median, row, xerr=error, color="0.25", elinewidth=1, capsize=2)
-    label = f"{median:.3g}×" if 0.9 < median < 1.1 else f"{median:.2g}×" if median < 99.5 else f"{median:.0f}×"
+    label = f"{multiple(median)}×"
     axes.text(1.12 * max(third, _LEFT), row, label, va="center", fontsize=8, fontweight="bold" if ours else None)
 
 
@@ -94,7 +95,7 @@ def _add_title(axes: "Axes", name: str, update: Mapping[str, Any]) -> None:
     ours, limit = (_short(update[peer]["ms"]["median"]) for peer in (OURS, LIMIT))
     axes.set_title(f"ours {ours} ms, limit {limit} ms", fontsize=8, loc="left", color="0.35")
     above: dict[str, Any] = {"xytext": (0, 17), "textcoords": "offset points", "annotation_clip": False}
-    axes.annotate(name, (0, 1), xycoords="axes fraction", fontsize=_FONT, fontweight="bold", **above)
+    axes.annotate(TITLES.get(name, name), (0, 1), xycoords="axes fraction", fontsize=_FONT, fontweight="bold", **above)
 
 
 def _short(ms: float) -> str:

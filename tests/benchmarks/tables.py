@@ -11,7 +11,7 @@ from rich.text import Text
 from .measure import Summary
 from .peers import OURS
 
-__all__ = ["origin", "tables"]
+__all__ = ["multiple", "origin", "tables"]
 
 # What it is called, its unit, and how many of the unit are a millisecond.
 _OTHERS = {
@@ -100,6 +100,12 @@ def _spread(summary: Summary, scale: float = 1) -> tuple[str, str]:
 def _short(value: float) -> str:
     """Three digits."""
     return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
+def multiple(ratio: float) -> str:
+    """Two digits, but three about 1."""
+    digits = 3 if 0.9 < ratio < 1.1 else 2
+    return f"{ratio:.{digits}g}" if ratio < 99.5 else f"{ratio:.0f}"
 
 
 def _threads(figures: Mapping[str, Any]) -> str:
