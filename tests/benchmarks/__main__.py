@@ -13,7 +13,7 @@ from .figures import write
 from .machine import machine
 from .model_costs import model_costs
 from .picture import draw
-from .tables import origin, tables
+from .tables import console, origin, tables
 from .training_steps import training_costs
 
 
@@ -22,11 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures = options.figures or _measured(options)
     if options.json is not None:
         write(options.json, figures, force=options.force)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
-    console.print(*tables(figures), sep="\n")
-    console.print(origin(figures), highlight=False, markup=False)
+    output = console()
+    output.print(*tables(figures), sep="\n")
+    output.print(origin(figures), highlight=False, markup=False)
     if options.picture is not None:
         draw(figures, options.picture, force=options.force)
 

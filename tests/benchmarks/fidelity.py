@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -20,6 +19,7 @@ from .errors import measure, small
 from .figures import write
 from .machine import machine
 from .peers import OURS, PEERS, Peer
+from .tables import console
 
 __all__ = ["HELD", "MOMENTA", "STEPS", "STOCHASTIC", "main"]
 
@@ -51,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if problem := _problem(options):
         parser.error(problem)
-    console, held = Console(), {}
+    output, held = console(), {}
     for name, types in HELD.items():
-        with console.status(f"Averaging in {name} …"):
+        with output.status(f"Averaging in {name} …"):
             held[name] = _measured(options.peers, types, options.updates)
-        console.print(_table(name, held[name]))
-    console.print(_CAPTION, highlight=False)
+        output.print(_table(name, held[name]))
+    output.print(_CAPTION, highlight=False)
     if options.json is not None:
         figures = {**machine(torch.device("cpu")), "updates": options.updates, "steps": STEPS, "held": held}
         write(options.json, figures, force=options.force)

@@ -6,7 +6,6 @@ from functools import partial
 from statistics import median
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from .measure import Call, batch_of, in_turns, seconds
 from .model_costs import MOMENTUM
 from .models import AVERAGED_IN, MODELS
 from .peers import Peer, event, update_of
+from .tables import console
 
 __all__ = ["main", "parts_of"]
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for part, time in times.items():
             table.add_row(f"  {part}", f"{1e6 * time:,.2f}", f"{time / times[WHOLE]:.0%}")
         table.add_section()
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -11,7 +12,7 @@ from rich.text import Text
 from .measure import Summary
 from .peers import OURS
 
-__all__ = ["multiple", "origin", "tables"]
+__all__ = ["console", "multiple", "origin", "tables"]
 
 # What it is called, its unit, and how many of the unit are a millisecond.
 _OTHERS = {
@@ -19,6 +20,12 @@ _OTHERS = {
     "state_dict": ("state_dict", "µs", 1000),
     "swapped": ("averaged weights swapped in and back", "ms", 1),
 }
+
+
+def console() -> Console:
+    """Where tables are printed: on 100 columns where it is no terminal."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=100)
 
 
 def tables(figures: Mapping[str, Any]) -> Iterator[Table]:
