@@ -9,8 +9,6 @@ import torch
 from ignite.engine import Engine, create_supervised_trainer
 from torch import Tensor, nn
 
-from ignite_ema import demo
-
 from .measure import Track, in_turns, seconds, summary, threads
 from .model_costs import MOMENTUM
 from .peers import PEERS, Unavailable
@@ -45,6 +43,8 @@ class Run(NamedTuple):
 
 def digits() -> Training:
     """An epoch of the demo, which takes one thread too: on tensors this small, more cost more than they bring."""
+    from ignite_ema import demo  # which asks for a newer Ignite than the rest
+
     data, _ = demo.load_data()
     batches = list(islice(demo.batches(*data, seed=0, start=0), demo.EPOCH_LENGTH))
     sgd = partial(torch.optim.SGD, lr=demo.LEARNING_RATE, momentum=0.9, weight_decay=demo.WEIGHT_DECAY)
