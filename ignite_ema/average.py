@@ -337,10 +337,11 @@ class ModelAverage:
             return  # the end of a schedule that goes to 0; 16 bits stall long before
         self._warned = True
         needed = self._pairing.resolution / 2 / momentum
+        far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
         wider = torch.float32 if self._pairing.resolution > torch.finfo(torch.float32).eps else torch.float64
         warnings.warn(
             f"A momentum of {momentum:g} is too small for the type that holds the average: a weight moves only where "
-            f"it differs from its average by about {needed:.0%} of its size, and is rounded back otherwise; pass "
+            f"it differs from its average by about {far} its size, and is rounded back otherwise; pass "
             f"dtype={wider} to hold the average in {str(wider).removeprefix('torch.')} (or an ema_model of that type)"
             + (", or stochastic_rounding=True." if wider == torch.float32 else "."),
             stacklevel=3,

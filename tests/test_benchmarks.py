@@ -107,7 +107,7 @@ def test_updates_and_swaps_leave_the_model_as_it_is(name):
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_hold_the_average_in_float32_or_say_that_they_cannot(name):
     model = MODELS["mlp"]().bfloat16()
-    if name == "torch AveragedModel":
+    if name == "AveragedModel":
         with pytest.raises(Unavailable, match="cannot average weights of one type in another"):
             PEERS[name](model, 0.5, torch.float32)
         return
@@ -364,5 +364,5 @@ def test_the_parts_of_an_update_are_told(capsys):
     parts.main(["--models", "mlp", "resnet50", "--rounds", "1"])
     printed = capsys.readouterr().out
     assert printed.count(parts.WHOLE) == 2
-    assert "average 6 of torch.float32" in printed
-    assert "copy 53 of torch.int64" in printed
+    assert "average (6 of torch.float32)" in printed
+    assert "copy (53 of torch.int64)" in printed

@@ -129,7 +129,7 @@ def test_stochastic_rounding_does_not_stall(figures, held):
 
 def test_tables_show_who_stalls_who_is_best_and_who_cannot(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    main(["--updates", "20", "--peers", OURS, "ignite", "torch AveragedModel"])
+    main(["--updates", "20", "--peers", OURS, "ignite", "AveragedModel"])
     printed = capsys.readouterr().out
     tables = dict(zip(HELD, printed.split("Average in ")[1:], strict=True))
     rows = {held: {line.split("  ")[0].strip(): line for line in tables[held].splitlines()} for held in HELD}
@@ -137,7 +137,7 @@ def test_tables_show_who_stalls_who_is_best_and_who_cannot(capsys, monkeypatch):
     assert rows["float32"]["ignite"].count("*") == 0
     assert "stalled" not in tables["float32"]
     assert "stalled stalled" in rows["bfloat16"][OURS]
-    assert "– torch AveragedModel: it cannot average" in tables["float32 of bfloat16 weights"]
+    assert "– AveragedModel: it cannot average" in tables["float32 of bfloat16 weights"]
     assert max(map(len, printed.splitlines())) <= 100
 
 

@@ -257,7 +257,7 @@ def figures_of(name):
 
 SPEED = {
     "Ignite's handler": "ignite",
-    "torch AveragedModel": "torch AveragedModel",
+    "torch AveragedModel": "AveragedModel",
     "timm ModelEmaV3": "timm",
     "ema-pytorch": "ema-pytorch",
     "diffusers EMAModel": "diffusers",

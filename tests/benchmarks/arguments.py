@@ -75,7 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     models, training = ", ".join(MODELS), ", ".join(TRAININGS)
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help=f"of {models} (default: all)")
     parser.add_argument(
-        "--training", nargs="*", choices=TRAININGS, metavar="RUN", help=f"of {training}, or none (default: all)"
+        "--training",
+        nargs="*",
+        choices=TRAININGS,
+        metavar="RUN",
+        help=f"of {training}; with no RUN none (default: all)",
     )
     parser.add_argument(
         "--rounds", type=_number, metavar="N", help=f"of each, a fifth of swaps and constructions (default: {_ROUNDS})"
@@ -83,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where the models are (default: cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the updates into FILE, a PNG")
-    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing: take the figures of --json")
+    parser.add_argument(
+        "--from-json", type=Path, metavar="FILE", help="measure nothing: show, and draw, what --json wrote"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite the files of --json and --picture")
     return parser
 

@@ -2,7 +2,7 @@
 
 import argparse
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ STOCHASTIC = f"{OURS}, stochastic_rounding=True"
 _TIE = 1.02  # errors that differ by less are called equal
 _STALLED = 0.01  # of the way
 _CAPTION = """\
-drift: by what constant weights have changed on average, which should be nothing.
-error: of the average of weights that walk at random. Both are root mean squares relative to those
-    of the exact average, and * marks the best of each column, ties within 2 % included.
-gone: the part that the average has gone of its way, 100 % where it is right but for noise. One that
-    has gone less than 1 % has stalled, and its error is the whole way. Columns are momenta."""
+drift: how far averages of constant weights have moved, relative to the weights; should be 0.
+error: of averages of weights that walk at random, in percent of the way that they should have gone.
+    Both are root mean squares; * marks the best of a column, ties within 2 % included.
+gone: what the average has gone of that way, 100 % where it is right but for noise. One that has gone
+    less than 1 % has stalled. Columns are momenta."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if problem := _problem(options):
         parser.error(problem)
     output, held = console(), {}
+    output.print(_CAPTION, highlight=False)
     for name, types in HELD.items():
         with output.status(f"Averaging in {name} …"):
             held[name] = _measured(options.peers, types, options.updates)
         output.print(_table(name, held[name]))
-    output.print(_CAPTION, highlight=False)
     if options.json is not None:
         figures = {**machine(torch.device("cpu")), "updates": options.updates, "steps": STEPS, "held": held}
         write(options.json, figures, force=options.force)
@@ -84,7 +84,9 @@ def _measured(names: Sequence[str], types: tuple[torch.dtype, torch.dtype], upda
 
 def _table(name: str, figures: Mapping[str, Any]) -> Table:
     cases = list(figures.values())
-    columns = [_errors(case[walk]) for walk in STEPS for case in cases] + [_gone(case["walk"]) for case in cases]
+    drifts = [_best(case["constant"], "error", _short) for case in cases]
+    errors = [_best(case["walk"], "error_of_way", _percent) for case in cases]
+    columns = drifts + errors + [_gone(case["walk"]) for case in cases]
     title = f"Average in {name}: {HELD[name][1].itemsize} bytes per weight"
     table = Table("peer", title=title, box=SIMPLE_HEAD, padding=0, pad_edge=False, caption_justify="left")
     for what in ("drift", "error", "gone"):
@@ -99,11 +101,11 @@ def _table(name: str, figures: Mapping[str, Any]) -> Table:
     return table
 
 
-def _errors(case: Mapping[str, Any]) -> dict[str, str]:
-    errors = {peer: figures["error"] for peer, figures in case["peers"].items()}
+def _best(case: Mapping[str, Any], name: str, shown: Callable[[float], str]) -> dict[str, str]:
+    errors = {peer: figures[name] for peer, figures in case["peers"].items()}
     best = _TIE * min(errors.values(), default=0)
     return {
-        peer: f"[bold green]{_short(error)}*[/]" if error <= best else f"{_short(error)} "
+        peer: f"[bold green]{shown(error)}*[/]" if error <= best else f"{shown(error)} "
         for peer, error in errors.items()
     }
 
@@ -116,6 +118,11 @@ def _gone(case: Mapping[str, Any]) -> dict[str, str]:
 def _short(value: float) -> str:
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}" if value else "0"
+
+
+def _percent(value: float) -> str:
+    percent = 100 * value
+    return f"{percent:.2g} %" if percent < 99.5 else f"{percent:.0f} %"
 
 
 def _parser() -> argparse.ArgumentParser:

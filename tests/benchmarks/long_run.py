@@ -134,10 +134,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.blocks < 2 or options.updates < 500 * options.blocks:
         parser.error(
             "--blocks should be at least 2 and --updates 500 times as many, got "
-            f"{options.blocks} and {options.updates}; make larger blocks."
+            f"{options.blocks} and {options.updates}; take fewer blocks, or more updates."
         )
     console = Console()
-    table = Table("figure", "first block", "last block", "growth", "verdict", title="Averages over a long run")
+    table = Table(
+        "figure",
+        "first block",
+        "last block",
+        "growth",
+        "verdict",
+        title="Averages over a long run",
+        caption="to fresh: the time of an update to that of a new average; MiB: resident; allocations: of Python.\n"
+        "error: of the worst weight, relative to the largest; missed: updates that were not counted.",
+    )
     for name, (make, part) in RUNS.items():
         updates = int(options.updates * part)
         with console.status(f"{name}: {updates:,} updates …"):
@@ -159,7 +168,7 @@ def _rows(figures: Figures) -> Iterator[tuple[str, ...]]:
         elif name == "error":
             growth = f"{max(map(truediv, figures[name], figures['bound'])):.1%} of its bound"
         verdict = {True: "[green]right[/]", False: "[bold red]WRONG[/]", None: ""}[right.get(name)]
-        yield name, f"{first:.6g}", f"{last:.6g}", growth, verdict
+        yield name, f"{first:.4g}", f"{last:.4g}", growth, verdict
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """How much memory of a device a call allocates: the most at any time, and what stays."""
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -10,9 +9,6 @@ from typing import NamedTuple
 import torch
 
 from .measure import Call
-
-# Or torch's profiler tells of every start and stop.
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 
 __all__ = ["Memory", "memory_of", "quick_collections"]
 

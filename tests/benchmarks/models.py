@@ -50,7 +50,7 @@ TITLES = {
     "many": "1,200 small tensors",
     "resnet50": "ResNet-50's shapes",
     "gpt2": "GPT-2 124M's shapes",
-    "gpt2-bfloat16": "the same, bfloat16",
+    "gpt2-bfloat16": "GPT-2, bf16 in fp32",
 }
 
 # The type that holds the average, where it is not that of the model.

@@ -24,7 +24,7 @@ WHOLE = "an update through an event"
 
 
 def parts_of(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Call]:
-    """The whole, and what it does, as calls; between them lie a microsecond or two of calls and comparisons."""
+    """The whole, and what it does, as calls."""
     handler = EMAHandler(model, momentum=MOMENTUM, dtype=dtype)
     pairing = handler._average._pairing
     tensors = pairing.read()
@@ -32,15 +32,15 @@ def parts_of(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Call]:
     calls: dict[str, Call] = {
         WHOLE: update_of(Peer(handler.attach, list, dict)),
         "Ignite fires the event": event(),
-        "are modules and names what they were?": pairing.structure.intact,
-        "read the tensors from their places": pairing._tensors,
-        "are they in the memory where they were?": lambda: list(map(Tensor.data_ptr, tensors)),
-        "have the model's the same shapes?": lambda: [tensor.shape for tensor in online],
-        "and types?": lambda: [tensor.dtype for tensor in online],
+        "check that modules and names are unchanged": pairing.structure.intact,
+        "fetch the tensors": pairing._tensors,
+        "check where their memory is": lambda: list(map(Tensor.data_ptr, tensors)),
+        "check the shapes of the model's": lambda: [tensor.shape for tensor in online],
+        "check their types": lambda: [tensor.dtype for tensor in online],
     }
     for kernel, ours, theirs, averages in pairing.groups:
         what = "average" if averages else "copy"
-        calls[f"{what} {len(tensors[ours])} of {tensors[theirs][0].dtype}"] = partial(
+        calls[f"{what} ({len(tensors[ours])} of {tensors[theirs][0].dtype})"] = partial(
             torch.no_grad()(kernel), tensors[ours], tensors[theirs], MOMENTUM
         )
     return calls
@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table.add_row(f"[bold]{name}[/]")
         for part, time in times.items():
             table.add_row(f"  {part}", f"{1e6 * time:,.2f}", f"{time / times[WHOLE]:.0%}")
+        rest = 2 * times[WHOLE] - sum(times.values())
+        table.add_row("  the rest: calls, comparisons, lists", f"{1e6 * rest:,.2f}", f"{rest / times[WHOLE]:.0%}")
         table.add_section()
     console().print(table)
 

@@ -167,7 +167,7 @@ def torch_ema(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype 
 PEERS: dict[str, Build] = {
     OURS: ignite_ema,
     "ignite": ignite,
-    "torch AveragedModel": averaged_model,
+    "AveragedModel": averaged_model,
     "timm": timm,
     "ema-pytorch": ema_pytorch,
     "diffusers": diffusers,

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["draw"]
 
 _COLUMNS = 3
-_LEFT = 0.25  # end of the scale; a limit below it is given in words only
-_TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+_LEFT = 0.5  # end of the scale; a limit below it is given in words only
+_TICKS = (1, 3, 10, 30, 100, 300)
 _OUR_COLOUR, _COLOUR = "#d9480f", "#9fb3c8"
 _BACKGROUND = {"facecolor": "white", "linewidth": 0, "pad": 1}
 _FONT = 9  # points; 12 pixels where the picture is shown 800 pixels wide
@@ -43,8 +43,8 @@ def draw(figures: Mapping[str, Any], path: Path, *, force: bool) -> None:
     for panel in panels[len(models) :]:
         panel.set_axis_off()
     figure.suptitle("Time of one update, as a multiple of ours", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    note = "Logarithmic. Bars: medians; whiskers: quartiles; dashes: the limit, one lerp_ that moves as many bytes"
-    note = f"{note}\n(off the scale where there are none). {origin(figures)}"
+    note = "Logarithmic. Bars: medians; whiskers: quartiles; dashes: the limit, one lerp_ that moves as many bytes,"
+    note = f"{note}\nnot shown where it is below {_LEFT:g}×. {origin(figures)}"
     figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color="0.35")
     with whole_file(path, force=force) as partial:
         figure.savefig(partial, format="png", pil_kwargs={"optimize": True})
@@ -65,7 +65,7 @@ def _draw_panel(axes: "Axes", name: str, model: Mapping[str, Any], peers: Sequen
         if peer in update:
             _draw_bar(axes, row, update[peer]["to_ours"], ours=peer == OURS)
         else:
-            axes.text(1.1 * _LEFT, row, "not available", fontsize=8, va="center", color="0.45", bbox=_BACKGROUND)
+            axes.text(1.05, row, "not available", fontsize=8, va="center", color="0.45", bbox=_BACKGROUND)
     if (limit := update[LIMIT]["to_ours"]["median"]) > _LEFT:
         axes.axvline(limit, color="0.1", lw=1.2, ls=(0, (3, 2)), zorder=1.5)  # above bars, below text
     axes.set_yticks(range(len(peers)), peers, fontsize=_FONT)
@@ -83,12 +83,22 @@ def _draw_panel(axes: "Axes", name: str, model: Mapping[str, Any], peers: Sequen
 
 def _draw_bar(axes: "Axes", row: int, times: Mapping[str, float], ours: bool) -> None:
     median, first, third = times["median"], times["q1"], times["q3"]
-    axes.barh(row, median - _LEFT, left=_LEFT, height=0.68, color=_OUR_COLOUR if ours else _COLOUR)
+    if ours:
+        axes.plot(median, row, "o", color=_OUR_COLOUR, markersize=9)
+    else:
+        axes.barh(row, median - 1, left=1, height=0.68, color=_COLOUR)
     if third > first:
         error = [[median - first], [third - median]]
         axes.errorbar(median, row, xerr=error, color="0.25", elinewidth=1, capsize=2)
     label = f"{multiple(median)}×"
-    axes.text(1.12 * max(third, _LEFT), row, label, va="center", fontsize=8, fontweight="bold" if ours else None)
+    axes.text(
+        (1.3 if ours else 1.12) * max(third, _LEFT),
+        row,
+        label,
+        va="center",
+        fontsize=8,
+        fontweight="bold" if ours else None,
+    )
 
 
 def _add_title(axes: "Axes", name: str, update: Mapping[str, Any]) -> None:

@@ -6,18 +6,19 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from .measure import Summary
-from .peers import OURS
+from .models import TITLES
+from .peers import EVENT, LIMIT, OURS
 
 __all__ = ["console", "multiple", "origin", "tables"]
 
 # What it is called, its unit, and how many of the unit are a millisecond.
 _OTHERS = {
     "construction": ("construction of an average", "ms", 1),
-    "state_dict": ("state_dict", "µs", 1000),
+    "state_dict": ("state_dict (of diffusers and torch_ema a list that is there already)", "µs", 1000),
     "swapped": ("averaged weights swapped in and back", "ms", 1),
 }
 
@@ -47,8 +48,9 @@ def origin(figures: Mapping[str, Any]) -> str:
 
 def _updates(models: Mapping[str, Any], rounds: int) -> Table:
     table = _table(f"one update through an event, {rounds} rounds", "ms", "quartiles", "× ours", "quartiles", "× limit")
+    table.caption = f"{EVENT}: an event whose handler does nothing. {LIMIT}: the limit, one lerp_ of as many bytes."
     for name, model in models.items():
-        table.add_row(Text(name, style="bold"))
+        table.add_row(_heading(name))
         for peer, figure in model["update"].items():
             limit = _short(figure["to_limit"]["median"])
             table.add_row(
@@ -59,14 +61,16 @@ def _updates(models: Mapping[str, Any], rounds: int) -> Table:
 
 
 def _others(models: Mapping[str, Any], cost: str, title: str, unit: str, scale: float) -> Table:
-    headings = (unit, "quartiles", "× ours", "quartiles", "peak", "left")
-    table = _table(f"{title}; memory in copies of the model", *headings)
+    table = _table(title, unit, "quartiles", "× ours", "quartiles", "peak", "left")
+    table.caption = "peak, left: the most memory while it is done, and what stays, in copies of the model."
     for name, model in models.items():
-        table.add_row(Text(name, style="bold"))
+        table.add_row(_heading(name))
         for peer, figure in model[cost].items():
             spreads = (*_spread(figure["ms"], scale), *_spread(figure["to_ours"]))
             memory = (f"{figure[key]:.2f}" for key in ("peak", "left"))
             table.add_row(Text(f"  {peer}"), *spreads, *memory, style=_style(peer))
+        for peer in [one for one in model["update"] if one not in (*model[cost], EVENT, LIMIT)]:
+            table.add_row(Text(f"  {peer}"), "none")
         _add_missing(table, model["missing"])
     return table
 
@@ -84,10 +88,21 @@ def _training(name: str, training: Mapping[str, Any], rounds: int) -> Table:
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table("", title=title, box=SIMPLE_HEAD, title_justify="left", caption_justify="left", min_width=72)
+    table = Table(
+        Column("", no_wrap=True),
+        title=title,
+        box=SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        min_width=72,
+    )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
+
+
+def _heading(model: str) -> Text:
+    return Text(TITLES.get(model, model), style="bold")
 
 
 def _add_missing(table: Table, missing: Mapping[str, str]) -> None:
@@ -101,11 +116,13 @@ def _add_missing(table: Table, missing: Mapping[str, str]) -> None:
 def _spread(summary: Summary, scale: float = 1) -> tuple[str, str]:
     """Median and quartiles."""
     first, median, third = (_short(scale * summary[key]) for key in ("q1", "median", "q3"))
-    return median, f"{first} to {third}"
+    return median, f"{first}–{third}"
 
 
 def _short(value: float) -> str:
     """Three digits."""
+    if value < 0.001:
+        return f"{value:.4f}"
     return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
