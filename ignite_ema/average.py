@@ -15,6 +15,7 @@ from .momentum import checked_momentum
 from .pairing import Pairing
 from .rounding import StochasticRounding
 from .sharding import local, reshard
+from .state import check_count
 from .structure import Mismatch, Structure, names_of, tensors_of, unwrapped
 from .twin import (
     check_own_twin,
@@ -49,10 +50,11 @@ class ModelAverage:
             alone. They must stay frozen; ``dtype`` and ``device`` do not concern them.
         skip_nonfinite: an update that would bring a NaN or an infinity into an averaged tensor leaves the whole average
             alone and is counted instead. Buffers that are copied are not looked at.
-        stochastic_rounding: parameters whose average is held in bfloat16 or float16 are rounded up or down by turns, so
-            that updates too small for the type are right in the mean instead of lost (:mod:`ignite_ema.rounding`); for
-            where there is no memory for ``dtype=torch.float32``, which is more exact. What an update does depends on
-            ``num_updates``, then.
+        stochastic_rounding: parameters whose average is held in bfloat16 or float16 are rounded up as often as the
+            fraction that is cut off says, so that updates too small for the type add up instead of being lost
+            (:mod:`ignite_ema.rounding`); online weights that are wider are rounded to that type first. For where there
+            is no memory for ``dtype=torch.float32``, which is more exact, and ten times as fast on a CPU. What an
+            update does depends on ``num_updates``, then: whoever saves ``state_dict()`` saves and sets that, too.
 
     Attributes:
         model: the online model, without wrappers.
@@ -117,7 +119,7 @@ class ModelAverage:
         self._skip_nonfinite = skip_nonfinite
         self._rounding = StochasticRounding() if stochastic_rounding else None
         self.num_skipped = 0
-        self.num_updates = 0
+        self._num_updates = 0
         if ema_model is None:
             self.module = make_twin(self.model, dtype, checked_device(device), share_frozen)
         else:
@@ -150,6 +152,16 @@ class ModelAverage:
         if ema_model is not None:
             self.reset()
         self._norms_when_made = kernels.norms(self._parameters())
+
+    @property
+    def num_updates(self) -> int:
+        """The number of updates made since it was made or reset; settable."""
+        return self._num_updates
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        check_count(value)
+        self._num_updates = value
 
     def update(self, momentum: float) -> bool:
         """Moves the twin towards the model by ``momentum``, and its buffers as ``handle_buffers`` says.
@@ -184,14 +196,14 @@ class ModelAverage:
             else:
                 self._has_moved = True
             if self._rounding is not None:
-                self._rounding.num_updates = self.num_updates
+                self._rounding.num_updates = self._num_updates
             for kernel, averaged, online, _ in self._pairing.groups:
                 kernel(tensors[averaged], tensors[online], momentum)
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
         finally:
             torch._C._set_grad_enabled(gradients)
-        self.num_updates += 1
+        self._num_updates += 1
         return True
 
     @torch.no_grad()
@@ -339,11 +351,13 @@ class ModelAverage:
         needed = self._pairing.resolution / 2 / momentum
         far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
         wider = torch.float32 if self._pairing.resolution > torch.finfo(torch.float32).eps else torch.float64
+        narrow = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self._parameters())
+        or_rounded = ", or stochastic_rounding=True" if narrow and self._rounding is None else ""
         warnings.warn(
             f"A momentum of {momentum:g} is too small for the type that holds the average: a weight moves only where "
             f"it differs from its average by about {far} its size, and is rounded back otherwise; pass "
             f"dtype={wider} to hold the average in {str(wider).removeprefix('torch.')} (or an ema_model of that type)"
-            + (", or stochastic_rounding=True." if wider == torch.float32 else "."),
+            f"{or_rounded}.",
             stacklevel=3,
         )
 

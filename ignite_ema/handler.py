@@ -53,7 +53,7 @@ class EMAHandler:
         skip_nonfinite: leave the average alone, and count it in ``num_skipped``, where an update would bring a NaN or
             an infinity into it.
         stochastic_rounding: where the average is held in bfloat16 or float16, round so that updates too small for the
-            type are right in the mean instead of lost.
+            type add up instead of being lost; takes ten times as long as ``dtype=torch.float32`` on a CPU.
 
     Attributes:
         model: the online model; inside ``DistributedDataParallel`` and compiled modules, the module in them.

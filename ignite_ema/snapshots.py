@@ -53,7 +53,7 @@ class PostHocEMA:
             is rebuilt is off by that, times the norm of the coefficients where it is above 1: with 64 snapshots 2.3 for
             a width of 0.04, and 17 for 0.02.
         ema_models: twins of your own, one for each width, for models that cannot be deep-copied.
-        dtype, device, share_frozen, skip_nonfinite: as for ``EMAHandler``.
+        dtype, device, share_frozen, skip_nonfinite, stochastic_rounding: as for ``EMAHandler``.
 
     Attributes:
         streams: an :class:`~ignite_ema.handler.EMAHandler` for each width, with its ``ema_model`` and ``swapped()``.
@@ -98,6 +98,7 @@ class PostHocEMA:
         device: torch.device | str | None = None,
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         self.sigma_rels = _checked_widths(sigma_rels)
         if handle_buffers == "ema_train":
@@ -136,6 +137,7 @@ class PostHocEMA:
                 device=device,
                 share_frozen=share_frozen,
                 skip_nonfinite=skip_nonfinite,
+                stochastic_rounding=stochastic_rounding,
             )
             for sigma_rel, twin in zip(self.sigma_rels, twins, strict=True)
         )

@@ -51,8 +51,8 @@ IMPORTS = {
     "cli": {"cli_checkpoints", "cli_posthoc"},
     "__main__": {"cli"},
     "average": {
-        *("buffers", "kernels", "loading", "momentum", "pairing", "rounding", "sharding", "structure", "swap"),
-        "twin",
+        *("buffers", "kernels", "loading", "momentum", "pairing", "rounding", "sharding", "state", "structure"),
+        *("swap", "twin"),
     },
 }
 

@@ -83,7 +83,7 @@ def ignite(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | N
 def averaged_model(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
     """torch's, as its documentation recommends for speed."""
     if any(parameter.dtype != (dtype or parameter.dtype) for parameter in model.parameters()):
-        raise Unavailable("it cannot average weights of one type in another")
+        raise Unavailable("its multi_avg_fn cannot average weights of one type in another")
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - momentum))
     return Peer(_at_event(partial(average.update_parameters, model)), average.module.parameters, average.state_dict)
 
