@@ -16,11 +16,11 @@ from statistics import linear_regression, mean, median
 from typing import TypeAlias
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from .alternating import RUNS, Alternating, Run
+from .tables import console
 
 __all__ = ["main", "measure", "verdicts"]
 
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "--blocks should be at least 2 and --updates 500 times as many, got "
             f"{options.blocks} and {options.updates}; take fewer blocks, or more updates."
         )
-    console = Console()
+    output = console()
     table = Table(
         "figure",
         "first block",
@@ -149,13 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name, (make, part) in RUNS.items():
         updates = int(options.updates * part)
-        with console.status(f"{name}: {updates:,} updates …"):
+        with output.status(f"{name}: {updates:,} updates …"):
             figures = measure(make, updates, options.blocks)
         table.add_row(f"[bold]{name}[/]", f"{updates:,} updates")
         for row in _rows(figures):
             table.add_row(*row)
         table.add_section()
-    console.print(table)
+    output.print(table)
 
 
 def _rows(figures: Figures) -> Iterator[tuple[str, ...]]:
@@ -168,7 +168,11 @@ def _rows(figures: Figures) -> Iterator[tuple[str, ...]]:
         elif name == "error":
             growth = f"{max(map(truediv, figures[name], figures['bound'])):.1%} of its bound"
         verdict = {True: "[green]right[/]", False: "[bold red]WRONG[/]", None: ""}[right.get(name)]
-        yield name, f"{first:.4g}", f"{last:.4g}", growth, verdict
+        yield name, _short(first), _short(last), growth, verdict
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
 
 
 if __name__ == "__main__":
