@@ -137,7 +137,7 @@ def test_tables_show_who_stalls_who_is_best_and_who_cannot(capsys, monkeypatch):
     assert rows["float32"]["ignite"].count("*") == 0
     assert "stalled" not in tables["float32"]
     assert "stalled stalled" in rows["bfloat16"][OURS]
-    assert "– AveragedModel: it cannot average" in tables["float32 of bfloat16 weights"]
+    assert "– AveragedModel: its multi_avg_fn cannot average" in tables["float32 of bfloat16 weights"]
     assert max(map(len, printed.splitlines())) <= 100
 
 
