@@ -96,7 +96,8 @@ def _alive() -> Iterator[float]:
     yield _resident()
     objects = gc.get_objects()
     yield len(objects)
-    tensors = [item for item in objects if issubclass(type(item), Tensor)]
+    # Sparse ones, which others may have left in the process, have no size in bytes.
+    tensors = [item for item in objects if issubclass(type(item), Tensor) and item.layout is torch.strided]
     count, size = len(tensors), sum(tensor.nbytes for tensor in tensors)
     del objects, tensors
     yield sys.getallocatedblocks()
