@@ -16,7 +16,7 @@ from statistics import linear_regression, mean, median
 from typing import TypeAlias
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from .alternating import RUNS, Alternating, Run
@@ -139,11 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     output = console()
     table = Table(
-        "figure",
+        Column("figure", no_wrap=True),
         "first block",
         "last block",
         "growth",
-        "verdict",
+        Column("verdict", no_wrap=True),
         title="Averages over a long run",
         caption="to fresh: the time of an update to that of a new average; MiB: resident; allocations: of Python.\n"
         "error: of the worst weight, relative to the largest; missed: updates that were not counted.",
