@@ -351,7 +351,7 @@ class ModelAverage:
         needed = self._pairing.resolution / 2 / momentum
         far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
         wider = torch.float32 if self._pairing.resolution > torch.finfo(torch.float32).eps else torch.float64
-        narrow = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self._parameters())
+        narrow = any(parameter.dtype in kernels.NARROW for parameter in self._parameters())
         or_rounded = ", or stochastic_rounding=True" if narrow and self._rounding is None else ""
         warnings.warn(
             f"A momentum of {momentum:g} is too small for the type that holds the average: a weight moves only where "

@@ -18,6 +18,7 @@ from torch import Tensor
 from .staging import stage
 
 __all__ = [
+    "NARROW",
     "Kernel",
     "Tensors",
     "copy",
@@ -37,7 +38,7 @@ Kernel: TypeAlias = Callable[[Tensors, Tensors, float], None]
 _CACHED, _LAUNCHED = 2**20, 2**24
 
 # What torch can interpolate; narrower types are widened for the step.
-_NARROW = {torch.bfloat16, torch.float16}
+NARROW = {torch.bfloat16, torch.float16}
 _NATIVE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
@@ -59,7 +60,7 @@ def lerping_kernel_for(averaged: Tensor, online: Tensor, is_buffer: bool, narrow
         return _lerp_buffers
     if not online.requires_grad and (_holds_infinity(averaged) or _holds_infinity(online)):
         return _lerp_widened
-    if narrow is not None and averaged.dtype in _NARROW:
+    if narrow is not None and averaged.dtype in NARROW:
         return narrow
     if averaged.dtype == online.dtype and averaged.device == online.device:
         return _lerp

@@ -11,7 +11,7 @@ from ignite.engine import Events
 
 from tests.benchmarks import parts, training_steps
 from tests.benchmarks.__main__ import main
-from tests.benchmarks.measure import in_turns, ratios, summary
+from tests.benchmarks.measure import in_turns, ratios, summary, threads
 from tests.benchmarks.memory import memory_of, quick_collections
 from tests.benchmarks.model_costs import swap
 from tests.benchmarks.models import AVERAGED_IN, MODELS
@@ -24,10 +24,8 @@ QUARTILES = {"q1", "median", "q3"}
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Tests run side by side, and threads that wait for each other would take minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

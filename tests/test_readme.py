@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ignite_ema import ModelAverage, posthoc
 from tests.benchmarks import cost
-from tests.benchmarks.fidelity import HELD, STOCHASTIC
+from tests.benchmarks.fidelity import HELD, STOCHASTIC, percent
 from tests.benchmarks.models import MODELS
 from tests.benchmarks.peers import OURS
 from tests.benchmarks.tables import multiple
@@ -285,8 +285,7 @@ def test_the_table_of_errors_is_what_was_measured():
     peers = {**SPEED, "ours": OURS, "ours with stochastic_rounding=True": STOCHASTIC}
     for row, peer in peers.items():
         walks = [figures["0.0002"]["walk"]["peers"].get(peer) for figures in held.values()]
-        parts = [None if walk is None else 100 * walk["error_of_way"] for walk in walks]
-        assert rows[row] == ["–" if p is None else f"{p:.2g} %" if p < 99.5 else f"{p:.0f} %" for p in parts]
+        assert rows[row] == ["–" if walk is None else percent(walk["error_of_way"]) for walk in walks]
 
 
 @pytest.mark.parametrize("case", ["constant", "walk"])

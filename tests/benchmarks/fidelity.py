@@ -10,18 +10,15 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import nn
-
-from ignite_ema import EMAHandler
 
 from .arguments import check_target
 from .errors import measure, small
 from .figures import write
 from .machine import machine
-from .peers import OURS, PEERS, Peer
+from .peers import OURS, PEERS, ignite_ema
 from .tables import console
 
-__all__ = ["HELD", "MOMENTA", "STEPS", "STOCHASTIC", "main"]
+__all__ = ["HELD", "MOMENTA", "STEPS", "STOCHASTIC", "main", "percent"]
 
 # What holds the average: the types of the weights and of the average. Those that need the same memory stand together.
 HELD: dict[str, tuple[torch.dtype, torch.dtype]] = {
@@ -62,17 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write(options.json, figures, force=options.force)
 
 
-def _stochastic(model: nn.Module, momentum: float, dtype: torch.dtype | None) -> Peer:
-    handler = EMAHandler(model, momentum=momentum, dtype=dtype, stochastic_rounding=True)
-    return Peer(handler.attach, handler.ema_model.parameters, handler.state_dict)
-
-
 def _measured(names: Sequence[str], types: tuple[torch.dtype, torch.dtype], updates: int) -> dict[str, Any]:
     """The figures of all momenta and walks."""
     weights, average = types
     builds = {name: PEERS[name] for name in names}
     if OURS in builds and average.itemsize == 2:
-        builds = {OURS: builds.pop(OURS), STOCHASTIC: _stochastic, **builds}
+        builds = {OURS: builds.pop(OURS), STOCHASTIC: partial(ignite_ema, stochastic_rounding=True), **builds}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A momentum of .* is too small")  # which is what the table shows
         run = partial(measure, builds=builds, dtype=average, updates=updates)
@@ -85,7 +77,7 @@ def _measured(names: Sequence[str], types: tuple[torch.dtype, torch.dtype], upda
 def _table(name: str, figures: Mapping[str, Any]) -> Table:
     cases = list(figures.values())
     drifts = [_best(case["constant"], "error", _short) for case in cases]
-    errors = [_best(case["walk"], "error_of_way", _percent) for case in cases]
+    errors = [_best(case["walk"], "error_of_way", percent) for case in cases]
     columns = drifts + errors + [_gone(case["walk"]) for case in cases]
     title = f"Average in {name}: {HELD[name][1].itemsize} bytes per weight"
     table = Table("peer", title=title, box=SIMPLE_HEAD, padding=0, pad_edge=False, caption_justify="left")
@@ -120,9 +112,9 @@ def _short(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if value else "0"
 
 
-def _percent(value: float) -> str:
-    percent = 100 * value
-    return f"{percent:.2g} %" if percent < 99.5 else f"{percent:.0f} %"
+def percent(part: float) -> str:
+    """Two digits, but three from 100 % on."""
+    return f"{100 * part:.2g} %" if part < 0.995 else f"{100 * part:.0f} %"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,6 +33,7 @@ __all__ = [
     "Update",
     "built",
     "event",
+    "ignite_ema",
     "limit",
     "update_of",
 ]
@@ -69,8 +70,14 @@ class Peer:
 Build: TypeAlias = Callable[[nn.Module, float, "torch.dtype | None"], Peer]
 
 
-def ignite_ema(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
-    handler = EMAHandler(model, momentum=momentum, dtype=dtype)
+def ignite_ema(
+    model: nn.Module,
+    momentum: float = _MOMENTUM,
+    dtype: torch.dtype | None = None,
+    *,
+    stochastic_rounding: bool = False,
+) -> Peer:
+    handler = EMAHandler(model, momentum=momentum, dtype=dtype, stochastic_rounding=stochastic_rounding)
     return Peer(handler.attach, handler.ema_model.parameters, handler.state_dict, handler.swapped)
 
 
