@@ -1,8 +1,36 @@
 """Averages of a model's weights while PyTorch-Ignite trains it: exact on buffers, ties, low precision and resume."""
 
-from . import checkpoints, posthoc, schedules
-from .average import ModelAverage
-from .handler import EMAHandler
-from .snapshots import PostHocEMA
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["EMAHandler", "ModelAverage", "PostHocEMA", "checkpoints", "posthoc", "schedules"]
+if TYPE_CHECKING:
+    from . import checkpoints, posthoc, schedules
+    from .averaging.average import ModelAverage
+    from .handlers.ema import EMAHandler
+    from .handlers.posthoc import PostHocEMA
+
+__all__ = ["EMAHandler", "ModelAverage", "PostHocEMA", "__version__", "checkpoints", "posthoc", "schedules"]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EMAHandler": ".handlers.ema",
+    "ModelAverage": ".averaging.average",
+    "PostHocEMA": ".handlers.posthoc",
+    "checkpoints": ".checkpoints",
+    "posthoc": ".posthoc",
+    "schedules": ".schedules",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: the command answers ``--help`` without importing torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_HOMES[name], __name__)
+    value = globals()[name] = getattr(module, name, module)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,7 +8,9 @@ from ignite.engine import Engine
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
-from ignite_ema import EMAHandler, ModelAverage, kernels, staging
+from ignite_ema import EMAHandler, ModelAverage
+from ignite_ema.averaging import kernels
+from ignite_ema.averaging import offload as staging
 
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device", allow_module_level=True)

@@ -49,7 +49,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ignite_ema import EMAHandler, ModelAverage
 from ignite_ema.distributed import ShardedSaver, gathered_state_dict, load_objects, sync_buffers
-from ignite_ema.steps import StepWatch
+from ignite_ema.handlers.optimizer_steps import StepWatch
 
 WORLDS = {
     "plain": [1],

@@ -7,7 +7,8 @@ from weakref import WeakSet
 import pytest
 import torch
 
-from ignite_ema import kernels, staging
+from ignite_ema.averaging import kernels
+from ignite_ema.averaging import offload as staging
 
 ALIVE = WeakSet()
 

@@ -18,7 +18,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ignite_ema import EMAHandler, PostHocEMA, fitting, posthoc, snapshot_files
+from ignite_ema import EMAHandler, PostHocEMA, posthoc
 from ignite_ema.cli import main
 from ignite_ema.posthoc import (
     ExponentialProfile,
@@ -27,14 +27,16 @@ from ignite_ema.posthoc import (
     Snapshot,
     UniformProfile,
     coefficients,
+    fitting,
     gamma_from_sigma_rel,
     reconstruct,
     residual,
     sigma_rel_from_gamma,
+    snapshot_files,
     stored,
 )
+from ignite_ema.posthoc.snapshot_files import StoredSnapshot
 from ignite_ema.schedules import PowerFunction
-from ignite_ema.snapshot_files import StoredSnapshot
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from scipy import integrate
 
-from ignite_ema import profiles
 from ignite_ema.posthoc import (
     ExponentialProfile,
     PowerProfile,
@@ -17,6 +16,7 @@ from ignite_ema.posthoc import (
     Snapshot,
     UniformProfile,
     inner_products,
+    profiles,
     residual,
 )
 

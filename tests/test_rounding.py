@@ -8,7 +8,9 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
 
-from ignite_ema import EMAHandler, ModelAverage, PostHocEMA, kernels, rounding
+from ignite_ema import EMAHandler, ModelAverage, PostHocEMA
+from ignite_ema.averaging import kernels
+from ignite_ema.averaging import stochastic_rounding as rounding
 
 NARROW = [torch.bfloat16, torch.float16]
 

@@ -18,8 +18,8 @@ from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ignite_ema import EMAHandler, PostHocEMA, posthoc, snapshot_files
-from ignite_ema.posthoc import PowerProfile, reconstruct, stored
+from ignite_ema import EMAHandler, PostHocEMA, posthoc
+from ignite_ema.posthoc import PowerProfile, reconstruct, snapshot_files, stored
 from ignite_ema.schedules import PowerFunction
 
 LAST = 40

@@ -9,9 +9,10 @@ from distributed_worker import CASES, Net, full, is_sharded_case, run_world
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 
-from ignite_ema import PostHocEMA, snapshot_files, snapshots
+from ignite_ema import PostHocEMA
 from ignite_ema.distributed import ShardedSaver, load_objects
-from ignite_ema.posthoc import reconstruct, stored
+from ignite_ema.handlers import posthoc as snapshots
+from ignite_ema.posthoc import reconstruct, snapshot_files, stored
 
 LAST = 8
 WORLDS = [(1, "plain"), (2, "DDP"), (2, "FSDP2")]

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ignite_ema import EMAHandler, ModelAverage, kernels, swap
+from ignite_ema import EMAHandler, ModelAverage
+from ignite_ema.averaging import kernels, swap
 
 MODES = {
     "copy": "copy",

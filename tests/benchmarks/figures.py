@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from ignite_ema.files import whole_file
+from ignite_ema.checkpoints.saving import whole_file
 
 from .peers import LIMIT, OURS
 

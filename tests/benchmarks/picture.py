@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ignite_ema.files import whole_file
+from ignite_ema.checkpoints.saving import whole_file
 
 from .models import TITLES
 from .peers import EVENT, LIMIT, OURS

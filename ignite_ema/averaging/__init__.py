@@ -1,0 +1,1 @@
+"""Averages of modules and tensors; knows neither engines nor files. Internal: the public name is ``ModelAverage``."""

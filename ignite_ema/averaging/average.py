@@ -1,0 +1,367 @@
+"""A model and its averaged twin, without an engine: for Ignite see :mod:`ignite_ema.handlers.ema`."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels, swap
+from .buffers import BufferRule, check_patterns, check_rule, treatment_of
+from .module_trees import Mismatch, Structure, names_of, tensors_of, unwrapped
+from .pairing import Pairing
+from .sharding import local, reshard
+from .state_loading import by_path, check_loadable, like
+from .stochastic_rounding import StochasticRounding
+from .twin import (
+    check_own_twin,
+    checked_device,
+    freeze,
+    make_twin,
+    materialise,
+    refuse_lazy,
+    refuse_unsupported,
+    stripped,
+)
+from .validation import check_count, checked_momentum
+
+__all__ = ["ModelAverage"]
+
+
+class ModelAverage:
+    """A model and its averaged twin: ``average = (1 - momentum) * average + momentum * model`` at each update.
+
+    Args:
+        model: the online model. ``DistributedDataParallel`` and compiled modules are looked through; the twin of a
+            ``DataParallel`` is a ``DataParallel``.
+        handle_buffers: what an update does with buffers, persistent or not. "copy": they equal the model's. "update":
+            floating-point (and complex) buffers are averaged, all others copied. "ema_train": they are left alone and
+            the twin stays in train mode. A mapping from patterns of names (:mod:`fnmatch`) to "copy", "update" or
+            "keep": the first match decides, no match means "copy".
+        ema_model: a twin of your own, of the structure of ``model``, for models that cannot be deep-copied. It is
+            filled from the model here, put into eval (or train) mode and needs no gradients from here on.
+        dtype: holds the average of floating-point tensors, for instance ``torch.float32`` for a bfloat16 model; None
+            means the type of each tensor.
+        device: where the twin is held; None means where the model's tensors are.
+        share_frozen: the twin shares those parameters that do not require gradients now, and holds copies of the others
+            alone. They must stay frozen; ``dtype`` and ``device`` do not concern them.
+        skip_nonfinite: an update that would bring a NaN or an infinity into an averaged tensor leaves the whole average
+            alone and is counted instead. Buffers that are copied are not looked at.
+        stochastic_rounding: round parameters held in bfloat16 or float16 up as often as the fraction that is cut off
+            says, so that updates too small for the type add up instead of being lost
+            (:mod:`ignite_ema.averaging.stochastic_rounding`). Wider online weights are rounded to that type first. For
+            where ``dtype=torch.float32``, more exact and ten times as fast on a CPU, does not fit into memory.
+
+    Attributes:
+        model: the online model, without wrappers.
+        module: the averaged twin.
+        handle_buffers: what was passed.
+        num_skipped: the number of updates that ``skip_nonfinite`` has left out.
+        num_updates: the number of updates made since it was made or reset; settable.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type or value.
+        RuntimeError: for a model that cannot be deep-copied, or whose twin does not match it.
+
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> average = ModelAverage(model)
+        >>> _ = torch.nn.init.constant_(model.weight, 4.0)
+        >>> average.reset()
+        >>> _ = torch.nn.init.constant_(model.weight, 8.0)
+        >>> average.update(0.25)
+        True
+        >>> average.module.weight.item()
+        5.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        handle_buffers: BufferRule = "copy",
+        *,
+        ema_model: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        share_frozen: bool = False,
+        skip_nonfinite: bool = False,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        if isinstance(model, type):
+            raise TypeError(f"model should be an nn.Module, got the class {model.__name__}; make one: call it.")
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                "model should be an instance of nn.Module or its subclasses, but got "
+                f"model: {type(model).__name__}; pass the module itself."
+            )
+        refuse_unsupported(model, ema_model is not None)
+        refuse_lazy("model", model)
+        self.model = stripped(model)
+        check_rule(handle_buffers)
+        self.handle_buffers = handle_buffers = (
+            dict(handle_buffers) if isinstance(handle_buffers, Mapping) else handle_buffers
+        )
+        for name, value in (
+            ("share_frozen", share_frozen),
+            ("skip_nonfinite", skip_nonfinite),
+            ("stochastic_rounding", stochastic_rounding),
+        ):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} should be True or False, got {value!r}.")
+        self._dtype = dtype
+        self._warned = False
+        self._has_moved = False
+        self._skip_nonfinite = skip_nonfinite
+        self._rounding = StochasticRounding() if stochastic_rounding else None
+        self.num_skipped = 0
+        self._num_updates = 0
+        if ema_model is None:
+            self.module = make_twin(self.model, dtype, checked_device(device), share_frozen)
+        else:
+            check_own_twin(ema_model, dtype, device, share_frozen)
+            materialise(ema_model, self.model)
+            self.module = ema_model
+        try:
+            structure = Structure(self.model, self.module, share_frozen)
+            if share_frozen and not structure.shared:
+                warnings.warn(
+                    "share_frozen should find frozen parameters, but all require gradients and are copied; freeze "
+                    "before the average is made.",
+                    stacklevel=2,
+                )
+            check_patterns(handle_buffers, [pair.path for pair in structure.pairs if pair.kind == "_buffers"])
+            narrow = None if self._rounding is None else self._rounding.lerp
+            self._pairing = Pairing(structure, partial(treatment_of, handle_buffers), narrow)
+        except Mismatch as mismatch:
+            raise RuntimeError(
+                f"ema_model should have the structure of the model, but {mismatch}; build and shard it as the model is."
+            ) from None
+        if stochastic_rounding and all(group.kernel != narrow for group in self._pairing.groups):
+            warnings.warn(
+                "stochastic_rounding should find parameters whose average is held in bfloat16 or float16, but there "
+                "are none, and it does nothing; leave it out.",
+                stacklevel=2,
+            )
+        self.module.train(handle_buffers == "ema_train")
+        freeze(self.module)
+        if ema_model is not None:
+            self.reset()
+        self._norms_when_made = kernels.norms(self._parameters())
+
+    @property
+    def num_updates(self) -> int:
+        """The number of updates made since it was made or reset; settable."""
+        return self._num_updates
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        check_count(value)
+        self._num_updates = value
+
+    def update(self, momentum: float) -> bool:
+        """Moves the twin towards the model by ``momentum``, and its buffers as ``handle_buffers`` says.
+
+        Args:
+            momentum: λ in [0, 1], the weight of the model's weights. 0 leaves the averaged tensors as they are, 1
+                copies.
+
+        Returns:
+            Whether the update was made: False where ``skip_nonfinite`` left it out.
+
+        Raises:
+            ValueError: for a momentum outside [0, 1].
+            RuntimeError: when the structure of the model has changed, or a shape, or while it holds averaged weights
+                (:meth:`swapped`); nothing has been updated then.
+        """
+        if type(momentum) is not float or not 0 <= momentum <= 1:
+            momentum = checked_momentum(momentum, "momentum")
+        if self.handle_buffers == "ema_train" and not self.module.training:
+            self.module.train()  # an evaluator has put it into eval mode
+        gradients = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # what torch.no_grad() does, at a fifth of its cost
+        try:
+            tensors = self._pairing.read()
+            if swap.any_swapped():
+                swap.refuse_while_swapped(self._pairing.structure.pairs, "updated")
+            if self._skip_nonfinite and (path := self._pairing.spoiler(tensors)) is not None:
+                self._skip(path)
+                return False
+            if momentum < self._pairing.resolution:
+                self._warn_of_rounding(momentum)
+            else:
+                self._has_moved = True
+            if self._rounding is not None:
+                self._rounding.num_updates = self._num_updates
+            for kernel, averaged, online, _ in self._pairing.groups:
+                kernel(tensors[averaged], tensors[online], momentum)
+        except Mismatch as mismatch:
+            raise _changed(mismatch) from None
+        finally:
+            torch._C._set_grad_enabled(gradients)
+        self._num_updates += 1
+        return True
+
+    @torch.no_grad()
+    def reset(self, *, buffers_only: bool = False) -> None:
+        """Starts again: the twin equals the model, buffers included, whatever ``handle_buffers`` says; counts are 0.
+
+        Args:
+            buffers_only: copy the buffers alone, and leave weights and counts as they are.
+        """
+        pairs = [pair.tensors() for pair in self._current("reset").pairs if not buffers_only or pair.kind == "_buffers"]
+        if pairs:
+            online, averaged = zip(*pairs, strict=True)
+            kernels.copy(averaged, online)
+        if not buffers_only:
+            self.num_updates = self.num_skipped = 0
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside the block the model holds the averaged weights and buffers, in place; after it, its own again.
+
+        On every way out the model has the bits that it had before. The twin stays what it is, so that a checkpoint of
+        it that is taken inside is right. Costs one copy of the model's tensors while it lasts.
+
+        Raises:
+            RuntimeError: where the model holds averaged weights already, or its structure has changed.
+
+        Examples:
+            >>> model = torch.nn.Linear(1, 1)
+            >>> average = ModelAverage(model)
+            >>> _ = model.weight.data.fill_(7.0), average.module.weight.fill_(5.0)
+            >>> with average.swapped():
+            ...     model.weight.item()
+            5.0
+            >>> model.weight.item()
+            7.0
+        """
+        structure = self._current("swapped")
+        with swap.swapped(structure):
+            yield
+
+    def is_swapped(self) -> bool:
+        """Whether the model holds averaged weights now, those of this average or of another of the same model."""
+        return swap.is_swapped(self._pairing.structure.pairs)
+
+    @torch.no_grad()
+    def is_stale(self) -> bool:
+        """Whether the twin is as it was made while the model's weights are no longer: :meth:`reset` was forgotten."""
+        if kernels.norms(self._parameters()) != self._norms_when_made:
+            return False
+        pairs = (pair.tensors() for pair in self._pairing.structure.pairs if pair.kind == "_parameters")
+        return any(not torch.equal(online.to(averaged.device, averaged.dtype), averaged) for online, averaged in pairs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the twin by path, each tied tensor once, non-persistent buffers too; not copies.
+
+        Frozen parameters that the twin shares are the model's, and not in it.
+        """
+        return {path: tensor.detach() for path, tensor in self._tensors().items()}
+
+    def state_dict_names(self) -> dict[str, str]:
+        """For each name in the twin's own ``state_dict``, tied ones too, the path in :meth:`state_dict`."""
+        paths = {id(tensor): path for path, tensor in self._tensors().items()}
+        return {name: paths[id(tensor)] for name, tensor in self._names() if id(tensor) in paths}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Fills the twin with what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: for a missing or unexpected path, another shape, or a type that the twin cannot hold without
+                loss; nothing has been loaded then.
+            RuntimeError: inside :meth:`swapped`.
+        """
+        swap.refuse_while_swapped(self._pairing.structure.pairs, "loaded")
+        own = self.state_dict()
+        check_loadable(own, state)
+        self._has_moved = True
+        if own:
+            kernels.copy([local(tensor) for tensor in own.values()], [like(state[path], own[path]) for path in own])
+            self.look_again()
+
+    def load_plain(self, plain: Mapping[str, Tensor]) -> None:
+        """Fills the twin with a plain ``state_dict`` of its model, or the parameters of one.
+
+        Where there are parameters alone the buffers stay, as do buffers that are not persistent. Extra state of modules
+        is not averaged, and left out.
+
+        Raises:
+            ValueError: as :meth:`load_state_dict` does, and where tied tensors differ, or those that are shared.
+        """
+        shared = {id(tensor) for pair in self._pairing.structure.shared for tensor in pair.tensors()}
+        frozen = {name: tensor for name, tensor in self._names() if id(tensor) in shared}
+        names = self.state_dict_names()
+        plain = {name: plain[name] for name in plain if name in names or not name.endswith("_extra_state")}
+        self.load_state_dict(by_path(plain, names, self._tensors(), frozen))
+
+    def look_again(self) -> None:
+        """Takes note of infinities that were loaded into frozen parameters, which are averaged in another way.
+
+        A handler does so when a run starts, and :meth:`load_state_dict` by itself.
+        """
+        if all(parameter.requires_grad for parameter in self.model.parameters()):
+            return
+        with suppress(Mismatch):  # the next update says so
+            self._pairing.choose_anew()
+
+    def _current(self, what: str) -> Structure:
+        """Model and twin as they are now; raises where nothing may be done with them."""
+        try:
+            self._pairing.read()
+            for pair in self._pairing.structure.pairs:
+                pair.tensors()
+        except Mismatch as mismatch:
+            raise _changed(mismatch) from None
+        swap.refuse_while_swapped(self._pairing.structure.pairs, what)
+        return self._pairing.structure
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the twin holds, by path."""
+        reshard(self.module)
+        shared = {id(tensor) for pair in self._pairing.structure.shared for tensor in pair.tensors()}
+        return {path: tensor for path, tensor in tensors_of(self.module).items() if id(tensor) not in shared}
+
+    def _names(self) -> Iterator[tuple[str, Tensor]]:
+        return names_of(unwrapped(self.module))
+
+    def _parameters(self) -> list[Tensor]:
+        return [local(tensor) for tensor in self._tensors().values() if isinstance(tensor, nn.Parameter)]
+
+    def _skip(self, path: str) -> None:
+        self.num_skipped += 1
+        if self.num_skipped == 1:
+            warnings.warn(
+                f"{path} holds a NaN or an infinity, and the average was left as it is; num_skipped counts from here "
+                "on how often.",
+                stacklevel=3,
+            )
+
+    def _warn_of_rounding(self, momentum: float) -> None:
+        if momentum == 0 or self._warned or self._dtype is not None:
+            return
+        if self._has_moved and self._pairing.resolution <= torch.finfo(torch.float32).eps:
+            return  # the end of a schedule that goes to 0; 16 bits stall long before
+        self._warned = True
+        needed = self._pairing.resolution / 2 / momentum
+        far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
+        wider = torch.float32 if self._pairing.resolution > torch.finfo(torch.float32).eps else torch.float64
+        narrow = any(parameter.dtype in kernels.NARROW for parameter in self._parameters())
+        or_rounded = ", or stochastic_rounding=True" if narrow and self._rounding is None else ""
+        warnings.warn(
+            f"A momentum of {momentum:g} is too small for the type that holds the average: a weight moves only where "
+            f"it differs from its average by about {far} its size, and is rounded back otherwise; pass "
+            f"dtype={wider} to hold the average in {str(wider).removeprefix('torch.')} (or an ema_model of that type)"
+            f"{or_rounded}.",
+            stacklevel=3,
+        )
+
+
+def _changed(mismatch: Mismatch) -> RuntimeError:
+    return RuntimeError(
+        f"The model should keep the structure that it had when its average was made, but {mismatch}; make the change "
+        "before the average, or make a new average and load the old weights into it."
+    )

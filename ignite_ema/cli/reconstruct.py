@@ -1,0 +1,135 @@
+"""The command ``ignite-ema reconstruct``: averages of any length from the snapshots of a ``PostHocEMA``."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from .. import posthoc
+from ..checkpoints.memory import mebibytes
+from ..checkpoints.saving import check_target, save_file
+from ..posthoc.reconstruction import reconstruct_all
+from ..posthoc.snapshot_files import is_snapshot_name
+from .checkpoints import AddCommand
+
+__all__ = ["add_reconstruct"]
+
+_ACCEPTED = 0.1  # a residual up to which there is no refusal
+_TARGETS: dict[str, tuple[Callable[[float], posthoc.Profile], tuple[float, ...]]] = {
+    "sigma_rel": (
+        posthoc.PowerProfile,
+        (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28),
+    ),
+    "half_life": (posthoc.ExponentialProfile, (0.01, 0.02, 0.05, 0.1, 0.2)),
+    "last": (posthoc.UniformProfile, (0.1, 0.2, 0.5)),
+}  # what can be asked for, and the lengths that --list tries
+
+
+def add_reconstruct(add_command: AddCommand) -> None:
+    """The command ``reconstruct``."""
+    command = add_command(
+        "reconstruct",
+        _reconstruct,
+        "Rebuilds averages of any length from the snapshots of a PostHocEMA.",
+        "  ignite-ema reconstruct snapshots --list\n"
+        "  ignite-ema reconstruct snapshots --sigma-rel 0.15 --out averaged.safetensors\n"
+        "  ignite-ema reconstruct snapshots --sigma-rel 0.1 0.15 --half-life 0.05 --out 'averaged_{}.pt'\n",
+    )
+    command.set_defaults(usage_error=command.error)
+    command.add_argument("file", metavar="DIR", type=Path, help="the directory of the snapshots")
+    command.add_argument("--list", action="store_true", help="which snapshots there are, and what lengths they support")
+    lengths = command.add_argument_group("lengths, one or several, as fractions of the run")
+    for name, text in (
+        ("sigma_rel", "power-function averages of this relative width, below 0.2887"),
+        ("half_life", "ordinary EMAs: weights count half that far back"),
+        ("last", "means of the last part of the run, as in SWA"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        lengths.add_argument(flag, metavar="X", type=float, nargs="+", default=[], help=text)
+    command.add_argument("--step", metavar="N", type=int, help="the time of a snapshot; without it the last")
+    command.add_argument("--out", type=Path, help="what to write: .pt, .pth or .safetensors; {} stands for the length")
+    command.add_argument("--force", action="store_true", help="overwrite what is there already")
+    command.add_argument(
+        "--max-residual",
+        metavar="X",
+        type=float,
+        default=_ACCEPTED,
+        help="how far from the length asked for (default: %(default)s)",
+    )
+
+
+def _reconstruct(arguments: argparse.Namespace) -> None:
+    given = [(name, x) for name in _TARGETS for x in getattr(arguments, name)]
+    if problem := _problem(arguments, given):
+        arguments.usage_error(problem)
+    if arguments.list:
+        print("\n".join(_list(arguments.file, arguments.step)))
+        return
+    targets = {f"{name}_{x}": _TARGETS[name][0](x) for name, x in given}
+    outs = [arguments.out.with_name(arguments.out.name.replace("{}", label)) for label in targets]
+    for out in outs:
+        check_target(out, force=arguments.force)  # before minutes of work
+        if out.resolve().parent == arguments.file.resolve() and is_snapshot_name(out):
+            raise ValueError(f"OUT should not be the name of a snapshot in DIR, got '{out}'; choose another.")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        progress = sys.stderr.isatty() and find_spec("tqdm") is not None
+        snapshots, states, residuals = reconstruct_all(
+            arguments.file, list(targets.values()), arguments.step, arguments.max_residual, progress
+        )
+    for warning in caught:
+        print(f"ignite-ema: warning: {warning.message}", file=sys.stderr)
+    last = snapshots[-1]
+    for out, state, target, residual in zip(outs, states, targets.values(), residuals, strict=True):
+        save_file(state, out, force=arguments.force)
+        print(
+            f"{out}: {target} at {last.time} {last.time_unit} (iteration {last.iteration}, epoch {last.epoch}), "
+            f"residual {residual:.2%}, {len(state)} tensors, {mebibytes(state)} MiB"
+        )
+
+
+def _problem(arguments: argparse.Namespace, given: Sequence[tuple[str, float]]) -> str | None:
+    """What is wrong with the usage, if anything is."""
+    if arguments.list:
+        extra = given or arguments.out or arguments.force
+        return "--list should stand alone, or with --step; leave it out to write." if extra else None
+    if not given or not arguments.out:
+        return "reconstruct should have a length, such as --sigma-rel 0.15, and --out; --list says which are good."
+    for name, x in given:
+        if not 0 < x <= 1:
+            return f"--{name.replace('_', '-')} should be in (0, 1], a fraction of the run, got {x:g}."
+    if not arguments.out.name:
+        return f"--out should name a file, got '{arguments.out}'."
+    if len(given) > 1 and "{}" not in arguments.out.name:
+        return f"--out should have {{}} in its name for {len(given)} lengths, got '{arguments.out}'."
+    return None
+
+
+def _list(directory: Path, step: int | None) -> Iterator[str]:
+    snapshots = posthoc.stored(directory, step)
+    first, last = snapshots[0], snapshots[-1]
+    tensors = {f"{index}.{path}": one for index, stream in enumerate(last.averaged) for path, one in stream.items()}
+    types = ", ".join(sorted({str(one.dtype).removeprefix("torch.") for one in tensors.values()}))
+    widths = " and ".join(f"{sigma:g}" for sigma in last.sigma_rels)
+    yield f"{len(snapshots)} snapshots of averages of sigma_rel {widths}"
+    yield f"{len(last.averaged[0])} averaged tensors in {types}, {mebibytes(tensors)} MiB in each snapshot"
+    yield ""
+    width = max(len(str(last.time)), 7)
+    yield f"{first.time_unit:>{width}}  {'iteration':>9}  {'epoch':>5}"
+    for one in snapshots:
+        yield f"{one.time:>{width}}  {one.iteration:>9}  {one.epoch:>5}"
+    yield ""
+    yield f"what can be rebuilt at {last.time} {last.time_unit}:"
+    known = [known for one in snapshots for known in one.snapshots]
+    tried = [(name, x, kind(x)) for name, (kind, lengths) in _TARGETS.items() for x in lengths]
+    coefficients, residuals = posthoc.fitted(known, [target for _, _, target in tried])
+    for (name, x, _), row, residual in zip(tried, coefficients, residuals, strict=True):
+        rounding = posthoc.rounding(last, row)
+        worst = max(residual, rounding)
+        verdict = "" if worst <= posthoc.GOOD else "rough" if worst <= _ACCEPTED else "refused"
+        noise = f"rounding {rounding:.3%}  " if rounding > 1e-5 else ""
+        yield f"  --{name.replace('_', '-')} {x:<6g} residual {residual:>8.3%}  {noise}{verdict}".rstrip()
+    yield ""
+    yield "(--last is good where its window begins at a snapshot)"

@@ -1,0 +1,177 @@
+"""The runs of the demo: data, network, training, an interrupted run that resumes."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events, create_supervised_evaluator, create_supervised_trainer
+from ignite.handlers import Checkpoint, DiskSaver, ProgressBar
+from ignite.metrics import Accuracy
+from torch import Tensor, nn
+
+from ..handlers.ema import EMAHandler
+
+__all__ = [
+    "Run",
+    "batches",
+    "build",
+    "checkpoint",
+    "first_difference",
+    "load_data",
+    "network",
+    "show_progress",
+    "stopped_and_resumed",
+    "train",
+]
+
+Batch = tuple[Tensor, Tensor]
+
+TRAINING_IMAGES, BATCH_SIZE, LABEL_NOISE = 1024, 32, 0.3
+EPOCH_LENGTH = TRAINING_IMAGES // BATCH_SIZE
+EVALUATE_EVERY = EPOCH_LENGTH // 4  # a divisor, so that the last iteration is evaluated
+LEARNING_RATE, WEIGHT_DECAY = 0.1, 0.02
+MOMENTUM, MOMENTUM_WARMUP, WARMUP_ITERS = 0.01, 0.2, 160
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one training run, and the test accuracies of the online and of the averaged model."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    trainer: Engine
+    handler: EMAHandler
+    averaged_evaluator: Engine
+    online: list[float] = field(default_factory=list)
+    averaged: list[float] = field(default_factory=list)
+
+    def to_save(self) -> dict[str, Any]:
+        """What a checkpoint has to hold for an exact resume."""
+        averaged = {"ema_model": self.handler.ema_model, "ema_handler": self.handler}
+        return {"model": self.model, **averaged, "trainer": self.trainer, "optimizer": self.optimizer}
+
+    def state(self) -> dict[str, object]:
+        """The states of all of these, and the momentum that the trainer shows."""
+        states = {name: part.state_dict() for name, part in self.to_save().items()}
+        return {**states, "ema_momentum": getattr(self.trainer.state, "ema_momentum", None)}
+
+
+def load_data() -> tuple[Batch, Batch]:
+    """The training images, some with a wrong label, and the test images with the right ones."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(labels), generator=generator)
+    train, test = order[:TRAINING_IMAGES], order[TRAINING_IMAGES:]
+    drawn = torch.randint(10, (TRAINING_IMAGES,), generator=generator)
+    noisy = torch.rand(TRAINING_IMAGES, generator=generator) < LABEL_NOISE
+    return (images[train], torch.where(noisy, drawn, labels[train])), (images[test], labels[test])
+
+
+def network() -> nn.Module:
+    """Two convolutions with batch norm and a linear layer, for 8 x 8 images."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(256, 10)),
+    )
+
+
+def build(test: Batch, seed: int) -> Run:
+    """A fresh model, its optimizer, trainer and average, evaluated on ``test`` every few iterations."""
+    torch.manual_seed(seed)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY)
+    trainer = create_supervised_trainer(model, optimizer, nn.functional.cross_entropy)
+    handler = EMAHandler(model, MOMENTUM, MOMENTUM_WARMUP, WARMUP_ITERS, handle_buffers="update")
+    handler.attach(trainer)  # first, so that evaluations and checkpoints find the average of their own iteration
+    online = create_supervised_evaluator(model, {"accuracy": Accuracy()})
+    averaged = create_supervised_evaluator(handler.ema_model, {"accuracy": Accuracy()})
+    run = Run(model, optimizer, trainer, handler, averaged)
+
+    @trainer.on(Events.ITERATION_COMPLETED(every=EVALUATE_EVERY))
+    def evaluate() -> None:
+        run.online.append(online.run([test]).metrics["accuracy"])
+        run.averaged.append(averaged.run([test]).metrics["accuracy"])
+
+    return run
+
+
+def batches(images: Tensor, labels: Tensor, seed: int, start: int) -> Iterator[Batch]:
+    """The batches from iteration ``start`` on; each depends on its own number alone, so a resume can start anywhere."""
+    for iteration in count(start):
+        epoch, position = divmod(iteration, EPOCH_LENGTH)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1000 * seed + epoch))
+        chosen = order[position * BATCH_SIZE : (position + 1) * BATCH_SIZE]
+        yield images[chosen], labels[chosen]
+
+
+def train(run: Run, data: Batch, seed: int, epochs: int) -> None:
+    """Trains up to ``epochs``, from wherever the trainer is."""
+    run.trainer.run(batches(*data, seed, run.trainer.state.iteration), max_epochs=epochs, epoch_length=EPOCH_LENGTH)
+
+
+def show_progress(run: Run, title: str, epochs: int) -> None:
+    """A bar on stderr with the loss and the momentum; it moves seldom enough for a log file."""
+    ProgressBar(persist=True, desc=title).attach(
+        run.trainer,
+        output_transform=lambda loss: {"loss": loss},
+        event_name=Events.EPOCH_COMPLETED(every=max(1, epochs // 5)),
+        closing_event_name=Events.COMPLETED,
+        state_attributes=["ema_momentum"],
+    )
+
+
+def checkpoint(objects: Mapping[str, Any], path: Path, score: str | None = None) -> Checkpoint:
+    """Saves the objects as ``path``; with a score only where it is the best so far."""
+    saver = DiskSaver(path.parent, require_empty=False)  # it writes a temporary file and renames it
+    return Checkpoint(objects, saver, score_name=score, filename_pattern=path.name)
+
+
+def stopped_and_resumed(data: Batch, test: Batch, seed: int, epochs: int, stop: int, path: Path) -> Run:
+    """Trains to iteration ``stop``, then from the checkpoint to the end with objects that were never trained."""
+    stopped = build(test, seed)
+    at_stop = Events.ITERATION_COMPLETED(once=stop)
+    stopped.trainer.add_event_handler(at_stop, checkpoint(stopped.to_save(), path))
+    stopped.trainer.add_event_handler(at_stop, stopped.trainer.terminate)
+    train(stopped, data, seed, epochs)
+    resumed = build(test, seed + 1)  # other weights: all that it should know comes from the file
+    Checkpoint.load_objects(resumed.to_save(), path)
+    show_progress(resumed, f"Seed {seed}, resumed", epochs)
+    train(resumed, data, seed, epochs)
+    return resumed
+
+
+def first_difference(expected: Mapping[str, object], got: Mapping[str, object]) -> str | None:
+    """The path of the first tensor or value that differs by a bit, is missing or is not expected; None if none is.
+
+    >>> first_difference({"model": {"weight": torch.ones(2)}}, {"model": {"weight": torch.ones(2) + 1e-7}})
+    'model.weight'
+    """
+    ours, theirs = dict(_leaves(expected)), dict(_leaves(got))
+    for path in [*ours, *theirs]:
+        if path not in ours or path not in theirs or not _same_bits(ours[path], theirs[path]):
+            return path[1:]
+    return None
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, (Mapping, list)):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(inner, f"{path}.{key}")
+    else:
+        yield path, value
+
+
+def _same_bits(one: object, other: object) -> bool:
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return type(one) is type(other) and one == other
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

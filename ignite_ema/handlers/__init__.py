@@ -1,0 +1,1 @@
+"""What is attached to an Ignite engine. Internal; the public names are ``EMAHandler`` and ``PostHocEMA``."""

@@ -1,0 +1,278 @@
+"""Averaging profiles: how much the weights of each moment of a run count in an average.
+
+A profile is a density over the run so far, p(x) for x in (0, 1], with integral 1: x = 0 is the start and x = 1 the
+moment at which the average is taken. At time t the weights of time τ count p(τ / t) / t. Lengths are thus fractions of
+the run; a length in updates is divided by the number of updates. All computations are in float64.
+"""
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..schedules import MAX_SIGMA_REL, PowerFunction
+
+__all__ = [
+    "MAX_SIGMA_REL",
+    "ExponentialProfile",
+    "PowerProfile",
+    "Profile",
+    "SampledProfile",
+    "Snapshot",
+    "UniformProfile",
+    "inner_products",
+]
+
+_PANELS = 40  # of the quadrature, to each end; they halve in width, down to 1e-12 of the range
+_NODES = 16  # in each panel
+
+
+class Profile(ABC):
+    """One interface for all profiles: a density on (0, 1], and its integral from 0 on."""
+
+    @abstractmethod
+    def density(self, x: Tensor) -> Tensor:
+        """p(x) for x in (0, 1]; a float64 tensor of the shape of ``x``."""
+
+    @abstractmethod
+    def cumulative(self, x: Tensor) -> Tensor:
+        """The integral of p from 0 to x, for x in [0, 1]; a float64 tensor of the shape of ``x``."""
+
+
+@dataclass(frozen=True)
+class PowerProfile(Profile):
+    """p(x) = (γ + 1) · x^γ: the profile of a power-function average, whose length grows with the run.
+
+    Args:
+        sigma_rel: the standard deviation of the profile, as a fraction of the run, in (0, 1/√12); it determines γ.
+
+    Karras et al. 2024 (arXiv 2312.02696), section 3; :class:`ignite_ema.schedules.PowerFunction` is its rule.
+    """
+
+    sigma_rel: float
+
+    def __post_init__(self) -> None:
+        if not 0 < _number(self.sigma_rel) < MAX_SIGMA_REL:
+            raise ValueError(
+                f"sigma_rel should be a number in (0, 1/√12 = {MAX_SIGMA_REL:.4f}), a fraction of the run, got "
+                f"{self.sigma_rel!r}; the mean of the whole run is the widest."
+            )
+
+    @property
+    def gamma(self) -> float:
+        """γ, the exponent."""
+        return PowerFunction(self.sigma_rel).gamma
+
+    def density(self, x: Tensor) -> Tensor:
+        return (self.gamma + 1) * x**self.gamma
+
+    def cumulative(self, x: Tensor) -> Tensor:
+        return x ** (self.gamma + 1)
+
+
+@dataclass(frozen=True)
+class ExponentialProfile(Profile):
+    """p(x) ∝ ½^((1 - x) / half_life): the profile of an EMA with a constant momentum.
+
+    An EMA that starts from its initial weights still holds ½^(1 / half_life) of them at the end, where this profile
+    holds none: a millionth for a half-life of a twentieth of the run.
+
+    Args:
+        half_life: how far back weights count half, as a fraction of the run; above 0.
+    """
+
+    half_life: float
+
+    def __post_init__(self) -> None:
+        if not 0 < _number(self.half_life) < math.inf:
+            raise ValueError(
+                f"half_life of ExponentialProfile should be a number above 0, a fraction of the run, got "
+                f"{self.half_life!r}; divide a half-life in updates by the number of updates."
+            )
+
+    @classmethod
+    def from_momentum(cls, momentum: float, num_updates: int) -> "ExponentialProfile":
+        """The profile of an EMA with the weight ``momentum`` of the new weights, after ``num_updates`` updates."""
+        if not 0 < _number(momentum) < 1:
+            raise ValueError(
+                f"momentum should be in (0, 1), the weight of the new weights (1 - decay), got {momentum!r}."
+            )
+        if not num_updates >= 1:
+            raise ValueError(f"num_updates should be 1 or more, got {num_updates!r}.")
+        return cls(math.log(2) / -math.log1p(-momentum) / num_updates)
+
+    @property
+    def _rate(self) -> float:
+        return math.log(2) / self.half_life
+
+    def density(self, x: Tensor) -> Tensor:
+        return self._rate * torch.exp(-self._rate * (1 - x)) / -math.expm1(-self._rate)
+
+    def cumulative(self, x: Tensor) -> Tensor:
+        return torch.exp(-self._rate * (1 - x)) * torch.expm1(-self._rate * x) / math.expm1(-self._rate)
+
+
+class _Steps(Profile):
+    """A profile that is constant between ``edges``, from ``edges[k]`` to ``edges[k + 1]`` of height ``heights[k]``."""
+
+    edges: Tensor
+    heights: Tensor
+
+    def density(self, x: Tensor) -> Tensor:
+        index = torch.bucketize(x, self.edges) - 1  # of the step that ends at or after x
+        inside = (index >= 0) & (index < len(self.heights))
+        return torch.where(inside, self.heights[index.clamp(0, len(self.heights) - 1)], 0.0)
+
+    def cumulative(self, x: Tensor) -> Tensor:
+        edges, heights = self.edges, self.heights
+        inside = x.clamp(edges[0], edges[-1])
+        index = (torch.bucketize(inside, edges) - 1).clamp(0, len(heights) - 1)  # of the step that ends at or after x
+        before = torch.cat([heights.new_zeros(1), (heights * edges.diff()).cumsum(dim=0)])
+        return before[index] + (inside - edges[index]) * heights[index]
+
+
+@dataclass(frozen=True)
+class UniformProfile(_Steps):
+    """p(x) = 1 / window for x in (1 - window, 1]: the mean of the last part of a run, as in SWA.
+
+    Args:
+        window: the part of the run, in (0, 1].
+    """
+
+    window: float
+
+    def __post_init__(self) -> None:
+        if not 0 < _number(self.window) <= 1:
+            raise ValueError(
+                f"window of UniformProfile should be in (0, 1], the part of the run that counts, got {self.window!r}."
+            )
+
+    @property
+    def edges(self) -> Tensor:  # type: ignore[override]
+        return torch.tensor([1 - self.window, 1.0], dtype=torch.float64)
+
+    @property
+    def heights(self) -> Tensor:  # type: ignore[override]
+        return torch.tensor([1 / self.window], dtype=torch.float64)
+
+
+@dataclass(frozen=True, repr=False)
+class SampledProfile(_Steps):
+    """A profile of your own: the run is cut into equal parts, and ``weights[k]`` says how much the k-th counts.
+
+    Args:
+        weights: numbers of at least 0, from the start of the run to its end; they are scaled to sum 1.
+    """
+
+    weights: Sequence[float]
+
+    def __post_init__(self) -> None:
+        weights = tuple(float(weight) for weight in self.weights)
+        if not weights or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ValueError(
+                f"weights of SampledProfile should be numbers of at least 0 and not all 0, got {self.weights!r}."
+            )
+        object.__setattr__(self, "weights", weights)
+
+    def __repr__(self) -> str:
+        return f"SampledProfile of {len(self.weights)} weights"
+
+    @property
+    def edges(self) -> Tensor:  # type: ignore[override]
+        return torch.linspace(0, 1, len(self.weights) + 1, dtype=torch.float64)
+
+    @property
+    def heights(self) -> Tensor:  # type: ignore[override]
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        return weights * (len(weights) / weights.sum())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An average that is known: its profile, and when it was taken.
+
+    Args:
+        profile: how much the weights of each moment count.
+        time: from the start of the run, above 0, in whatever unit all times are in.
+    """
+
+    profile: Profile
+    time: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.profile, Profile):
+            raise TypeError(f"profile should be a Profile, such as PowerProfile(0.05), got {self.profile!r}.")
+        if not 0 < _number(self.time) < math.inf:
+            raise ValueError(
+                f"time of a Snapshot should be above 0, got {self.time!r}; before it there are no weights."
+            )
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+
+
+def inner_products(one: Profile, ends: Tensor, other: Profile, other_ends: Tensor) -> Tensor:
+    """∫ p(τ) q(τ) dτ for one profile at each of n times and another at each of m.
+
+    In closed form for two power functions, for two exponentials, and where one is constant in steps; else by
+    Gauss-Legendre quadrature on panels that narrow towards both ends of the range.
+
+    Args:
+        one: a profile.
+        ends: the times at which its averages are taken, above 0; float64, of shape (n,).
+        other: another profile, or the same.
+        other_ends: its times; float64, of shape (m,).
+
+    Returns:
+        A float64 tensor of shape (n, m).
+    """
+    s, t = ends[:, None], other_ends[None, :]
+    if isinstance(one, PowerProfile) and isinstance(other, PowerProfile):
+        a, b = one.gamma, other.gamma
+        exponent = torch.where(s < t, s.new_tensor(b), s.new_tensor(-a))  # plain numbers would give float32
+        return (a + 1) * (b + 1) / (a + b + 1) * (s / t) ** exponent / torch.maximum(s, t)
+    if isinstance(one, ExponentialProfile) and isinstance(other, ExponentialProfile):
+        return _of_exponentials(one._rate / s, s, other._rate / t, t)
+    if isinstance(other, _Steps):
+        return _with_steps(one, s, other, t)
+    if isinstance(one, _Steps):
+        return _with_steps(other, t, one, s)
+    return _by_quadrature(one, s, other, t)
+
+
+def _of_exponentials(a: Tensor, s: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """For decay with the rates a and b, per unit of time."""
+    last = torch.minimum(s, t)
+    heights = a * b / (torch.expm1(-a * s) * torch.expm1(-b * t))
+    return heights * torch.exp(-a * (s - last) - b * (t - last)) * -torch.expm1(-(a + b) * last) / (a + b)
+
+
+def _with_steps(one: Profile, s: Tensor, steps: _Steps, t: Tensor) -> Tensor:
+    edges = (steps.edges * (t / s)[..., None]).clamp(max=1.0)
+    return (one.cumulative(edges).diff(dim=-1) * steps.heights).sum(dim=-1) / t
+
+
+def _by_quadrature(one: Profile, s: Tensor, other: Profile, t: Tensor) -> Tensor:
+    x, weights = _nodes()
+    last = torch.minimum(s, t)
+    tau = last[..., None] * x
+    values = one.density(tau / s[..., None]) * other.density(tau / t[..., None])
+    return values @ weights * last / (s * t)
+
+
+def _nodes() -> tuple[Tensor, Tensor]:
+    """Where to evaluate an integrand on (0, 1), and with which weights."""
+    # Golub and Welsch 1969: nodes and weights of Gauss and Legendre from the eigenvectors of a tridiagonal matrix.
+    k = torch.arange(1, _NODES, dtype=torch.float64)
+    off = torch.diag(k / (4 * k**2 - 1).sqrt(), 1)
+    points, vectors = torch.linalg.eigh(off + off.T)
+    halves = 0.5 ** torch.arange(1, _PANELS + 1, dtype=torch.float64)
+    edges = torch.cat([torch.zeros(1, dtype=torch.float64), halves.flip(0), 1 - halves[1:], torch.ones(1)]).double()
+    widths = edges.diff()[:, None]
+    x = edges[:-1, None] + widths * (points + 1) / 2
+    return x.flatten(), (widths * vectors[0] ** 2).flatten()

@@ -1,0 +1,243 @@
+"""Any averaging profile, rebuilt from the snapshots of a ``PostHocEMA``."""
+
+import math
+import numbers
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from ..schedules import PowerFunction
+from .fitting import GOOD, as_profile, fitted, reach
+from .profiles import Profile, Snapshot
+from .snapshot_files import StoredSnapshot, read_all
+
+__all__ = ["gamma_from_sigma_rel", "reconstruct", "reconstruct_all", "rounding", "sigma_rel_from_gamma", "stored"]
+
+_CHUNK = 2**23  # numbers, of all snapshots together, that are in memory in float64 at a time
+
+
+def gamma_from_sigma_rel(sigma_rel: float) -> float:
+    """γ, the exponent of a power function with the relative width ``sigma_rel``, in (0, 1/√12 = 0.2887).
+
+    The largest root of γ³ + 7γ² + (16 - σ⁻²)γ + (12 - σ⁻²).
+
+    Raises:
+        ValueError: for a width outside; a power function is never wider than the mean of the whole run.
+    """
+    return PowerFunction(sigma_rel).gamma
+
+
+def sigma_rel_from_gamma(gamma: float) -> float:
+    """The width of a power function with exponent γ > 0, relative to the run: sqrt((γ + 1) / ((γ + 2)² (γ + 3))).
+
+    Raises:
+        ValueError: for an exponent of 0 (the mean of the whole run) or below.
+    """
+    if not 0 < gamma < float("inf"):
+        raise ValueError(f"gamma should be a number above 0, where the width is below 1/√12 = 0.2887, got {gamma!r}.")
+    return float(((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5)
+
+
+def stored(dirname: str | os.PathLike[str], step: int | None = None) -> list[StoredSnapshot]:
+    """The snapshots in the directory of a ``PostHocEMA``, in the order of their times.
+
+    Args:
+        dirname: the directory.
+        step: the time of the last one to take; None: all.
+
+    Raises:
+        FileNotFoundError, ValueError: where there are none, or none at ``step``; where a file is damaged, or they are
+            not of one run.
+    """
+    snapshots = read_all(Path(dirname))
+    if step is not None and type(step) is not int:
+        raise TypeError(f"step should be the time of a snapshot, an integer, got {step!r}.")
+    end = snapshots[-1].time if step is None else step
+    if all(one.time != end for one in snapshots):
+        nearest = sorted(sorted(one.time for one in snapshots), key=lambda time: abs(time - end))[:2]
+        raise ValueError(
+            f"step should be the time of a snapshot, in {snapshots[0].time_unit}, got {step!r}; nearest in "
+            f"'{dirname}': {' and '.join(map(str, sorted(nearest)))}."
+        )
+    return [one for one in snapshots if one.time <= end]
+
+
+@overload
+def reconstruct(
+    dirname: str | os.PathLike[str],
+    target: Profile | float,
+    step: int | None = None,
+    *,
+    max_residual: float = 0.10,
+    progress: bool = False,
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def reconstruct(
+    dirname: str | os.PathLike[str],
+    target: Sequence[Profile | float],
+    step: int | None = None,
+    *,
+    max_residual: float = 0.10,
+    progress: bool = False,
+) -> list[dict[str, Tensor]]: ...
+
+
+def reconstruct(
+    dirname: str | os.PathLike[str],
+    target: Profile | float | Sequence[Profile | float],
+    step: int | None = None,
+    *,
+    max_residual: float = 0.10,
+    progress: bool = False,
+) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    """The average with the profile ``target``, from the snapshots of a ``PostHocEMA``: a plain state dict.
+
+    Goes through the files once, a part of a tensor at a time: in memory are the results and little more, however many
+    snapshots there are. Computed in float64. Buffers that are not averaged are those of the snapshot at ``step``.
+
+    Args:
+        dirname: where the snapshots are.
+        target: a profile, or the ``sigma_rel`` of a power function; or several, for which the files are read once.
+        step: the time at which the average is taken, that of a snapshot, in updates (or samples); None: the last.
+            Later snapshots are not used.
+        max_residual: how far the profile of what can be had may be from the one asked for; see :func:`residual`.
+        progress: show a bar; needs the package tqdm.
+
+    Returns:
+        The state dict, in float32 on the CPU, or in the type of the snapshots where that is wider; for several targets
+        a list.
+
+    Raises:
+        FileNotFoundError, ValueError: where there are no snapshots, or they are not of one run; where there is none at
+            ``step``; where a residual is above ``max_residual``, or so is what rounding to 16 bits comes to.
+
+    Note:
+        Either above 1 % is warned about. Where a weight is infinite in a snapshot, that of the last one is taken.
+    """
+    if isinstance(target, str):
+        raise TypeError(f"target should be a profile or a number, got {target!r}; pass {target} without quotes.")
+    wanted = target if isinstance(target, Sequence) else [target]
+    _, states, _ = reconstruct_all(dirname, wanted, step, max_residual, progress)
+    return states if isinstance(target, Sequence) else states[0]
+
+
+def reconstruct_all(
+    dirname: str | os.PathLike[str],
+    wanted: Sequence[Profile | float],
+    step: int | None,
+    max_residual: float,
+    progress: bool,
+) -> tuple[list[StoredSnapshot], list[dict[str, Tensor]], list[float]]:
+    """The snapshots that are used, and for each target the state dict and the residual."""
+    if not isinstance(max_residual, numbers.Real) or isinstance(max_residual, bool) or not max_residual >= 0:
+        raise ValueError(f"max_residual should be a number of at least 0, got {max_residual!r}; 0.1 is 10%.")
+    used = stored(dirname, step)
+    targets = list(map(as_profile, wanted))
+    if not targets:
+        raise ValueError("target should be a profile or several, got none.")
+    known = [snapshot for one in used for snapshot in one.snapshots]
+    weights, distances = fitted(known, targets)
+    for one, distance in zip(targets, distances, strict=True):
+        _check(known, one, distance, max_residual)
+    for one, row in zip(targets, weights, strict=True):
+        _check_rounding(used[-1], one, row, max_residual)
+    last = used[-1]
+    results: list[dict[str, Tensor]] = [{} for _ in targets]
+    total = sum(tensor.numel() for tensor in last.averaged[0].values())
+    with _Bar(total, progress) as bar:
+        for path in last.averaged[0]:
+            parts = [stream[path] for one in used for stream in one.averaged]
+            for result, tensor in zip(results, _combined(parts, weights, bar), strict=True):
+                result[path] = tensor
+    for result in results:
+        result.update({path: tensor.clone() for path, tensor in last.copied.items()})
+    plain = [{name: result[path] for name, path in last.state_dict_names.items()} for result in results]
+    return used, plain, distances
+
+
+def _check(known: Sequence[Snapshot], target: Profile, distance: float, max_residual: float) -> None:
+    if distance > max_residual:
+        accepting = f", or accept it with max_residual={math.ceil(100 * distance) / 100} (--max-residual)"
+        raise ValueError(
+            f"target should be within the reach of the snapshots, but what they give differs from {target} by "
+            f"{distance:.1%}; {reach(known, target)}{accepting if distance < 0.2 else ''}."
+        )
+    if distance > GOOD:
+        warnings.warn(
+            f"The snapshots give {target} roughly: what they give differs by {distance:.1%}, where {GOOD:.0%} is good; "
+            f"{reach(known, target)}.",
+            stacklevel=4,
+        )
+
+
+def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:
+    """How far a weight is off in the mean, as a part of it, because the snapshots were rounded to 16 bits.
+
+    Each is off by 0.43 units of rounding; a sum amplifies that by the norm of its coefficients where it is above 1.
+    """
+    types = {tensor.dtype for tensor in snapshot.averaged[0].values()}
+    coarsest = max(torch.finfo(dtype).eps for dtype in types)
+    return float(0.43 * coarsest / 2 * coefficients.norm().clamp(min=1))
+
+
+def _check_rounding(last: StoredSnapshot, target: Profile, coefficients: Tensor, limit: float) -> None:
+    noise = rounding(last, coefficients)
+    text = (
+        f"The sum that gives {target} amplifies the rounding of the snapshots to {noise:.1%} of a weight; choose a "
+        "longer average, or store float32 next time"
+    )
+    if noise > limit:
+        raise ValueError(f"{text}, or accept it with max_residual={math.ceil(100 * noise) / 100} (--max-residual).")
+    if noise > GOOD:
+        warnings.warn(f"{text}.", stacklevel=4)
+
+
+def _combined(parts: Sequence[Tensor], weights: Tensor, bar: "_Bar") -> list[Tensor]:
+    """Sums of n tensors of one shape with the weights in each row of (targets, n)."""
+    first = parts[0]
+    kind = torch.promote_types(first.dtype, torch.float32)
+    wide = torch.complex128 if kind.is_complex else torch.float64
+    results = [torch.empty(first.shape, dtype=kind) for _ in weights]
+    flat = [part.reshape(-1) for part in parts]
+    size = max(1, _CHUNK // len(flat))
+    for start in range(0, first.numel(), size):
+        chunk = slice(start, min(start + size, first.numel()))
+        stack = torch.stack([part[chunk].to(wide) for part in flat])
+        sums = weights.to(wide) @ stack
+        steady = (stack == stack[0]).all(dim=0)  # frozen, or a mask: bit for bit, and infinities, which no sum keeps
+        sums = torch.where(steady | ~stack.isfinite().all(dim=0), stack[-1], sums)
+        for result, values in zip(results, sums, strict=True):
+            result.view(-1)[chunk] = values
+        bar.update(chunk.stop - start)
+    return results
+
+
+class _Bar:
+    """A bar of tqdm, or none."""
+
+    def __init__(self, total: int, wanted: bool) -> None:
+        self._bar = None
+        if wanted:
+            try:
+                from tqdm import tqdm
+            except ImportError as error:
+                raise ImportError("progress=True needs the package tqdm; pip install tqdm.") from error
+            self._bar = tqdm(total=total, unit=" weights", unit_scale=True)
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
