@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from holders import module
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ignite_ema import EMAHandler, ModelAverage
 from ignite_ema.schedules import CopyUntil, EqualWeight, LinearWarmup
+from tests.helpers.modules import module
 
 # Only when the optimizer stepped
 

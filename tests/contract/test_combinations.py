@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from holders import module
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ignite_ema import EMAHandler, ModelAverage, schedules
+from tests.helpers.modules import module
 
 UPDATES = 10
 

@@ -24,7 +24,7 @@ from tests.benchmarks.models import MODELS
 from tests.benchmarks.peers import OURS
 from tests.benchmarks.tables import multiple
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text()
 BLOCKS = list(re.finditer(r"^```python\n(.*?)^```", TEXT, flags=re.DOTALL | re.MULTILINE))
 SCRIPT = "# train.py"  # a script of its own
@@ -221,7 +221,7 @@ def _node(name):
     if "::" in name:
         return name
     name = name if name.startswith("test_") else f"test_the_average_is_theirs[{name}]"
-    return f"tests/test_migration.py::{name}"
+    return f"tests/integration/test_migration.py::{name}"
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([\w./]+)\)|`(tests/[\w/]+\.py)`", TEXT))

@@ -23,7 +23,7 @@ from ignite_ema import EMAHandler, checkpoints
 from ignite_ema.checkpoints import averaged_state_dict, load_file, read, save_file
 from ignite_ema.cli import main
 from ignite_ema.distributed import ShardedSaver, load_objects
-from tests import training
+from tests.helpers import training
 
 LAST = 100  # iterations; no checkpoint is taken at the last one
 KILLS = 6  # of each run

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from ignite_ema import EMAHandler
 from ignite_ema.schedules import Constant
-from tests import training
+from tests.helpers import training
 
 LAST = 47
 
@@ -83,10 +83,10 @@ def test_a_killed_process_resumes_with_the_same_bits(tmp_path, uninterrupted):
     iterations = sorted(chosen.sample(range(2, LAST), 6))
     for iteration in iterations:
         event = chosen.choice(["ITERATION_STARTED", "ITERATION_COMPLETED"])
-        killed = subprocess.run([*script, str(iteration), event], cwd=Path(__file__).parents[1], check=False)
+        killed = subprocess.run([*script, str(iteration), event], cwd=Path(__file__).parents[2], check=False)
         assert killed.returncode == -signal.SIGKILL
         assert not (tmp_path / "final.pt").exists()
-    subprocess.run(script, cwd=Path(__file__).parents[1], check=True)
+    subprocess.run(script, cwd=Path(__file__).parents[2], check=True)
     assert_same_bits(torch.load(tmp_path / "final.pt", weights_only=True), uninterrupted)
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from peer_files import MAKERS, equal, made
 
 from ignite_ema import PostHocEMA, checkpoints, posthoc
 from ignite_ema.checkpoints import load_file
 from ignite_ema.cli import checkpoints as cli_checkpoints
 from ignite_ema.cli import command as cli
 from ignite_ema.cli import main
+from tests.helpers.peer_files import MAKERS, equal, made
 
 EVERY = pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
 

@@ -12,7 +12,6 @@ import warnings
 
 import pytest
 import torch
-from holders import module
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_map
 from ignite_ema import EMAHandler, PostHocEMA, posthoc
 from ignite_ema.posthoc import PowerProfile, reconstruct, snapshot_files, stored
 from ignite_ema.schedules import PowerFunction
+from tests.helpers.modules import module
 
 LAST = 40
 GAMMAS = [PowerProfile(sigma_rel).gamma for sigma_rel in (0.05, 0.10)]

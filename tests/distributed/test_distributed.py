@@ -20,7 +20,20 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from distributed_worker import (
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
+from torch import nn
+from torch.distributed import fsdp
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ignite_ema import EMAHandler, ModelAverage
+from ignite_ema.distributed import ShardedSaver, gathered_state_dict, load_objects, sync_buffers
+from ignite_ema.handlers.optimizer_steps import StepWatch
+from tests.distributed.worker import (
     CASES,
     Net,
     Run,
@@ -37,19 +50,6 @@ from distributed_worker import (
     start_world,
     tensors,
 )
-from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint
-from torch import nn
-from torch.distributed import fsdp
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-
-from ignite_ema import EMAHandler, ModelAverage
-from ignite_ema.distributed import ShardedSaver, gathered_state_dict, load_objects, sync_buffers
-from ignite_ema.handlers.optimizer_steps import StepWatch
 
 WORLDS = {
     "plain": [1],

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peer_files import MAKERS, Tied, averages_of, copied, equal, made, mmcv_state, net, prefixed
 from torch import nn
 
 from ignite_ema import EMAHandler
 from ignite_ema.checkpoints import averaged_state_dict, load_file, read, save_file
+from tests.helpers.peer_files import MAKERS, Tied, averages_of, copied, equal, made, mmcv_state, net, prefixed
 
 EVERY = pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
 
