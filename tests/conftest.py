@@ -7,15 +7,28 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.helpers import own_warnings
+
 # The same examples at each test run, and others every night: pytest --hypothesis-profile nightly
 settings.register_profile("default", settings(deadline=None, derandomize=True, database=None))
 settings.register_profile("nightly", settings(deadline=None, max_examples=2000, print_blob=True))
 
 
+# What a newer version of another package warns about does not fail a test.
+own_warnings.mark_own_warnings()
+
+# Reasons to skip that nothing which can be installed takes away.
+UNAVOIDABLE = ("there is no CUDA device", "a defect of pytorch-ignite 0.5.5")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error::tests.helpers.own_warnings.OwnWarning")
+
+
 def pytest_terminal_summary(terminalreporter):
     """Where NO_SKIPS is set, as it is where everything is installed, a test that is skipped is an error."""
     skipped = terminalreporter.stats.get("skipped", [])
-    unexpected = [report for report in skipped if "there is no CUDA device" not in str(report.longrepr)]
+    unexpected = [report for report in skipped if not any(text in str(report.longrepr) for text in UNAVOIDABLE)]
     if unexpected and os.environ.get("NO_SKIPS"):
         for report in unexpected:
             terminalreporter.write_line(f"skipped, which should not be: {report.nodeid}: {report.longrepr}", red=True)

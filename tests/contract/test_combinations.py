@@ -543,10 +543,8 @@ def test_a_twin_that_overlaps_itself_is_given_memory(mode, due, overlapping_itse
 
 
 SPARSE = {"coo": torch.Tensor.to_sparse, "csr": torch.Tensor.to_sparse_csr}
-BETA = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 
 
-@BETA
 @pytest.mark.parametrize("to_sparse", SPARSE.values(), ids=SPARSE)
 def test_sparse_buffers_are_copied(to_sparse):
     model = module(weight=frozen(torch.zeros(1)), graph=to_sparse(torch.eye(3)))
@@ -558,7 +556,6 @@ def test_sparse_buffers_are_copied(to_sparse):
     assert torch.equal(average.module.graph.to_dense(), torch.ones(3, 3))
 
 
-@BETA
 @pytest.mark.parametrize("to_sparse", SPARSE.values(), ids=SPARSE)
 def test_sparse_buffers_cannot_be_averaged(to_sparse):
     model = nn.Sequential(module(graph=to_sparse(torch.eye(3))))

@@ -443,8 +443,7 @@ def test_a_sharded_model_is_told_to_bring_its_twin(process_group):
 
 def weight_normed():
     """With a forward behind it, whose weight is an activation."""
-    with pytest.warns(FutureWarning, match="weight_norm"):
-        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(1, 1)))
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(1, 1)))
     model(torch.ones(1, 1))
     return model
 

@@ -164,7 +164,6 @@ def averaged(model, *arguments, **options):
 # What is in the block
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_model_is_the_twin_in_the_block_and_itself_again_after_it(kind, mode):

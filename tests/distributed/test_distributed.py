@@ -644,9 +644,7 @@ def saves_again(folder):
 def gathers(folder, case):
     run = Run(case)
     run.train(2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        state = gathered_state_dict(run.handler)
+    state = gathered_state_dict(run.handler)
     assert bool(state) == (dist.get_rank() == 0)
     due = full_bits(run.handler.ema_model)
     run.train(3)  # what was gathered is a copy

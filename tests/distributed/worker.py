@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ignite_ema import EMAHandler
 from ignite_ema.distributed import ShardedSaver
+from tests.helpers import own_warnings
 
 TIMEOUT = 60  # seconds for a world; the longest needs five
 
@@ -86,9 +87,8 @@ def _timed_out(waiting, scenario, timeout):
 def _run(sender, group, rank, ranks, scenario, folder, *args):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)  # the bits of a sum depend on the number of threads
-    warnings.simplefilter("error")
-    for text in ("The .grad attribute of a Tensor that is not a leaf", "Dynamo does not know how to trace"):
-        warnings.filterwarnings("ignore", text, UserWarning)  # of dynamo about DDP and FSDP2
+    own_warnings.mark_own_warnings()
+    warnings.simplefilter("error", own_warnings.OwnWarning)
     torch.manual_seed(0)
     try:
         dist.init_process_group(

@@ -251,9 +251,6 @@ def test_monai_checkpoints_resume(tmp_path):
 
 
 @monai
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.cuda.amp.GradScaler:FutureWarning", "ignore:.*CUDA is not available:UserWarning"
-)
 def test_monai_amp_trainer_updates_the_average():
     run = Monai(amp=True, amp_kwargs={"dtype": torch.bfloat16})
     run.trainer.run()

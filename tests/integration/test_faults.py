@@ -23,7 +23,7 @@ from ignite_ema import EMAHandler, checkpoints
 from ignite_ema.checkpoints import averaged_state_dict, load_file, read, save_file
 from ignite_ema.cli import main
 from ignite_ema.distributed import ShardedSaver, load_objects
-from tests.helpers import training
+from tests.helpers import own_warnings, training
 
 LAST = 100  # iterations; no checkpoint is taken at the last one
 KILLS = 6  # of each run
@@ -63,7 +63,8 @@ class Killed:
 
 
 def _begin(target, sender, *args):
-    warnings.simplefilter("error")
+    own_warnings.mark_own_warnings()
+    warnings.simplefilter("error", own_warnings.OwnWarning)
     target(sender, *args)
     sender.send("ends")
     time.sleep(60)  # until it is killed
@@ -329,7 +330,6 @@ ATTACKS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 @pytest.mark.parametrize("kind", ["inside", "whole", "bare pickle", "old format"])
 @pytest.mark.parametrize("attack", ATTACKS)
 @EVERY_ENTRANCE

@@ -2,7 +2,6 @@
 
 import io
 import os
-import warnings
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is built from a confi
 zoo = pytest.importorskip("transformers", reason='the zoo needs transformers: pip install -e ".[zoo]"')
 
 # transformers' own, of what it builds or computes with
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 SMALL = {
     "vocab_size": 32,
@@ -224,9 +222,7 @@ def name(request):
 @pytest.fixture(scope="module")
 def averaged(name):
     """A model, its handler after one update, and what the average was before."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = build(name, 0)
+    model = build(name, 0)
     handler = EMAHandler(model, 0.25)
     before = bits(handler.ema_model)
     with torch.no_grad():

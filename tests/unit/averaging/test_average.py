@@ -1,7 +1,6 @@
 """ModelAverage on modules that are unlike most: what it shares, copies, refuses."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -71,15 +70,11 @@ def test_the_state_is_that_of_the_twin_whatever_became_of_the_model():
 
 
 def scripted(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.jit.script(model)
+    return torch.jit.script(model)
 
 
 def traced(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.jit.trace(model, torch.ones(1, 1))
+    return torch.jit.trace(model, torch.ones(1, 1))
 
 
 @pytest.mark.parametrize("convert", [scripted, traced])

@@ -709,7 +709,6 @@ def broken(kind):
         ("empty", "should hold weights, but it is empty"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_broken_files(kind, message, tmp_path):
     file = tmp_path / "broken.pt"
     file.write_bytes(broken(kind))

