@@ -8,7 +8,7 @@ from ignite.engine.events import State
 
 from .attachment import attachments
 
-__all__ = ["EvaluationSwap", "swaps"]
+__all__ = ["EvaluationSwap", "Swappable", "swaps"]
 
 # The attribute of an engine under which its swaps are found.
 _SWAPS = "_ignite_ema_swaps"
