@@ -7,28 +7,6 @@ is stopped in the middle of an epoch, rebuilt from nothing and resumed from its 
 of the run that never stopped.
 """
 
-from .training import (
-    Run,
-    batches,
-    build,
-    checkpoint,
-    first_difference,
-    load_data,
-    network,
-    show_progress,
-    stopped_and_resumed,
-    train,
-)
+from .training import EPOCH_LENGTH, Run, batches, build, load_data, network, train
 
-__all__ = [
-    "Run",
-    "batches",
-    "build",
-    "checkpoint",
-    "first_difference",
-    "load_data",
-    "network",
-    "show_progress",
-    "stopped_and_resumed",
-    "train",
-]
+__all__ = ["EPOCH_LENGTH", "Run", "batches", "build", "load_data", "network", "train"]

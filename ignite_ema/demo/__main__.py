@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import NoReturn
 
 import torch
 from ignite.engine import Events
@@ -22,7 +20,6 @@ from .training import (
     Run,
     build,
     checkpoint,
-    first_difference,
     load_data,
     show_progress,
     stopped_and_resumed,
@@ -38,60 +35,47 @@ EXAMPLES = """examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        way_out = "" if message.endswith(".") else "; see --help."
-        self.exit(2, f"{self.prog}: {message}{way_out}\n")
-
-    def add_number(self, name: str, low: int, high: int, default: int, text: str) -> None:
-        def number(given: str) -> int:
-            if given.isascii() and given.isdigit() and low <= int(given) <= high:
-                return int(given)
-            raise argparse.ArgumentTypeError(
-                f"should be a whole number from {low} to {high}, got {given!r}; leave it out for {default}."
-            )
-
-        self.add_argument(name, type=number, default=default, metavar="N", help=f"{text} (default: {default})")
-
-
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="python -m ignite_ema.demo",
         description="Trains a small net on noisy labels and shows what the average of its weights is worth.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_number("--epochs", 2, 999, 20, "epochs of each run")
-    parser.add_number("--seed", 0, 999_999, 0, "the first seed")
-    parser.add_number("--seeds", 1, 99, 5, "number of seeds")
+    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="of each run (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="number of seeds (default: %(default)s)")
     out = Path("ignite_ema_demo")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="where files go (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="write into DIR although it holds files")
     parsed = parser.parse_args(arguments)
-    missing = [module for module in ("matplotlib", "rich", "sklearn", "tqdm") if find_spec(module) is None]
-    if missing:
-        names = ", ".join(missing)
+    for name, least in (("epochs", 2), ("seed", 0), ("seeds", 1)):
+        if getattr(parsed, name) < least:
+            parser.error(f"--{name} should be at least {least}, got {getattr(parsed, name)}.")
+    if missing := [module for module in ("matplotlib", "rich", "sklearn", "tqdm") if find_spec(module) is None]:
         parser.error(
-            f'the demo\'s packages should be installed, got no {names}; pip install "ignite-ema[demo]" brings them.'
+            f'the demo needs {", ".join(missing)}, which is not installed; pip install "ignite-ema[demo]" brings it.'
         )
-    _make_directory(parser, parsed.out, parsed.force)
+    try:
+        parsed.out.mkdir(parents=True, exist_ok=True)
+        occupied = any(parsed.out.iterdir())
+    except OSError as error:
+        parser.error(f"--out should be a directory, got '{parsed.out}' ({error.strerror}); pass another one.")
+    if occupied and not parsed.force:
+        parser.error(
+            f"--out should be a new or an empty directory, got '{parsed.out}', which holds files; pass --force to "
+            "overwrite those of an earlier demo, or another --out."
+        )
     return parsed
 
 
-def _make_directory(parser: argparse.ArgumentParser, out: Path, force: bool) -> None:
+def _difference(expected: Run, got: Run) -> str | None:
+    """Where two runs differ by a bit, in the words of ``torch.testing``; None where they do not."""
     try:
-        if not out.exists():
-            out.mkdir(parents=True)
-        occupied = any(out.iterdir())
-        TemporaryFile(dir=out).close()
-    except OSError as error:
-        reason = error.strerror or error
-        parser.error(f"--out should be a directory to write to, got '{out}' ({reason}); pass another one.")
-    if occupied and not force:
-        parser.error(
-            f"--out should be a new or an empty directory, got '{out}', which holds files; pass --force to write there "
-            "all the same, over the files of an earlier demo, or pass another --out."
-        )
+        torch.testing.assert_close(got.state(), expected.state(), rtol=0, atol=0, equal_nan=True)
+    except AssertionError as error:
+        return str(error)
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,11 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_table(runs)
     title = f"Digits, {100 * LABEL_NOISE:.0f} % of the training labels random, constant learning rate"
     draw(runs, title, EVALUATE_EVERY, WARMUP_ITERS, out / "demo.png")
-    difference = first_difference(runs[first].state(), resumed.state())
-    if difference is not None:
+    if (difference := _difference(runs[first], resumed)) is not None:
         print(
-            f"The run that resumed at iteration {stop} should end with the bits of the run that never stopped, got a "
-            f"difference, first in '{difference}'; please report it with your versions of torch and pytorch-ignite.",
+            f"The run that resumed at iteration {stop} should end with the bits of the run that never stopped; please "
+            f"report this with your versions of torch and pytorch-ignite:\n{difference}",
             file=sys.stderr,
         )
         return 1

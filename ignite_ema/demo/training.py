@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from ..handlers.ema import EMAHandler
 
 __all__ = [
+    "BATCH_SIZE",
+    "EPOCH_LENGTH",
+    "EVALUATE_EVERY",
+    "LABEL_NOISE",
+    "WARMUP_ITERS",
     "Run",
     "batches",
     "build",
     "checkpoint",
-    "first_difference",
     "load_data",
     "network",
     "show_progress",
@@ -53,10 +57,16 @@ class Run:
         averaged = {"ema_model": self.handler.ema_model, "ema_handler": self.handler}
         return {"model": self.model, **averaged, "trainer": self.trainer, "optimizer": self.optimizer}
 
-    def state(self) -> dict[str, object]:
-        """The states of all of these, and the momentum that the trainer shows."""
-        states = {name: part.state_dict() for name, part in self.to_save().items()}
-        return {**states, "ema_momentum": getattr(self.trainer.state, "ema_momentum", None)}
+    def state(self) -> dict[str, Any]:
+        """What an interrupted run has to end with, too: tensors and numbers."""
+        return {
+            "model": self.model.state_dict(),
+            "ema_model": self.handler.ema_model.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "num_updates": self.handler.num_updates,
+            "iteration": self.trainer.state.iteration,
+            "ema_momentum": getattr(self.trainer.state, "ema_momentum", None),
+        }
 
 
 def load_data() -> tuple[Batch, Batch]:
@@ -146,32 +156,3 @@ def stopped_and_resumed(data: Batch, test: Batch, seed: int, epochs: int, stop: 
     show_progress(resumed, f"Seed {seed}, resumed", epochs)
     train(resumed, data, seed, epochs)
     return resumed
-
-
-def first_difference(expected: Mapping[str, object], got: Mapping[str, object]) -> str | None:
-    """The path of the first tensor or value that differs by a bit, is missing or is not expected; None if none is.
-
-    >>> first_difference({"model": {"weight": torch.ones(2)}}, {"model": {"weight": torch.ones(2) + 1e-7}})
-    'model.weight'
-    """
-    ours, theirs = dict(_leaves(expected)), dict(_leaves(got))
-    for path in [*ours, *theirs]:
-        if path not in ours or path not in theirs or not _same_bits(ours[path], theirs[path]):
-            return path[1:]
-    return None
-
-
-def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(value, (Mapping, list)):
-        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _leaves(inner, f"{path}.{key}")
-    else:
-        yield path, value
-
-
-def _same_bits(one: object, other: object) -> bool:
-    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
-        return type(one) is type(other) and one == other
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

@@ -1,53 +1,124 @@
-"""Measures what averages cost and prints tables; see ``python -m tests.benchmarks --help``."""
+"""Measures what averages of several libraries cost, in turns: ``python -m tests.benchmarks``.
 
-from collections.abc import Sequence
+Each update goes through an event of an Ignite engine. ``lerp`` is the limit: one ``lerp_`` over as many contiguous
+bytes. Times are medians; ``× ours`` compares those of the same round.
+"""
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
+from torch import nn
 
-from .arguments import Options, parsed
-from .figures import write
-from .machine import machine
-from .model_costs import model_costs
-from .picture import draw
-from .tables import console, origin, tables
-from .training_steps import training_costs
+from .measure import Call, machine, ratios, summary, timed, write
+from .models import AVERAGED_IN, MODELS
+from .peers import LIMIT, OURS, PEERS, Peer, built, event, limit, update_of
+from .report import draw, show
+
+MOMENTUM = 0.001
+
+
+def costs(model: nn.Module, dtype: torch.dtype | None, rounds: int, updates_only: bool) -> dict[str, Any]:
+    """For "update", "state_dict", "swapped" and "construction" the figures of each peer that has it.
+
+    ``ms`` is the time of one, ``to_ours`` how many times as long as ours it took in the same round; of updates also
+    ``to_limit``. All are medians with quartiles.
+    """
+    peers, missing = built(PEERS, model, MOMENTUM, dtype)
+    updates = {name: update_of(peer) for name, peer in peers.items()} | {"event": event(), LIMIT: limit(model, dtype)}
+    figures: dict[str, Any] = {"missing": missing, "update": _figures(updates, rounds)}
+    if not updates_only:
+        few = max(2, rounds // 5)
+        swaps = {name: partial(_swap, peer) for name, peer in peers.items() if peer.swapped is not None}
+        figures["state_dict"] = _figures({name: peer.state_dict for name, peer in peers.items()}, rounds)
+        figures["swapped"] = _figures(swaps, few)
+        builds = {name: partial(PEERS[name], model, MOMENTUM, dtype) for name in peers}
+        del peers, updates, swaps  # or there would be two averages of each peer
+        figures["construction"] = _figures(builds, few)
+    return figures
+
+
+def _figures(calls: dict[str, Call], rounds: int) -> dict[str, Any]:
+    times = timed(calls, range(rounds))
+    return {
+        name: {
+            "ms": summary(times[name], 1000),
+            "to_ours": summary(ratios(times[name], times[OURS])),
+            **({"to_limit": summary(ratios(times[name], times[LIMIT]))} if LIMIT in times else {}),
+        }
+        for name in calls
+    }
+
+
+def _swap(peer: Peer) -> None:
+    assert peer.swapped is not None
+    with peer.swapped():
+        pass
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """Inside, another process computes on the same cores, as it often is on a shared machine."""
+    other = multiprocessing.get_context("spawn").Process(target=_compute, daemon=True)
+    other.start()
+    try:
+        yield
+    finally:
+        other.terminate()
+        other.join()
+
+
+def _compute() -> None:
+    matrix = torch.ones(1024, 1024)
+    while True:
+        matrix @ matrix
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parsed(arguments)
-    figures = options.figures or _measured(options)
+    options = _parsed(arguments)
+    if options.from_json is not None:
+        figures = json.loads(options.from_json.read_text(encoding="utf-8"))
+    else:
+        figures = {**machine(options.device), "rounds": options.rounds, "models": {}, "contended": {}}
+        for name in options.models:
+            model, dtype = MODELS[name]().to(options.device), AVERAGED_IN.get(name)
+            figures["models"][name] = costs(model, dtype, options.rounds, updates_only=False)
+            if options.contended:
+                with busy():
+                    figures["contended"][name] = costs(model, dtype, options.rounds, updates_only=True)
+            print(f"{name} measured", flush=True)
     if options.json is not None:
-        write(options.json, figures, force=options.force)
-    output = console()
-    output.print(*tables(figures), sep="\n")
-    output.print(origin(figures), highlight=False, markup=False)
+        write(options.json, figures)
+    show(figures)
     if options.picture is not None:
-        draw(figures, options.picture, force=options.force)
+        draw(figures, options.picture)
 
 
-def _measured(options: Options) -> dict[str, Any]:
-    device, rounds = torch.device(options.device), _rounds(options.rounds)
-    # Without its thread, which would take turns with what is measured.
-    with Progress(console=Console(stderr=True), auto_refresh=False, transient=True) as progress:
-
-        def track(title: str, number: int) -> Any:
-            return progress.track(range(number), description=title)
-
-        measured = partial(model_costs, device=device, rounds=rounds, track=track)
-        trained = partial(training_costs, device=device, rounds=rounds["training"], track=track)
-        models = {name: measured(name) for name in options.models}
-        training = {name: trained(name) for name in options.training}
-    return {**machine(device), "rounds": rounds, "models": models, "training": training}
-
-
-def _rounds(updates: int) -> dict[str, int]:
-    """What moves a whole model and takes long gets fewer."""
-    few = max(2, updates // 5)
-    return {"update": updates, "state_dict": updates, "swapped": few, "construction": few, "training": updates}
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help="default: all"
+    )
+    parser.add_argument("--rounds", type=int, default=60, help="of each; a fifth of swaps and constructions")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--contended", action="store_true", help="measure again while another process is busy")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--picture", type=Path, help="draw the updates into this PNG")
+    parser.add_argument("--from-json", type=Path, help="measure nothing; show, and draw, the figures of this file")
+    parser.add_argument("--force", action="store_true", help="overwrite files")
+    options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error(f"--rounds should be at least 2, got {options.rounds}.")
+    for path in (options.json, options.picture):
+        if path is not None and path.exists() and not options.force:
+            parser.error(f"{path} exists; pass --force to overwrite it.")
+    return options
 
 
 if __name__ == "__main__":

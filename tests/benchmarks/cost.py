@@ -1,43 +1,26 @@
-"""What an update of a sharded average should cost by the bytes that it moves, and what it does cost here.
+"""What an update of a sharded average costs by the bytes that it moves, and what it takes here.
 
 ``python -m tests.benchmarks.cost`` times, in turns, the update of what one of several devices holds of a model that
 ``fully_shard`` has sharded, and one ``lerp_`` over contiguous memory, which gives the bandwidth.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import median
-from time import perf_counter
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from ignite_ema import ModelAverage
 
-__all__ = ["Blocks", "Weights", "held", "main", "milliseconds", "moved"]
+from .measure import ratios, timed
 
-WIDTH = 4096  # of a row, as in models of some billion parameters
-ROWS = WIDTH  # of a weight
+__all__ = ["held", "milliseconds", "moved"]
+
+WIDTH = 4096  # of a weight's rows, and their number, as in models of some billion parameters
 CONTIGUOUS = 2**27  # floats, by which the bandwidth is measured
-
-
-class Weights(nn.Module):
-    """One weight of which a device holds some rows."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(rows, WIDTH))
-
-
-class Blocks(nn.Module):
-    """As many weights as have ``parameters`` elements together, over ``devices``, of which this is one."""
-
-    def __init__(self, parameters: float, devices: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Weights(max(1, ROWS // devices)) for _ in range(round(parameters / ROWS / WIDTH)))
 
 
 def held(parameters: float, devices: int, bytes_of_average: int = 4) -> float:
@@ -55,59 +38,41 @@ def milliseconds(parameters: float, devices: int, bandwidth: float, bytes_per_pa
     return 1000 * moved(parameters, devices, bytes_per_parameter) / bandwidth
 
 
-@contextmanager
-def _group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _sharded(parameters: float, devices: int) -> Blocks:
-    model, mesh = Blocks(parameters, devices), dist.init_device_mesh("cpu", (1,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
+def sharded(parameters: float, devices: int) -> nn.Module:
+    """What one of the devices holds of a model of square weights, sharded."""
+    mesh, rows = dist.init_device_mesh("cpu", (1,)), max(1, WIDTH // devices)
+    model = nn.Sequential(*(nn.Linear(WIDTH, rows, bias=False) for _ in range(round(parameters / WIDTH**2))))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
-
-
-def _seconds(average: ModelAverage) -> float:
-    start = perf_counter()
-    average.update(0.001)
-    return perf_counter() - start
-
-
-def _bandwidth(ours: Tensor, theirs: Tensor) -> float:
-    start = perf_counter()
-    ours.lerp_(theirs, 0.001)
-    return 12 * ours.numel() / (perf_counter() - start)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints one line for each number of devices."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.cost", description=__doc__)
     parser.add_argument("--parameters", type=float, default=1e9, help="of the whole model (default: %(default)g)")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 1024], help="default: 1 8 1024")
-    parser.add_argument("--rounds", type=int, default=20, help="median of so many (default: %(default)s)")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 1024])
+    parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args(arguments)
     ours, theirs = torch.zeros(CONTIGUOUS), torch.ones(CONTIGUOUS)
-    with _group():
-        for devices in options.devices:
-            model = _sharded(options.parameters, devices)
-            with torch.device("meta"):
-                twin = _sharded(options.parameters, devices)
-            average = ModelAverage(model, ema_model=twin)
-            size = sum(parameter.numel() for parameter in model.parameters())
-            _seconds(average), _bandwidth(ours, theirs)
-            rounds = [(_seconds(average), _bandwidth(ours, theirs)) for _ in range(options.rounds)]
-            seconds, bandwidth = (median(column) for column in zip(*rounds, strict=True))
-            times = median(1000 * seconds / milliseconds(size, 1, bandwidth) for seconds, bandwidth in rounds)
-            print(
-                f"{size:,} of {options.parameters:g} parameters on one of {devices:,} devices, in "
-                f"{len(list(model.parameters()))} tensors: {1000 * seconds:.3g} ms measured, "
-                f"{milliseconds(size, 1, bandwidth):.3g} ms computed at {bandwidth / 1e9:.3g} GB/s "
-                f"({times:.2f} times as long, median of {options.rounds} rounds)"
-            )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for devices in options.devices:
+        model = sharded(options.parameters, devices)
+        with torch.device("meta"):
+            twin = sharded(options.parameters, devices)
+        average = ModelAverage(model, ema_model=twin)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        calls = {"update": lambda average=average: average.update(0.001), "lerp": lambda: ours.lerp_(theirs, 0.001)}
+        times = timed(calls, range(options.rounds))
+        bandwidths = [12 * CONTIGUOUS / seconds for seconds in times["lerp"]]
+        computed = [milliseconds(size, 1, bandwidth) / 1000 for bandwidth in bandwidths]
+        print(
+            f"{size:,} of {options.parameters:g} parameters on one of {devices:,} devices, in "
+            f"{len(list(model.parameters()))} tensors: {1000 * median(times['update']):.3g} ms measured, "
+            f"{1000 * median(computed):.3g} ms computed at {median(bandwidths) / 1e9:.3g} GB/s "
+            f"({median(ratios(times['update'], computed)):.2f} times as long, median of {options.rounds} rounds)"
+        )
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""How exact the averages are: ``python -m tests.benchmarks.fidelity`` compares each with one that float64 computes."""
+"""How exact the averages are: ``python -m tests.benchmarks.fidelity`` compares each with one that float64 computes.
+
+The weights of a small model stay as they are, or walk at random. What is averaged is what the model holds, rounded to
+its type, so that the error is that of the averaging alone.
+"""
 
 import argparse
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,17 +14,15 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from torch import Tensor, nn
 
-from .arguments import check_target
-from .errors import measure, small
-from .figures import write
-from .machine import machine
-from .peers import OURS, PEERS, ignite_ema
-from .tables import console
+from .measure import machine, write
+from .peers import OURS, PEERS, Build, built, ignite_ema, update_of
+from .report import console
 
-__all__ = ["HELD", "MOMENTA", "STEPS", "STOCHASTIC", "main", "percent"]
+__all__ = ["HELD", "STOCHASTIC", "percent"]
 
-# What holds the average: the types of the weights and of the average. Those that need the same memory stand together.
+# What holds the average: the types of the weights and of the average.
 HELD: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "float32": (torch.float32, torch.float32),
     "float32 of bfloat16 weights": (torch.bfloat16, torch.float32),
@@ -28,43 +30,98 @@ HELD: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "float16": (torch.float16, torch.float16),
 }
 MOMENTA = (1e-2, 2e-4, 1e-5)
-# Of each update, relative to the size of the weights of its tensor. 1e-3 is a rule of thumb for what optimisers do; as
-# these steps do not depend on each other, 10,000 of them change a weight by a tenth of its size.
+# Of each update, relative to the size of the weights of its tensor. Optimizers move weights by about 1e-3 of their
+# size; as these steps do not depend on each other, 10,000 of them change a weight by a tenth of its size.
 STEPS = {"constant": 0.0, "walk": 1e-3}
 STOCHASTIC = f"{OURS}, stochastic_rounding=True"
-_TIE = 1.02  # errors that differ by less are called equal
-_STALLED = 0.01  # of the way
-_CAPTION = """\
-drift: how far averages of constant weights have moved, relative to the weights; should be 0.
-error: of averages of weights that walk at random, in percent of the way that they should have gone.
-    Both are root mean squares; * marks the best of a column, ties within 2 % included.
-gone: what the average has gone of that way, 100 % where it is right but for noise. One that has gone
-    less than 1 % has stalled. Columns are momenta."""
+
+
+def measure(
+    model: nn.Module, builds: Mapping[str, Build], dtype: torch.dtype, momentum: float, step: float, updates: int
+) -> dict[str, Any]:
+    """Averages ``model`` by all of ``builds`` at once while it walks in steps of ``step``, relative to its weights.
+
+    Returns:
+        ``peers``: for each ``error``, relative to the exact average, and ``error_of_way``, relative to how far the
+        exact average has gone from the initial weights: 1 where it has stalled, None where there is no way.
+        ``missing``: those that cannot, and why.
+    """
+    own = {parameter.dtype for parameter in model.parameters()} == {dtype}
+    peers, missing = built(builds, model, momentum, None if own else dtype)
+    fire = [update_of(peer) for peer in peers.values()]
+    start = _flat(model.parameters())
+    exact = start.clone()
+    with torch.no_grad():
+        for weights in _walk(model, step, updates):
+            for update in fire:
+                update()
+            exact.lerp_(weights, momentum)
+    way, size = _rms(exact - start), _rms(exact)
+    errors = {name: _rms(_flat(peer.averaged()) - exact) for name, peer in peers.items()}
+    figures = {
+        name: {"error": error / size, "error_of_way": error / way if way else None} for name, error in errors.items()
+    }
+    return {"peers": figures, "missing": missing}
+
+
+def small(dtype: torch.dtype) -> nn.Module:
+    """Three layers whose weights have sizes of .02, .1 and 1; the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))
+    for layer, size in zip(model, (0.02, 0.1, 1.0), strict=True):
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=size, generator=generator)
+    return model.to(dtype)
+
+
+def _walk(model: nn.Module, step: float, updates: int) -> Iterator[Tensor]:
+    """Sets the weights of the model, and gives them: the initial ones twice, since some copy them, then a walk."""
+    parameters: list[Tensor] = list(model.parameters())
+    generator = torch.Generator().manual_seed(1)
+    position = _flat(parameters)
+    sizes = torch.cat([torch.full((p.numel(),), _rms(p.detach()), dtype=torch.float64) for p in parameters])
+    weights = torch.empty_like(position)
+    parts = torch.split(weights, [p.numel() for p in parameters])
+    views = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+    for index in range(-2, updates):
+        if index >= 0 and step:
+            position += step * sizes * torch.randn(sizes.shape, generator=generator, dtype=torch.float64)
+        weights.copy_(position.to(parameters[0].dtype))
+        torch._foreach_copy_(parameters, views)
+        yield weights
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def _rms(tensor: Tensor) -> float:
+    return tensor.double().square().mean().sqrt().item()
+
+
+def percent(part: float) -> str:
+    """Two digits, but three from 100 % on."""
+    return f"{100 * part:.2g} %" if part < 0.995 else f"{100 * part:.0f} %"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a table for each type that holds the average."""
-    parser = _parser()
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.fidelity", description=__doc__)
+    parser.add_argument("--updates", type=int, default=10_000)
+    parser.add_argument("--json", type=Path, help="write the figures to this file, over one that is there")
     options = parser.parse_args(arguments)
-    if problem := _problem(options):
-        parser.error(problem)
-    output, held = console(), {}
-    output.print(_CAPTION, highlight=False)
-    for name, types in HELD.items():
-        with output.status(f"Averaging in {name} …"):
-            held[name] = _measured(options.peers, types, options.updates)
-        output.print(_table(name, held[name]))
+    torch.set_num_threads(1)  # on tensors this small, threads wait for each other longer than they compute
+    held = {name: _measured(*types, options.updates) for name, types in HELD.items()}
     if options.json is not None:
-        figures = {**machine(torch.device("cpu")), "updates": options.updates, "steps": STEPS, "held": held}
-        write(options.json, figures, force=options.force)
+        write(options.json, {**machine("cpu"), "updates": options.updates, "steps": STEPS, "held": held})
+    for name, figures in held.items():
+        console().print(_table(name, figures))
 
 
-def _measured(names: Sequence[str], types: tuple[torch.dtype, torch.dtype], updates: int) -> dict[str, Any]:
+def _measured(weights: torch.dtype, average: torch.dtype, updates: int) -> dict[str, Any]:
     """The figures of all momenta and walks."""
-    weights, average = types
-    builds = {name: PEERS[name] for name in names}
-    if OURS in builds and average.itemsize == 2:
-        builds = {OURS: builds.pop(OURS), STOCHASTIC: partial(ignite_ema, stochastic_rounding=True), **builds}
+    builds = dict(PEERS)
+    if average.itemsize == 2:
+        builds[STOCHASTIC] = partial(ignite_ema, stochastic_rounding=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A momentum of .* is too small")  # which is what the table shows
         run = partial(measure, builds=builds, dtype=average, updates=updates)
@@ -75,69 +132,18 @@ def _measured(names: Sequence[str], types: tuple[torch.dtype, torch.dtype], upda
 
 
 def _table(name: str, figures: Mapping[str, Any]) -> Table:
-    cases = list(figures.values())
-    drifts = [_best(case["constant"], "error", _short) for case in cases]
-    errors = [_best(case["walk"], "error_of_way", percent) for case in cases]
-    columns = drifts + errors + [_gone(case["walk"]) for case in cases]
-    title = f"Average in {name}: {HELD[name][1].itemsize} bytes per weight"
-    table = Table("peer", title=title, box=SIMPLE_HEAD, padding=0, pad_edge=False, caption_justify="left")
-    for what in ("drift", "error", "gone"):
+    table = Table("", title=f"Average in {name}", box=SIMPLE_HEAD, caption_justify="left")
+    table.caption = "drift: of constant weights, relative to them. error: of walking weights, in percent of their way."
+    for what in ("drift", "error"):
         for momentum in figures:
             table.add_column(f"{what}\n{momentum}", justify="right")
+    cases = list(figures.values())
     for peer in cases[0]["walk"]["peers"]:
-        table.add_row(peer.replace(", ", ",\n"), *(column[peer] for column in columns))
-    missing = cases[0]["walk"]["missing"]
-    for peer in missing:
-        table.add_row(peer, *("–" for _ in columns))
-    table.caption = "\n".join(f"– {peer}: {reason}" for peer, reason in missing.items()) or None
+        drifts = [f"{case['constant']['peers'][peer]['error']:.1e}" for case in cases]
+        table.add_row(peer, *drifts, *(percent(case["walk"]["peers"][peer]["error_of_way"]) for case in cases))
+    for peer, reason in cases[0]["walk"]["missing"].items():
+        table.add_row(f"{peer}: {reason}")
     return table
-
-
-def _best(case: Mapping[str, Any], name: str, shown: Callable[[float], str]) -> dict[str, str]:
-    errors = {peer: figures[name] for peer, figures in case["peers"].items()}
-    best = _TIE * min(errors.values(), default=0)
-    return {
-        peer: f"[bold green]{shown(error)}*[/]" if error <= best else f"{shown(error)} "
-        for peer, error in errors.items()
-    }
-
-
-def _gone(case: Mapping[str, Any]) -> dict[str, str]:
-    parts = {peer: figures["gone"] for peer, figures in case["peers"].items()}
-    return {peer: "[red]stalled[/]" if part < _STALLED else f"{100 * part:.0f} %" for peer, part in parts.items()}
-
-
-def _short(value: float) -> str:
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}" if value else "0"
-
-
-def percent(part: float) -> str:
-    """Two digits, but three from 100 % on."""
-    return f"{100 * part:.2g} %" if part < 0.995 else f"{100 * part:.0f} %"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.fidelity", description=__doc__)
-    parser.add_argument("--updates", type=int, default=10_000, help="of each average (default: %(default)s)")
-    parser.add_argument(
-        "--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER", help=f"of {', '.join(PEERS)}"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE as well")
-    parser.add_argument("--force", action="store_true", help="overwrite FILE")
-    return parser
-
-
-def _problem(options: argparse.Namespace) -> str | None:
-    if options.updates < 1:
-        return f"--updates should be at least 1, got {options.updates}."
-    if options.json is None:
-        return "--force should come with --json FILE." if options.force else None
-    try:
-        check_target("--json", options.json, options.force)
-    except ValueError as problem:
-        return str(problem)
-    return None
 
 
 if __name__ == "__main__":

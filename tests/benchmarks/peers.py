@@ -71,13 +71,9 @@ Build: TypeAlias = Callable[[nn.Module, float, "torch.dtype | None"], Peer]
 
 
 def ignite_ema(
-    model: nn.Module,
-    momentum: float = _MOMENTUM,
-    dtype: torch.dtype | None = None,
-    *,
-    stochastic_rounding: bool = False,
+    model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None, **options: bool
 ) -> Peer:
-    handler = EMAHandler(model, momentum=momentum, dtype=dtype, stochastic_rounding=stochastic_rounding)
+    handler = EMAHandler(model, momentum=momentum, dtype=dtype, **options)
     return Peer(handler.attach, handler.ema_model.parameters, handler.state_dict, handler.swapped)
 
 

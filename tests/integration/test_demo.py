@@ -8,17 +8,16 @@ import torch
 from matplotlib import image
 
 from ignite_ema import demo
+from ignite_ema.demo import __main__ as command
 
 QUICK = ["--epochs", "2", "--seeds", "1"]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stopped:
-        demo.main(arguments)
+        command.main(arguments)
     assert stopped.value.code == 2
-    sentence = capsys.readouterr().err
-    assert sentence.count("\n") == 1
-    return sentence
+    return capsys.readouterr().err
 
 
 def test_the_command_trains_resumes_and_reports(tmp_path: Path) -> None:
@@ -50,12 +49,12 @@ def test_a_resumed_run_that_differs_by_one_bit_fails(
         bias[0] = torch.nextafter(bias[0], bias[1])
         return run
 
-    original = demo.stopped_and_resumed
-    monkeypatch.setattr(demo, "stopped_and_resumed", perturbed)
-    assert demo.main([*QUICK, "--out", str(tmp_path)]) == 1
-    message = capsys.readouterr().err.splitlines()[-1]
+    original = command.stopped_and_resumed
+    monkeypatch.setattr(command, "stopped_and_resumed", perturbed)
+    assert command.main([*QUICK, "--out", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
     assert "should end with the bits" in message
-    assert "first in 'ema_model.7.bias'" in message
+    assert "['ema_model']['7.bias']" in message
 
 
 def test_the_batches_of_a_resume_are_the_rest_of_the_whole_run() -> None:
@@ -69,34 +68,11 @@ def test_the_batches_of_a_resume_are_the_rest_of_the_whole_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("got", "path"),
-    [
-        ({"a": {"x": torch.tensor([0.0])}, "b": [1]}, None),
-        ({"a": {"x": torch.tensor([-0.0])}, "b": [1]}, "a.x"),
-        ({"a": {"x": torch.tensor([0.0]).double()}, "b": [1]}, "a.x"),
-        ({"a": {"x": torch.tensor(0.0)}, "b": [1]}, "a.x"),
-        ({"a": {"x": torch.tensor([0.0])}, "b": [2]}, "b.0"),
-        ({"a": {"x": torch.tensor([0.0])}, "b": [1.0]}, "b.0"),
-        ({"a": {}, "b": [1]}, "a.x"),
-        ({"a": {"x": torch.tensor([0.0])}, "b": [1], "c": None}, "c"),
-    ],
-)
-def test_the_first_difference_is_named(got: dict[str, object], path: str | None) -> None:
-    assert demo.first_difference({"a": {"x": torch.tensor([0.0])}, "b": [1]}, got) == path
-
-
-def test_a_nan_equals_itself() -> None:
-    assert demo.first_difference({"x": torch.tensor(torch.nan)}, {"x": torch.tensor(torch.nan)}) is None
-
-
-@pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("--epochs", "1", "from 2 to 999, got '1'; leave it out for 20"),
-        ("--epochs", "many", "a whole number from 2 to 999, got 'many'"),
-        ("--seeds", "0", "from 1 to 99, got '0'"),
-        ("--seed", "-1", "from 0 to 999999, got '-1'"),
-        ("--speed", "3", "unrecognized arguments: --speed 3; see --help"),
+        ("--epochs", "1", "--epochs should be at least 2, got 1"),
+        ("--seeds", "0", "--seeds should be at least 1, got 0"),
+        ("--seed", "-1", "--seed should be at least 0, got -1"),
     ],
 )
 def test_a_bad_option_is_refused(
@@ -120,7 +96,7 @@ def test_a_file_in_place_of_the_directory_is_refused(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    assert "a directory to write to, got" in refusal(capsys, "--out", str(file / below), "--force")
+    assert "--out should be a directory, got" in refusal(capsys, "--out", str(file / below), "--force")
     assert file.read_text() == "mine"
 
 
@@ -130,7 +106,7 @@ def test_a_missing_extra_is_named_with_the_way_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     sentence = refusal(capsys, "--out", str(tmp_path / "out"))
-    assert f"got no {module}; " in sentence
+    assert f"the demo needs {module}, which is not installed" in sentence
     assert 'pip install "ignite-ema[demo]"' in sentence
     assert not (tmp_path / "out").exists()
 
@@ -138,6 +114,6 @@ def test_a_missing_extra_is_named_with_the_way_to_get_it(
 def test_force_writes_over_an_earlier_demo_and_leaves_the_rest(tmp_path: Path) -> None:
     for name in ("demo.png", "best_seed0.pt", "mine.pt"):
         (tmp_path / name).write_text("mine")
-    assert demo.main([*QUICK, "--force", "--out", str(tmp_path)]) == 0
+    assert command.main([*QUICK, "--force", "--out", str(tmp_path)]) == 0
     assert image.imread(tmp_path / "demo.png").shape[:2] == (450, 900)
     assert (tmp_path / "mine.pt").read_text() == "mine"

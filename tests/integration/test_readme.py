@@ -22,7 +22,7 @@ from tests.benchmarks import cost
 from tests.benchmarks.fidelity import HELD, STOCHASTIC, percent
 from tests.benchmarks.models import MODELS
 from tests.benchmarks.peers import OURS
-from tests.benchmarks.tables import multiple
+from tests.benchmarks.report import multiple
 
 README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text()

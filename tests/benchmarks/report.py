@@ -1,0 +1,105 @@
+"""The figures of the benchmark as tables and as a picture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .models import TITLES
+from .peers import LIMIT, OURS
+
+__all__ = ["console", "draw", "multiple", "origin", "show"]
+
+_COSTS = ("update", "construction", "state_dict", "swapped")
+_TICKS = (1, 3, 10, 30, 100, 300)
+
+
+def console() -> Console:
+    """Where tables are printed: on 100 columns where it is no terminal."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=100)
+
+
+def show(figures: Mapping[str, Any]) -> None:
+    output = console()
+    for title, models in (("", figures["models"]), (", while another process is busy", figures["contended"])):
+        for cost in _COSTS:
+            if models and all(cost in model for model in models.values()):
+                output.print(_table(cost + title, cost, models))
+    output.print(origin(figures), highlight=False)
+
+
+def _table(title: str, cost: str, models: Mapping[str, Any]) -> Table:
+    table = Table("", "ms", "× ours", "quartiles", "× limit", title=title, box=SIMPLE_HEAD, title_justify="left")
+    for name, model in models.items():
+        table.add_row(f"[bold]{TITLES[name]}[/]")
+        for peer, figure in model[cost].items():
+            ours, limit = figure["to_ours"], figure.get("to_limit")
+            spread = f"{multiple(ours['q1'])} to {multiple(ours['q3'])}"
+            table.add_row(
+                f"  {peer}",
+                f"{figure['ms']['median']:.3g}",
+                multiple(ours["median"]),
+                spread,
+                multiple(limit["median"]) if limit else "",
+                style="green" if peer.startswith(OURS) else "",
+            )
+        for peer, reason in model["missing"].items():
+            table.add_row(f"  {peer}: {reason}")
+    return table
+
+
+def multiple(ratio: float) -> str:
+    """Two digits, but three about 1."""
+    digits = 3 if 0.9 < ratio < 1.1 else 2
+    return f"{ratio:.{digits}g}" if ratio < 99.5 else f"{ratio:.0f}"
+
+
+def origin(figures: Mapping[str, Any]) -> str:
+    """Where the figures come from, in one line."""
+    packages = figures["packages"]
+    threads = f", {figures['threads']} threads" if figures["device"] == "cpu" else ""
+    versions = f"torch {packages['torch']}, pytorch-ignite {packages['pytorch-ignite']}"
+    return f"{figures['device_name']}{threads}, {versions}, {figures['date'][:10]}"
+
+
+def draw(figures: Mapping[str, Any], path: Path) -> None:
+    """Writes a PNG of 1,600 pixels across: a panel for each model, a bar for each peer, from the limit on."""
+    from matplotlib.figure import Figure
+
+    models = figures["models"]
+    peers = list(dict.fromkeys(peer for model in models.values() for peer in (*model["update"], *model["missing"])))
+    peers = [peer for peer in peers if peer not in ("event", LIMIT)]
+    rows = -(-len(models) // 3)
+    figure = Figure(figsize=(8, 0.8 + rows * (0.5 + 0.22 * len(peers))), dpi=200, layout="constrained")
+    panels = figure.subplots(rows, min(3, len(models)), sharey=True, squeeze=False).flatten()
+    for panel in panels[len(models) :]:
+        panel.set_axis_off()
+    for axes, (name, model) in zip(panels, models.items(), strict=False):
+        update = model["update"]
+        for row, peer in enumerate(peers):
+            if peer not in update:
+                axes.text(1.1, row, "not available", fontsize=7, va="center", color="0.45")
+                continue
+            time = update[peer]["to_limit"]
+            color = "tab:blue" if peer.startswith(OURS) else "0.75"
+            axes.barh(row, time["median"] - 1, left=1, height=0.68, color=color)
+            axes.text(1.08 * max(1, time["median"]), row, f"{multiple(time['median'])}×", va="center", fontsize=7)
+        axes.set_xscale("log")
+        axes.set_xlim(1, 4 * max(figure["to_limit"]["median"] for figure in update.values()))
+        axes.set_xticks(ticks := [t for t in _TICKS if t <= axes.get_xlim()[1]], [f"{t}×" for t in ticks], fontsize=7)
+        axes.minorticks_off()
+        axes.set_yticks(range(len(peers)), peers, fontsize=8)
+        axes.set_ylim(len(peers) - 0.4, -0.6)
+        axes.tick_params(length=0)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.set_title(f"{TITLES[name]}\nlimit {update[LIMIT]['ms']['median']:.2g} ms", fontsize=8, loc="left")
+    figure.suptitle("Time of one update, as a multiple of the limit", x=0.01, ha="left", fontsize=11)
+    note = "The limit is one lerp_ that moves as many bytes. Logarithmic scales, from 1× on; medians.\n" + origin(
+        figures
+    )
+    figure.supxlabel(note, x=0.01, ha="left", fontsize=7, color="0.35")
+    figure.savefig(path, pil_kwargs={"optimize": True})
