@@ -1,10 +1,11 @@
 """Checks of arguments that several modules take, made before anything changes."""
 
 import numbers
+from collections.abc import Mapping
 
 from torch import Tensor
 
-__all__ = ["check_count", "checked_momentum"]
+__all__ = ["check_count", "check_saved_mapping", "checked_momentum"]
 
 
 def checked_momentum(value: object, what: str) -> float:
@@ -29,3 +30,29 @@ def check_count(value: object, name: str = "num_updates") -> None:
         raise TypeError(f"{name} should be an integer, got {value!r}: it counts updates.")
     if value < 0:
         raise ValueError(f"{name} should be 0 or more, got {value!r}: it counts updates.")
+
+
+def check_saved_mapping(state: object, kinds: Mapping[str, type | tuple[type, ...]], what: str) -> None:
+    """Raises TypeError or ValueError unless ``state`` has just these entries, each of its kind.
+
+    Args:
+        state: what was saved.
+        kinds: the type or types of each entry; ``bool`` counts as an ``int`` only where it is listed.
+        what: whose state it is, such as "an EMAHandler".
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"The state of {what} should be a mapping from its state_dict(), got {type(state).__name__}.")
+    for key in [*kinds, *state]:
+        if key not in state or key not in kinds:
+            fault = "misses" if key in kinds else "should not have"
+            raise ValueError(
+                f"The state of {what} should be what its state_dict() gave, but it {fault} {key!r}; load that, unchanged."
+            )
+    for key, kind in kinds.items():
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(state[key], allowed) or (isinstance(state[key], bool) and bool not in allowed):
+            names = " or ".join(one.__name__ for one in allowed)
+            raise TypeError(
+                f"{key!r} of the state should be of type {names}, got {type(state[key]).__name__}; load what "
+                "state_dict() gave, unchanged."
+            )
