@@ -46,7 +46,7 @@ def check_saved_mapping(state: object, kinds: Mapping[str, type | tuple[type, ..
         if key not in state or key not in kinds:
             fault = "misses" if key in kinds else "should not have"
             raise ValueError(
-                f"The state of {what} should be what its state_dict() gave, but it {fault} {key!r}; load that, unchanged."
+                f"The state of {what} should be what its state_dict() gave, but it {fault} {key!r}; load it unchanged."
             )
     for key, kind in kinds.items():
         allowed = kind if isinstance(kind, tuple) else (kind,)

@@ -16,7 +16,7 @@ def test_a_state_with_just_its_entries_is_accepted():
     ("state", "error", "message"),
     [
         (None, TypeError, r"The state of a thing should be a mapping from its state_dict\(\), got NoneType"),
-        ({}, ValueError, "but it misses 'count'; load that, unchanged"),
+        ({}, ValueError, "but it misses 'count'; load it unchanged"),
         ({**GOOD, "extra": 1}, ValueError, "but it should not have 'extra'"),
         ({**GOOD, 7: 1}, ValueError, "but it should not have 7"),
         ({**GOOD, "count": 1.5}, TypeError, "'count' of the state should be of type int, got float"),
