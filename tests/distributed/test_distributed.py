@@ -41,15 +41,13 @@ from tests.distributed.worker import (
     full_bits,
     full_tensors,
     is_sharded_case,
-    kill,
     local,
     local_bits,
     mesh,
-    run_world,
     sharded,
-    start_world,
     tensors,
 )
+from tests.helpers.worlds import run_world, start_world
 
 WORLDS = {
     "plain": [1],
@@ -581,13 +579,13 @@ def loads_all(folder):
 def test_a_kill_at_any_time_leaves_a_checkpoint_that_loads(tmp_path):
     names = [f"run{i}" for i in range(5)]
     for i, name in enumerate(names):
-        processes = start_world(tmp_path, 2, saves_until_killed, name)
+        running = start_world(tmp_path, 2, saves_until_killed, name)
         end = time.monotonic() + 30
         while not list((tmp_path / name).glob("checkpoint_*.pt")):
             assert time.monotonic() < end
             time.sleep(0.01)
         time.sleep(0.03 * i + 0.011)
-        kill(processes)
+        running.kill()
     assert set(run_world(tmp_path, 1, loads_all)[0]) == set(names)
 
 

@@ -12,7 +12,8 @@ from ignite_ema import PostHocEMA
 from ignite_ema.distributed import ShardedSaver, load_objects
 from ignite_ema.handlers import posthoc as snapshots
 from ignite_ema.posthoc import reconstruct, snapshot_files, stored
-from tests.distributed.worker import CASES, Net, full, is_sharded_case, run_world
+from tests.distributed.worker import CASES, Net, full, is_sharded_case
+from tests.helpers.worlds import run_world
 
 LAST = 8
 WORLDS = [(1, "plain"), (2, "DDP"), (2, "FSDP2")]

@@ -1,18 +1,6 @@
-"""What `test_distributed` runs in worlds of several processes: the models, and how a world is started and ended.
-
-The processes of all worlds are forked from one that has imported torch, so that a world costs a fraction of a second.
-"""
-
-import multiprocessing
-import os
-import traceback
-import warnings
-from datetime import timedelta
-from multiprocessing.connection import wait
-from time import monotonic
+"""The models and runs of the distributed tests."""
 
 import torch
-import torch._dynamo
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
@@ -23,88 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ignite_ema import EMAHandler
 from ignite_ema.distributed import ShardedSaver
-from tests.helpers import own_warnings
-
-TIMEOUT = 60  # seconds for a world; the longest needs five
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        *("pytest", "torch._dynamo.testing", "torch.distributed.fsdp", "torch.distributed.tensor.debug"),
-        *("torch.distributed.tensor", "ignite.distributed", "ignite_ema.distributed"),
-    ]
-)
-
-
-def start_world(folder, ranks, scenario, *args):
-    """Starts the processes, of which each calls `scenario(folder, *args)` in a process group of them all."""
-    group = folder / f"group-{monotonic()}"  # a file of its own, in which they find each other
-    processes = []
-    for rank in range(ranks):
-        receiver, sender = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_run, args=(sender, group, rank, ranks, scenario, folder, *args))
-        process.start()
-        sender.close()
-        processes.append((process, receiver))
-    return processes
-
-
-def run_world(folder, ranks, scenario, *args, timeout=TIMEOUT):
-    """What `scenario(folder, *args)` returns on each rank; raises what goes wrong, and leaves no process behind."""
-    processes = start_world(folder, ranks, scenario, *args)
-    waiting = {receiver: rank for rank, (_, receiver) in enumerate(processes)}
-    results, end = [None] * ranks, monotonic() + timeout
-    try:
-        while waiting:
-            for receiver in wait(list(waiting), max(0, end - monotonic())) or _timed_out(waiting, scenario, timeout):
-                rank = waiting.pop(receiver)
-                try:
-                    failed, results[rank] = receiver.recv()
-                except EOFError:
-                    processes[rank][0].join()
-                    failed, results[rank] = True, f"it ended with exit code {processes[rank][0].exitcode}"
-                if failed:
-                    raise AssertionError(f"{scenario.__name__} on rank {rank} of {ranks}:\n{results[rank]}")
-        for process, _ in processes:
-            process.join(max(1, end - monotonic()))
-    finally:
-        kill(processes)
-    return results
-
-
-def kill(processes):
-    for process, _ in processes:
-        process.kill()
-    for process, receiver in processes:
-        process.join()
-        receiver.close()
-
-
-def _timed_out(waiting, scenario, timeout):
-    raise TimeoutError(f"{scenario.__name__} should end within {timeout} s, but ranks {sorted(waiting.values())} run.")
-
-
-def _run(sender, group, rank, ranks, scenario, folder, *args):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    torch.set_num_threads(1)  # the bits of a sum depend on the number of threads
-    own_warnings.mark_own_warnings()
-    warnings.simplefilter("error", own_warnings.OwnWarning)
-    torch.manual_seed(0)
-    try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{group}", rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT)
-        )
-        result = scenario(folder, *args)
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-        sender.send((False, result))
-    except BaseException:
-        sender.send((True, traceback.format_exc()))
-        os._exit(1)  # without waiting for the others
-
-
-# The models.
 
 
 class Norm(nn.BatchNorm1d):
