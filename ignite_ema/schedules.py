@@ -278,7 +278,7 @@ class CopyUntil(_Checked):
 
     Args:
         n: how many updates copy.
-        schedule: the rule after that.
+        schedule: what follows the copies.
 
     As mmengine's averaged models do at the first update, and until ``begin_iter`` with ``EMAHook``.
     """
@@ -295,7 +295,7 @@ class Rescaled(_Checked):
     """λ(n) = 1 - (1 - schedule(n)) ^ factor: one update that stands for ``factor`` updates of the schedule.
 
     Args:
-        schedule: the rule.
+        schedule: the schedule to rescale.
         factor: for an update every ``factor`` iterations, or a batch ``factor`` times larger.
     """
 
