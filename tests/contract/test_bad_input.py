@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from ignite_ema import EMAHandler, ModelAverage, checkpoints, distributed, schedules
 from ignite_ema.cli import main
+from tests.helpers.models import net
 
 
 class Steps(EventEnum):
@@ -27,11 +28,6 @@ class Steps(EventEnum):
 
 class Said(Exception):
     """What the command said on stderr when it ended with 1."""
-
-
-def net(width=4):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
 
 
 class World:

@@ -2,7 +2,6 @@
 
 import io
 import warnings
-from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ignite_ema import EMAHandler, ModelAverage, schedules
-from tests.helpers.modules import module
+from tests.helpers.bits import bits, contents, storages, tensors
+from tests.helpers.models import compiled, frozen, module
 
 UPDATES = 10
 
@@ -38,10 +38,6 @@ PRECISIONS = {
     "complex64": (torch.complex64, None, torch.complex64),
 }
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12, torch.complex64: 1e-6}
-
-
-def compiled(module):
-    return torch.compile(module, backend="eager")
 
 
 def compiled_inside(model):
@@ -70,7 +66,7 @@ class Body(nn.Module):
         self.register_buffer("steps", values((), torch.int64))
 
 
-class Tied(nn.Module):
+class Typed(nn.Module):
     """A body, a head whose weight is the body's, and a frozen scale."""
 
     def __init__(self, dtype):
@@ -95,12 +91,6 @@ def values(shape, dtype):
     return (1 + torch.rand(shape, dtype=torch.float64)).to(dtype)
 
 
-def tensors(module):
-    """Parameters and buffers by name, without the names of wrappers; a tied one by its first name."""
-    named = chain(module.named_parameters(), module.named_buffers())
-    return {name.replace("_orig_mod.", "").removeprefix("module."): tensor.detach() for name, tensor in named}
-
-
 def tensors_themselves(module):
     return [*module.parameters(), *module.buffers()]
 
@@ -115,20 +105,6 @@ def wide(tensor):
 
 def relative_error(tensor, reference):
     return ((wide(tensor) - reference).abs() / reference.abs()).max().item()
-
-
-def bits(tensor):
-    return tensor.dtype, tensor.shape, tensor.detach().reshape(-1).view(torch.uint8).tolist()
-
-
-def all_bits(module):
-    return {name: bits(tensor) for name, tensor in tensors(module).items()}
-
-
-def storages(module):
-    """Where the memory of each tensor of a module begins; empty ones have none."""
-    pointers = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors(module).items()}
-    return {name: pointer for name, pointer in pointers.items() if pointer}
 
 
 def plain_loop(history, momenta):
@@ -168,9 +144,9 @@ def make(handle_buffers, momentum, precision, wrapper):
 
     def made(seed):
         torch.manual_seed(seed)
-        plain = Tied(dtype)
+        plain = Typed(dtype)
         model = WRAPPERS[wrapper](plain)
-        before = all_bits(plain)
+        before = contents(plain)
         rule = MAPPING if handle_buffers == "mapping" else handle_buffers
         handler = EMAHandler(model, MOMENTA[momentum], handle_buffers=rule, dtype=held_in)
 
@@ -215,7 +191,7 @@ def test_the_twin_is_a_plain_model_with_memory_of_its_own(trained, handle_buffer
     assert isinstance(twin, DataParallel) == (wrapper == "DataParallel")  # as Ignite has it
     plain = twin.module if wrapper == "DataParallel" else twin
     dtype, _, held_in = PRECISIONS[precision]
-    assert list(plain.state_dict()) == list(Tied(dtype).state_dict())
+    assert list(plain.state_dict()) == list(Typed(dtype).state_dict())
     assert list(tensors(plain)) == list(tensors(trained.plain))
     assert all(tensor.dtype in (held_in, torch.bool, torch.int64) for tensor in tensors(plain).values())
     assert plain.head.weight is plain.body.weight
@@ -228,12 +204,12 @@ def test_the_twin_is_a_plain_model_with_memory_of_its_own(trained, handle_buffer
 
 def test_the_online_model_is_left_alone(make):
     case = make(0)
-    assert all_bits(case.plain) == case.before
+    assert contents(case.plain) == case.before
     needed = [parameter.requires_grad for parameter in case.plain.parameters()]
     identities, before, after = list(map(id, tensors_themselves(case.plain))), [], []
-    case.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: before.append(all_bits(case.plain)))
+    case.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: before.append(contents(case.plain)))
     case.handler.attach(case.trainer)
-    case.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: after.append(all_bits(case.plain)))
+    case.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: after.append(contents(case.plain)))
     case.trainer.run(range(UPDATES))
     assert after == before
     assert list(map(id, tensors_themselves(case.plain))) == identities
@@ -246,7 +222,7 @@ def test_the_state_goes_through_a_file_bit_for_bit(trained, make):
     torch.save(trained.handler.state_dict(), file)
     file.seek(0)
     fresh = make(1).handler
-    assert all_bits(fresh.ema_model) != all_bits(trained.handler.ema_model)
+    assert contents(fresh.ema_model) != contents(trained.handler.ema_model)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     assert_same_state(fresh, trained.handler)
 
@@ -264,16 +240,12 @@ def test_a_checkpoint_of_ignite_brings_it_back_bit_for_bit(trained, make, tmp_pa
 
 
 def assert_same_state(handler, other):
-    assert all_bits(handler.ema_model) == all_bits(other.ema_model)
+    assert contents(handler.ema_model) == contents(other.ema_model)
     assert handler.num_updates == other.num_updates == UPDATES
     assert handler.state_dict()["current_momentum"] == other.state_dict()["current_momentum"]
 
 
 # From here on: what is special, one by one, on the engine-free core.
-
-
-def frozen(tensor):
-    return nn.Parameter(tensor, requires_grad=False)
 
 
 ROLES = pytest.mark.parametrize("role", [frozen, torch.Tensor.clone], ids=["parameter", "buffer"])
@@ -285,7 +257,7 @@ INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch
 @pytest.mark.parametrize("wrapper_name", WRAPPERS)
 def test_training_and_evaluating_through_a_wrapper(wrapper_name, process_group):
     torch.manual_seed(0)
-    plain = Tied(torch.float32)
+    plain = Typed(torch.float32)
     model = WRAPPERS[wrapper_name](plain)
     handler = EMAHandler(model, 0.25)
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=1e-3)
@@ -450,7 +422,7 @@ def test_a_momentum_of_1_copies_and_heals():
     average.module.weight.fill_(torch.nan)
     average.module.mask.fill_(torch.nan)
     average.update(1)
-    assert all_bits(average.module) == all_bits(model)
+    assert contents(average.module) == contents(model)
 
 
 def test_a_momentum_of_0_leaves_even_a_nan_out():
@@ -627,11 +599,11 @@ def test_memory_that_was_assigned_from_one_to_the_other_is_parted_at_the_update(
     average.update(0.5)
     source, target = (model, average.module) if into_twin else (average.module, model)
     target.load_state_dict(source.state_dict(), assign=True)
-    before = all_bits(model)
+    before = contents(model)
     average.update(0.5)
     assert set(storages(model).values()).isdisjoint(storages(average.module).values())
     average.module.weight.fill_(7.0)
-    assert all_bits(model) == before
+    assert contents(model) == before
 
 
 def test_a_buffer_that_is_replaced_in_every_iteration_is_followed():
@@ -766,24 +738,24 @@ def test_a_changed_structure_raises_each_time_and_leaves_the_average_alone(chang
     average = ModelAverage(model, mode)
     for _ in range(updates_before):
         average.update(0.5)
-    before = all_bits(average.module)
+    before = contents(average.module)
     for tensor in tensors(model).values():
         tensor.fill_(5)
     change(model)
     for attempt in (lambda: average.update(0.5), lambda: average.update(0.5), average.reset):
         with pytest.raises(RuntimeError, match=rf"keep the structure that it had .*, but {message}; make the change"):
             attempt()
-    assert all_bits(average.module) == before
+    assert contents(average.module) == before
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES.items(), ids=[change.__name__ for change in CHANGES])
 def test_a_twin_of_another_structure_raises(change, message):
     model, twin = two_layers(), two_layers()
     change(model)
-    before = all_bits(twin)
+    before = contents(twin)
     with pytest.raises(RuntimeError, match=rf"ema_model should have the structure of the model, but {message}; build"):
         ModelAverage(model, ema_model=twin)
-    assert all_bits(twin) == before
+    assert contents(twin) == before
 
 
 def test_a_twin_is_paired_by_name_and_not_by_position():
@@ -802,10 +774,10 @@ def test_a_twin_is_paired_by_name_and_not_by_position():
 def test_a_twin_of_ones_own_is_filled_and_put_into_its_mode(mode):
     torch.manual_seed(0)
     model, twin = two_layers(), two_layers()
-    assert all_bits(twin) != all_bits(model)
+    assert contents(twin) != contents(model)
     average = ModelAverage(model, mode, ema_model=twin)
     assert average.module is twin
-    assert all_bits(twin) == all_bits(model)
+    assert contents(twin) == contents(model)
     assert not any(parameter.requires_grad for parameter in twin.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert {part.training for part in twin.modules()} == {mode == "ema_train"}

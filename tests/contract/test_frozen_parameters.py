@@ -12,10 +12,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ignite_ema import EMAHandler, ModelAverage
-
-
-def frozen(tensor):
-    return nn.Parameter(tensor, requires_grad=False)
+from tests.helpers.bits import bits, contents, copied
+from tests.helpers.models import frozen, move
 
 
 class Adapted(nn.Module):
@@ -36,25 +34,8 @@ FROZEN = ["base.weight", "base.bias"]
 HELD = ["down", "up", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
 
 
-def bits(tensor):
-    tensor = tensor.detach().contiguous()
-    return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).tolist()
-
-
 def named(module):
-    return dict([*module.named_parameters(), *module.named_buffers()])
-
-
-def contents(module):
-    return {name: bits(tensor) for name, tensor in named(module).items()}
-
-
-def move(model):
-    """What a step of training does: gives other values to all that is not frozen."""
-    with torch.no_grad():
-        for tensor in named(model).values():
-            if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
-                tensor.copy_(torch.rand(tensor.shape) + 1)
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def sharing(model, *arguments, **options):
@@ -366,16 +347,15 @@ def test_a_swap_follows_what_was_replaced_too():
         assert shared_names(model, average.module) == FROZEN
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(3, 2).requires_grad_(False)
-        self.head = nn.Linear(2, 3)
-        self.head.weight = self.embedding.weight
+def tied_base():
+    model = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "head": nn.Linear(2, 3)})
+    model.embedding.requires_grad_(False)
+    model.head.weight = model.embedding.weight
+    return model
 
 
 def test_tied_frozen_parameters_are_shared_and_stay_tied():
-    model = Tied()
+    model = tied_base()
     average = sharing(model)
     twin = average.module
     assert twin.head.weight is twin.embedding.weight is model.embedding.weight
@@ -384,7 +364,7 @@ def test_tied_frozen_parameters_are_shared_and_stay_tied():
 
 
 def test_tied_frozen_parameters_that_are_replaced_together_are_followed():
-    model = Tied()
+    model = tied_base()
     average = sharing(model)
     twin = average.module
     model.embedding.weight = model.head.weight = frozen(torch.zeros(3, 2))
@@ -517,10 +497,6 @@ class Plain(nn.Module):
         self.register_buffer("cache", torch.zeros(2), persistent=False)
 
 
-def state_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 @pytest.fixture
 def pair():
     """An average, and another model of its kind, whose state can be loaded."""
@@ -534,7 +510,7 @@ def pair():
 def test_a_plain_state_is_loaded_and_what_it_has_no_place_for_stays(pair):
     average, other = pair
     online = contents(average.model)
-    average.load_plain(state_of(other))
+    average.load_plain(copied(other.state_dict()))
     assert contents(average.module) == {**contents(other), "cache": bits(torch.full((2,), 7.0))}
     assert average.module.head.weight is average.module.body.weight
     assert contents(average.model) == online
@@ -551,7 +527,7 @@ def test_parameters_alone_leave_the_buffers_alone(pair):
 @pytest.mark.parametrize("left_out", ["head.weight", "body.weight"])
 def test_a_tied_weight_may_have_either_name(pair, left_out):
     average, other = pair
-    state = state_of(other)
+    state = copied(other.state_dict())
     del state[left_out]
     average.load_plain(state)
     assert bits(average.module.head.weight) == bits(other.head.weight)
@@ -591,7 +567,7 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_does_not_fit_is_refused_and_changes_nothing(pair, why):
     average, other = pair
-    state, before = state_of(other), contents(average.module)
+    state, before = copied(other.state_dict()), contents(average.module)
     change, message = REFUSED[why]
     change(state)
     pattern = ".*".join(map(re.escape, message.split(".*"))) if ".*" in message else re.escape(message)
@@ -602,7 +578,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(pair, why):
 
 def test_tied_weights_that_are_nan_at_the_same_places_are_equal(pair):
     average, other = pair
-    state = state_of(other)
+    state = copied(other.state_dict())
     state["body.weight"][0, 0] = state["head.weight"][0, 0] = torch.nan
     average.load_plain(state)
     assert contents(average.module)["body.weight"] == bits(state["body.weight"])
@@ -618,15 +594,15 @@ def test_a_prefix_that_is_a_name_of_the_model_stays():
     model, other = (nn.ModuleDict({"module": Adapted()}) for _ in range(2))
     other.module.base.load_state_dict(model.module.base.state_dict())
     for average in (ModelAverage(model), ModelAverage(model, share_frozen=True)):
-        average.load_plain(state_of(other))
+        average.load_plain(copied(other.state_dict()))
         assert contents(average.module) == contents(other)
     frozen_throughout = nn.ModuleDict({"module": nn.Linear(1, 1)}).requires_grad_(False)
-    ModelAverage(frozen_throughout, share_frozen=True).load_plain(state_of(frozen_throughout))
+    ModelAverage(frozen_throughout, share_frozen=True).load_plain(copied(frozen_throughout.state_dict()))
 
 
 def test_a_narrower_type_is_loaded(pair):
     average, other = pair
-    average.load_plain(state_of(other.bfloat16()))
+    average.load_plain(copied(other.bfloat16().state_dict()))
     assert torch.equal(average.module.body.bias, other.body.bias.float())
 
 
@@ -679,11 +655,11 @@ def test_a_base_that_is_something_else_is_refused(wrong):
 
 
 def test_the_names_of_a_shared_base_may_be_tied():
-    model = Tied()
+    model = tied_base()
     average = sharing(model)
-    average.load_plain(state_of(model))
+    average.load_plain(copied(model.state_dict()))
     assert contents(average.module) == contents(model)
-    state = state_of(model)
+    state = copied(model.state_dict())
     state["head.weight"] += 1
     with pytest.raises(ValueError, match="'head.weight' is frozen and shared"):
         average.load_plain(state)
@@ -693,7 +669,7 @@ def test_the_names_of_a_shared_base_may_be_tied():
 def test_the_names_are_those_of_the_model_without_wrappers(wrap):
     plain, other = Plain(), Plain()
     average = ModelAverage(wrap(plain))
-    average.load_plain(state_of(other))
+    average.load_plain(copied(other.state_dict()))
     assert bits(average.state_dict()["body.weight"]) == bits(other.body.weight)
 
 

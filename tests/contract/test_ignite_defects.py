@@ -14,6 +14,7 @@ from ignite.handlers import Checkpoint
 from torch import nn
 
 from ignite_ema import EMAHandler, schedules
+from tests.helpers.models import constant
 
 # For brevity many tests move the weights before the run, which our handler warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:The model has other weights than when:UserWarning")
@@ -32,13 +33,6 @@ def compare(ours, theirs):
             pytest.param(ignite.handlers.EMAHandler, theirs, id="ignite", marks=of_ignite_0_5_5),
         ],
     )
-
-
-def constant(value, dtype=torch.float32):
-    """A model of one weight."""
-    model = nn.Linear(1, 1, bias=False, dtype=dtype)
-    nn.init.constant_(model.weight, value)
-    return model
 
 
 def chain(*values):

@@ -12,29 +12,19 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
-from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_map
 
 from ignite_ema import EMAHandler
 from ignite_ema.schedules import Constant
-from tests.helpers import training
+from tests.helpers import runs
+from tests.helpers.bits import assert_same_bits
 
 LAST = 47
 
 
-def assert_same_bits(one, other):
-    """Every leaf of two nested states is equal, tensors bit for bit; names the first that is not."""
-    leaves, spec = tree_flatten_with_path(one)
-    others, other_spec = tree_flatten_with_path(other)
-    assert spec == other_spec
-    for (path, leaf), (_, counterpart) in zip(leaves, others, strict=True):
-        assert type(leaf) is type(counterpart), path
-        same = torch.equal(leaf, counterpart) if isinstance(leaf, torch.Tensor) else leaf == counterpart
-        assert same, path
-
-
 @pytest.fixture(scope="module")
 def uninterrupted():
-    run = training.Run()
+    run = runs.Run()
     run.train(LAST)
     return run.states()
 
@@ -50,9 +40,9 @@ def saved(run):
 @pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize("stop", [1, 7, 10, 20, 33])
 def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, stop, attach_first):
-    first = training.Run()
+    first = runs.Run()
     first.train(stop)
-    second = training.Run(attach=attach_first)
+    second = runs.Run(attach=attach_first)
     Checkpoint.load_objects(second.objects(), saved(first))
     if not attach_first:
         second.attach()
@@ -61,9 +51,9 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, stop, attach_first
 
 
 def test_a_state_that_was_never_written_to_a_file_resumes_too(uninterrupted):
-    first = training.Run()
+    first = runs.Run()
     first.train(8)
-    second = training.Run()
+    second = runs.Run()
     Checkpoint.load_objects(second.objects(), {name: thing.state_dict() for name, thing in first.objects().items()})
     second.train(LAST)
     assert_same_bits(second.states(), uninterrupted)
@@ -79,7 +69,7 @@ def test_a_loaded_state_is_not_shared():
 def test_a_killed_process_resumes_with_the_same_bits(tmp_path, uninterrupted):
     """SIGKILL at six random places of the run, each time resumed from the newest checkpoint on disk."""
     chosen = random.Random(0)
-    script = [sys.executable, training.__file__, str(tmp_path), str(LAST)]
+    script = [sys.executable, runs.__file__, str(tmp_path), str(LAST)]
     iterations = sorted(chosen.sample(range(2, LAST), 6))
     for iteration in iterations:
         event = chosen.choice(["ITERATION_STARTED", "ITERATION_COMPLETED"])

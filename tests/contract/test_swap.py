@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ignite_ema import EMAHandler, ModelAverage
 from ignite_ema.averaging import kernels, swap
+from tests.helpers.bits import bits, contents
+from tests.helpers.models import Tied, move
 
 MODES = {
     "copy": "copy",
@@ -45,21 +47,6 @@ class Tensors(nn.Module):
         return torch.stack([tensor.detach().to_dense().to(torch.complex128).sum() for tensor in tensors]) * x.sum()
 
 
-class Tied(nn.Module):
-    """A batch norm, and two layers of one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(3, 3)
-        self.norm = nn.BatchNorm1d(3)
-        self.second = nn.Linear(3, 3, bias=False)
-        self.second.weight = self.first.weight
-        self.register_buffer("kept", torch.zeros(2))
-
-    def forward(self, x):
-        return self.second(self.norm(self.first(x))) + self.kept.sum()
-
-
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -68,6 +55,12 @@ class Recurrent(nn.Module):
 
     def forward(self, x):
         return self.lstm(x)[0] + self.kept
+
+
+def move_all(model):
+    move(model)
+    if isinstance(model, Tensors) and hasattr(model, "sparse"):
+        model.sparse = (torch.rand(3, 3) < 0.7).float().mul(torch.rand(())).to_sparse(layout=model.sparse.layout)
 
 
 def parameter(*shape, dtype=torch.float32):
@@ -110,28 +103,6 @@ def made_inside_inference_mode(make):
         return make()
 
 
-def move(model):
-    """Gives all tensors of a model other values; those of an inference_mode can be written to inside of one alone."""
-    with torch.inference_mode(any(tensor.is_inference() for tensor in model.parameters())), torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.layout is not torch.strided:
-                model.sparse = (torch.rand(3, 3) < 0.7).float().mul(torch.rand(())).to_sparse(layout=tensor.layout)
-            elif tensor.numel():
-                single = tensor[tuple(slice(1) if step == 0 else slice(None) for step in tensor.stride())]
-                single.copy_(torch.rand(single.shape) + 2 * torch.rand(()))
-
-
-def bits(tensor):
-    tensor = tensor.detach().to_dense().contiguous()
-    return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).tolist()
-
-
-def contents(module):
-    """The bits of every parameter and buffer, by name, tied ones too."""
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {name: bits(tensor) for name, tensor in named}
-
-
 def places(module):
     """What must be the same object in the same memory, in the same order, tied ones too."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -155,9 +126,9 @@ def computed(model, x=None):
 def averaged(model, *arguments, **options):
     """An average of ``model`` that is neither what it was at first, nor what it is now."""
     average = ModelAverage(model, *arguments, **options)
-    move(model)
+    move_all(model)
     average.update(0.25)
-    move(model)
+    move_all(model)
     return average
 
 

@@ -21,6 +21,8 @@ from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
 from ignite_ema import EMAHandler
+from tests.helpers.bits import copied
+from tests.helpers.models import Tied
 
 _FOLDER = tempfile.TemporaryDirectory()
 STEPS = 6
@@ -64,10 +66,6 @@ def train(model, after_step, steps=STEPS):
         optimizer.step()
         after_step()
     return optimizer
-
-
-def copied(tensors):
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def path_of(name):
@@ -271,22 +269,13 @@ def ignite():
     return Peer("Ignite", next(path.glob("*.pt")), copied(handler.ema_model.state_dict()), copied(model.state_dict()))
 
 
-class Tied(nn.Module):
+def tied():
     """A net with a tied weight and a buffer that no state dict has."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = net()
-        self.inner, self.outer = nn.Linear(2, 2), nn.Linear(2, 2)
-        self.outer.weight = self.inner.weight
-        self.register_buffer("seen", torch.zeros(1), persistent=False)
-
-    def forward(self, x):
-        return self.outer(self.inner(self.net(x)))
+    return nn.Sequential(OrderedDict(net=net(), tied=Tied(2)))
 
 
 def ignite_ema():
-    model, trainer = Tied(), Engine(lambda engine, batch: None)
+    model, trainer = tied(), Engine(lambda engine, batch: None)
     handler = EMAHandler(model, momentum=0.2, handle_buffers="update")
     handler.attach(trainer)
     handler.num_updates = 0  # or it would warn that the model moves before the first run

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from ignite_ema import EMAHandler
 from ignite_ema.schedules import EqualWeight, LinearWarmup
+from tests.helpers.bits import contents, copied, tensors
 
 
 def net(seed=0):
@@ -26,18 +27,6 @@ def samples(count=8):
         {"image": torch.randn(3, generator=generator), "label": torch.randn(1, generator=generator)}
         for _ in range(count)
     ]
-
-
-def bits(module):
-    return {
-        name: (one.dtype, one.detach().clone()) for name, one in [*module.named_parameters(), *module.named_buffers()]
-    }
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        one[name][0] == other[name][0] and torch.equal(one[name][1], other[name][1]) for name in one
-    )
 
 
 # Ignite alone, with automatic mixed precision and accumulated gradients
@@ -56,7 +45,7 @@ class Accumulating:
         self.handler = EMAHandler(self.model, LinearWarmup(0.1, 0.5, 4), handle_buffers="update", **options)
         self.handler.attach(self.trainer, optimizer=self.optimizer)
         self.parameters = []  # after each step
-        self.optimizer.register_step_post_hook(lambda *args: self.parameters.append(bits(self.model)))
+        self.optimizer.register_step_post_hook(lambda *args: self.parameters.append(copied(tensors(self.model))))
 
     def step(self, engine, batch):
         self.model.train()
@@ -87,14 +76,14 @@ def batches():
 
 def test_the_average_follows_the_steps_of_accumulated_gradients():
     run = Accumulating()
-    expected = {name: one.double() for name, (_, one) in bits(run.model).items()}
+    expected = {name: one.double() for name, one in tensors(run.model).items()}
     run.trainer.run(batches(), max_epochs=2)
     assert (run.handler.num_updates, len(run.parameters)) == (6, 6)
     for n, parameters in enumerate(run.parameters):
         momentum = LinearWarmup(0.1, 0.5, 4)(n)
-        expected = {name: (1 - momentum) * one + momentum * parameters[name][1] for name, one in expected.items()}
-    for name, (_, one) in bits(run.handler.ema_model).items():
-        due = expected[name] if one.is_floating_point() else run.parameters[-1][name][1].double()
+        expected = {name: (1 - momentum) * one + momentum * parameters[name] for name, one in expected.items()}
+    for name, one in tensors(run.handler.ema_model).items():
+        due = expected[name] if one.is_floating_point() else run.parameters[-1][name].double()
         torch.testing.assert_close(one.double(), due, rtol=1e-5, atol=1e-6)  # six updates in float32
 
 
@@ -115,9 +104,9 @@ def test_an_accumulating_run_resumes(tmp_path):
     first.trainer.run(batches(), max_epochs=1)
     second = Accumulating()
     Checkpoint.load_objects(second.objects(), tmp_path / checkpoint.last_checkpoint)
-    assert same(bits(second.handler.ema_model), bits(first.handler.ema_model))
+    assert contents(second.handler.ema_model) == contents(first.handler.ema_model)
     second.trainer.run(batches(), max_epochs=3)
-    assert same(bits(second.handler.ema_model), bits(whole.handler.ema_model))
+    assert contents(second.handler.ema_model) == contents(whole.handler.ema_model)
     assert second.handler.num_updates == whole.handler.num_updates == 9
 
 
@@ -134,10 +123,10 @@ def test_an_evaluation_in_autocast_sees_the_averaged_weights():
 
     @run.trainer.on(Events.EPOCH_COMPLETED)
     def evaluate():
-        before = bits(run.model)
+        before = contents(run.model)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             seen.append(evaluator.run(batches()).metrics["error"])
-        assert same(bits(run.model), before)
+        assert contents(run.model) == before
         twin = run.handler.ema_model
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             errors = [(twin(batch["image"]) - batch["label"]).square().mean() for batch in batches()]
@@ -207,11 +196,11 @@ class Monai:
 def test_monai_trainer_updates_the_average():
     run = Monai(momentum=EqualWeight())
     steps = []
-    run.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: steps.append(bits(run.model)))
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: steps.append(copied(tensors(run.model))))
     run.trainer.run()
     assert (run.handler.num_updates, len(steps)) == (4, 4)
     for name, one in run.handler.ema_model.named_parameters():
-        due = torch.stack([step[name][1].double() for step in steps]).mean(0)
+        due = torch.stack([step[name].double() for step in steps]).mean(0)
         torch.testing.assert_close(one.double(), due, rtol=1e-5, atol=1e-6)  # four updates in float32
 
 
@@ -222,12 +211,12 @@ def test_monai_evaluator_sees_the_averaged_weights():
 
     def look(module, inputs):
         if not module.training:  # MONAI's trainer puts it into train mode, the evaluator into eval mode
-            seen.append(same(bits(module), bits(run.handler.ema_model)))
+            seen.append(contents(module) == contents(run.handler.ema_model))
 
     run.model.register_forward_pre_hook(look)
     run.trainer.run()
     assert seen == [True] * 4
-    assert not same(bits(run.model), bits(run.handler.ema_model))
+    assert contents(run.model) != contents(run.handler.ema_model)
     error = run.evaluator.state.metrics["error"]
     with torch.no_grad():
         twin = copy.deepcopy(run.handler.ema_model).eval()
@@ -246,8 +235,8 @@ def test_monai_checkpoints_resume(tmp_path):
     second.load(saved)
     second.trainer.run()
     assert second.handler.num_updates == whole.handler.num_updates == 8
-    assert same(bits(second.handler.ema_model), bits(whole.handler.ema_model))
-    assert same(bits(second.model), bits(whole.model))
+    assert contents(second.handler.ema_model) == contents(whole.handler.ema_model)
+    assert contents(second.model) == contents(whole.model)
 
 
 @monai

@@ -11,6 +11,7 @@ from torch import nn
 from ignite_ema import EMAHandler, ModelAverage
 from ignite_ema.averaging import kernels
 from ignite_ema.averaging import offload as staging
+from tests.helpers.bits import contents
 
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device", allow_module_level=True)
@@ -39,7 +40,6 @@ def made(held_by_model=torch.float32, **options):
     return model, ModelAverage(model, **options)
 
 
-@torch.no_grad()
 def move(model):
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.add_(torch.ones_like(tensor) if not tensor.is_floating_point() else torch.rand_like(tensor))
@@ -168,12 +168,6 @@ class Run:
         self.trainer.run(range(3), max_epochs=epochs)
 
 
-def bits(module):
-    return {
-        n: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist() for n, t in module.state_dict().items()
-    }
-
-
 @pytest.fixture
 def deterministic():
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
@@ -196,21 +190,21 @@ def test_resuming_is_exact(tmp_path, options):
     Checkpoint.load_objects(resumed.objects, tmp_path / "checkpoint.pt")
     resumed.train(4)
     assert resumed.handler.num_updates == straight.handler.num_updates == 12
-    assert bits(resumed.model) == bits(straight.model)
-    assert bits(resumed.handler.ema_model) == bits(straight.handler.ema_model)
+    assert contents(resumed.model) == contents(straight.model)
+    assert contents(resumed.handler.ema_model) == contents(straight.handler.ema_model)
 
 
 @pytest.mark.parametrize("options", PLACES.values(), ids=PLACES)
 def test_swapping_is_exact(options):
     run = Run(**options)
     run.train(1)
-    before, averaged = bits(run.model), bits(run.handler.ema_model)
+    before, averaged = contents(run.model), contents(run.handler.ema_model)
     assert before != averaged
     with run.handler.swapped():
-        assert bits(run.model) == averaged
+        assert contents(run.model) == averaged
         assert all(tensor.device == DEVICE for tensor in run.model.state_dict().values())
-    assert bits(run.model) == before
-    assert bits(run.handler.ema_model) == averaged
+    assert contents(run.model) == before
+    assert contents(run.handler.ema_model) == averaged
 
 
 # The average on the CPU.

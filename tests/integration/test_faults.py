@@ -17,13 +17,13 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
-from torch import nn
 
 from ignite_ema import EMAHandler, checkpoints
 from ignite_ema.checkpoints import averaged_state_dict, load_file, read, save_file
 from ignite_ema.cli import main
 from ignite_ema.distributed import ShardedSaver, load_objects
-from tests.helpers import own_warnings, training
+from tests.helpers import own_warnings, runs
+from tests.helpers.models import net
 
 LAST = 100  # iterations; no checkpoint is taken at the last one
 KILLS = 6  # of each run
@@ -77,7 +77,7 @@ def newest(folder):
 
 def train(sender, folder, saver):
     """From the newest checkpoint to the last iteration, with a checkpoint every three."""
-    run = training.Run()
+    run = runs.Run()
     save = {"DiskSaver": DiskSaver, "ShardedSaver": ShardedSaver}[saver](folder, require_empty=False)
     checkpoint = Checkpoint(run.objects(), save, n_saved=2)
     run.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3), checkpoint)
@@ -145,11 +145,6 @@ def full_disk(room):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def net(seed=0, width=40):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
-
-
 def checkpoint_file(path):
     """A checkpoint of Ignite with an average; as safetensors the plain weights."""
     model, handler = net(), EMAHandler(net(1))
@@ -197,7 +192,7 @@ def test_export_to_a_full_disk_is_one_sentence(suffix, room, tmp_path, capsys):
 
 
 def test_a_run_whose_disk_is_full_has_its_last_checkpoint(tmp_path):
-    run = training.Run()
+    run = runs.Run()
     checkpoint = Checkpoint(run.objects(), DiskSaver(tmp_path), n_saved=2)
     run.train(20)
     checkpoint(run.trainer)
@@ -208,7 +203,7 @@ def test_a_run_whose_disk_is_full_has_its_last_checkpoint(tmp_path):
     assert content(tmp_path) == before
     run.train(40)
 
-    resumed = training.Run()
+    resumed = runs.Run()
     Checkpoint.load_objects(resumed.objects(), newest(tmp_path))
     resumed.train(40)
     torch.save(run.states(), tmp_path / "one.pt")

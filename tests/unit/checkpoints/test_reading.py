@@ -19,7 +19,7 @@ from torch import nn
 
 from ignite_ema import EMAHandler
 from ignite_ema.checkpoints import averaged_state_dict, load_file, read, save_file
-from tests.helpers.peer_files import MAKERS, Tied, averages_of, copied, equal, made, mmcv_state, net, prefixed
+from tests.helpers.peer_files import MAKERS, averages_of, copied, equal, made, mmcv_state, net, prefixed, tied
 
 EVERY = pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
 
@@ -59,12 +59,12 @@ def test_peer_one_level_inside(maker):
 
 
 def test_plain_state_dict_is_what_load_state_dict_takes():
-    handler = EMAHandler(Tied())
+    handler = EMAHandler(tied())
     file = {"trainer": {}, "ema_handler": handler.state_dict()}
-    Tied().load_state_dict(averaged_state_dict(file))
+    tied().load_state_dict(averaged_state_dict(file))
     tensors = averaged_state_dict(file)
-    assert tensors["inner.weight"].data_ptr() == tensors["outer.weight"].data_ptr()
-    assert "seen" not in tensors
+    assert tensors["tied.first.weight"].data_ptr() == tensors["tied.second.weight"].data_ptr()
+    assert "tied.cache" not in tensors
 
 
 def test_raw_weights_beside_an_average_without_names():
@@ -657,10 +657,10 @@ def test_what_was_read_outlives_the_file(suffix, tmp_path):
 
 
 def test_ties_of_a_file_stay_ties(tmp_path):
-    torch.save({"ema": Tied().state_dict()}, tmp_path / "file.pt")
+    torch.save({"ema": tied().state_dict()}, tmp_path / "file.pt")
     tensors = averaged_state_dict(tmp_path / "file.pt")
-    assert tensors["inner.weight"].data_ptr() == tensors["outer.weight"].data_ptr()
-    assert tensors["inner.weight"].untyped_storage().nbytes() == 16
+    assert tensors["tied.first.weight"].data_ptr() == tensors["tied.second.weight"].data_ptr()
+    assert tensors["tied.first.weight"].untyped_storage().nbytes() == 16
 
 
 def test_old_format(tmp_path):
@@ -764,7 +764,7 @@ SUFFIXES = pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
 def test_save_and_load(suffix, tmp_path):
     if suffix == ".safetensors":
         pytest.importorskip("safetensors")
-    _, averaged = averages_of(Tied())
+    _, averaged = averages_of(tied())
     averaged |= {
         "half": torch.randn(3).bfloat16(),
         "turned": torch.randn(3, 4).t(),
@@ -792,18 +792,18 @@ def test_views_are_saved_without_the_rest_of_their_memory(suffix, tmp_path):
 
 
 def test_ties_stay_in_a_torch_file(tmp_path):
-    model = Tied()
+    model = tied()
     long = torch.randn(100)
     save_file(model.state_dict() | {"v": long[:10], "w": long[:10]}, tmp_path / "tied.pt")
     loaded = load_file(tmp_path / "tied.pt")
-    for one, other in (("inner.weight", "outer.weight"), ("v", "w")):
+    for one, other in (("tied.first.weight", "tied.second.weight"), ("v", "w")):
         assert loaded[one].data_ptr() == loaded[other].data_ptr()
 
 
 def test_ties_in_safetensors(tmp_path):
     pytest.importorskip("safetensors")
-    save_file(Tied().state_dict(), tmp_path / "tied.safetensors")
-    assert equal(load_file(tmp_path / "tied.safetensors"), copied(Tied().state_dict()))
+    save_file(tied().state_dict(), tmp_path / "tied.safetensors")
+    assert equal(load_file(tmp_path / "tied.safetensors"), copied(tied().state_dict()))
 
 
 @SUFFIXES

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ignite_ema import EMAHandler, ModelAverage
 from ignite_ema.schedules import CopyUntil, EqualWeight, LinearWarmup
-from tests.helpers.modules import module
+from tests.helpers.bits import contents
+from tests.helpers.models import module, move
 
 # Only when the optimizer stepped
 
@@ -22,15 +23,6 @@ from tests.helpers.modules import module
 def linear(seed=0):
     torch.manual_seed(seed)
     return nn.Linear(3, 1)
-
-
-def bits(tensor):
-    tensor = tensor.detach().contiguous()
-    return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).tolist()
-
-
-def contents(module):
-    return {name: bits(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
 
 
 def backward(model, iteration):
@@ -462,12 +454,6 @@ def several(dtype, role):
         number=torch.tensor(3),
         last=nn.Parameter(torch.rand(3).bfloat16()),
     )
-
-
-def move(model):
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.copy_(torch.rand(tensor.shape) + 5)
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -6,11 +6,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ignite_ema import EMAHandler, schedules
-
-
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+from tests.helpers.models import net
 
 
 def averaged_model(updates=3):

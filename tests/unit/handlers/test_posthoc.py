@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from ignite_ema import EMAHandler, PostHocEMA, posthoc
 from ignite_ema.posthoc import PowerProfile, reconstruct, snapshot_files, stored
 from ignite_ema.schedules import PowerFunction
-from tests.helpers.modules import module
+from tests.helpers.models import Tied, module
 
 LAST = 40
 GAMMAS = [PowerProfile(sigma_rel).gamma for sigma_rel in (0.05, 0.10)]
@@ -189,18 +189,6 @@ def test_copied_buffers_go_with_the_newest_snapshot(tmp_path):
     assert torch.equal(got["1.running_mean"], run.history[-1]["1.running_mean"])
 
 
-class Tied(nn.Module):
-    """Tied weights, a buffer that is not persistent, and one that is a number."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(4, 3)
-        self.head = nn.Linear(3, 4, bias=False)
-        self.head.weight = self.embedding.weight
-        self.register_buffer("cache", torch.zeros(2), persistent=False)
-        self.register_buffer("scale", torch.tensor(1.5))
-
-
 def kept(model, dirname, values=(1.0, 2.0, 3.0), **options):
     """A PostHocEMA after updates at which all parameters have these values; a snapshot at each."""
 
@@ -219,10 +207,10 @@ def kept(model, dirname, values=(1.0, 2.0, 3.0), **options):
 def test_tied_weights_are_stored_once_and_rebuilt_tied(tmp_path):
     kept(Tied(), tmp_path)
     one = stored(tmp_path)[0]
-    assert sorted(one.averaged[0]) == ["cache", "embedding.weight", "scale"]
+    assert {"first.weight", "cache"} <= one.averaged[0].keys()
+    assert "second.weight" not in one.averaged[0]
     got = reconstruct(tmp_path, 0.1)
-    assert sorted(got) == ["embedding.weight", "head.weight", "scale"]
-    assert got["head.weight"] is got["embedding.weight"]
+    assert got["second.weight"] is got["first.weight"]
     Tied().load_state_dict(got, strict=True)
 
 

@@ -1,6 +1,6 @@
-"""A small training run that depends on nothing but its iteration: what the resume tests start, kill and resume.
+"""A small training run that depends on nothing but its iteration: the resume tests start it, kill it and resume it.
 
-``python training.py DIRECTORY LAST [KILL_AT EVENT]`` trains up to iteration LAST, from the newest checkpoint in
+``python runs.py DIRECTORY LAST [KILL_AT EVENT]`` trains up to iteration LAST, from the newest checkpoint in
 DIRECTORY if there is one, and writes the final state to DIRECTORY/final.pt. With KILL_AT and EVENT the process kills
 itself there.
 """
