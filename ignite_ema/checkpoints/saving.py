@@ -1,10 +1,19 @@
-"""Writes files of tensors: whole or not at all, and nothing over what is there unless asked."""
+"""Writes files of tensors: whole or not at all, and nothing over what is there unless asked.
 
+A file is written in a directory of its own beside its place, which nobody else can read, and then renamed. Its writer
+holds a lock there for as long as it lives, so that what a killed one has left can be told, and cleaned up.
+"""
+
+import errno
 import os
+import re
+import shutil
 import stat
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
 
 import torch
@@ -13,9 +22,16 @@ from torch import Tensor
 from .memory import compact
 from .safe_load import safetensors_for
 
-__all__ = ["check_target", "save_file", "whole_file"]
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["check_target", "clean_leftovers", "save_file", "sync_directory", "whole_file"]
 
 _SUFFIXES = (".pt", ".pth", ".safetensors")
+_PREFIX = ".ignite_ema-"  # of the directories in which files are written
+_LOCK = "lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CANNOT_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
 
 
 def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -48,10 +64,11 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
         if value.is_meta:
             raise ValueError(f"'{name}' should have values, got a tensor on the meta device; load its values first.")
     with whole_file(path, force=force) as temporary:
-        if path.suffix == ".safetensors":  # which would make it for the owner alone
+        if path.suffix == ".safetensors":
             safetensors_for(path).save_file(_alone(tensors), temporary, metadata={"format": "pt"})
         else:
-            torch.save(compact(tensors), temporary)
+            with temporary.open("wb") as file:  # of a path torch does not say why it could not write
+                torch.save(compact(tensors), file)
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -72,28 +89,136 @@ def _check_place(path: Path, force: bool) -> None:
 
 @contextmanager
 def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
-    """Gives a path beside ``path`` to be written to, and moves what was written to its place at the end.
+    """Gives an empty file to be written to, and moves it to ``path`` at the end.
 
+    From its first byte on it has the mode of what it replaces. When the block ends, file and move are on the disk.
     Raises as :func:`save_file` does; nothing is left behind then.
     """
     _check_place(path, force)
     target = path.resolve()
-    temporary = target.with_name(f".{uuid4().hex}{path.suffix}")
     try:
-        temporary.touch()
-        mode = (target if target.exists() else temporary).stat().st_mode
-        yield temporary
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(stat.S_IMODE(mode))
-        _put(temporary, target, path, force)
-    except (ImportError, OSError, TypeError):
+        clean_leftovers(target.parent)
+        with _private_directory(target.parent) as private:
+            temporary = private / target.name
+            mode = _make_alike(temporary, target)
+            yield temporary
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(mode)
+            _put(temporary, target, path, force)
+            sync_directory(target.parent)
+    except (FileExistsError, ImportError, MemoryError, TypeError):
         raise
-    except Exception as error:  # of safetensors, and of torch where the disk is full
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise OSError(f"'{path}' could not be written: {reason}") from error
+    except Exception as error:  # of safetensors and torch any, where the disk is full
+        raise _told(error, path) from error
+
+
+def _make_alike(temporary: Path, target: Path) -> int:
+    """Makes an empty file with the mode of ``target``, if there is one, but writable; returns the mode."""
+    if not target.exists():
+        temporary.touch()
+        return stat.S_IMODE(temporary.stat().st_mode)
+    mode = stat.S_IMODE(target.stat().st_mode)
+    temporary.touch(mode=stat.S_IRUSR | stat.S_IWUSR)
+    temporary.chmod(mode | stat.S_IRUSR | stat.S_IWUSR)
+    return mode
+
+
+@contextmanager
+def _private_directory(parent: Path) -> Iterator[Path]:
+    """A directory for the owner alone, with a lock that tells whether its maker lives; removed at the end."""
+    lock = _locked_directory(parent)
+    try:
+        yield Path(lock.name).parent
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(Path(lock.name).parent)
+        lock.close()
+
+
+def _locked_directory(parent: Path) -> BinaryIO:
+    while True:
+        private = parent / f"{_PREFIX}{uuid4().hex}"
+        private.mkdir(mode=stat.S_IRWXU)
+        try:
+            lock = (private / _LOCK).open("xb")
+        except FileNotFoundError:
+            continue  # another process has taken it for a leftover, so far without a lock
+        if sys.platform != "win32":
+            with suppress(OSError):  # a file system without locks, where nobody else gets one either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        if (private / _LOCK).exists():
+            return lock
+        lock.close()
+
+
+def clean_leftovers(directory: Path) -> None:
+    """Removes what killed writers have left in a directory; what a living one writes, on whatever machine, stays."""
+    for leftover in directory.glob(f"{_PREFIX}*"):
+        if leftover.is_symlink() or not leftover.is_dir():
+            continue
+        with suppress(OSError), (leftover / _LOCK).open("r+b") as lock:
+            if _is_free(lock):
+                _remove(leftover)
+        with suppress(OSError):  # killed before it had a lock
+            leftover.rmdir()
+
+
+def _is_free(lock: BinaryIO) -> bool:
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # it is held, or the file system knows no locks
+        return False
+    return True
+
+
+def _remove(private: Path) -> None:
+    for path in private.glob("*"):  # the lock last, so that another process can go on where this one is killed
+        if path.name != _LOCK:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(private, ignore_errors=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Waits until renames in a directory are on the disk, where the file system can say so."""
+    if sys.platform == "win32":
+        return
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
+def _told(error: Exception, path: Path) -> OSError:
+    """The error of a failed write in one sentence about ``path``, of the class and with the number of its cause."""
+    cause = _system_error(error)
+    if cause is None or cause.errno is None:
+        reason = str(error).partition("\n")[0].removesuffix(".") or type(error).__name__
+        return OSError(f"'{path}' should be written, but it could not be: {reason}.")
+    reason = os.strerror(cause.errno)
+    if cause.errno in _FULL:
+        told = OSError(
+            f"'{path}' should be written, but the disk is full ({reason}); make room there, or choose another place."
+        )
+    else:
+        told = type(cause)(f"'{path}' should be written, but the system says: {reason}; choose another place.")
+    told.errno = cause.errno
+    return told
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The error of the operating system behind another one: torch and safetensors raise errors of their own."""
+    while error is not None and not isinstance(error, OSError):
+        if number := re.search(r"\(os error (\d+)\)", str(error)):  # as Rust writes it
+            return OSError(int(number[1]), "")
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _put(temporary: Path, target: Path, path: Path, force: bool) -> None:
