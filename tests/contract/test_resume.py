@@ -66,6 +66,7 @@ def test_a_loaded_state_is_not_shared():
     assert first.ema_model.weight.abs().min() > 0
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_with_the_same_bits(tmp_path, uninterrupted):
     """SIGKILL at six random places of the run, each time resumed from the newest checkpoint on disk."""
     chosen = random.Random(0)

@@ -31,6 +31,7 @@ def test_a_tensor_of_the_model_that_is_put_into_the_twin_raises():
         average.update(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [2e-4, 1e-5])
 def test_constant_weights_do_not_drift_in_100_000_updates(momentum):
     model = nn.Linear(64, 1)

@@ -1,124 +1,168 @@
-"""The way of an average on the CPU to a model on a GPU, with a GPU that is made up; `test_cuda` has a real one."""
+"""The arithmetic of one update: every type of number, and the values that a formula gets wrong."""
 
-from contextlib import nullcontext
-from math import nan
-from weakref import WeakSet
+import warnings
 
 import pytest
 import torch
+from torch import nn
 
-from ignite_ema.averaging import kernels
-from ignite_ema.averaging import offload as staging
+from ignite_ema import ModelAverage
+from tests.helpers.bits import bits, contents
+from tests.helpers.models import frozen, module
 
-ALIVE = WeakSet()
-
-
-class Arrival:
-    """Stands for the event after copies: the values are there once it was waited for."""
-
-    def __init__(self, log, copies):
-        self.log, self.copies = log, copies
-        ALIVE.add(self)
-
-    def synchronize(self):
-        self.log.append("wait")
-        for value, copy in self.copies:
-            copy.copy_(value)
+ROLES = pytest.mark.parametrize("role", [frozen, torch.Tensor.clone], ids=["parameter", "buffer"])
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
+EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
+INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """Lets tensors pass for those of a GPU, whose values come when they are waited for; what was done is in the log."""
-    log = []
-
-    def send(online, side):
-        assert len(ALIVE) < 2  # the memory of two chunks is all that there is
-        log.append(f"send {len(online)}")
-        values = [torch.empty_like(value, requires_grad=False) for value in online]
-        for value in values:
-            value.fill_(nan if value.is_floating_point() else 99)
-        return values, Arrival(log, list(zip(online, values, strict=True)))
-
-    monkeypatch.setattr(staging, "_side_stream", lambda device: log.append("stream"))
-    monkeypatch.setattr(staging, "_send", send)
-    monkeypatch.setattr(staging, "_CHUNK", 1000)
-    return log
+# Types.
 
 
-def tensors(*sizes, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(len(sizes))
-    return [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+@ROLES
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_integers_and_booleans_are_copied(dtype, role):
+    model = module(tensor=role(torch.tensor([0, 1, 1]).to(dtype)))
+    average = ModelAverage(model, "update", dtype=torch.float64)
+    model.tensor.copy_(torch.tensor([1, 0, 1]))
+    average.update(0.25)
+    assert bits(average.module.tensor) == bits(torch.tensor([1, 0, 1]).to(dtype))
 
 
-SIZES = {
-    "one chunk": ((10, 20, 30), [3]),
-    "several": ((100, 100, 100, 100, 100), [2, 2, 1]),
-    "larger than a chunk": ((10, 999, 10, 999, 999), [1, 1, 1, 1, 1]),
-    "empty ones": ((0, 0, 250, 0), [4]),
-    "exactly one": ((250,), [1]),
-}
+@ROLES
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
+def test_eight_bit_floats_are_averaged_through_float32(dtype, role):
+    torch.manual_seed(0)
+    model = module(tensor=role((100 * torch.randn(50)).to(dtype)))
+    average = ModelAverage(model, "update")
+    due = model.tensor.detach().clone()
+    for _ in range(3):
+        model.tensor.copy_(100 * torch.randn(50))
+        average.update(0.3)
+        due = torch.lerp(due.float(), model.tensor.detach().float(), 0.3).to(dtype)
+    assert bits(average.module.tensor) == bits(due)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
-@pytest.mark.parametrize(("sizes", "chunks"), [(s, c) for s, c in SIZES.values()], ids=SIZES)
-def test_what_is_staged_is_averaged_as_what_is_not(gpu, sizes, chunks, dtypes, weight):
-    held, theirs = dtypes
-    averaged, online = tensors(*sizes, dtype=held), tensors(*sizes, 7, dtype=theirs)[:-1]
-    due = [average.clone() for average in averaged]
-    kernels._lerp_converted(due, online, weight)
-    kernels._lerp_staged(averaged, online, weight)
-    assert all(torch.equal(a, b) for a, b in zip(averaged, due, strict=True))
-    assert gpu == [] or weight
-    if weight and theirs is torch.float32:
-        sent = [f"send {n}" for n in chunks]
-        waits = ["wait"] * len(sent)
-        # one is ahead of the one that is waited for
-        order = [sent[0], *(x for pair in zip(sent[1:], waits[1:], strict=True) for x in pair), "wait"]
-        assert gpu == ["stream", *order]
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
+def test_eight_bit_floats_can_be_held_in_float32(dtype):
+    model = module(weight=frozen(torch.tensor([1.0]).to(dtype)))
+    average = ModelAverage(model, dtype=torch.float32)
+    model.weight.fill_(2.0)
+    average.update(0.125)
+    assert bits(average.module.weight) == bits(torch.tensor([1.125]))
 
 
-def test_integers_are_copied_the_same_way(gpu):
-    averaged, online = [torch.zeros(3, dtype=torch.int64)], [torch.arange(3)]
-    kernels._copy_staged(averaged, online, 0.0)
-    assert averaged[0].tolist() == [0, 1, 2]
-    assert gpu == ["stream", "send 1", "wait"]
+@ROLES
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_tensors_are_averaged(dtype, role):
+    model = module(tensor=role(torch.tensor([1 + 2j], dtype=dtype)))
+    average = ModelAverage(model, "update")
+    model.tensor.fill_(3 + 6j)
+    average.update(0.25)
+    assert bits(average.module.tensor) == bits(torch.tensor([1.5 + 3j], dtype=dtype))
 
 
-def test_what_is_sent_keeps_its_shapes(monkeypatch):
-    empty, done = torch.empty, []
-
-    class Side:
-        def record_event(self):
-            done.append("event")
-            return "arrived"
-
-    def pinned(size, dtype, pin_memory):
-        assert pin_memory
-        done.append((size, dtype))
-        return empty(size, dtype=dtype)
-
-    monkeypatch.setattr(torch, "empty", pinned)
-    monkeypatch.setattr(torch.cuda, "stream", lambda side: nullcontext(done.append("stream")))
-    online = [torch.randn(2, 3), torch.tensor(5.0), torch.randn(0, 4), torch.randn(2, 3, 4, 5), torch.randn(4, 6)[::2]]
-    online[3] = online[3].to(memory_format=torch.channels_last)
-    values, arrived = staging._send(online, Side())
-    assert arrived == "arrived"
-    assert done == [(6 + 1 + 0 + 120 + 12, torch.float32), "stream", "event"]
-    assert all(torch.equal(value, due) for value, due in zip(values, online, strict=True))
+def test_conjugate_views_are_averaged_by_value():
+    model = module(view=torch.tensor([1 + 2j]).conj())
+    average = ModelAverage(model, "update")
+    model.view = torch.tensor([3 + 6j]).conj()
+    average.update(0.25)
+    assert average.module.view.tolist() == [1.5 - 3j]
 
 
-class Far:
-    """As much of a tensor on a GPU as the choice of a kernel asks for."""
+@pytest.mark.parametrize(
+    ("dtype", "held_in"),
+    [(torch.bfloat16, torch.complex64), (torch.float32, torch.complex64), (torch.float64, torch.complex128)],
+    ids=str,
+)
+def test_complex_weights_are_held_in_the_complex_counterpart_of_dtype(dtype, held_in):
+    model = module(weight=nn.Parameter(torch.tensor([1 + 2j])))
+    assert ModelAverage(model, dtype=dtype).module.weight.dtype is held_in
 
-    dtype, device, requires_grad, is_cuda = torch.bfloat16, torch.device("cuda", 0), True, True
+
+@pytest.mark.filterwarnings("ignore:A momentum of .* is too small:UserWarning")
+@pytest.mark.parametrize("momentum", [1e-5, 0.0002, 0.3, 0.7, 1])
+@pytest.mark.parametrize("dtype", FLOATS + EIGHT_BITS, ids=str)
+def test_constant_weights_stay_bit_for_bit_constant(dtype, momentum):
+    torch.manual_seed(0)
+    weight = torch.randn(20, dtype=torch.complex128 if dtype.is_complex else torch.float64).to(dtype)
+    average = ModelAverage(module(weight=frozen(weight), buffer=weight.clone()), "update")
+    for _ in range(1_000):
+        average.update(momentum)
+    assert bits(average.module.weight) == bits(average.module.buffer) == bits(weight)
 
 
-def test_only_a_gpu_is_staged():
-    near, held = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2)
-    near.requires_grad_()
-    assert kernels.lerping_kernel_for(held, Far, False) is kernels._lerp_staged
-    assert kernels.lerping_kernel_for(held, near, False) is kernels._lerp_converted
-    assert kernels.copying_kernel_for(held, Far) is kernels._copy_staged
-    assert kernels.copying_kernel_for(held, near) is kernels._copy_strided
-    assert kernels.copying_kernel_for(held.to_sparse(), near) is kernels._copy_sparse
+@pytest.mark.parametrize(
+    ("dtype", "momenta", "warned"),
+    [
+        (torch.float32, [1e-8], True),
+        (torch.float32, [0.1, 1e-8], False),  # the end of a schedule that goes to 0
+        (torch.float32, [0.0], False),
+        (torch.bfloat16, [0.1, 1e-3], True),  # the end of a warm-up
+    ],
+    ids=["float32", "float32, at the end", "not at all", "bfloat16, at the end"],
+)
+def test_a_momentum_that_moves_nothing_is_warned_about(dtype, momenta, warned):
+    average = ModelAverage(module(weight=torch.ones(1, dtype=dtype)), "update")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for momentum in momenta:
+            average.update(momentum)
+    assert ["too small for the type" in str(one.message) for one in seen] == [True] * warned
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.1, 0.01, 0.001])
+def test_a_random_walk_of_2_000_steps_is_followed(momentum):
+    torch.manual_seed(0)
+    weight = torch.randn(100)
+    average = ModelAverage(module(weight=frozen(weight)))
+    due = weight.double()
+    for step in 0.1 * torch.randn(2_000, 100):
+        weight += step
+        average.update(momentum)
+        due = (1 - momentum) * due + momentum * weight.double()
+    error = (average.module.weight.double() - due).norm() / due.norm()
+    assert error < 1e-6
+
+
+# Values.
+
+
+@pytest.mark.parametrize("momentum", [0.3, 0.9, 1])
+@pytest.mark.parametrize("dtype", FLOATS[:4] + EIGHT_BITS[1:], ids=str)
+def test_masks_of_minus_infinity_stay_bit_for_bit(dtype, momentum):
+    mask = torch.full((4, 4), -torch.inf).triu(1).to(dtype)
+    average = ModelAverage(module(mask=mask), "update")
+    for _ in range(3):
+        average.update(momentum)
+    assert bits(average.module.mask) == bits(mask)
+
+
+@pytest.mark.parametrize("updates_before", [0, 1])
+@pytest.mark.parametrize("momentum", [0.1, 0.9])
+def test_an_entry_that_becomes_infinite_is_infinite_in_the_average(momentum, updates_before):
+    model = module(mask=torch.zeros(2))
+    average = ModelAverage(model, "update")
+    for _ in range(updates_before):
+        average.update(momentum)
+    model.mask = torch.tensor([0.0, -torch.inf])
+    for _ in range(3):
+        average.update(momentum)
+    assert average.module.mask.tolist() == [0.0, -torch.inf]
+
+
+def test_a_momentum_of_1_copies_and_heals():
+    model = module(weight=frozen(torch.ones(2)), mask=torch.tensor([0.0, -torch.inf]))
+    average = ModelAverage(model, "update")
+    average.module.weight.fill_(torch.nan)
+    average.module.mask.fill_(torch.nan)
+    average.update(1)
+    assert contents(average.module) == contents(model)
+
+
+def test_a_momentum_of_0_leaves_even_a_nan_out():
+    model = module(weight=frozen(torch.ones(2)))
+    average = ModelAverage(model)
+    model.weight.fill_(torch.nan)
+    average.update(0)
+    assert average.module.weight.tolist() == [1.0, 1.0]

@@ -1,0 +1,188 @@
+"""Which tensor is averaged into which: every shape and memory, read afresh at each update."""
+
+import pytest
+import torch
+from torch import nn
+
+from ignite_ema import ModelAverage
+from tests.helpers.bits import bits, contents, copied, storages, tensors
+from tests.helpers.models import compiled, frozen, module
+
+# Shapes and memory.
+
+
+def test_empty_and_0_d_tensors():
+    model = module(
+        scale=frozen(torch.tensor(1.0)),
+        nothing=frozen(torch.zeros(0, 3)),
+        empty=torch.zeros(0),
+        count=torch.tensor(1),
+        none=None,
+    )
+    average = ModelAverage(model, "update")
+    model.scale.fill_(3.0)
+    model.count += 1
+    average.update(0.5)
+    assert average.module.scale.item() == 2.0
+    assert average.module.count.item() == 2
+    assert average.module.nothing.shape == (0, 3)
+    assert average.module.none is None
+
+
+def test_a_model_without_tensors():
+    average = ModelAverage(nn.Identity())
+    average.update(0.5)
+    average.reset()
+    average.load_state_dict(average.state_dict())
+    assert average.state_dict() == {}
+
+
+@pytest.mark.parametrize("mode", ["copy", "update"])
+def test_expanded_and_strided_buffers(mode):
+    grid = torch.arange(24.0).reshape(4, 6)
+    model = module(
+        expanded=torch.ones(3, 1).expand(3, 4),
+        transposed=grid.T,
+        every_other=grid[:, ::2],
+        windows=torch.arange(5.0).unfold(0, 3, 1),
+        channels_last=torch.ones(1, 2, 3, 3).to(memory_format=torch.channels_last),
+    )
+    average = ModelAverage(model, mode)
+    before = copied(tensors(model))
+    for name, tensor in before.items():
+        setattr(model, name, (tensor + 2).as_strided(tensor.shape, tensor.stride()))
+    average.update(0.5)
+    for name, tensor in tensors(average.module).items():
+        assert torch.equal(tensor, before[name] + (2 if mode == "copy" else 1))
+    assert average.module.channels_last.is_contiguous(memory_format=torch.channels_last)
+    assert set(storages(model).values()).isdisjoint(storages(average.module).values())
+
+
+def overlapping():
+    """Two buffers, of which one is a part of the other."""
+    table = torch.zeros(4)
+    return module(table=table, tail=table[2:])
+
+
+@pytest.mark.parametrize("twin", [None, overlapping], ids=["copied", "brought"])
+@pytest.mark.parametrize(("mode", "due"), [("copy", 4.0), ("update", 1.0)])
+def test_overlapping_views_are_averaged_once(mode, due, twin):
+    model = overlapping()
+    average = ModelAverage(model, mode, ema_model=twin and twin())
+    model.table.fill_(4.0)
+    average.update(0.25)
+    assert average.module.table.tolist() == [due] * 4
+    assert average.module.tail.tolist() == [due] * 2
+
+
+@pytest.mark.parametrize(
+    "overlapping_itself",
+    [torch.zeros(3, 1).expand(3, 3), torch.zeros(5).unfold(0, 3, 1)],
+    ids=["expanded", "windows"],
+)
+@pytest.mark.parametrize(("mode", "due"), [("copy", 1.0), ("update", 0.25)])
+def test_a_twin_that_overlaps_itself_is_given_memory(mode, due, overlapping_itself):
+    model = module(table=torch.zeros(3, 3))
+    average = ModelAverage(model, mode, ema_model=module(table=overlapping_itself))
+    model.table.copy_(torch.arange(9.0).view(3, 3))
+    average.update(0.25)
+    assert torch.equal(average.module.table, due * model.table)
+
+
+def test_a_shared_submodule_is_averaged_once():
+    shared = nn.Linear(1, 1, bias=False)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    nn.init.zeros_(shared.weight)
+    average = ModelAverage(model)
+    nn.init.ones_(shared.weight)
+    average.update(0.25)
+    assert average.module[0] is average.module[2]
+    assert average.module[0].weight.item() == 0.25
+    assert list(average.state_dict()) == ["0.weight"]
+
+
+def test_loading_never_ties_the_average_to_what_was_loaded():
+    model = nn.BatchNorm1d(2)
+    average, other = ModelAverage(model), ModelAverage(model)
+    other.load_state_dict(average.state_dict())
+    assert set(storages(other.module).values()).isdisjoint(storages(average.module).values())
+
+
+# Rebinding: tensors are read afresh at each update.
+
+
+def test_weights_assigned_by_load_state_dict_are_followed():
+    model, other = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    average = ModelAverage(model)
+    average.update(0.5)
+    nn.init.constant_(other.weight, 4.0)
+    model.load_state_dict(other.state_dict(), assign=True)
+    average.update(0.25)
+    nn.init.constant_(model.weight, 9.0)
+    average.update(0.25)
+    assert average.module.weight.item() == 3.0
+
+
+@pytest.mark.parametrize("into_twin", [True, False], ids=["model into twin", "twin into model"])
+def test_memory_that_was_assigned_from_one_to_the_other_is_parted_at_the_update(into_twin):
+    model = nn.BatchNorm1d(2)
+    average = ModelAverage(model, "update")
+    average.update(0.5)
+    source, target = (model, average.module) if into_twin else (average.module, model)
+    target.load_state_dict(source.state_dict(), assign=True)
+    before = contents(model)
+    average.update(0.5)
+    assert set(storages(model).values()).isdisjoint(storages(average.module).values())
+    average.module.weight.fill_(7.0)
+    assert contents(model) == before
+
+
+def test_a_buffer_that_is_replaced_in_every_iteration_is_followed():
+    model = module(buffer=torch.zeros(3))
+    average, due = ModelAverage(model, "update"), torch.zeros(3)
+    for n in range(5):
+        model.buffer = torch.full((3,), float(n))
+        average.update(0.5)
+        due = (due + n) / 2
+    assert torch.equal(average.module.buffer, due)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("swap", [False, True], ids=["data", "swapped tensors"])
+def test_a_model_that_moves_to_another_type_is_followed(dtype, swap):
+    model = nn.BatchNorm1d(2)
+    average = ModelAverage(model, "update")
+    average.update(0.5)
+    old = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        model.to(dtype)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(old)
+    nn.init.constant_(model.weight, 3.0)
+    average.update(0.25)
+    assert bits(average.module.weight) == bits(torch.full((2,), 1.5))
+    assert {tensor.dtype for tensor in tensors(average.module).values()} == {torch.float32, torch.int64}
+
+
+def test_a_submodule_that_is_replaced_by_its_like_is_followed():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    nn.init.zeros_(model[0].weight)
+    average = ModelAverage(model)
+    average.update(0.5)
+    model[0] = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model[0].weight, 4.0)
+    average.update(0.25)
+    assert average.module[0].weight.item() == 1.0
+
+
+def test_a_submodule_that_is_compiled_later_is_followed():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    nn.init.zeros_(model[0].weight)
+    average = ModelAverage(model)
+    average.update(0.5)
+    model[0] = compiled(model[0])
+    nn.init.constant_(model[0].weight, 4.0)
+    average.update(0.25)
+    assert average.module[0].weight.item() == 1.0
