@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["compact", "copied", "has_memory", "is_dense", "mebibytes"]
+__all__ = ["REPEATED", "compact", "copied", "has_memory", "is_dense", "mebibytes"]
+
+REPEATED = 2**24  # bytes: what tensors may be made of by repeating the memory that they have
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

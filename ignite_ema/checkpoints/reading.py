@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .detection import LARGE, find, raw_beside, same
 from .formats import LAYOUTS, Found, State, Tensors, covers, listed, plain_name
 from .memory import copied, has_memory, is_dense
-from .safe_load import load_file
+from .safe_load import open_file
+from .unpickling import ForeignObject, kind_of
 
 __all__ = ["Averaged", "SeveralAverages", "averaged_state_dict", "read", "read_average", "read_mapped"]
 
@@ -114,10 +115,11 @@ def read_average(source: str | os.PathLike[str] | State, key: str | None, names:
 def read_mapped(source: str | os.PathLike[str] | State, key: str | None, names: _Names) -> Averaged:
     """What `read` gives, with tensors that are still mapped to the file."""
     where = _named_source(source)
-    content = load_file(source) if isinstance(source, (str, os.PathLike)) else source
-    if not isinstance(content, Mapping):
+    opened = open_file(source) if isinstance(source, (str, os.PathLike)) else None
+    content = source if opened is None else opened.content
+    if not isinstance(content, Mapping) or (isinstance(content, ForeignObject) and not content):
         raise TypeError(
-            f"{where} should be, or hold, a mapping such as a state dict, got {type(content).__name__}; pass the "
+            f"{where} should be, or hold, a mapping such as a state dict, got {kind_of(content)}; pass the "
             "state_dict() of a module or an average."
         )
     if "ignite_ema_snapshot" in content:
@@ -132,7 +134,11 @@ def read_mapped(source: str | os.PathLike[str] | State, key: str | None, names: 
             f"which is known; known are the files of {', '.join(LAYOUTS)} and Ignite. Load it and pass the part that "
             "is a state dict."
         )
-    return _averaged(_chosen(found, key, where), names, where)
+    averaged = _averaged(_chosen(found, key, where), names, where)
+    if opened is not None:
+        opened.verify(averaged.tensors.items())
+        opened.verify((averaged.online or {}).items())
+    return averaged
 
 
 def _named_source(source: str | os.PathLike[str] | State) -> str:

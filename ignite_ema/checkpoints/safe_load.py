@@ -1,68 +1,127 @@
-"""Reads files of tensors without running anything that they hold."""
+"""Reads files of tensors without running anything that they hold: the one place that opens them."""
 
-import errno
+import mmap
 import os
-import pickle
-import re
-import tarfile
-import threading
 import zipfile
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-__all__ = ["load_file", "safetensors_for"]
+from .memory import is_dense
+from .naming import quoted
+from .torch_files import Damaged, NotTorch, Verify, read_legacy, read_zip
 
-_lock = threading.Lock()  # torch has one list of allowed names for the whole process
+__all__ = ["OpenFile", "load_file", "open_file", "safetensors_for"]
+
+_CONTAINERS = (dict, list, tuple)
+_HEAD = 512  # bytes, by which a file of another kind is told
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """What a file holds, still mapped to it.
+
+    Attributes:
+        path: of the file.
+        content: what was saved.
+    """
+
+    path: Path
+    content: Any
+    _verify: Verify | None = None
+
+    def verify(self, tensors: Iterable[tuple[Any, Tensor]]) -> None:
+        """Compares the bytes of named tensors with the checksums of the file, where it has some.
+
+        A zip archive, which ``torch.save`` writes, has a CRC-32 for each storage. Older torch files and safetensors
+        have none: what was changed in them goes unnoticed. Each storage is read once, at about the speed of the disk.
+
+        Raises:
+            ValueError: where a tensor has changed since the file was written, with its name.
+        """
+        if self._verify is None:
+            return
+        for place, tensor in tensors:
+            if not is_dense(tensor) or tensor.is_meta:
+                continue  # a sparse one was verified when it was made
+            try:
+                self._verify(tensor)
+            except Damaged:
+                name = place if isinstance(place, str) else _dotted(place)
+                raise ValueError(
+                    f"{quoted(self.path)} should hold what was written, but the bytes of {quoted(name)} have changed "
+                    "since (their checksum differs); take another copy of the file."
+                ) from None
 
 
 def load_file(path: str | os.PathLike[str]) -> Any:
     """What a file of ``torch.save``, or a ``.safetensors`` file, holds, on the CPU.
 
-    Nothing in the file is imported or run: objects of other classes than torch's own (an ``argparse.Namespace``, an
-    entry of a log) become empty stand-ins. The exception are classes that the program itself has allowed with
-    ``torch.serialization.add_safe_globals``: these are made, by their own code.
+    Nothing in the file is imported or run. Objects of other classes than torch's own (an ``argparse.Namespace``, an
+    entry of a log) are replaced by empty ones. Parameters and tensors of other classes come back as plain tensors.
 
-    Tensors stay mapped to the file where its format allows, so that what is never looked at is never read: clone what
-    should outlive a file that is overwritten in place.
-
-    Threads take turns here. A ``torch.load`` of their own that runs at the same time may get stand-ins too.
+    Time and memory are bounded by the size of the file. Tensors stay mapped to it where its format allows: clone what
+    should outlive a file that is overwritten in place. Their checksums are verified, where the file has some.
 
     Raises:
-        FileNotFoundError, ValueError: for what is no such file, in one sentence.
+        FileNotFoundError, ValueError: for what is no such file, or has changed since it was written, in one sentence.
         ImportError: for a ``.safetensors`` file where safetensors is not installed.
     """
+    opened = open_file(path)
+    opened.verify(_tensors_in(opened.content))
+    return opened.content
+
+
+def open_file(path: str | os.PathLike[str]) -> OpenFile:
+    """As `load_file`, but tensors of more than 4 KiB are verified on request alone."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"'{path}' should be a file, but there is none; check the path.")
+        raise FileNotFoundError(f"{quoted(path)} should be a file, but there is none; check the path.")
     if path.is_dir():
-        raise ValueError(f"'{path}' should be a file, got a directory; name the file in it that holds the weights.")
-    if not path.stat().st_size:
-        raise ValueError(f"'{path}' should hold weights, but it is empty; take another checkpoint.")
-    try:
-        if path.suffix == ".safetensors":
-            return _load_safetensors(path)
-        with _lock:
-            return _load_torch(path)
-    except (ImportError, MemoryError, _Foreign):
-        raise
-    except Exception as error:  # of a broken file nearly anything can come
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch says of a file that is cut short
-            raise
-        kind = "safetensors" if path.suffix == ".safetensors" else "torch.save"
         raise ValueError(
-            f"'{path}' should be a file that {kind} wrote, but it cannot be read as one; it may be cut short, or of "
-            "another kind."
+            f"{quoted(path)} should be a file, got a directory; name the file in it that holds the weights."
+        )
+    if not path.is_file():
+        raise ValueError(f"{quoted(path)} should be a file, got a device or a pipe; save it as a file first.")
+    if not path.stat().st_size:
+        raise ValueError(f"{quoted(path)} should hold weights, but it is empty; take another checkpoint.")
+    try:
+        return _opened(path)
+    except (ImportError, MemoryError, OSError, Warning):  # where warnings are errors, those of torch stay what they are
+        raise
+    except NotTorch as error:
+        raise ValueError(
+            f"{quoted(path)} should be a file that torch.save or safetensors wrote, but it {error}."
+        ) from None
+    except Damaged as error:
+        raise ValueError(
+            f"{quoted(path)} should hold what was written, but its entry {quoted(error)} has changed since (its "
+            "checksum differs); take another copy of the file."
+        ) from None
+    except Exception as error:  # of a broken file nearly anything can come
+        raise ValueError(
+            f"{quoted(path)} should be a file that torch.save or safetensors wrote, but it cannot be read as one; it "
+            "is cut short or damaged, take another copy of the file."
         ) from error
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = safetensors_for(path).load_file(path)
-    return tensors
+def _opened(path: Path) -> OpenFile:
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+        size = os.fstat(file.fileno()).st_size
+        if path.suffix == ".safetensors" or _is_safetensors(head, size):
+            return OpenFile(path, safetensors_for(path).load_file(path))
+        file.seek(0)
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if zipfile.is_zipfile(file):
+            return OpenFile(path, *read_zip(file, content))
+        for kind in _KINDS:
+            if kind.begins(head):
+                raise NotTorch(kind.text)
+        return OpenFile(path, read_legacy(content))
 
 
 def safetensors_for(path: Path) -> Any:
@@ -70,95 +129,73 @@ def safetensors_for(path: Path) -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(f"'{path}' needs the package safetensors; pip install safetensors.") from error
+        raise ImportError(f"{quoted(path)} needs the package safetensors; pip install safetensors.") from error
     return safetensors.torch
 
 
-class _Foreign(ValueError):
-    """A file holds objects that cannot be left out."""
+def _is_safetensors(head: bytes, size: int) -> bool:
+    """The length of a JSON header, and its brace."""
+    return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8
 
 
-def _load_torch(path: Path) -> Any:
-    if not zipfile.is_zipfile(path) and tarfile.is_tarfile(path):
-        raise _Foreign(
-            f"'{path}' should be a file of torch 1.0 or newer, got the tar format of older ones; load it with "
-            "torch.load(..., weights_only=False) if you trust it, and save it again."
-        )
-    if zipfile.is_zipfile(path) and _is_compressed(path):
-        raise _Foreign(
-            f"'{path}' should hold its tensors as they are, but the file was compressed; load it with "
-            "torch.load(..., weights_only=True) if you trust its size, and save it again."
-        )
-    names: set[str] = set()
-    while True:
-        try:
-            with _allowed(names):
-                return _weights_only(path)
-        except pickle.UnpicklingError as error:
-            foreign = _foreign(path, error)
-            if not foreign:
-                raise
-            if foreign <= names or not hasattr(torch.serialization, "safe_globals"):  # torch 2.4
-                raise _Foreign(
-                    f"'{path}' should hold tensors and plain values, but it holds objects that cannot be left out, "
-                    f"among {', '.join(sorted(foreign)[:8])}; if you trust it, load it with torch.load(..., "
-                    "weights_only=False) and pass the mapping."
-                ) from error
-            names |= foreign
+@dataclass(frozen=True)
+class _Kind:
+    """Files of another kind: how they begin, and what to say of them."""
+
+    begins: Callable[[bytes], bool]
+    text: str
 
 
-def _is_compressed(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+def _starts(*magic: bytes) -> Callable[[bytes], bool]:
+    return lambda head: head.startswith(magic)
 
 
-def _weights_only(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+def _is_text(head: bytes) -> bool:
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3 or len(head) < _HEAD:  # else a letter that the head cuts in two
+            return False
+        text = head[: error.start].decode("utf-8")
+    return all(one.isprintable() or one in "\r\n\t" for one in text)
 
 
-def _allowed(names: set[str]) -> AbstractContextManager[Any]:
-    """Puts stand-ins in the place of the objects of these names, inside of its block."""
-    if not names:
-        return nullcontext()
-    return torch.serialization.safe_globals([_stand_in(name) for name in names])
+_KINDS = (
+    _Kind(
+        lambda head: not head.strip(b"\0"),
+        "begins with zeros, as a file does that was never written to its end; take another copy",
+    ),
+    _Kind(_starts(b"version https://git-lfs"), "is a pointer of Git LFS; get the file itself with git lfs pull"),
+    _Kind(_starts(b"PK\3\4"), "is cut short: a zip archive without its end; take another copy"),
+    _Kind(lambda head: head[257:262] == b"ustar", "is a tar archive; unpack it, and name the file in it"),
+    _Kind(_starts(b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), "was compressed; decompress it first"),
+    _Kind(_starts(b"\x89HDF"), "is an HDF5 file; convert it first"),
+    _Kind(_starts(b"\x93NUMPY"), "is an array of NumPy; convert it first"),
+    _Kind(
+        lambda head: head.lstrip().lower().startswith((b"<!doctype", b"<html")),
+        "is an HTML page, as a download leaves that needed a login; download it again",
+    ),
+    _Kind(_is_text, "is text; name the file that holds the weights"),
+)
 
 
-def _foreign(path: Path, error: Exception) -> set[str]:
-    """The dotted names of objects in a file that are not torch's own: all, or where they cannot be listed the next."""
-    list_names = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
-    listed = list_names(path) if list_names is not None and zipfile.is_zipfile(path) else []
-    first = re.findall(r"GLOBAL (\S+)", str(error))
-    return {name if "." in name else f"builtins.{name}" for name in [*listed, *first]}
+def _tensors_in(content: Any) -> Iterator[tuple[Any, Tensor]]:
+    """All tensors in mappings, lists and tuples, each with the place where it lies: the place above, and a name."""
+    seen: set[int] = set()
+    left: list[tuple[Any, Any]] = [((), content)]
+    while left:
+        place, value = left.pop()
+        if isinstance(value, Tensor):
+            yield place, value
+        elif isinstance(value, _CONTAINERS) and id(value) not in seen:
+            seen.add(id(value))
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            left.extend(((place, name), one) for name, one in inner if isinstance(one, (Tensor, *_CONTAINERS)))
 
 
-class _Inert:
-    """Takes the place of a foreign object: swallows what it is made of, and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-def _list(items: Iterable[Any] = (), maxlen: int | None = None) -> list[Any]:
-    return list(items)
-
-
-def _dict(factory: Any = None) -> dict[Any, Any]:
-    return {}
-
-
-_CONTAINERS: dict[str, Callable[..., Any]] = {
-    "collections.deque": _list,
-    "collections.defaultdict": _dict,
-}  # torch fills no subclasses
-
-
-def _stand_in(name: str) -> Callable[..., Any]:
-    """Something harmless of that name."""
-    module, _, qualname = name.rpartition(".")
-    stand_in = _CONTAINERS.get(name, type(qualname, (_Inert,), {}))
-    stand_in.__module__, stand_in.__qualname__ = module, qualname
-    return stand_in
+def _dotted(place: Any) -> str:
+    names = []
+    while place:
+        place, name = place
+        names.append(str(name))
+    return ".".join(reversed(names))

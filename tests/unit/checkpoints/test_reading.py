@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -524,21 +523,13 @@ ATTACKS = {
 }
 
 
-REFUSED = {"os.system"}  # torch refuses some modules under any name
-
-
 @pytest.mark.parametrize("new_format", [True, False])
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_nothing_is_run(attack, new_format, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = {"state_dict_ema": state(), "args": ATTACKS[attack]()}
     torch.save(content, "evil.pt", _use_new_zipfile_serialization=new_format)
-    if attack not in REFUSED:
-        assert equal(read("evil.pt").tensors, state())
-    else:
-        with pytest.raises(ValueError, match="evil.pt' should hold .* objects that cannot be left out, among") as info:
-            read("evil.pt")
-        assert len(str(info.value)) < 400
+    assert equal(read("evil.pt").tensors, state())
     assert files_in(tmp_path) == ["evil.pt"]
 
 
@@ -583,30 +574,12 @@ def test_harmless_foreign_objects(new_format, tmp_path):
     assert not hasattr(loaded["args"], "path")
 
 
-@pytest.mark.parametrize("foreign", [Settings(a=1), [Settings(a=1)]])
-def test_objects_that_cannot_be_left_out_are_named(foreign, tmp_path):
-    torch.save({"model": state(), "settings": foreign}, tmp_path / "file.pt")
-    allowed = set(torch.serialization.get_safe_globals())
-    with pytest.raises(ValueError, match=r"file.pt' should hold tensors.*test_checkpoints.Settings; if you trust it"):
-        load_file(tmp_path / "file.pt")
-    assert set(torch.serialization.get_safe_globals()) == allowed
-
-
-def test_threads_read_one_after_the_other(tmp_path, monkeypatch):
-    torch.save({"ema": state(), "args": argparse.Namespace()}, tmp_path / "file.pt")
-    reading, most, load = [], [], torch.load
-
-    def slow(*args, **kwargs):
-        reading.append(1)
-        most.append(len(reading))
-        time.sleep(0.02)
-        reading.pop()
-        return load(*args, **kwargs)
-
-    monkeypatch.setattr(torch, "load", slow)
-    with ThreadPoolExecutor(4) as pool:
-        assert all(equal(loaded["ema"], state()) for loaded in pool.map(load_file, [tmp_path / "file.pt"] * 4))
-    assert max(most) == 1
+@pytest.mark.parametrize("new_format", [True, False])
+def test_mappings_of_foreign_classes_keep_their_items(new_format, tmp_path):
+    content = {"ema": Settings(state(2.0)), "model": state(1.0), "log": [Settings(a=1)]}
+    torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=new_format)
+    assert load_file(tmp_path / "file.pt")["log"] == [{"a": 1}]
+    assert equal(read(tmp_path / "file.pt").tensors, state(2.0))
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
@@ -618,18 +591,10 @@ def test_zipped_again(compression, tmp_path):
     if compression == zipfile.ZIP_STORED:
         assert equal(read(tmp_path / "again.pt").tensors, state(3.0))
         return
-    with pytest.raises(ValueError, match="again.pt' should hold its tensors as they are, but the file was compressed"):
+    with pytest.raises(
+        ValueError, match="again.pt' should be a file that torch.save or safetensors wrote, but it was compressed"
+    ):
         read(tmp_path / "again.pt")
-
-
-def test_torch_without_safe_globals_names_the_object(tmp_path, monkeypatch):
-    torch.save({"model": state(), "args": argparse.Namespace()}, tmp_path / "file.pt")
-    for name in ("safe_globals", "get_unsafe_globals_in_checkpoint"):  # torch 2.4
-        monkeypatch.delattr(torch.serialization, name)
-    with pytest.raises(ValueError, match="among argparse.Namespace; if you trust it"):
-        load_file(tmp_path / "file.pt")
-    torch.save(state(), tmp_path / "file.pt")
-    assert equal(load_file(tmp_path / "file.pt"), state())
 
 
 def test_what_is_not_looked_at_is_not_read(tmp_path):
@@ -698,14 +663,14 @@ def broken(kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("text", "that torch.save wrote, but it cannot be read"),
-        ("half", "that torch.save wrote, but it cannot be read"),
-        ("byte", "that torch.save wrote, but it cannot be read"),
-        ("zip", "that torch.save wrote, but it cannot be read"),
-        ("script", "that torch.save wrote, but it cannot be read"),
-        ("pickle", "that torch.save wrote, but it cannot be read"),
-        ("damaged", "that torch.save wrote, but it cannot be read"),
-        ("tar", "got the tar format of older ones"),
+        ("text", "is text; name the file that holds"),
+        ("half", "is cut short: a zip archive without its end"),
+        ("byte", "cannot be read as one; it is cut short or damaged"),
+        ("zip", "is a zip archive of another kind"),
+        ("script", "is a TorchScript archive, a program; save the state_dict"),
+        ("pickle", "is a pickle that torch.save did not write"),
+        ("damaged", "its entry 'archive/data.pkl' has changed since"),
+        ("tar", "is a tar archive; unpack it"),
         ("empty", "should hold weights, but it is empty"),
     ],
 )
@@ -730,7 +695,9 @@ def test_broken_safetensors(content, tmp_path):
     pytest.importorskip("safetensors")
     file = tmp_path / "broken.safetensors"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="should be a file that safetensors wrote, but it cannot be read"):
+    with pytest.raises(
+        ValueError, match="should be a file that torch.save or safetensors wrote, but it cannot be read"
+    ):
         load_file(file)
 
 
