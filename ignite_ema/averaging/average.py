@@ -97,6 +97,9 @@ class ModelAverage:
                 "model should be an instance of nn.Module or its subclasses, but got "
                 f"model: {type(model).__name__}; pass the module itself."
             )
+        for module in (model, ema_model):
+            if isinstance(module, nn.Module):
+                reshard(module)
         refuse_unsupported(model, ema_model is not None)
         refuse_lazy("model", model)
         self.model = stripped(model)
@@ -251,7 +254,7 @@ class ModelAverage:
         """Whether the twin is as it was made while the model's weights are no longer: :meth:`reset` was forgotten."""
         if kernels.norms(self._parameters()) != self._norms_when_made:
             return False
-        pairs = (pair.tensors() for pair in self._pairing.structure.pairs if pair.kind == "_parameters")
+        pairs = (pair.tensors() for pair in self._followed().pairs if pair.kind == "_parameters")
         return any(not torch.equal(online.to(averaged.device, averaged.dtype), averaged) for online, averaged in pairs)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -275,7 +278,7 @@ class ModelAverage:
                 loss; nothing has been loaded then.
             RuntimeError: inside :meth:`swapped`.
         """
-        swap.refuse_while_swapped(self._pairing.structure.pairs, "loaded")
+        self._current("loaded")
         own = self.state_dict()
         check_loadable(own, state)
         self._has_moved = True
@@ -310,13 +313,18 @@ class ModelAverage:
 
     def _current(self, what: str) -> Structure:
         """Model and twin as they are now; raises where nothing may be done with them."""
+        structure = self._followed()
+        swap.refuse_while_swapped(structure.pairs, what)
+        return structure
+
+    def _followed(self) -> Structure:
+        """Model and twin as they are now, held by their shards; raises RuntimeError where they no longer match."""
         try:
             self._pairing.read()
             for pair in self._pairing.structure.pairs:
                 pair.tensors()
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
-        swap.refuse_while_swapped(self._pairing.structure.pairs, what)
         return self._pairing.structure
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .module_trees import Mismatch, Pair, Slot, Structure, overlaps_itself
-from .sharding import is_sharded, local, on_any_rank, reshard
+from .sharding import is_at_rest, is_sharded, local, on_any_rank, reshard, sharded_parts
 
 __all__ = ["Group", "Pairing", "Treatment"]
 
@@ -71,7 +71,7 @@ class Pairing:
             Mismatch: where the model no longer matches its twin.
         """
         try:
-            if self._structure.intact():
+            if self._structure.intact() and all(map(is_at_rest, self._parts)):
                 tensors = self._tensors()
                 pointers, shapes, types = self._known
                 online = tensors[: len(shapes)]
@@ -176,6 +176,7 @@ class Pairing:
             self.groups.append(group)
             start = stop
         self.resolution = max((resolution for _, resolution, *_ in by_kind), default=0.0)
+        self._parts = [part for root in structure.roots for part in sharded_parts(root)]
         self._sharded = [index for index, (owner, key) in enumerate(self._slots) if is_sharded(owner[key])]
         tensors = self._tensors()
         all_strided = all(tensor.layout is torch.strided for tensor in tensors)

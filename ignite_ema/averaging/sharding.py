@@ -1,12 +1,13 @@
 """What is special about the tensors of a model that ``torch.distributed.fsdp.fully_shard`` has sharded."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_sharded", "local", "on_any_rank", "reshard", "sharding", "whole"]
+__all__ = ["is_at_rest", "is_sharded", "local", "on_any_rank", "reshard", "sharded_parts", "sharding", "whole"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -32,11 +33,73 @@ def sharding(tensor: Any) -> str:
     return f"sharded as {tensor.placements} over {tensor.device_mesh}" if is_sharded(tensor) else "not sharded"
 
 
+def sharded_parts(module: nn.Module) -> list[nn.Module]:
+    """The modules inside ``module``, itself included, that ``fully_shard`` has wrapped."""
+    # Asked of the class, which is faster than to ask a module.
+    return [part for part in module.modules() if hasattr(type(part), "set_reshard_after_forward")]
+
+
 def reshard(module: nn.Module) -> None:
-    """Lets what ``fully_shard`` has wrapped hold its shards again, where a forward pass left the gathered weights."""
-    for part in module.modules():
-        if hasattr(type(part), "set_reshard_after_forward"):  # of its class, which is faster to ask than a module
-            part.reshard()  # type: ignore[operator]
+    """Brings every part that ``fully_shard`` has wrapped back to its shards, whatever a pass has left behind.
+
+    Gathered weights are freed. A gather under way is awaited and dropped: the next forward pass would take what it
+    brings for the weights of then. A part that an exception has left in the middle of a pass starts afresh. Gradients
+    stay, which torch's own ``reset_iter_state()`` would drop.
+
+    Raises:
+        RuntimeError: inside a backward pass, which still needs the gathered weights.
+    """
+    parts = [part for part in sharded_parts(module) if not is_at_rest(part)]
+    if parts and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "The average of a sharded model should be used between passes, got a call from inside a backward pass; "
+            "call it after backward()."
+        )
+    for part in parts:
+        _leave_pass(part)
+        part.reshard()  # type: ignore[operator]
+
+
+def is_at_rest(part: nn.Module) -> bool:
+    """Whether a part that ``fully_shard`` has wrapped holds its shards, with no pass and no gather under way."""
+    try:
+        state, groups = _state_of(part)
+        return all(one._training_state.name == "IDLE" for one in (state, *groups)) and all(
+            group.is_sharded and group._all_gather_result is None for group in groups
+        )
+    except AttributeError:  # of a torch that keeps its state elsewhere
+        return False
+
+
+def _state_of(part: Any) -> tuple[Any, list[Any]]:
+    """What ``fully_shard`` keeps of a part, and of each group of its parameters: private to torch, 2.6 to 2.15."""
+    state = part._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return state, state._fsdp_param_groups
+    return state, [state._fsdp_param_group] if state._fsdp_param_group else []
+
+
+def _leave_pass(part: nn.Module) -> None:
+    """Ends what a pass has begun and not ended in ``part``; does nothing with a torch that keeps its state elsewhere."""
+    with suppress(AttributeError):
+        state, groups = _state_of(part)
+        for one in (state, *groups):
+            one._training_state = type(one._training_state).IDLE
+        for group in groups:
+            _drop_gather(group)
+        state._modules_to_run_forward.clear()
+        state._state_ctx.iter_forward_root = None
+        state._state_ctx.post_backward_final_callback_queued = False
+
+
+def _drop_gather(group: Any) -> None:
+    gather, group._all_gather_result = group._all_gather_result, None
+    if gather is None:
+        return
+    if gather.all_gather_event is not None:
+        group.device_handle.current_stream().wait_event(gather.all_gather_event)
+    if isinstance(gather.all_gather_work, torch.distributed.Work):
+        gather.all_gather_work.wait()
 
 
 def on_any_rank(flag: bool, tensors: Iterable[Tensor]) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..averaging.sharding import reshard
+
 __all__ = ["StepWatch", "check_optimizer"]
 
 
@@ -15,6 +17,7 @@ def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
         return
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer should be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    reshard(model)  # an optimizer has the shards
     parameters = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
         warnings.warn(

@@ -1,0 +1,292 @@
+"""Every entrance meets models and twins whose weights a pass has left gathered, on their way, or in the middle."""
+
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from ignite_ema import EMAHandler
+from ignite_ema.averaging.sharding import reshard
+
+from .worker import run_world
+
+
+class Layer(nn.Linear):
+    """Fails on its way forward or backward when told to."""
+
+    fails = None
+
+    def forward(self, x):
+        if self.fails == "forward":
+            raise ArithmeticError("fails on its way forward")
+        y = super().forward(x)
+        if self.fails == "backward":
+            y.register_hook(_fail)
+        return y
+
+
+def _fail(gradient):
+    raise ArithmeticError("fails on its way backward")
+
+
+class Net(nn.Module):
+    """Gives ``16 * w ** 3`` for ones where all its weights are w: a root with weights of its own, and two parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = Layer(4, 4, bias=False)
+        self.second = Layer(4, 4, bias=False)
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.second(self.first(x)) * self.scale
+
+
+def sharded(value, policy):
+    options = {} if policy == "default" else {"reshard_after_forward": policy}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = Net()
+    nn.init.constant_(model.first.weight, value)
+    for part in (model.first, model.second, model):
+        fully_shard(part, mesh=mesh, **options)
+    fill(model, value)
+    return model
+
+
+def fill(model, value):
+    """As an optimizer does, which has the shards."""
+    with torch.no_grad():
+        for shard in shards(model):
+            shard.fill_(value)
+
+
+def shards(model):
+    """Taken before any pass."""
+    if not hasattr(model, "shards"):
+        object.__setattr__(model, "shards", list(model.parameters()))
+    return model.shards
+
+
+def output(model):
+    with torch.no_grad():
+        result = model(torch.ones(1, 4))
+    return set(result.flatten().tolist())
+
+
+@contextmanager
+def failing(part, where):
+    part.fails = where
+    with pytest.raises(ArithmeticError):
+        yield
+    del part.fails
+
+
+# The states, of which each leaves the weights of now somewhere.
+
+
+def is_sharded(model):
+    pass
+
+
+def is_gathered(model):
+    output(model)
+
+
+def is_gathered_with_a_graph(model):
+    model.graph = model(torch.ones(1, 4))
+
+
+def is_gathered_by_hand(model):
+    for part in (model, model.first, model.second):
+        part.unshard()
+
+
+def gather_is_pending(model):
+    model.second.unshard(async_op=True)
+
+
+def gather_is_pending_after_prefetch(model):
+    model.first.set_modules_to_forward_prefetch([model.second])
+    with failing(model.first, "forward"):
+        model(torch.ones(1, 4))
+    model.first.set_modules_to_forward_prefetch([])
+
+
+def is_stuck_forward(model, where="second"):
+    with failing(getattr(model, where), "forward"):
+        model(torch.ones(1, 4))
+
+
+def is_stuck_backward(model):
+    if not any(shard.requires_grad for shard in shards(model)):
+        return  # a twin
+    with failing(model.first, "backward"):
+        model(torch.ones(1, 4)).sum().backward()
+
+
+STATES = [
+    *(is_sharded, is_gathered, is_gathered_with_a_graph, is_gathered_by_hand, gather_is_pending),
+    *(gather_is_pending_after_prefetch, is_stuck_forward, partial(is_stuck_forward, where="first"), is_stuck_backward),
+]
+
+# The entrances. Each is given a handler of a model of 1 everywhere with an average of 3, both in the state, and after
+# that the model's shards became 2; each returns the average that is due. The forward passes afterwards are checked.
+
+
+def construction(handler):
+    EMAHandler(handler.model, ema_model=handler.ema_model)
+    return 2.0
+
+
+def attach(handler):
+    handler.attach(Engine(lambda engine, batch: None), optimizer=torch.optim.SGD(shards(handler.model), lr=0.1))
+    return 3.0
+
+
+def run(handler):
+    trainer = Engine(lambda engine, batch: None)
+    handler.attach(trainer)
+    trainer.run([0])
+    return 2.5
+
+
+def update(handler):
+    handler._average.update(0.5)
+    return 2.5
+
+
+def reset(handler):
+    handler.reset()
+    return 2.0
+
+
+def state(handler):
+    state = handler.state_dict()
+    assert all(bool((tensor.to_local() == 3).all()) for tensor in state["averaged_tensors"].values())
+    return 3.0
+
+
+def load(handler):
+    handler.load_state_dict(state_of_fives(handler))
+    return 5.0
+
+
+def load_plain(handler):
+    handler._average.load_plain({name: torch.full(p.shape, 5.0) for name, p in Net().named_parameters()})
+    return 5.0
+
+
+def swap(handler):
+    with handler.swapped():
+        assert output(handler.model) == {16 * 3.0**3}
+    return 3.0
+
+
+LOOKING_AT_ONE = [attach, state]
+ENTRANCES = [construction, attach, run, update, reset, state, load, load_plain, swap]
+
+
+def state_of_fives(handler):
+    other = handler.state_dict()
+    fives = {path: torch.full_like(tensor, 5.0) for path, tensor in other["averaged_tensors"].items()}
+    return {**other, "averaged_tensors": fives}
+
+
+def prepared(policy):
+    model, twin = sharded(3.0, policy), sharded(0.0, policy)
+    for module in (model, twin):
+        shards(module)
+    handler = EMAHandler(model, 0.5, ema_model=twin)
+    fill(model, 1.0)
+    handler._count_is_known = True  # or a run would warn that the model has other weights
+    return handler
+
+
+def entrance_meets_state(entrance, state, policy, whose):
+    handler = prepared(policy)
+    for module in (handler.model, handler.ema_model):
+        if whose in ("both", "model" if module is handler.model else "twin"):
+            state(module)
+    fill(handler.model, 2.0)
+    average = entrance(handler)
+    if entrance in LOOKING_AT_ONE:
+        reshard(handler.model)
+        reshard(handler.ema_model)
+    assert output(handler.ema_model) == {16 * average**3}
+    assert output(handler.model) == {16 * 2.0**3}
+    trains(handler)
+
+
+def trains(handler):
+    """One step of SGD from 2, towards smaller weights, and an update after it."""
+    optimizer = torch.optim.SGD(shards(handler.model), lr=2.0**-10)
+    optimizer.zero_grad()
+    handler.model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    handler._average.update(1.0)
+    assert output(handler.model) == output(handler.ema_model) != {16 * 2.0**3}
+
+
+def swap_leaves_the_model_as_it_was(state, policy):
+    """Whatever a pass inside the block leaves, and whether it fails."""
+    handler = prepared(policy)
+    fill(handler.model, 2.0)
+    with handler.swapped():
+        state(handler.model)
+    assert output(handler.model) == {16 * 2.0**3}
+    assert output(handler.ema_model) == {16 * 3.0**3}
+    trains(handler)
+
+
+def meets_all(folder, policy, entrances=ENTRANCES):
+    for entrance, state in product(entrances, STATES):
+        entrance_meets_state(entrance, state, policy, "both")
+    for state in STATES:
+        swap_leaves_the_model_as_it_was(state, policy)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_every_entrance_meets_gathered_weights(entrance, state):
+    entrance_meets_state(entrance, state, "default", "both")
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("state", STATES)
+def test_a_swap_leaves_the_model_as_it_was(state):
+    swap_leaves_the_model_as_it_was(state, "default")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("whose", ["model", "twin"])
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_every_entrance_meets_gathered_weights_of_one(entrance, state, whose):
+    entrance_meets_state(entrance, state, "default", whose)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("policy", [True, False])
+def test_every_entrance_meets_weights_gathered_by_policy(policy):
+    meets_all(None, policy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["default", False])
+def test_gathered_weights_on_two_ranks(tmp_path, policy):
+    run_world(tmp_path, 2, meets_all, policy)
+
+
+@pytest.mark.slow
+def test_weights_resharded_to_a_part_of_the_ranks(tmp_path):
+    run_world(tmp_path, 4, meets_all, 2, [update], timeout=120)
