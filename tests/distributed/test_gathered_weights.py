@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from ignite_ema import EMAHandler
 from ignite_ema.averaging.sharding import reshard
 
-from .worker import run_world
+from tests.helpers.worlds import run_world
 
 
 class Layer(nn.Linear):
