@@ -278,7 +278,7 @@ class ModelAverage:
                 loss; nothing has been loaded then.
             RuntimeError: inside :meth:`swapped`.
         """
-        self._current("loaded")
+        swap.refuse_while_swapped(self._pairing.structure.pairs, "loaded")
         own = self.state_dict()
         check_loadable(own, state)
         self._has_moved = True
@@ -312,8 +312,13 @@ class ModelAverage:
             self._pairing.choose_anew()
 
     def _current(self, what: str) -> Structure:
-        """Model and twin as they are now; raises where nothing may be done with them."""
+        """Model and twin as they are now, kept buffers included; raises where nothing may be done with them."""
         structure = self._followed()
+        try:
+            for pair in structure.pairs:
+                pair.tensors()
+        except Mismatch as mismatch:
+            raise _changed(mismatch) from None
         swap.refuse_while_swapped(structure.pairs, what)
         return structure
 
@@ -321,8 +326,6 @@ class ModelAverage:
         """Model and twin as they are now, held by their shards; raises RuntimeError where they no longer match."""
         try:
             self._pairing.read()
-            for pair in self._pairing.structure.pairs:
-                pair.tensors()
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
         return self._pairing.structure

@@ -36,7 +36,7 @@ def sharding(tensor: Any) -> str:
 def sharded_parts(module: nn.Module) -> list[nn.Module]:
     """The modules inside ``module``, itself included, that ``fully_shard`` has wrapped."""
     # Asked of the class, which is faster than to ask a module.
-    return [part for part in module.modules() if hasattr(type(part), "set_reshard_after_forward")]
+    return [part for part in module.modules() if hasattr(type(part), "set_requires_gradient_sync")]
 
 
 def reshard(module: nn.Module) -> None:

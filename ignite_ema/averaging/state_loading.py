@@ -27,10 +27,12 @@ def check_loadable(own: Mapping[str, Tensor], state: Mapping[str, object]) -> No
 def like(loaded: Tensor, held: Tensor) -> Tensor:
     """The part of ``loaded`` for what this rank has of ``held``: of a full tensor its shard, without communication."""
     if is_sharded(held) and not is_sharded(loaded):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, Replicate
 
         spec: Any = held
-        loaded = distribute_tensor(loaded.to(held.device), spec.device_mesh, spec.placements, src_data_rank=None)
+        mesh = spec.device_mesh
+        everywhere = DTensor.from_local(loaded.to(held.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        loaded = everywhere.redistribute(placements=spec.placements)
     return local(loaded)
 
 
