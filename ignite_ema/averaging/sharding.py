@@ -80,7 +80,7 @@ def _state_of(part: Any) -> tuple[Any, list[Any]]:
 
 
 def _leave_pass(part: nn.Module) -> None:
-    """Ends what a pass has begun and not ended in ``part``; does nothing with a torch that keeps its state elsewhere."""
+    """Ends what a pass has begun in ``part`` and not ended; does nothing where torch keeps its state elsewhere."""
     with suppress(AttributeError):
         state, groups = _state_of(part)
         for one in (state, *groups):

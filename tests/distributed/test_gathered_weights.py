@@ -14,7 +14,6 @@ from torch.distributed.fsdp import fully_shard
 
 from ignite_ema import EMAHandler
 from ignite_ema.averaging.sharding import reshard
-
 from tests.helpers.worlds import run_world
 
 pytestmark = pytest.mark.skipif(
@@ -193,7 +192,7 @@ def swap(handler):
     return 3.0
 
 
-LOOKING_AT_ONE = [attach, state]
+LOOKING_AT_ONE = [attach, state, load, load_plain]
 ENTRANCES = [construction, attach, run, update, reset, state, load, load_plain, swap]
 
 
