@@ -3,38 +3,59 @@
 import os
 import shutil
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from threading import Event
-from typing import Any
+from typing import Any, ClassVar
+from weakref import finalize
 
 import torch.distributed as dist
 from ignite.handlers.checkpoint import BaseSaveHandler
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from ..averaging.collectives import first_said, is_first_rank, on_first_rank, rank
+from ..averaging.collectives import (
+    Group,
+    LostRankError,
+    first_difference,
+    is_first_rank,
+    leave,
+    new_group,
+    on_all_ranks,
+    on_first_rank,
+    raise_first_error,
+    rank,
+    reports_lost_ranks,
+)
+from ..averaging.sharding import is_sharded
+from ..checkpoints.saving import sync_directory
 from .loading import replaced_path, single_process
+from .safe_reader import Reader
 
 __all__ = ["ShardedSaver"]
 
 
 class ShardedSaver(BaseSaveHandler):
-    """A save handler for Ignite's ``Checkpoint`` by which every rank saves what it holds.
+    """A save handler for Ignite's ``Checkpoint`` by which every rank saves what it holds; to be made on all ranks.
 
-    A checkpoint is a directory. It is written beside its place and renamed when all ranks are done, and only then is
-    the one removed that ``n_saved`` drops: a run that is killed while it saves has its last checkpoint still. On
-    several machines they have to see one file system.
+    A checkpoint is a directory. It is written beside its place and renamed when all ranks are done and its files are
+    seen to be whole, and only then is the one removed that ``n_saved`` drops: a run that is killed while it saves has
+    its last checkpoint still. On several machines they have to see one file system.
+
+    Before anything is written the ranks agree, over a gloo group of their own, on the file name, on what is dropped
+    and on the names, shapes and types of what is saved. What goes wrong on one rank is raised on all.
 
     Args:
         dirname: where the checkpoints go; made where it is missing.
         asynchronous: go on training as soon as the values have been copied, and write in the background, one checkpoint
-            at a time, over a gloo group of its own. Call :meth:`wait` when training is over, for the last one.
+            at a time. Call :meth:`wait` when training is over, for the last one.
         require_empty: raise where the directory holds checkpoints of another run.
 
     Raises:
-        ValueError: where ``dirname`` is not empty and should be, or there is no process group for asynchronous writing.
+        ValueError: where ``dirname`` is not empty and should be, there is no process group for asynchronous writing, or
+            the ranks have different arguments.
 
     Examples:
         >>> import tempfile
@@ -51,6 +72,8 @@ class ShardedSaver(BaseSaveHandler):
         >>> load_objects(objects, os.path.join(directory, "checkpoint_6.pt"))
     """
 
+    _being_written: ClassVar[set[Path]] = set()  # by any saver of this process
+
     def __init__(
         self, dirname: str | os.PathLike[str], *, asynchronous: bool = False, require_empty: bool = True
     ) -> None:
@@ -62,53 +85,43 @@ class ShardedSaver(BaseSaveHandler):
         self.dirname = Path(dirname)
         self.asynchronous = asynchronous
         self._dropped: list[str] = []
-        self._running: tuple[Any, Event, str] | None = None
-        self._failure: Exception | None = None
+        self._running: tuple[Future[None], str, tuple[str, ...]] | None = None
         # Of its own, for what a thread of each rank sends would get mixed up with what training sends meanwhile.
-        self._group = dist.new_group(backend="gloo") if asynchronous else None
-        on_first_rank(partial(self._prepare, require_empty))
+        self._group = new_group()
+        finalize(self, leave, self._group)
+        self._executor = ThreadPoolExecutor(1, "ShardedSaver")  # starts its thread when it is needed
+        described = {
+            "dirname": f"'{self.dirname.absolute()}'",
+            "asynchronous": str(asynchronous),
+            "require_empty": str(require_empty),
+        }
+        if difference := first_difference(described, self._group):
+            raise ValueError(
+                f"A ShardedSaver should be made alike on all ranks, got {difference}; pass the same on all."
+            )
+        on_first_rank(partial(self._prepare, require_empty), self._group)
 
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
         """Saves the states of this rank; to be called on all ranks.
 
         Raises:
-            ValueError: where the ranks do not save the same objects.
-            RuntimeError: on all ranks, where one could not write; the checkpoint before is still there then.
+            ValueError: on all ranks, where they do not save the same objects under the same name.
+            RuntimeError: on all ranks, where one could not write, or has ended. The checkpoint before is still there
+                whenever something is raised.
         """
         self.wait()
-        beside = self._beside(filename)
-        _check_same_objects(checkpoint)
-        on_first_rank(lambda: shutil.rmtree(beside, ignore_errors=True))  # of a save that failed
-        publish = partial(self._publish, beside, filename, tuple(self._dropped))
-        if not self.asynchronous:
-            try:
-                with single_process():
-                    save(dict(checkpoint), checkpoint_id=beside, planner=_first_rank_counts())
-                on_first_rank(publish)
-            except (CheckpointException, OSError) as error:  # on all ranks
-                self._report(filename, error)
-            return
-        published = Event()
-
-        def publish_if_saved(future: Any) -> None:
-            try:
-                if future.exception() is None and is_first_rank():
-                    publish()
-            except Exception as error:  # which the future would keep to itself
-                self._failure = error
-            finally:
-                published.set()
-
-        future = async_save(
-            dict(checkpoint), checkpoint_id=beside, planner=_first_rank_counts(), process_group=self._group
-        )
-        self._running = future, published, filename
-        future.add_done_callback(publish_if_saved)  # type: ignore[union-attr]
+        dropped = tuple(self._dropped)
+        _check_agreement(checkpoint, filename, dropped, self._group)
+        if self.asynchronous:
+            copied = self._reported(filename, lambda: on_all_ranks(lambda: _copied(checkpoint), self._group))
+            self._running = self._executor.submit(self._write, copied, filename, dropped), filename, dropped
+        else:
+            self._reported(filename, lambda: self._write(checkpoint, filename, dropped))
+            self._forget(dropped)
 
     def remove(self, filename: str) -> None:
         """Notes that a checkpoint is not needed any more; it goes when the next one is there."""
-        if is_first_rank():
-            self._dropped.append(filename)
+        self._dropped.append(filename)
 
     def wait(self) -> None:
         """Waits for what is being written in the background; to be called on all ranks.
@@ -117,25 +130,53 @@ class ShardedSaver(BaseSaveHandler):
             RuntimeError: on all ranks, where one could not write; the checkpoint before is still there then.
         """
         if self._running is not None:
-            (future, published, filename), self._running = self._running, None
-            error = future.exception()
-            published.wait()
-            error, self._failure = error or self._failure, None
-            self._report(filename, error)
+            (future, filename, dropped), self._running = self._running, None
+            self._reported(filename, future.result)
+            self._forget(dropped)
 
-    def _report(self, filename: str, error: BaseException | None) -> None:
-        """Raises RuntimeError on all ranks where there is an error on one; what has been written so far goes."""
-        if reason := first_said(None if error is None else _reason(error)):
+    def _reported(self, filename: str, action: Any) -> Any:
+        """Calls ``action`` on all ranks; raises RuntimeError on all where one fails, and what it has written goes."""
+        result, failure = None, None
+        try:
+            result = action()
+        except LostRankError:
+            raise
+        except (Exception, CheckpointException) as error:
+            failure = RuntimeError(
+                f"'{self.dirname / filename}' should be saved by all ranks, but {_reason(error)}; the checkpoint "
+                "before it is still there: put right what is in the way, and save again."
+            )
+            failure.__cause__ = error
+        try:
+            raise_first_error(failure, self._group)
+        except RuntimeError:
             if is_first_rank():
                 shutil.rmtree(self._beside(filename), ignore_errors=True)
-            raise RuntimeError(
-                f"'{self.dirname / filename}' should be saved by all ranks, but {reason}; the checkpoint before it is "
-                "still there: put right what is in the way, and save again."
-            ) from error
+            raise
+        return result
+
+    def _write(self, checkpoint: Mapping[str, Any], filename: str, dropped: Collection[str]) -> None:
+        beside = self._beside(filename)
+        on_first_rank(partial(self._clear, beside), self._group)
+        try:
+            # The first rank saves what all have: where that differs, as buffers do, all else would give a mixture.
+            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+            with single_process(self._group is None), reports_lost_ranks(self._group):
+                save(dict(checkpoint), checkpoint_id=beside, planner=planner, process_group=self._group)
+            on_first_rank(partial(self._publish, beside, filename, dropped), self._group)
+        finally:
+            self._being_written.discard(beside.absolute())
+
+    def _forget(self, dropped: Collection[str]) -> None:
+        self._dropped = [name for name in self._dropped if name not in dropped]
 
     def _beside(self, filename: str) -> Path:
-        """Where a checkpoint is written."""
+        """Where a checkpoint is written, and where one is that is being removed; never taken for a whole one."""
         return self.dirname / f".{filename}.partial"
+
+    def _clear(self, beside: Path) -> None:
+        shutil.rmtree(beside, ignore_errors=True)  # of a save that failed
+        self._being_written.add(beside.absolute())
 
     def _prepare(self, require_empty: bool) -> None:
         names = sorted(path.name for path in self.dirname.iterdir()) if self.dirname.exists() else []
@@ -146,48 +187,102 @@ class ShardedSaver(BaseSaveHandler):
             )
         self.dirname.mkdir(parents=True, exist_ok=True)
         for leftover in self.dirname.glob(".*.partial"):  # of a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.is_dir() and leftover.absolute() not in self._being_written:
+                shutil.rmtree(leftover, ignore_errors=True)
         for old in self.dirname.glob(".*.old"):
-            target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
-            if not target.exists():  # it was killed between two renames
-                old.rename(target)
+            if (old / ".metadata").is_file() or (old.is_dir() and not any(old.iterdir())):
+                self._restore_or_remove(old)
+
+    def _restore_or_remove(self, old: Path) -> None:
+        """Brings a checkpoint back whose successor has not come; any other that was left is removed."""
+        filename = old.name.removeprefix(".").removesuffix(".old")
+        if not (self.dirname / filename).exists() and _is_whole(old):
+            old.rename(self.dirname / filename)
+        else:
+            self._remove(old, self._beside(filename))
 
     def _publish(self, beside: Path, filename: str, dropped: Collection[str]) -> None:
+        Reader(beside)  # raises where not all has arrived here: on another file system, for instance
         target, old = self.dirname / filename, replaced_path(self.dirname / filename)
-        if target.exists():
+        sync_directory(beside)
+        if replaces := target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
-        beside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            beside.rename(target)
+        except OSError:
+            if replaces:
+                old.rename(target)
+            raise
+        sync_directory(self.dirname)
+        if replaces:
+            self._remove(old, beside)
         for name in dropped:
             if name != filename and (self.dirname / name).exists():
-                (self.dirname / name).rename(beside)  # so that no half of one is taken for a whole
-                shutil.rmtree(beside, ignore_errors=True)
-        self._dropped = [name for name in self._dropped if name not in dropped]
+                self._remove(self.dirname / name, beside)
+
+    def _remove(self, path: Path, beside: Path) -> None:
+        shutil.rmtree(beside, ignore_errors=True)
+        path.rename(beside)  # so that no half of one is taken for a whole
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        Reader(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _reason(error: BaseException) -> str:
     where = rank()
     if isinstance(error, CheckpointException):
         where, (error, _) = min(error.failures.items(), key=lambda item: item[0])
-    return f"rank {where} could not ({type(error).__name__}: {str(error).removesuffix('.')})"
+    text = str(error).partition("\n")[0].removesuffix(".")
+    return f"rank {where} could not ({type(error).__name__}: {text})"
 
 
-def _first_rank_counts() -> DefaultSavePlanner:
-    """Saves from the first rank what all have; else, where they differ, as buffers do, one would get a mixture."""
-    return DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+def _copied(value: Any) -> Any:
+    """A copy on the CPU, of DTensors that of their shards."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(one) for key, one in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
-def _check_same_objects(checkpoint: Collection[str]) -> None:
-    """Raises ValueError on all ranks where they would not save the same; else those that have more wait for ever."""
-    names = on_first_rank(lambda: sorted(checkpoint))
-    differs = sorted({*names} ^ {*checkpoint})
-    problem = None
-    if differs:
-        having, lacking = (0, rank()) if differs[0] in names else (rank(), 0)
-        problem = f"got '{differs[0]}' on rank {having} and not on rank {lacking}"
-    if problem := first_said(problem):
+def _check_agreement(checkpoint: Mapping[str, Any], filename: str, dropped: Collection[str], group: Group) -> None:
+    """Raises ValueError on all ranks where they would not save the same, of which a mixture would become."""
+    about_files = {"the file name": f"'{filename}'", "what n_saved drops": str(sorted(dropped))}
+    if difference := first_difference(about_files, group):
         raise ValueError(
-            f"A checkpoint should have the same objects on all ranks, {problem}; build them, the EMA handler too, on "
-            "all ranks, and save them on all."
+            f"A checkpoint should have the same name on all ranks, got {difference}; take what is in the name, such as "
+            "a score, from one rank or the mean of all."
         )
+    if difference := first_difference(_description(checkpoint, ""), group):
+        raise ValueError(
+            f"A checkpoint should have the same objects on all ranks, got {difference}; build them, the EMA handler "
+            "too, on all ranks, and save them on all."
+        )
+
+
+def _description(value: Any, path: str) -> dict[str, str]:
+    """What is saved, by path: shapes, types and sharding of tensors; of other values only that they are there."""
+    if isinstance(value, Tensor):
+        held = _sharding(value) if is_sharded(value) else "whole"
+        return {f"'{path}'": f"({value.dtype}, {tuple(value.shape)}, {held})"}
+    found = {f"'{path}'": "(a value)"} if path else {}
+    parts: Mapping[Any, Any] = {}
+    if isinstance(value, Mapping):
+        parts = value
+    elif type(value) in (list, tuple):
+        parts = dict(enumerate(value))
+    for key, part in parts.items():
+        found |= _description(part, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def _sharding(tensor: Any) -> str:
+    """Equal on all ranks, where each may have a part of a larger mesh."""
+    return f"sharded as {tensor.placements} over a mesh of {tuple(tensor.device_mesh.shape)}"
