@@ -1,0 +1,31 @@
+"""The Python blocks of README.md and of the documentation run as tests: a namespace and a directory for each page.
+
+The blocks of a page build on each other: ``--dist loadfile`` lets one process run them all, in their order.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+
+def _blocks(document):
+    """All but those that are a script of their own."""
+    return (block for block in PythonCodeBlockParser()(document) if not str(block.parsed).startswith("# train.py"))
+
+
+def _enter(namespace):
+    namespace["_left"], namespace["_folder"] = Path.cwd(), tempfile.TemporaryDirectory()
+    os.chdir(namespace["_folder"].name)
+
+
+def _leave(namespace):
+    os.chdir(namespace["_left"])
+    namespace["_folder"].cleanup()
+
+
+pytest_collect_file = Sybil(
+    parsers=[_blocks, SkipParser()], patterns=["README.md", "docs/**/*.md"], setup=_enter, teardown=_leave
+).pytest()
