@@ -23,6 +23,8 @@ UNAVOIDABLE = ("there is no CUDA device", "this torch gathers no weights on a CP
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error::tests.helpers.own_warnings.OwnWarning")
+    # Runs of a few updates end with most of their start; what is said of that has tests of its own.
+    config.addinivalue_line("filterwarnings", "ignore:After .* of the average of ")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,20 +1,24 @@
 """A model and its averaged twin, without an engine: for Ignite see :mod:`ignite_ema.handlers.ema`."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..schedules import Schedule
 from . import kernels, swap
+from .average_state import VERSION, check_average_state
 from .buffers import BufferRule, check_patterns, check_rule, treatment_of
 from .module_trees import Mismatch, Structure, names_of, tensors_of, unwrapped
 from .pairing import Pairing
+from .schedule_argument import described, schedule_of, scheduled
 from .sharding import local, reshard
 from .state_loading import by_path, check_loadable, like
 from .stochastic_rounding import StochasticRounding
+from .summaries import counted, module_summary, momentum_summary, one_line
 from .twin import (
     check_own_twin,
     checked_device,
@@ -25,6 +29,7 @@ from .twin import (
     refuse_unsupported,
     stripped,
 )
+from .user_warnings import warn_user
 from .validation import check_count, checked_momentum
 
 __all__ = ["ModelAverage"]
@@ -40,6 +45,8 @@ class ModelAverage:
             floating-point (and complex) buffers are averaged, all others copied. "ema_train": they are left alone and
             the twin stays in train mode. A mapping from patterns of names (:mod:`fnmatch`) to "copy", "update" or
             "keep": the first match decides, no match means "copy".
+        momentum: what :meth:`update` takes where it is called without one: a float in (0, 1), or a schedule, a callable
+            from the number of updates already made (0 at the first) to a momentum in [0, 1].
         ema_model: a twin of your own, of the structure of ``model``, for models that cannot be deep-copied. It is
             filled from the model here, put into eval (or train) mode and needs no gradients from here on.
         dtype: holds the average of floating-point tensors, for instance ``torch.float32`` for a bfloat16 model; None
@@ -58,8 +65,11 @@ class ModelAverage:
         model: the online model, without wrappers.
         module: the averaged twin.
         handle_buffers: what was passed.
+        momentum: what was passed; settable.
+        schedule: the momentum as a schedule, None where none was passed.
         num_skipped: the number of updates that ``skip_nonfinite`` has left out.
         num_updates: the number of updates made since it was made or reset; settable.
+        initial_share: how much of the average is still the weights that it started from, in [0, 1].
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
@@ -74,8 +84,19 @@ class ModelAverage:
         >>> _ = torch.nn.init.constant_(model.weight, 8.0)
         >>> average.update(0.25)
         True
-        >>> average.module.weight.item()
-        5.0
+        >>> average.module.weight.item(), average.initial_share
+        (5.0, 0.75)
+
+        With a schedule, ``update()`` follows it:
+
+        >>> from ignite_ema.schedules import EqualWeight
+        >>> mean = ModelAverage(model, momentum=EqualWeight())
+        >>> for value in (1.0, 2.0, 6.0):
+        ...     _ = torch.nn.init.constant_(model.weight, value), mean.update()
+        >>> mean.module.weight.item()
+        3.0
+        >>> mean
+        ModelAverage(Linear: 1 parameter in float32 on cpu; momentum EqualWeight(); 3 updates)
     """
 
     def __init__(
@@ -83,6 +104,7 @@ class ModelAverage:
         model: nn.Module,
         handle_buffers: BufferRule = "copy",
         *,
+        momentum: float | Schedule | None = None,
         ema_model: nn.Module | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -114,13 +136,16 @@ class ModelAverage:
         ):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} should be True or False, got {value!r}.")
+        self.momentum = momentum
         self._dtype = dtype
         self._warned = False
         self._has_moved = False
         self._skip_nonfinite = skip_nonfinite
+        self._share_frozen = share_frozen
         self._rounding = StochasticRounding() if stochastic_rounding else None
         self.num_skipped = 0
         self._num_updates = 0
+        self._initial_share = 1.0
         if ema_model is None:
             self.module = make_twin(self.model, dtype, checked_device(device), share_frozen)
         else:
@@ -129,30 +154,69 @@ class ModelAverage:
             self.module = ema_model
         try:
             structure = Structure(self.model, self.module, share_frozen)
-            if share_frozen and not structure.shared:
-                warnings.warn(
-                    "share_frozen should find frozen parameters, but all require gradients and are copied; freeze "
-                    "before the average is made.",
-                    stacklevel=2,
-                )
             check_patterns(handle_buffers, [pair.path for pair in structure.pairs if pair.kind == "_buffers"])
-            narrow = None if self._rounding is None else self._rounding.lerp
-            self._pairing = Pairing(structure, partial(treatment_of, handle_buffers), narrow)
+            self._pairing = self._paired(structure)
         except Mismatch as mismatch:
             raise RuntimeError(
                 f"ema_model should have the structure of the model, but {mismatch}; build and shard it as the model is."
             ) from None
-        if stochastic_rounding and all(group.kernel != narrow for group in self._pairing.groups):
-            warnings.warn(
+        if share_frozen and not structure.shared:
+            warn_user(
+                "share_frozen should find frozen parameters, but all require gradients and are copied; freeze before "
+                "the average is made."
+            )
+        if self._rounding is not None and all(group.kernel != self._rounding.lerp for group in self._pairing.groups):
+            warn_user(
                 "stochastic_rounding should find parameters whose average is held in bfloat16 or float16, but there "
-                "are none, and it does nothing; leave it out.",
-                stacklevel=2,
+                "are none, and it does nothing; leave it out."
             )
         self.module.train(handle_buffers == "ema_train")
         freeze(self.module)
         if ema_model is not None:
             self.reset()
         self._norms_when_made = kernels.norms(self._parameters())
+
+    def _paired(self, structure: Structure) -> Pairing:
+        narrow = None if self._rounding is None else self._rounding.lerp
+        return Pairing(structure, partial(treatment_of, self.handle_buffers), narrow)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the pairing, which knows where tensors lie in this process."""
+        return {name: value for name, value in vars(self).items() if name != "_pairing"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        try:
+            self._pairing = self._paired(Structure(self.model, self.module, self._share_frozen))
+        except Mismatch as mismatch:
+            raise _changed(mismatch) from None
+
+    def __repr__(self) -> str:
+        return one_line(
+            "ModelAverage",
+            lambda: module_summary(self.module),
+            lambda: momentum_summary(self._momentum),
+            lambda: counted(self._num_updates, "update"),
+        )
+
+    @property
+    def momentum(self) -> float | Schedule | None:
+        """What :meth:`update` takes where it is called without a momentum; settable."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | Schedule | None) -> None:
+        self.schedule: Schedule | None = None if value is None else schedule_of(value)
+        self._momentum = value
+
+    @property
+    def initial_share(self) -> float:
+        """How much of the average is still the weights that it started from, in [0, 1].
+
+        It is the product of ``1 - momentum`` over the updates: 1 at the start and after :meth:`reset`, 0 after an
+        update that copies, and 0 for an average that was loaded from elsewhere (:meth:`load_plain`).
+        """
+        return self._initial_share
 
     @property
     def num_updates(self) -> int:
@@ -164,22 +228,24 @@ class ModelAverage:
         check_count(value)
         self._num_updates = value
 
-    def update(self, momentum: float) -> bool:
+    def update(self, momentum: float | None = None) -> bool:
         """Moves the twin towards the model by ``momentum``, and its buffers as ``handle_buffers`` says.
 
         Args:
             momentum: λ in [0, 1], the weight of the model's weights. 0 leaves the averaged tensors as they are, 1
-                copies.
+                copies. None: what the momentum of this average gives after :attr:`num_updates` updates.
 
         Returns:
             Whether the update was made: False where ``skip_nonfinite`` left it out.
 
         Raises:
-            ValueError: for a momentum outside [0, 1].
+            TypeError, ValueError: for a momentum outside [0, 1], or None where the average was made without one.
             RuntimeError: when the structure of the model has changed, or a shape, or while it holds averaged weights
                 (:meth:`swapped`); nothing has been updated then.
         """
-        if type(momentum) is not float or not 0 <= momentum <= 1:
+        if momentum is None:
+            momentum = self._next_momentum()
+        elif type(momentum) is not float or not 0 <= momentum <= 1:
             momentum = checked_momentum(momentum, "momentum")
         if self.handle_buffers == "ema_train" and not self.module.training:
             self.module.train()  # an evaluator has put it into eval mode
@@ -205,7 +271,16 @@ class ModelAverage:
         finally:
             torch._C._set_grad_enabled(gradients)
         self._num_updates += 1
+        self._initial_share *= 1.0 - momentum
         return True
+
+    def _next_momentum(self) -> float:
+        if self.schedule is None:
+            raise TypeError(
+                "momentum should be a number in [0, 1], got None; pass it to update(), or a float or a schedule as "
+                "ModelAverage(..., momentum=...)."
+            )
+        return scheduled(self.schedule, self._num_updates)
 
     @torch.no_grad()
     def reset(self, *, buffers_only: bool = False) -> None:
@@ -220,6 +295,7 @@ class ModelAverage:
             kernels.copy(averaged, online)
         if not buffers_only:
             self.num_updates = self.num_skipped = 0
+            self._initial_share = 1.0
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -249,15 +325,19 @@ class ModelAverage:
         """Whether the model holds averaged weights now, those of this average or of another of the same model."""
         return swap.is_swapped(self._pairing.structure.pairs)
 
+    def is_as_made(self) -> bool:
+        """Whether the twin holds the weights that it was made with: nothing has moved or filled it since."""
+        return kernels.norms(self._parameters()) == self._norms_when_made
+
     @torch.no_grad()
     def is_stale(self) -> bool:
         """Whether the twin is as it was made while the model's weights are no longer: :meth:`reset` was forgotten."""
-        if kernels.norms(self._parameters()) != self._norms_when_made:
+        if not self.is_as_made():
             return False
         pairs = (pair.tensors() for pair in self._followed().pairs if pair.kind == "_parameters")
         return any(not torch.equal(online.to(averaged.device, averaged.dtype), averaged) for online, averaged in pairs)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def averaged_tensors(self) -> dict[str, Tensor]:
         """The tensors of the twin by path, each tied tensor once, non-persistent buffers too; not copies.
 
         Frozen parameters that the twin shares are the model's, and not in it.
@@ -265,13 +345,46 @@ class ModelAverage:
         return {path: tensor.detach() for path, tensor in self._tensors().items()}
 
     def state_dict_names(self) -> dict[str, str]:
-        """For each name in the twin's own ``state_dict``, tied ones too, the path in :meth:`state_dict`."""
+        """For each name in the twin's own ``state_dict``, tied ones too, the path in :meth:`averaged_tensors`."""
         paths = {id(tensor): path for path, tensor in self._tensors().items()}
         return {name: paths[id(tensor)] for name, tensor in self._names() if id(tensor) in paths}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The complete state: averaged tensors (not copies), counts and share; tensors and plain values only."""
+        return {
+            "ignite_ema_version": VERSION,
+            "num_updates": self._num_updates,
+            "num_skipped": self.num_skipped,
+            "initial_share": self._initial_share,
+            "momentum_schedule": None if self.schedule is None else described(self.schedule),
+            "averaged_tensors": self.averaged_tensors(),
+            "state_dict_names": self.state_dict_names(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a :meth:`state_dict`. The momentum stays this average's own; a warning says where it differs.
+
+        Raises:
+            TypeError, ValueError: for a missing, unexpected or wrong entry, another model's tensors, or a type that
+                the twin cannot hold without loss; nothing has been loaded then.
+            RuntimeError: inside :meth:`swapped`.
+        """
+        check_average_state(state)
+        if self.schedule is not None:
+            scheduled(self.schedule, state["num_updates"])  # raises before anything has changed
+        self.load_averaged_tensors(state["averaged_tensors"])
+        self.num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
+        self._initial_share = state["initial_share"]
+        saved, own = state["momentum_schedule"], None if self.schedule is None else described(self.schedule)
+        if saved is not None and own is not None and saved != own:
+            warn_user(
+                f"The average was saved with {saved} and goes on with {own}; if that is not meant, make it as it was "
+                "made before."
+            )
+
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Fills the twin with what :meth:`state_dict` gave.
+    def load_averaged_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fills the twin with what :meth:`averaged_tensors` gave, and leaves counts and share as they are.
 
         Raises:
             ValueError: for a missing or unexpected path, another shape, or a type that the twin cannot hold without
@@ -279,32 +392,34 @@ class ModelAverage:
             RuntimeError: inside :meth:`swapped`.
         """
         swap.refuse_while_swapped(self._pairing.structure.pairs, "loaded")
-        own = self.state_dict()
-        check_loadable(own, state)
+        own = self.averaged_tensors()
+        check_loadable(own, tensors)
         self._has_moved = True
         if own:
-            kernels.copy([local(tensor) for tensor in own.values()], [like(state[path], own[path]) for path in own])
+            kernels.copy([local(tensor) for tensor in own.values()], [like(tensors[path], own[path]) for path in own])
             self.look_again()
 
     def load_plain(self, plain: Mapping[str, Tensor]) -> None:
-        """Fills the twin with a plain ``state_dict`` of its model, or the parameters of one.
+        """Fills the twin with a plain ``state_dict`` of its model, or the parameters of one; it starts from no weights
+        of this run then, and :attr:`initial_share` is 0.
 
         Where there are parameters alone the buffers stay, as do buffers that are not persistent. Extra state of modules
         is not averaged, and left out.
 
         Raises:
-            ValueError: as :meth:`load_state_dict` does, and where tied tensors differ, or those that are shared.
+            ValueError: as :meth:`load_averaged_tensors` does, and where tied tensors differ, or those that are shared.
         """
         shared = {id(tensor) for pair in self._pairing.structure.shared for tensor in pair.tensors()}
         frozen = {name: tensor for name, tensor in self._names() if id(tensor) in shared}
         names = self.state_dict_names()
         plain = {name: plain[name] for name in plain if name in names or not name.endswith("_extra_state")}
-        self.load_state_dict(by_path(plain, names, self._tensors(), frozen))
+        self.load_averaged_tensors(by_path(plain, names, self._tensors(), frozen))
+        self._initial_share = 0.0
 
     def look_again(self) -> None:
         """Takes note of infinities that were loaded into frozen parameters, which are averaged in another way.
 
-        A handler does so when a run starts, and :meth:`load_state_dict` by itself.
+        A handler does so when a run starts, and :meth:`load_averaged_tensors` by itself.
         """
         if all(parameter.requires_grad for parameter in self.model.parameters()):
             return
@@ -345,10 +460,9 @@ class ModelAverage:
     def _skip(self, path: str) -> None:
         self.num_skipped += 1
         if self.num_skipped == 1:
-            warnings.warn(
+            warn_user(
                 f"{path} holds a NaN or an infinity, and the average was left as it is; num_skipped counts from here "
-                "on how often.",
-                stacklevel=3,
+                "on how often."
             )
 
     def _warn_of_rounding(self, momentum: float) -> None:
@@ -362,12 +476,11 @@ class ModelAverage:
         wider = torch.float32 if self._pairing.resolution > torch.finfo(torch.float32).eps else torch.float64
         narrow = any(parameter.dtype in kernels.NARROW for parameter in self._parameters())
         or_rounded = ", or stochastic_rounding=True" if narrow and self._rounding is None else ""
-        warnings.warn(
+        warn_user(
             f"A momentum of {momentum:g} is too small for the type that holds the average: a weight moves only where "
             f"it differs from its average by about {far} its size, and is rounded back otherwise; pass "
             f"dtype={wider} to hold the average in {str(wider).removeprefix('torch.')} (or an ema_model of that type)"
-            f"{or_rounded}.",
-            stacklevel=3,
+            f"{or_rounded}."
         )
 
 

@@ -1,16 +1,17 @@
 """What ``EMAHandler.attach`` leaves on an engine, and how it is taken away again."""
 
-import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Protocol, TypeAlias
 from weakref import finalize
 
 from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
 from ignite.engine.events import RemovableEventHandle, State
 
+from ..averaging.user_warnings import warn_user
 from .optimizer_steps import StepWatch
 
-__all__ = ["Attachment", "Event", "Handles", "attachments", "check_name", "members_of"]
+__all__ = ["Attachment", "Event", "Handles", "attachments", "check_alone", "check_name", "members_of"]
 
 Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
@@ -33,6 +34,21 @@ def check_name(name: str) -> None:
         raise TypeError(f"name should be a string such as 'ema_momentum', got {got}; an optimizer goes to optimizer=.")
     if hasattr(State(), name):
         raise ValueError(f"name should not be an attribute of the engine's own, got {name!r}; choose another one.")
+
+
+def check_alone(engine: Engine, owner: object, name: str) -> None:
+    """Raises RuntimeError where ``owner`` is attached to ``engine``, ValueError where another handler has ``name``."""
+    for other in attachments(engine):
+        if other.owner is owner:
+            raise RuntimeError(
+                f"An EMAHandler should be attached to an engine once, but this one is already, as '{other.name}'; "
+                "remove() the handle of that attachment first, or use an EventsList."
+            )
+        if other.name == name:
+            raise ValueError(
+                f"name should be another than '{name}', the attribute of {other.owner!r}; two handlers of one name "
+                "would drive each other's momentum, so choose a name such as 'generator_momentum'."
+            )
 
 
 def members_of(event: Event, engine: Engine) -> list[str | CallableEventWithFilter]:
@@ -58,8 +74,18 @@ def members_of(event: Event, engine: Engine) -> list[str | CallableEventWithFilt
     return members
 
 
+class _Owner(Protocol):
+    """What an attachment calls back."""
+
+    def _check_start(self, name: str, engine: Engine) -> None: ...
+
+    def _update(self, name: str, engine: Engine) -> None: ...
+
+    def _check_end(self, name: str, iterations: int, updates: int) -> None: ...
+
+
 class Attachment(RemovableEventHandle):
-    """Calls back once per event, until it is removed; also a context manager.
+    """Calls its owner back once per event, and when a run starts and completes, until it is removed; also a context.
 
     Of an ``EventsList`` those members that fire in the same iteration call back once. A single event calls back as
     often as it is fired.
@@ -68,79 +94,44 @@ class Attachment(RemovableEventHandle):
         owner: who attaches.
         engine: where to; held weakly.
         name: the attribute of ``engine.state`` that ``owner`` publishes.
-        is_scheduled: whether a schedule writes that attribute.
-        owns_name: whether ``remove`` deletes that attribute.
         event: the event, accepted by :func:`members_of`.
-        on_event: called with the engine at each event.
-        on_started: called with the engine when a run starts.
+        owns_name: whether ``remove`` deletes that attribute.
         steps: where there is one, events are left out before which it has seen no step.
     """
 
+    owner: object
+
     def __init__(
-        self,
-        owner: object,
-        engine: Engine,
-        name: str,
-        is_scheduled: bool,
-        owns_name: bool,
-        event: Event,
-        on_event: Callable[[Engine], None],
-        on_started: Callable[[Engine], None],
-        steps: StepWatch | None = None,
+        self, owner: _Owner, engine: Engine, name: str, event: Event, owns_name: bool, steps: StepWatch | None = None
     ) -> None:
-        last: tuple[int, int] | None = None  # the iteration of the last call, and the member that made it
-        left_out, moved = 0, False
-
-        def fire(engine: Engine, member: int) -> None:
-            nonlocal last, left_out, moved
-            if not self.is_attached:  # removed by an earlier handler of this very event
-                return
-            if steps is not None and not steps.has_stepped:
-                left_out += 1
-                return
-            iteration = engine.state.iteration
-            if last is None or last[0] != iteration or last[1] == member:
-                on_event(engine)
-                last, moved = (iteration, member), True
-                if steps is not None:
-                    steps.has_stepped = False
-
-        def start(engine: Engine) -> None:
-            nonlocal last
-            if engine.state.iteration == 0:
-                last = None  # a new run counts from 1 again
-            if self.is_attached:
-                on_started(engine)
-
-        def complete(engine: Engine) -> None:
-            if left_out and not moved and not engine.should_terminate:  # cut short, it may yet step
-                warnings.warn(
-                    f"The optimizer of '{name}' should have stepped in this run, but {left_out} events passed without "
-                    "a step and the average has not moved; attach the handler with the optimizer that trains.",
-                    stacklevel=2,
-                )
-
+        fire = self._on_event
+        self._held: list[object] = [fire]  # Ignite removes handlers by weak references
         super().__init__(event, fire, engine)  # type: ignore[arg-type]  # a string is as good
-        self.owner = owner
-        self.is_scheduled = is_scheduled
-        self.name = name
+        self.owner, self.name, self.steps = owner, name, steps
+        self._calls_back = owner
+        self.is_attached = True
         self._owns_name = owns_name
-        self._fire = fire  # Ignite removes handlers by weak references, so somebody has to hold them
-        self._start = start
+        self._last: tuple[int, int] | None = None  # the iteration of the last update, and the member that made it
+        self._read_at: tuple[int, Any] | None = None  # the iteration and event in which the average was read last
+        self._was_read_late = False
+        self._first_iteration = engine.state.iteration
+        self._updates = 0  # of this run
+        self._has_updated = False
+        self._left_out = 0  # events without a step
         for index, member in enumerate(members_of(event, engine)):
             engine.add_event_handler(member, fire, index)
-        self._handles: list[RemovableEventHandle | StepWatch] = [engine.add_event_handler(Events.STARTED, start)]
-        self.steps = steps
+        self._undo = ExitStack()
+        self.call_at(engine, Events.STARTED, self._on_start)
+        self.call_at(engine, Events.COMPLETED, self._on_end)
         if steps is not None:
-            self._complete = complete
-            self._handles += [steps, engine.add_event_handler(Events.COMPLETED, complete)]
-            finalize(engine, steps.remove)  # the optimizer may outlive the engine
-        self.is_attached = True
+            self._undo.callback(steps.remove)
+            self._undo.callback(finalize(engine, steps.remove).detach)  # the optimizer may outlive the engine
         vars(engine).setdefault(_ATTACHMENTS, []).append(self)
 
     def call_at(self, engine: Engine, event: Events, function: Callable[[Engine], object]) -> None:
         """Calls ``function`` with the engine at one more event, until ``remove``."""
-        self._handles.append(engine.add_event_handler(event, function))
+        self._held.append(function)
+        self._undo.callback(engine.add_event_handler(event, function).remove)
 
     @property
     def value(self) -> Any:
@@ -153,6 +144,12 @@ class Attachment(RemovableEventHandle):
         if engine is not None:
             setattr(engine.state, self.name, momentum)
 
+    def note_reading(self) -> None:
+        """Notes that the average is being evaluated or saved now; before an update of the same event that is late."""
+        engine = self.engine()
+        if engine is not None:
+            self._read_at = engine.state.iteration, engine.last_event_name
+
     def remove(self) -> None:
         """Takes everything off the engine again, ``engine.state.<name>`` included; does nothing the second time."""
         engine = self.engine()
@@ -160,34 +157,64 @@ class Attachment(RemovableEventHandle):
             return
         self.is_attached = False
         super().remove()
-        for handle in self._handles:
-            handle.remove()
+        self._undo.close()
         vars(engine)[_ATTACHMENTS].remove(self)
-        if self._owns_name and all(other.name != self.name for other in attachments(engine)):
+        if self._owns_name:
             vars(engine.state).pop(self.name, None)
+
+    def _on_event(self, engine: Engine, member: int) -> None:
+        if not self.is_attached:  # removed by an earlier handler of this very event
+            return
+        if self.steps is not None and not self.steps.has_stepped:
+            self._left_out += 1
+            return
+        iteration = engine.state.iteration
+        if self._last is not None and self._last[0] == iteration and self._last[1] != member:
+            return
+        if self._read_at == (iteration, engine.last_event_name) and not self._was_read_late:
+            self._was_read_late = True
+            warn_user(
+                f"The average of '{self.name}' should be updated before it is evaluated or saved, but at this event "
+                "that came first and saw the average of one update before; attach the handler earlier than what "
+                "evaluates at the same event."
+            )
+        self._calls_back._update(self.name, engine)
+        self._last = iteration, member
+        self._updates += 1
+        self._has_updated = True
+        if self.steps is not None:
+            self.steps.has_stepped = False
+
+    def _on_start(self, engine: Engine) -> None:
+        if engine.state.iteration == 0:
+            self._last = None  # a new run counts from 1 again
+        self._first_iteration, self._updates, self._read_at = engine.state.iteration, 0, None
+        if self.is_attached:
+            self._calls_back._check_start(self.name, engine)
+
+    def _on_end(self, engine: Engine) -> None:
+        if not self.is_attached or engine.should_terminate:  # cut short, it may yet move
+            return
+        if self._left_out and not self._has_updated:
+            warn_user(
+                f"The optimizer of '{self.name}' should have stepped in this run, but {self._left_out} events passed "
+                "without a step and the average has not moved; attach the handler with the optimizer that trains."
+            )
+        else:
+            self._calls_back._check_end(self.name, engine.state.iteration - self._first_iteration, self._updates)
 
 
 class _Removable(Protocol):
     def remove(self) -> None: ...
 
 
-class Handles:
+class Handles(ExitStack):
     """Several handles as one: ``remove()`` takes everything off an engine again, as does leaving it as a context."""
-
-    def __init__(self) -> None:
-        self._handles: list[_Removable] = []
 
     def add(self, handle: _Removable) -> None:
         """Takes on one more."""
-        self._handles.append(handle)
+        self.callback(handle.remove)
 
     def remove(self) -> None:
         """Takes everything off the engine again; does nothing the second time."""
-        while self._handles:
-            self._handles.pop().remove()
-
-    def __enter__(self) -> "Handles":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
+        self.close()

@@ -1,30 +1,33 @@
 """The Ignite handler: attaches a :class:`~ignite_ema.ModelAverage` to an engine."""
 
+import copy
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 from weakref import ref
 
 import torch
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
-from ignite.handlers.param_scheduler import BaseParamScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..averaging.average import ModelAverage
+from ..averaging.average_state import AVERAGE_STATE
 from ..averaging.buffers import BufferRule
 from ..averaging.module_trees import unwrapped
+from ..averaging.schedule_argument import described
+from ..averaging.summaries import counted, module_summary, momentum_summary, one_line
+from ..averaging.user_warnings import warn_user
 from ..averaging.validation import check_count, checked_momentum
 from ..checkpoints.reading import read
-from ..schedules import Constant, Schedule
-from .attachment import Attachment, Event, attachments, check_name, members_of
-from .evaluation import EvaluationSwap, swaps
-from .handler_state import VERSION, check_state, described
-from .momentum import schedule_of, scheduled
+from ..schedules import Schedule
+from .attachment import Attachment, Event, check_alone, check_name, members_of
+from .evaluation import EvaluationSwap, check_trains
+from .guidance import Guidance
+from .handler_state import check_state
+from .momentum import DrivenMomentum, momentum_of
 from .optimizer_steps import StepWatch, check_optimizer
 
 __all__ = ["EMAHandler"]
@@ -101,10 +104,12 @@ class EMAHandler:
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
     ) -> None:
-        self._set_rule(momentum, momentum_warmup, warmup_iters)
+        self._momentum = momentum_of(momentum, momentum_warmup, warmup_iters)
+        self._passed = momentum
         self._average = ModelAverage(
             model,
             handle_buffers,
+            momentum=momentum if self._momentum.schedule is None else self._momentum.schedule,
             ema_model=ema_model,
             dtype=dtype,
             device=device,
@@ -112,41 +117,48 @@ class EMAHandler:
             skip_nonfinite=skip_nonfinite,
             stochastic_rounding=stochastic_rounding,
         )
+        self._guidance = Guidance(self._average)
         self._loaded_steps: set[str] = set()  # names of attachments to come, whose optimizer has stepped already
-        self._count_is_known = False  # whether num_updates is known to be right: set, loaded, or counted from a start
-        self._current_is_loaded = False
         self._attachments: list[ref[Attachment]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle goes on with: all but the engines, of which it is detached."""
+        momentum = copy.copy(self._momentum)
+        if isinstance(momentum, DrivenMomentum):
+            momentum.value = self._driven_value(momentum)
+        detached: dict[str, Any] = {"_attachments": [], "_momentum": momentum, "_loaded_steps": self._waiting_steps()}
+        return {**vars(self), **detached}
+
+    def __repr__(self) -> str:
+        return one_line(
+            type(self).__name__,
+            lambda: module_summary(self.ema_model),
+            lambda: momentum_summary(self._average.momentum),
+            lambda: counted(self.num_updates, "update"),
+            lambda: " and ".join(f"attached to an Engine as '{one.name}'" for one in self._attached()),
+        )
 
     @property
     def momentum(self) -> float | Schedule:
         """What was passed; a plain float can be set to another."""
-        return self._momentum
+        return self._passed
 
     @momentum.setter
     def momentum(self, value: float) -> None:
         if self.momentum_scheduler is not None or callable(value):
             raise TypeError(
-                f"momentum should be set from one float to another, got {value!r} in place of {self._momentum!r}; make "
-                "a new handler for another schedule."
+                f"momentum should be set from one float to another, got {value!r} in place of {self._passed!r}; make a "
+                "new handler for another schedule."
             )
-        self._set_rule(value)
-        self._publish(self._current)
+        momentum = momentum_of(value, None, None)
+        self._average.momentum = value
+        self._momentum, self._passed = momentum, value
+        self._publish()
 
-    def _set_rule(
-        self, momentum: float | Schedule, momentum_warmup: float | None = None, warmup_iters: int | None = None
-    ) -> None:
-        if isinstance(momentum, type):
-            raise TypeError(f"momentum should be a schedule, got the class {momentum.__name__}; make one: call it.")
-        if isinstance(momentum, BaseParamScheduler):
-            raise TypeError(
-                f"momentum should be a float or a schedule of the number of updates, got {type(momentum).__name__} of "
-                "Ignite; pass a float and attach the scheduler to the engine, where it drives engine.state.<name>."
-            )
-        rule = schedule_of(momentum, momentum_warmup, warmup_iters)
-        self._current = scheduled(rule, 0)
-        self._rule = rule
-        self._momentum = momentum
-        self.momentum_scheduler = None if isinstance(rule, Constant) and rule is not momentum else rule
+    @property
+    def momentum_scheduler(self) -> Schedule | None:
+        """The schedule in force, None for a plain float."""
+        return self._momentum.schedule
 
     @property
     def model(self) -> nn.Module:
@@ -171,16 +183,24 @@ class EMAHandler:
     @num_updates.setter
     def num_updates(self, value: int) -> None:
         check_count(value)
-        momentum = self._momentum_of(value)
+        self._momentum.at(value)  # raises before anything has changed
         self._average.num_updates = value
-        self._count_is_known = True
-        if momentum is not None:
-            self._publish(momentum)
+        self._guidance.has_past = value > 0
+        self._go_on()
 
     @property
     def num_skipped(self) -> int:
         """The number of updates that ``skip_nonfinite`` has left out; they are not in ``num_updates``."""
         return self._average.num_skipped
+
+    @property
+    def initial_share(self) -> float:
+        """How much of the average is still the weights that it started from, in [0, 1].
+
+        The product of 1 - λ over the updates: 1 at the start and after :meth:`reset`, 0 after an update that copies,
+        and 0 for an average that :meth:`load_averaged` has brought from elsewhere.
+        """
+        return self._average.initial_share
 
     def attach(
         self,
@@ -210,59 +230,24 @@ class EMAHandler:
             A handle whose ``remove()`` undoes this call.
 
         Raises:
-            TypeError, ValueError: for a name of the engine's own, a name that another handler's schedule writes, an
-                existing value that is no momentum, or an event that the engine does not fire.
+            TypeError, ValueError: for a name of the engine's own or of another handler, an existing value that is no
+                momentum, or an event that the engine does not fire.
             RuntimeError: where this handler is attached to this engine already.
         """
         members_of(event, engine)
         check_name(name)
         check_optimizer(optimizer, self.model)
-        for other in attachments(engine):
-            if other.owner is self:
-                raise RuntimeError(
-                    f"An EMAHandler should be attached to an engine once, but this one is already, as '{other.name}'; "
-                    "remove() the handle of that attachment first, or use an EventsList."
-                )
-            if other.name == name and (self.momentum_scheduler or other.is_scheduled):
-                raise ValueError(
-                    f"name should be another than '{name}', which another EMAHandler of this engine uses; where one of "
-                    "two handlers has a schedule, it would drive the other."
-                )
-        if any(swap.owner is self for swap in swaps(engine)):
-            raise RuntimeError(
-                "engine should be one that trains, but swap_during() was called with it and its runs are on the "
-                "averaged weights; train with another engine."
-            )
+        check_alone(engine, self, name)
+        check_trains(engine, self)
         exists = hasattr(engine.state, name)
-        current = getattr(engine.state, name, None)  # None also where a StateParamScheduler made it and has not run yet
-        goes_on = current is not None and self.momentum_scheduler is None and not self._current_is_loaded
-        if goes_on:
-            checked_momentum(current, f"engine.state.{name}")
-        if exists and warn_if_exists:
-            warnings.warn(
-                f"Attribute '{name}' already exists in Engine.state: the engine has loaded it, or something else made "
-                "it, and both would use it; choose another name, or set warn_if_exists to False if that is meant.",
-                category=UserWarning,
-                stacklevel=2,
-            )
-        if not goes_on:
-            momentum = self._momentum_of(self.num_updates)
-            setattr(engine.state, name, self._current if momentum is None else momentum)
-        attachment = Attachment(
-            self,
-            engine,
-            name,
-            self.momentum_scheduler is not None,
-            not exists,
-            event,
-            partial(self._update, name),
-            partial(self._check_start, name),
-            None if optimizer is None else StepWatch(optimizer, name in self._loaded_steps),
-        )
+        if not self._goes_on_from_existing(engine, name, exists and warn_if_exists):
+            setattr(engine.state, name, self._momentum.at(self.num_updates))
+        steps = None if optimizer is None else StepWatch(optimizer, name in self._loaded_steps)
+        attachment = Attachment(self, engine, name, event, not exists, steps)
         self._loaded_steps.discard(name)
         if self.handle_buffers == "ema_train":
-            attachment.call_at(engine, Events.ITERATION_STARTED, lambda engine: self.ema_model.train())
-        self._attachments.append(ref(attachment))
+            attachment.call_at(engine, Events.ITERATION_STARTED, self._train_twin)
+        self._attachments = [*map(ref, self._attached()), ref(attachment)]
         return attachment
 
     def swapped(self) -> AbstractContextManager[None]:
@@ -274,6 +259,8 @@ class EMAHandler:
         Raises:
             RuntimeError: where the model holds averaged weights already, and from what would update the average inside.
         """
+        for attachment in self._attached():
+            attachment.note_reading()
         return self._average.swapped()
 
     def swap_during(self, evaluator: Engine) -> EvaluationSwap:
@@ -303,51 +290,39 @@ class EMAHandler:
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
+        momentum = self._momentum
         return {
-            "ignite_ema_version": VERSION,
-            "num_updates": self.num_updates,
-            "current_momentum": self._plain_momentum() if self.momentum_scheduler is None else None,
-            "momentum_schedule": described(self._rule),
-            "num_skipped": self._average.num_skipped,
-            "optimizer_stepped": sorted(self._loaded_steps | {a.name for a in self._attached() if _has_stepped(a)}),
+            **self._average.state_dict(),
+            "current_momentum": self._driven_value(momentum) if isinstance(momentum, DrivenMomentum) else None,
+            "optimizer_stepped": sorted(self._waiting_steps()),
             "saved_while_swapped": self._average.is_swapped(),
-            "averaged_tensors": self._average.state_dict(),
-            "state_dict_names": self._average.state_dict_names(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a :meth:`state_dict`, before or after ``attach``.
 
         A schedule goes on from the saved count, a plain momentum from the saved value, to which it may have been
-        driven. Where the saved handler had another rule, this one's own rule counts, and a warning says so.
+        driven. Where the saved handler had another schedule, this one's own counts, and a warning says so.
 
         Raises:
             TypeError, ValueError: for a state with a missing, unexpected or wrong entry, or of another model; names
                 it, and nothing has been loaded then.
         """
         check_state(state)
-        self._momentum_of(state["num_updates"])  # raises before anything has changed
-        self._average.load_state_dict(state["averaged_tensors"])
-        self._average.num_skipped = state["num_skipped"]
+        self._average.load_state_dict({key: state[key] for key in AVERAGE_STATE})
         self._load_steps(set(state["optimizer_stepped"]))
-        self.num_updates = state["num_updates"]
+        is_same = state["momentum_schedule"] == described(self._average.schedule)
+        if is_same and isinstance(self._momentum, DrivenMomentum):
+            self._momentum.value, self._momentum.is_restored = state["current_momentum"], True
+            self._publish()
+        self._guidance.has_past = False
+        self._go_on()
         if state["saved_while_swapped"]:
-            warnings.warn(
+            warn_user(
                 "The EMA handler was saved inside swapped() or swap_during(): its own state is right, but a model "
                 "that was saved beside it holds averaged weights, too; save what you resume from at an event of the "
-                "trainer.",
-                stacklevel=2,
+                "trainer."
             )
-        if state["momentum_schedule"] != described(self._rule):
-            warnings.warn(
-                f"The EMA handler was saved with {state['momentum_schedule']} and goes on with "
-                f"{described(self._rule)}; if that is not meant, make it as it was made before.",
-                stacklevel=2,
-            )
-        elif state["current_momentum"] is not None:
-            self._current = state["current_momentum"]
-            self._current_is_loaded = True
-            self._publish(self._current)
 
     def load_averaged(
         self,
@@ -376,19 +351,34 @@ class EMAHandler:
         """
         found = read(source, key=key, names=unwrapped(self.ema_model) if names is None else names)
         count = found.num_updates if num_updates is None else num_updates
-        if count is None and not isinstance(self._rule, Constant) and not self._count_is_known:
+        if count is None and self._momentum.counts and not self._guidance.start_is_known:
             raise ValueError(
                 "num_updates should be the number of updates that the loaded average has behind it, which the "
-                f"checkpoint does not say: {described(self._rule)} would go on with a momentum of {self._rule(0):g}; "
-                "pass num_updates=, 0 to start the schedule."
+                f"checkpoint does not say: {described(self.momentum_scheduler)} would go on with a momentum of "
+                f"{self._momentum.at(0):g}; pass num_updates=, 0 to start the schedule."
             )
         count = self.num_updates if count is None else count
         check_count(count)
-        self._momentum_of(count)  # raises before anything has changed
+        self._momentum.at(count)  # raises before anything has changed
         self._average.load_plain(found.tensors)
         self.num_updates = count
         if found.system == "plain":
-            warnings.warn("The checkpoint has no average; this one starts from the weights in it.", stacklevel=2)
+            warn_user("The checkpoint has no average; this one starts from the weights in it.")
+
+    def _goes_on_from_existing(self, engine: Engine, name: str, warns: bool) -> bool:
+        """Whether a plain momentum is driven by what the attribute holds already; warns of what becomes of that."""
+        value = getattr(engine.state, name, None)  # None also where a StateParamScheduler made it and has not run yet
+        goes_on = value is not None and isinstance(self._momentum, DrivenMomentum) and not self._momentum.is_restored
+        if goes_on:
+            checked_momentum(value, f"engine.state.{name}")
+        if warns:
+            ignored = f"it goes on from its value {value!r}, and the momentum of {self._passed} passed here is ignored"
+            warn_user(
+                f"Attribute '{name}' already exists in Engine.state, made by something else or loaded with the engine: "
+                f"{ignored if goes_on else f'its value {value!r} is overwritten'}; choose another name, or set "
+                "warn_if_exists to False if that is meant."
+            )
+        return goes_on
 
     def _load_steps(self, names: set[str]) -> None:
         for attachment in self._attached():
@@ -397,32 +387,39 @@ class EMAHandler:
                 names.discard(attachment.name)
         self._loaded_steps = names
 
+    def _waiting_steps(self) -> set[str]:
+        stepped = {one.name for one in self._attached() if one.steps is not None and one.steps.has_stepped}
+        return self._loaded_steps | stepped
+
     def _update(self, name: str, engine: Engine) -> None:
-        if self.momentum_scheduler is None:
-            momentum = getattr(engine.state, name, None)
-            if type(momentum) is not float or not 0 <= momentum <= 1:
-                momentum = checked_momentum(momentum, f"engine.state.{name}")
-            self._current = momentum
-        else:
-            momentum = scheduled(self.momentum_scheduler, self._average.num_updates)
-            setattr(engine.state, name, momentum)
-        self._average.update(momentum)
-        self._count_is_known = True
+        self._average.update(self._momentum.take(engine.state, name, self._average.num_updates))
+        self._guidance.start_is_known = True
 
-    def _momentum_of(self, n: int) -> float | None:
-        """What the schedule gives after ``n`` updates, None where the momentum is plain."""
-        if self.momentum_scheduler is None:
-            return None
-        return scheduled(self.momentum_scheduler, n)
+    def _check_start(self, name: str, engine: Engine) -> None:
+        self._average.look_again()
+        self._guidance.check_start(name, engine.state.iteration, self._momentum)
 
-    def _plain_momentum(self) -> float:
+    def _check_end(self, name: str, iterations: int, updates: int) -> None:
+        self._guidance.check_end(name, iterations, updates, self._momentum)
+
+    def _train_twin(self, engine: Engine) -> None:
+        self.ema_model.train()  # an evaluator may have put it into eval mode
+
+    def _driven_value(self, momentum: DrivenMomentum) -> float:
+        """The attribute of the first engine, where there is one; the last value otherwise."""
         for attachment in self._attached():
             return checked_momentum(attachment.value, f"engine.state.{attachment.name}")
-        return self._current
+        return momentum.value
 
-    def _publish(self, momentum: float) -> None:
+    def _go_on(self) -> None:
+        """Notes that the average is what it is meant to be, and shows what a schedule goes on with."""
+        self._guidance.start_is_known = True
+        if self.momentum_scheduler is not None:
+            self._publish()
+
+    def _publish(self) -> None:
         for attachment in self._attached():
-            attachment.value = momentum
+            attachment.value = self._momentum.at(self.num_updates)
 
     def _attached(self) -> Iterator[Attachment]:
         """What is attached now, to engines that are still there."""
@@ -430,30 +427,3 @@ class EMAHandler:
             attachment = reference()
             if attachment is not None and attachment.is_attached and attachment.engine() is not None:
                 yield attachment
-
-    def _check_start(self, name: str, engine: Engine) -> None:
-        """Warns once where a run is resumed with a handler that was not restored, or starts from other weights."""
-        self._average.look_again()
-        if self._count_is_known:
-            return
-        self._count_is_known = True
-        iteration = engine.state.iteration
-        is_stale = self._average.is_stale()
-        if iteration > 0 and (is_stale or not isinstance(self._rule, Constant)):
-            lost = "its average starts from the weights it was made with" if is_stale else "its momentum starts again"
-            warnings.warn(
-                f"The trainer resumes at iteration {iteration}, but the EMA handler of '{name}' was not restored, and "
-                f'{lost}; put the handler into the checkpoint ("ema_handler": handler) and load it with '
-                "Checkpoint.load_objects, or call handler.reset() if the average is meant to start here.",
-                stacklevel=2,
-            )
-        elif is_stale and self._current < 1:
-            warnings.warn(
-                f"The model has other weights than when the EMA handler of '{name}' was made (loaded or synchronised "
-                "since), and the average starts from the old ones; call handler.reset() when the model is ready.",
-                stacklevel=2,
-            )
-
-
-def _has_stepped(attachment: Attachment) -> bool:
-    return attachment.steps is not None and attachment.steps.has_stepped

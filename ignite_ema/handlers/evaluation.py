@@ -8,14 +8,22 @@ from ignite.engine.events import State
 
 from .attachment import attachments
 
-__all__ = ["EvaluationSwap", "Swappable", "swaps"]
+__all__ = ["EvaluationSwap", "Swappable", "check_trains"]
 
 # The attribute of an engine under which its swaps are found.
 _SWAPS = "_ignite_ema_swaps"
 
 
-def swaps(engine: Engine) -> "list[EvaluationSwap]":
-    """Those that are active for ``engine`` now."""
+def check_trains(engine: Engine, owner: object) -> None:
+    """Raises RuntimeError where the runs of ``engine`` are on the averaged weights of ``owner``."""
+    if any(swap.owner is owner for swap in _swaps(engine)):
+        raise RuntimeError(
+            "engine should be one that trains, but swap_during() was called with it and its runs are on the averaged "
+            "weights; train with another engine."
+        )
+
+
+def _swaps(engine: Engine) -> "list[EvaluationSwap]":
     return list(vars(engine).get(_SWAPS, ()))
 
 
@@ -47,7 +55,7 @@ class EvaluationSwap:
                 "evaluator should be an engine of its own, but this handler is attached to this one and updates the "
                 "average there; swap during the runs of another engine."
             )
-        if any(other.owner is owner for other in swaps(engine)):
+        if any(other.owner is owner for other in _swaps(engine)):
             raise RuntimeError(
                 "An EMAHandler should swap during the runs of an evaluator once, but this one does so already; "
                 "remove() the handle of that call first."

@@ -1,58 +1,87 @@
-"""The momentum of a handler: the schedule that its arguments describe, and its value at each update, checked."""
+"""The momentum of a handler: one that a schedule gives, or one that others drive. Two classes, one interface."""
 
-import numbers
-import warnings
+from typing import Any, TypeAlias
 
+from ignite.handlers.param_scheduler import BaseParamScheduler
+
+from ..averaging.schedule_argument import constant_of, scheduled
 from ..averaging.validation import checked_momentum
-from ..schedules import Constant, CopyUntil, LinearWarmup, Rescaled, Schedule
+from ..schedules import Constant, LinearWarmup, Schedule
 
-__all__ = ["schedule_of", "scheduled"]
-
-
-def scheduled(schedule: Schedule, n: int) -> float:
-    """The momentum that ``schedule`` gives after ``n`` updates, checked."""
-    return checked_momentum(schedule(n), "the momentum that the schedule returns")
+__all__ = ["DrivenMomentum", "Momentum", "ScheduledMomentum", "momentum_of"]
 
 
-def schedule_of(momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None) -> Schedule:
-    """The schedule that the arguments of a handler say; raises TypeError or ValueError, naming the argument."""
+class ScheduledMomentum:
+    """Follows a schedule of the number of updates, and writes to the engine what it uses.
+
+    Attributes:
+        schedule: the schedule.
+        counts: whether it depends on the number of updates.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.counts = not isinstance(schedule, Constant)
+
+    def at(self, n: int) -> float:
+        """λ of the update after ``n`` updates."""
+        return scheduled(self.schedule, n)
+
+    def take(self, state: Any, name: str, n: int) -> float:
+        """λ of the update after ``n`` updates; shown as ``state.<name>`` from here on."""
+        momentum = scheduled(self.schedule, n)
+        setattr(state, name, momentum)
+        return momentum
+
+
+class DrivenMomentum:
+    """A plain float that the engine's attribute holds, where a user or a ``StateParamScheduler`` may drive it.
+
+    Attributes:
+        value: the momentum, as it was seen last.
+        is_restored: whether ``value`` was loaded, and counts more than what an engine has already.
+    """
+
+    schedule = None
+    counts = False
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.is_restored = False
+
+    def at(self, n: int) -> float:
+        """The momentum, at any count."""
+        return self.value
+
+    def take(self, state: Any, name: str, n: int) -> float:
+        """λ as ``state.<name>`` shows it; raises TypeError or ValueError, naming the attribute, unless in [0, 1]."""
+        self.value = checked_momentum(getattr(state, name, None), f"engine.state.{name}")
+        return self.value
+
+
+Momentum: TypeAlias = ScheduledMomentum | DrivenMomentum
+
+
+def momentum_of(momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None) -> Momentum:
+    """What the arguments of a handler say; raises TypeError or ValueError, naming the argument."""
+    if isinstance(momentum, BaseParamScheduler):
+        raise TypeError(
+            f"momentum should be a float or a schedule of the number of updates, got {type(momentum).__name__} of "
+            "Ignite; pass a float and attach the scheduler to the engine, where it drives engine.state.<name>."
+        )
     if callable(momentum):
         if momentum_warmup is not None or warmup_iters is not None:
             raise ValueError(
                 "momentum_warmup and warmup_iters should be None where momentum is a schedule, got "
                 f"{momentum_warmup!r} and {warmup_iters!r}; a schedule brings its own warm-up."
             )
-        _warn_of_decay(_last(momentum), "the last momentum of the schedule")
-        return momentum
-    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
-        raise TypeError(f"momentum should be a float in (0, 1) or a schedule, got {momentum!r}.")
-    if not 0 < momentum < 1:
-        raise ValueError(
-            f"Invalid momentum: {momentum}; it should be in (0, 1), as the weight of the new weights (1 - decay)."
-        )
+        return ScheduledMomentum(momentum)
     if (momentum_warmup is None) != (warmup_iters is None):
         raise ValueError(
             "momentum_warmup and warmup_iters should be given together or not at all, got "
             f"{momentum_warmup!r} and {warmup_iters!r}."
         )
-    _warn_of_decay(float(momentum), "momentum")
+    value = constant_of(momentum).momentum
     if momentum_warmup is None or warmup_iters is None:
-        return Constant(float(momentum))
-    return LinearWarmup(momentum, momentum_warmup, warmup_iters)
-
-
-def _last(schedule: object) -> float:
-    """Where a schedule of ours ends up, 0 for any other."""
-    if isinstance(schedule, CopyUntil):
-        return _last(schedule.schedule)
-    is_ours = type(schedule).__module__ == CopyUntil.__module__ and not isinstance(schedule, Rescaled)
-    return schedule(10**12) if is_ours and callable(schedule) else 0.0
-
-
-def _warn_of_decay(momentum: float, what: str) -> None:
-    if momentum > 0.5:
-        warnings.warn(
-            f"{what} is the weight of the new weights, and {momentum:g} nearly copies them at each update; if it was "
-            f"meant as a decay, pass 1 - {momentum:g} = {1 - momentum:g}.",
-            stacklevel=5,
-        )
+        return DrivenMomentum(value)
+    return ScheduledMomentum(LinearWarmup(value, momentum_warmup, warmup_iters))

@@ -1,12 +1,12 @@
 """Whether an optimizer has stepped, for those who want to move only when the weights have."""
 
-import warnings
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from ..averaging.sharding import reshard
+from ..averaging.user_warnings import warn_user
 
 __all__ = ["StepWatch", "check_optimizer"]
 
@@ -16,14 +16,15 @@ def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
     if optimizer is None:
         return
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer should be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        raise TypeError(
+            f"optimizer should be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the one that trains."
+        )
     reshard(model)  # an optimizer has the shards
     parameters = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
-        warnings.warn(
+        warn_user(
             "optimizer should train parameters of the model that is averaged, but has none of them; pass the one whose "
-            "steps move this model.",
-            stacklevel=3,
+            "steps move this model."
         )
 
 

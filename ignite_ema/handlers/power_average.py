@@ -46,7 +46,7 @@ class Stream(EMAHandler):
 
     def averaged_tensors(self) -> dict[str, Tensor]:
         """The tensors of the twin by path; not copies."""
-        return self._average.state_dict()
+        return self._average.averaged_tensors()
 
     def state_dict_names(self) -> dict[str, str]:
         """For each name in the twin's ``state_dict`` the path."""

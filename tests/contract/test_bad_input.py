@@ -169,19 +169,19 @@ ROWS = [
         "a momentum as text",
         lambda w: EMAHandler(w.model, "0.1"),
         TypeError,
-        "momentum should be a float in (0, 1) or a schedule, got '0.1'.",
+        "momentum should be a float in (0, 1) or a schedule, got '0.1'; 0.001 is usual.",
     ),
     (
         "a momentum that is a flag",
         lambda w: EMAHandler(w.model, True),
         TypeError,
-        "momentum should be a float in (0, 1) or a schedule, got True.",
+        "momentum should be a float in (0, 1) or a schedule, got True; 0.001 is usual.",
     ),
     (
         "no momentum",
         lambda w: EMAHandler(w.model, None),
         TypeError,
-        "momentum should be a float in (0, 1) or a schedule, got None.",
+        "momentum should be a float in (0, 1) or a schedule, got None; 0.001 is usual.",
     ),
     (
         "the class of a schedule",
@@ -409,8 +409,9 @@ ROWS = [
         "a name that a schedule writes",
         lambda w: w.scheduled.attach(w.trainer),
         ValueError,
-        "name should be another than 'ema_momentum', which another EMAHandler of this engine uses; where one of "
-        "two handlers has a schedule, it would drive the other.",
+        "name should be another than 'ema_momentum', the attribute of EMAHandler(Sequential: 34 parameters in float32 "
+        "on cpu; momentum 0.25; 3 updates; attached to an Engine as 'ema_momentum'); two handlers of one name would "
+        "drive each other's momentum, so choose a name such as 'generator_momentum'.",
     ),
     (
         "an event of no engine",
@@ -459,7 +460,7 @@ ROWS = [
         "parameters for an optimizer",
         lambda w: w.fresh.attach(w.other, optimizer=w.model.parameters()),
         TypeError,
-        "optimizer should be a torch.optim.Optimizer, got generator.",
+        "optimizer should be a torch.optim.Optimizer, got generator; pass the one that trains.",
     ),
     # setters
     (
@@ -575,7 +576,7 @@ ROWS = [
         lambda w: w.handler.load_state_dict(w.model.state_dict()),
         ValueError,
         "The state of an EMAHandler should be what its state_dict() gave, but it misses 'ignite_ema_version'; "
-        "the state of a model belongs into handler.ema_model.",
+        "the state of a model belongs into the averaged twin.",
     ),
     (
         "a state of another model",
@@ -594,8 +595,7 @@ ROWS = [
         "a state of a newer version",
         lambda w: w.handler.load_state_dict(w.handler.state_dict() | {"ignite_ema_version": 9}),
         ValueError,
-        "'ignite_ema_version' of the state should be 2, got 9; load it with the ignite_ema that wrote it, or a "
-        "newer one.",
+        "'ignite_ema_version' of the state should be 3, got 9; load it with the ignite_ema that wrote it.",
     ),
     # load_averaged
     (
@@ -694,7 +694,8 @@ ROWS = [
         "an update of nothing",
         lambda w: w.average.update(None),
         TypeError,
-        "momentum should be a momentum, a number in [0, 1], got None; 0.001 is usual.",
+        "momentum should be a number in [0, 1], got None; pass it to update(), or a float or a schedule as "
+        "ModelAverage(..., momentum=...).",
     ),
     (
         "an update after a layer was added",
@@ -714,7 +715,7 @@ ROWS = [
     ),
     (
         "a state without a tensor",
-        lambda w: w.average.load_state_dict({"0.weight": torch.zeros(4, 3)}),
+        lambda w: w.average.load_averaged_tensors({"0.weight": torch.zeros(4, 3)}),
         ValueError,
         "The averaged tensors should be those of this model, but the state misses '0.bias'; build the model, and "
         "freeze and share its parameters, as they were then.",

@@ -101,7 +101,7 @@ def test_the_frozen_part_is_never_copied(wrap):
     assert average.module[0].base.weight is adapted.base.weight
     with average.swapped():
         pass
-    average.load_state_dict(copy.deepcopy(average.state_dict()))
+    average.load_averaged_tensors(copy.deepcopy(average.averaged_tensors()))
     average.reset()
     with pytest.raises(RuntimeError, match="copy.deepcopy can copy"):
         ModelAverage(model)
@@ -146,7 +146,7 @@ def test_wrapped_models_share_too(wrap, process_group):
     move(plain)
     average.update(0.5)
     assert len({id(p) for p in average.module.parameters()} & {id(p) for p in plain.parameters()}) == 2
-    assert list(average.state_dict()) == HELD
+    assert list(average.averaged_tensors()) == HELD
 
 
 def test_a_model_that_is_frozen_throughout_can_be_averaged():
@@ -155,8 +155,8 @@ def test_a_model_that_is_frozen_throughout_can_be_averaged():
     assert average.update(0.5)
     average.reset()
     with average.swapped():
-        assert average.state_dict() == {}
-    average.load_state_dict({})
+        assert average.averaged_tensors() == {}
+    average.load_averaged_tensors({})
     average.load_plain(model.state_dict())
 
 
@@ -307,7 +307,7 @@ def test_freezing_later_is_fine():
     assert average.update(0.5)
     assert average.module.up is not model.up
     assert torch.equal(average.module.up, weight.lerp(model.up, 0.5))
-    assert list(average.state_dict()) == HELD
+    assert list(average.averaged_tensors()) == HELD
     model.requires_grad_(True).base.requires_grad_(False)
     assert average.update(0.5)
 
@@ -359,7 +359,7 @@ def test_tied_frozen_parameters_are_shared_and_stay_tied():
     average = sharing(model)
     twin = average.module
     assert twin.head.weight is twin.embedding.weight is model.embedding.weight
-    assert list(average.state_dict()) == ["head.bias"]
+    assert list(average.averaged_tensors()) == ["head.bias"]
     assert average.state_dict_names() == {"head.bias": "head.bias"}
 
 
@@ -670,7 +670,7 @@ def test_the_names_are_those_of_the_model_without_wrappers(wrap):
     plain, other = Plain(), Plain()
     average = ModelAverage(wrap(plain))
     average.load_plain(copied(other.state_dict()))
-    assert bits(average.state_dict()["body.weight"]) == bits(other.body.weight)
+    assert bits(average.averaged_tensors()["body.weight"]) == bits(other.body.weight)
 
 
 class WithExtraState(nn.Linear):

@@ -403,7 +403,7 @@ ACTIONS = {
     "reset": lambda average: average.reset(),
     "reset of buffers": lambda average: average.reset(buffers_only=True),
     "swapped": lambda average: average.swapped().__enter__(),
-    "load_state_dict": lambda average: average.load_state_dict(average.state_dict()),
+    "load_state_dict": lambda average: average.load_averaged_tensors(average.averaged_tensors()),
     "load_plain": lambda average: average.load_plain(average.module.state_dict()),
 }
 

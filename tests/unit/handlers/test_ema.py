@@ -394,17 +394,6 @@ def test_ema_train_stays_in_train_mode_when_an_evaluator_has_left_it():
     assert handler.ema_model[0].training
 
 
-def test_two_plain_handlers_may_share_one_momentum():
-    first, second = scalar_model(), scalar_model()
-    trainer = trainer_for(first, second)
-    handlers = EMAHandler(first, 0.5), EMAHandler(second, 0.25)
-    handlers[0].attach(trainer)
-    with pytest.warns(UserWarning, match="already exists"):
-        handlers[1].attach(trainer)
-    trainer.run([0])
-    assert [averaged(handler) for handler in handlers] == [0.5, 0.5]
-
-
 @pytest.mark.parametrize(
     "event",
     [
@@ -433,14 +422,10 @@ def test_a_removed_handle_undoes_attach(event):
     assert handler.num_updates == made + 6
 
 
-def test_a_removed_handle_leaves_an_attribute_that_was_there_or_is_shared():
+def test_a_removed_handle_leaves_an_attribute_that_was_there():
     trainer = trainer_for(scalar_model())
-    first, second = EMAHandler(scalar_model(), 0.5), EMAHandler(scalar_model(), 0.5)
-    handle = first.attach(trainer)
-    other = second.attach(trainer, warn_if_exists=False)
-    handle.remove()
-    assert trainer.state.ema_momentum == 0.5
-    other.remove()
+    trainer.state.ema_momentum = 0.5
+    EMAHandler(scalar_model(), 0.5).attach(trainer, warn_if_exists=False).remove()
     assert trainer.state.ema_momentum == 0.5
 
 

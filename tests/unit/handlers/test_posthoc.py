@@ -905,7 +905,7 @@ BAD_STATES = [
     (changed(samples_seen=1.5), TypeError, "'samples_seen' of the state should be an integer, got 1.5"),
     (changed(updated_at=None), TypeError, "'updated_at' of the state should be an integer, got None"),
     (changed(stream_1=None), TypeError, "The state of an EMAHandler should be a mapping"),
-    (changed_in("stream_1", num_updates=-1), ValueError, "num_updates should be 0 or more, got -1"),
+    (changed_in("stream_1", num_updates=-1), ValueError, "'num_updates' of the state should be 0 or more, got -1"),
     (without_a_tensor, ValueError, "but the state misses '1.bias'"),
     (of_another_shape, ValueError, r"'1.bias' .* shape \(2,\), got \(3,\)"),
 ]
