@@ -1,21 +1,23 @@
-"""The layouts of other systems; `finding` searches a file for them.
+"""The formats of other systems; `detection` searches a file for them.
 
-Each system has one function here that recognises its layout in a mapping, and a row in one table. What these layouts
+Each system has one function here that recognises its format in a mapping, and a row in one table. What these formats
 are was read in the systems' sources, which the functions name; nothing of them is needed to read their files.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["LAYOUTS", "Found", "State", "Tensors", "covers", "listed", "plain_name", "within"]
+from .naming import listed, quoted
+
+__all__ = ["FORMATS", "Found", "Names", "State", "Tensors", "within"]
 
 State = Mapping[str, Any]
 Tensors = State | list[Any]
+Names: TypeAlias = nn.Module | Mapping[str, Tensor] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +26,9 @@ class Found:
 
     Attributes:
         path: the keys that lead to it.
-        beside: the mapping in which it is, or is part of, an entry, and ``entry`` the key there.
+        parent: the mapping in which it is, or is part of, an entry, and ``entry`` the key there.
+        parts: the entries that this format explains: none of them is another average by its name alone.
+        frozen: names that the average lacks, because it shares these tensors with the model.
         rank: where no key is given, only what has the lowest is considered.
         note: what helps to choose between this and others.
     """
@@ -34,8 +38,10 @@ class Found:
     online: Tensors | None = None
     num_updates: int | None = None
     path: tuple[str, ...] = ()
-    beside: State = field(default_factory=dict)
+    parent: State = field(default_factory=dict)
     entry: str = ""
+    parts: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     rank: int = 1
     note: str = ""
 
@@ -51,22 +57,25 @@ class Found:
 
 
 def _ignite_ema(state: State) -> Iterator[Found]:
-    """The state of our handler: averaged tensors by path, and the names that a ``state_dict`` has for the paths."""
+    """The state of our handler: averaged tensors by path, and the names that a ``state_dict`` has for the paths.
+
+    A name whose path is not there belongs to a frozen tensor that the average shared with the model.
+    """
     if "ignite_ema_version" not in state or "averaged_tensors" not in state:
         return
     tensors, paths = state["averaged_tensors"], state.get("state_dict_names")
-    if not isinstance(tensors, Mapping) or not isinstance(paths, Mapping):
+    if not isinstance(tensors, Mapping) or not isinstance(paths, Mapping) or not _is_text(paths):
         raise ValueError(
             "The state of an EMAHandler should have the mappings 'averaged_tensors' and 'state_dict_names', got "
             f"{listed(state)}; save it again with this version of ignite_ema."
         )
-    if missing := [path for path in paths.values() if path not in tensors]:
-        raise ValueError(
-            f"'averaged_tensors' should have '{missing[0]}', which 'state_dict_names' asks for; the state of the "
-            "EMAHandler was changed, take another checkpoint."
-        )
-    named = {name: tensors[path] for name, path in paths.items()}
-    yield Found("ignite_ema", named, None, _count(state, "num_updates"), rank=0)
+    named = {name: tensors[path] for name, path in paths.items() if path in tensors}
+    frozen = tuple(name for name in paths if name not in named)
+    yield Found("ignite_ema", named, None, _count(state, "num_updates"), frozen=frozen)
+
+
+def _is_text(mapping: State) -> bool:
+    return all(isinstance(text, str) for text in [*mapping, *mapping.values()])
 
 
 def _mmengine(state: State) -> Iterator[Found]:
@@ -74,16 +83,18 @@ def _mmengine(state: State) -> Iterator[Found]:
 
     The field is the state of its ``BaseAveragedModel``. Scripts that do not swap have other names in theirs.
     """
-    if _has_states(state, "ema_state_dict", "state_dict"):
+    parts = ("state_dict", "ema_state_dict")
+    if _has_states(state, *parts):
         raw = within(state["ema_state_dict"], "module.")
         if raw and "steps" in state["ema_state_dict"] and len(raw) == len(state["ema_state_dict"]) - 1:
-            yield Found("mmengine", state["state_dict"], raw)
+            yield Found("mmengine", state["state_dict"], raw, path=parts[:1], parts=parts)
 
 
 def _timm(state: State) -> Iterator[Found]:
     """What ``CheckpointSaver`` writes, both parts without wrappers."""
+    parts = ("state_dict_ema", "state_dict")
     if _has_states(state, "state_dict_ema"):
-        yield Found("timm", state["state_dict_ema"], _mapping(state.get("state_dict")))
+        yield Found("timm", state["state_dict_ema"], _mapping(state.get("state_dict")), path=parts[:1], parts=parts)
 
 
 def _lightning(state: State) -> Iterator[Found]:
@@ -94,7 +105,8 @@ def _lightning(state: State) -> Iterator[Found]:
     """
     if _has_states(state, "state_dict", "current_model_state") and isinstance(state.get("averaging_state"), Mapping):
         count = _count(state["averaging_state"], "n_averaged")
-        yield Found("Lightning", state["state_dict"], state["current_model_state"], count)
+        parts = ("state_dict", "current_model_state", "averaging_state")
+        yield Found("Lightning", state["state_dict"], state["current_model_state"], count, parts[:1], parts=parts)
     if not _has_states(state, "state_dict", "callbacks"):
         return
     for name, callback in state["callbacks"].items():
@@ -141,46 +153,29 @@ def _mmcv(state: State) -> Iterator[Found]:
 
     ``EMAHook`` (mmcv 1.x, ``mmcv/runner/hooks/ema.py``) and ``BaseEMAHook`` (mmdetection 2.x,
     ``mmdet/core/hook/ema.py``) swap in ``after_train_epoch``, ahead of the ``CheckpointHook``, and back in
-    ``before_train_epoch``. ``IterBasedRunner`` calls neither.
+    ``before_train_epoch``. ``IterBasedRunner`` calls neither. The file does not say which of both saved it.
     """
-    model = state["state_dict"] if _has_states(state, "state_dict") else state
-    buffers = {name for name in model if isinstance(name, str) and name.startswith("ema_") and "." not in name}
-    own = {name: value for name, value in model.items() if name not in buffers}
+    buffers = {name for name in state if isinstance(name, str) and name.startswith("ema_") and "." not in name}
+    own = {name: value for name, value in state.items() if name not in buffers}
     partners: dict[str, list[str]] = {}
     for name in own:
         partners.setdefault(f"ema_{str(name).replace('.', '_')}", []).append(name)
-    if not all(name in partners for name in buffers):
-        return
-    if not covers(own, {partners[name][0]: model[name] for name in buffers}):
+    if not buffers or not all(name in partners and _fit(own[partners[name][0]], state[name]) for name in buffers):
         return
     for name in sorted(buffers):
         if len(partners[name]) > 1:
-            both = "' and '".join(partners[name])
             raise ValueError(
-                f"'{name}' should belong to one tensor of the model, got '{both}': mmcv writes both under this name, "
-                "and the average of one is lost; rename one of them and train again."
+                f"{quoted(name)} should belong to one tensor of the model, got {listed(partners[name])}: mmcv writes "
+                "all under this name, and the averages of the others are lost; rename them and train again."
             )
-    other = own | {partners[name][0]: model[name] for name in buffers}
-    if _ends_epoch(state.get("meta")):
-        yield Found("mmcv", own, other, path=("model",))
-        yield Found("mmcv", other, own, path=("ema_",), rank=2)
-    else:
-        note = "the average where the file was saved"
-        yield Found("mmcv", own, other, path=("model",), note=f"{note} at the end of an epoch")
-        yield Found("mmcv", other, own, path=("ema_",), note=f"{note} within one, or by an IterBasedRunner")
+    other = own | {partners[name][0]: state[name] for name in buffers}
+    note = "the average where the file was saved"
+    yield Found("mmcv", own, other, path=("model",), note=f"{note} at the end of an epoch")
+    yield Found("mmcv", other, own, path=("ema_",), note=f"{note} within one, or by an IterBasedRunner")
 
 
-def _ends_epoch(meta: Any) -> bool:
-    """Whether a file of mmcv was saved at the end of an epoch, as far as its counts and its config show.
-
-    Any number of iterations is whole epochs of one epoch, so that the first shows nothing.
-    """
-    if not isinstance(meta, Mapping):
-        return False
-    epoch, iteration, config = meta.get("epoch"), meta.get("iter"), str(meta.get("config"))
-    if re.search(r"IterBasedRunner|checkpoint_config\s*=\s*dict\([^)]*by_epoch\s*=\s*False", config):
-        return False
-    return isinstance(epoch, int) and isinstance(iteration, int) and epoch > 1 and iteration % epoch == 0 < iteration
+def _fit(one: Any, other: Any) -> bool:
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape
 
 
 def _mmagic(state: State) -> Iterator[Found]:
@@ -189,11 +184,15 @@ def _mmagic(state: State) -> Iterator[Found]:
     ``ExponentialMovingAverageHook`` (mmgen, ``mmgen/core/hooks/ema_hook.py``) and ``BaseGAN`` (mmagic,
     ``mmagic/models/base_models/base_gan.py``) never swap.
     """
-    heads = dict.fromkeys(str(name).partition(".")[0] for name in state if "_ema." in str(name))
-    for head in heads:
-        if not head.endswith("_ema"):
+    submodules: dict[str, dict[str, Any]] = {}
+    for name, value in state.items():
+        head, dot, rest = str(name).partition(".")
+        if dot:
+            submodules.setdefault(head, {})[rest] = value
+    for head, twin in submodules.items():
+        online = submodules.get(head.removesuffix("_ema"))
+        if not head.endswith("_ema") or online is None:
             continue
-        twin, online = within(state, f"{head}."), within(state, f"{head.removesuffix('_ema')}.")
         if "steps" in twin and len(inner := within(twin, "module.")) == len(twin) - 1:
             twin = inner
         if online.keys() != twin.keys():  # DDP around a part of the model
@@ -202,7 +201,7 @@ def _mmagic(state: State) -> Iterator[Found]:
             yield Found("mmagic", twin, online, path=(head,))
 
 
-LAYOUTS: dict[str, Callable[[State], Iterable[Found]]] = {
+FORMATS: dict[str, Callable[[State], Iterable[Found]]] = {
     "ignite_ema": _ignite_ema,
     "mmengine": _mmengine,
     "timm": _timm,
@@ -214,20 +213,6 @@ LAYOUTS: dict[str, Callable[[State], Iterable[Found]]] = {
     "mmcv": _mmcv,
     "mmagic": _mmagic,
 }
-
-
-def covers(state: State, tensors: State) -> bool:
-    """Whether ``state`` has a tensor of the same name and shape for each of ``tensors``, which are some."""
-    known = {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    return bool(tensors) and all(
-        isinstance(value, Tensor) and plain_name(name) in known and known[plain_name(name)].shape == value.shape
-        for name, value in tensors.items()
-    )
-
-
-def plain_name(name: Any) -> str:
-    """The name without what ``torch.compile`` puts into it."""
-    return str(name).replace("_orig_mod.", "")
 
 
 def within(state: State, prefix: str) -> dict[str, Any]:
@@ -246,12 +231,12 @@ def _mapping(value: Any) -> State | None:
 def _count(state: State, name: str) -> int | None:
     """A whole number, plain or in a tensor of one element."""
     value = state.get(name)
-    if isinstance(value, Tensor) and value.numel() == 1 and not (value.is_floating_point() or value.is_complex()):
-        return None if value.is_meta or value.layout != torch.strided else int(value)
-    return value if isinstance(value, int) else None
-
-
-def listed(state: State) -> str:
-    """The first keys of a mapping, and how many there are."""
-    keys = ", ".join(f"'{key}'" for key in list(state)[:8])
-    return f"{keys}, … ({len(state)} in all)" if len(state) > 8 else keys or "of an empty mapping"
+    if isinstance(value, Tensor):
+        if value.is_meta or value.layout != torch.strided or value.is_floating_point() or value.is_complex():
+            return None
+        value = int(value) if value.numel() == 1 else None
+    if not isinstance(value, int):
+        return None
+    if not 0 <= value < 2**63:
+        raise ValueError(f"'{name}' should be a number of updates, from 0 to 2**63 - 1, got {value:.3g}; correct it.")
+    return value

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["REPEATED", "compact", "copied", "has_memory", "is_dense", "mebibytes"]
+__all__ = ["REPEATED", "compact", "copied", "has_memory", "is_dense", "mebibytes", "view_of"]
 
 REPEATED = 2**24  # bytes: what tensors may be made of by repeating the memory that they have
 
@@ -16,14 +16,14 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     copies: dict[Any, Tensor] = {}
     result = {}
     for name, value in tensors.items():
-        view = _view(value)
+        view = view_of(value)
         if view not in copies:
             copies[view] = value.detach().clone()
         result[name] = copies[view]
     return result
 
 
-def _view(tensor: Tensor) -> Any:
+def view_of(tensor: Tensor) -> Any:
     """What two tensors have in common that are one."""
     if tensor.layout != torch.strided:
         return id(tensor)

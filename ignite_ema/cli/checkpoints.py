@@ -1,37 +1,33 @@
 """The commands ``ignite-ema inspect`` and ``ignite-ema export``: what is in a checkpoint, and its average taken out."""
 
 import argparse
+import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoints.formats import Found
 from ..checkpoints.memory import is_dense, mebibytes
-from ..checkpoints.reading import SeveralAverages, read_average, read_mapped
+from ..checkpoints.naming import quoted
+from ..checkpoints.reading import Averaged, SeveralAverages, choices, read_mapped
 from ..checkpoints.safe_load import load_file
-from ..checkpoints.saving import save_file
+from ..checkpoints.saving import check_target, save_file
 
-__all__ = ["AddCommand", "add_export", "add_inspect"]
-
-AddCommand: TypeAlias = Callable[..., argparse.ArgumentParser]
+__all__ = ["export", "inspect"]
 
 _WIDTH = 40  # of the longest bar
+_WRAPPER = "module."
 
 
-def _add_source(command: argparse.ArgumentParser) -> None:
-    command.add_argument("file", metavar="FILE", type=Path, help="the checkpoint: a torch file, or .safetensors")
-    command.add_argument("--key", help="which average, where there are several, such as generator_ema")
-    command.add_argument(
-        "--names",
-        metavar="FILE",
-        type=Path,
-        help="names for diffusers and torch_ema: torch.save(dict(model.named_parameters()), FILE)",
-    )
+def _read(arguments: argparse.Namespace, key: str | None) -> Averaged:
+    names = _names(arguments.names)
+    return read_mapped(arguments.file, key, names, arguments.base, arguments.strip_prefix)
 
 
 def _names(path: Path | None) -> Mapping[str, Tensor] | None:
@@ -39,68 +35,90 @@ def _names(path: Path | None) -> Mapping[str, Tensor] | None:
         return None
     if path.suffix == ".safetensors":
         raise ValueError(
-            f"'{path}' should keep the order of the parameters, but .safetensors sorts them; save "
+            f"{quoted(path)} should keep the order of the parameters, but .safetensors sorts them; save "
             "dict(model.named_parameters()) with torch.save."
         )
     names: Mapping[str, Tensor] = load_file(path)
     return names
 
 
-def add_inspect(add_command: AddCommand) -> None:
-    """The command ``inspect``."""
-    command = add_command(
-        "inspect",
-        _inspect,
-        "What is in a checkpoint, and how far the average is from the model.",
-        "  ignite-ema inspect checkpoint.pt\n"
-        "  ignite-ema inspect gan.pth --key generator_ema\n"
-        "  ignite-ema inspect checkpoint.pt | grep ^distance\n\n"
-        "A distance is |average - model| / |model|, of all floating-point tensors, or of one layer.\n",
-    )
-    _add_source(command)
-
-
-def _inspect(arguments: argparse.Namespace) -> None:
+def inspect(arguments: argparse.Namespace) -> None:
+    """Prints what a checkpoint holds: of several averages which, of one its tensors and its distance to the model."""
     try:
-        found = read_mapped(arguments.file, arguments.key, _names(arguments.names))
-    except SeveralAverages as several:
-        print(f"file      {arguments.file}")
-        for one in several.choices:
-            note = f"; {one.note}" if one.note else ""
-            print(f"average   {one.label}  ({one.system}, {len(one.tensors)} tensors{note})")
-        raise
-    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values())
-    rows = {
-        "file": arguments.file,
-        "format": found.system if found.system != "plain" else "plain (no average)",
-        "tensors": f"{len(found.tensors)} ({', '.join(f'{count} {name}' for name, count in types.most_common())})",
-        "size": f"{mebibytes(found.tensors)} MiB",
-        "updates": "not stated" if found.num_updates is None else found.num_updates,
-    }
-    if sparse := sum(not is_dense(tensor) for tensor in found.tensors.values()):
-        rows["sparse"] = f"{sparse} of the tensors, in neither the size nor the distance"
-    for name, value in rows.items():
-        print(f"{name:<8}  {value}")
-    if found.online is None:
-        print("distance  not known: the file has no averaged and raw weights side by side")
+        found = _read(arguments, arguments.key)
+    except SeveralAverages:
+        several = [one for one in choices(arguments.file) if arguments.key is None or one.answers_to(arguments.key)]
+        print(_json_of_several(arguments.file, several) if arguments.json else _listed(arguments.file, several))
         return
-    for line in _distances(found.tensors, found.online):
-        print(line)
+    facts = _facts(arguments.file, found)
+    layers = None if found.online is None else _distances(found.tensors, found.online)
+    print(_json_of_one(facts, layers) if arguments.json else "\n".join(_lines(facts, layers)))
 
 
-def _distances(averaged: Mapping[str, Tensor], online: Mapping[str, Tensor]) -> Iterator[str]:
-    """The distance of all floating-point tensors, then a line for each layer: the names without their last parts."""
-    squares: dict[str, tuple[float, float]] = {}
+def _listed(file: Path, several: list[Found]) -> str:
+    lines = [f"file      {quoted(file)}"]
+    for one in several:
+        note = f"; {one.note}" if one.note else ""
+        lines.append(f"average   {quoted(one.label)}  ({one.system}, {len(one.tensors)} tensors{note})")
+    lines.append("choose one by its key: --key, or its last part")
+    return "\n".join(lines)
+
+
+def _json_of_several(file: Path, several: list[Found]) -> str:
+    averages = [
+        {"key": one.label, "format": one.system, "tensors": len(one.tensors), "note": one.note or None}
+        for one in several
+    ]
+    return json.dumps({"file": str(file), "averages": averages}, indent=2)
+
+
+def _facts(file: Path, found: Averaged) -> dict[str, Any]:
+    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values())
+    return {
+        "file": str(file),
+        "format": found.system,
+        "tensors": len(found.tensors),
+        "types": dict(types.most_common()),
+        "bytes": sum(tensor.nbytes for tensor in found.tensors.values() if is_dense(tensor)),
+        "num_updates": found.num_updates,
+        "sparse": sum(not is_dense(tensor) for tensor in found.tensors.values()),
+    }
+
+
+def _distances(averaged: Mapping[str, Tensor], online: Mapping[str, Tensor]) -> dict[str | None, float]:
+    """The distance of each layer, the names without their last parts, and of all floating-point tensors under None."""
+    squares: dict[str | None, tuple[float, float]] = {None: (0.0, 0.0)}
     for name, tensor in averaged.items():
         if not (is_dense(tensor) and is_dense(online[name])):
             continue
         if tensor.is_floating_point() or tensor.is_complex():
-            layer = name.rpartition(".")[0] or "(root)"
-            apart, norm = squares.get(layer, (0.0, 0.0))
-            squares[layer] = apart + _square(tensor, online[name]), norm + _square(online[name])
-    total = _ratio(sum(apart for apart, _ in squares.values()), sum(norm for _, norm in squares.values()))
-    yield f"distance  {total:.3e}  all"
-    ratios = {layer: _ratio(*pair) for layer, pair in squares.items()}
+            apart, norm = _square(tensor, online[name]), _square(online[name])
+            for key in (None, name.rpartition(".")[0]):
+                before = squares.get(key, (0.0, 0.0))
+                squares[key] = before[0] + apart, before[1] + norm
+    return {layer: _ratio(*pair) for layer, pair in squares.items()}
+
+
+def _json_of_one(facts: Mapping[str, Any], layers: Mapping[str | None, float] | None) -> str:
+    """JSON has no infinities: a distance that is none is null."""
+    finite = None if layers is None else {key: one if math.isfinite(one) else None for key, one in layers.items()}
+    distance = None if finite is None else finite.pop(None)
+    return json.dumps({**facts, "distance": distance, "layers": finite}, indent=2, allow_nan=False)
+
+
+def _lines(facts: Mapping[str, Any], layers: Mapping[str | None, float] | None) -> Iterator[str]:
+    yield f"file      {quoted(facts['file'])}"
+    yield f"format    {facts['format'] if facts['format'] != 'plain' else 'plain (no average)'}"
+    yield f"tensors   {facts['tensors']} ({', '.join(f'{count} {name}' for name, count in facts['types'].items())})"
+    yield f"size      {facts['bytes'] / 2**20:.3f} MiB"
+    yield f"updates   {'not stated' if facts['num_updates'] is None else facts['num_updates']}"
+    if facts["sparse"]:
+        yield f"sparse    {facts['sparse']} of the tensors, in neither the size nor the distance"
+    if layers is None:
+        yield "distance  not known: the file has no averaged and raw weights side by side"
+        return
+    yield f"distance  {layers[None]:.3e}  all"
+    ratios = {"(root)" if layer == "" else quoted(layer): ratio for layer, ratio in layers.items() if layer is not None}
     largest = max((ratio for ratio in ratios.values() if math.isfinite(ratio)), default=0.0)
     width = max(map(len, ratios), default=0)
     block = _block()
@@ -131,24 +149,20 @@ def _block() -> str:
     return "█"
 
 
-def add_export(add_command: AddCommand) -> None:
-    """The command ``export``."""
-    command = add_command(
-        "export",
-        _export,
-        "Writes the averaged weights as a plain state dict.",
-        "  ignite-ema export checkpoint.pt averaged.pt\n"
-        "  ignite-ema export epoch_12.pth averaged.safetensors --force\n"
-        "  ignite-ema export unet_ema.pt unet.pt --names names.pt\n",
-    )
-    _add_source(command)
-    command.add_argument("out", metavar="OUT", type=Path, help="what to write: .pt, .pth or .safetensors")
-    command.add_argument("--force", action="store_true", help="overwrite OUT where it is there already")
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    if arguments.out.exists() and arguments.file.exists() and arguments.out.samefile(arguments.file):
-        raise ValueError(f"OUT should be another file than FILE, got '{arguments.out}' for both; name a new one.")
-    found = read_average(arguments.file, arguments.key, _names(arguments.names))
-    save_file(found.tensors, arguments.out, force=arguments.force)
-    print(f"{arguments.out}: {len(found.tensors)} tensors, {mebibytes(found.tensors)} MiB, averaged by {found.system}")
+def export(arguments: argparse.Namespace) -> None:
+    """Writes the averages as plain state dicts; nothing is written where one of them cannot be."""
+    keys: list[str | None] = arguments.key or [None]
+    outs = [arguments.out.with_name(arguments.out.name.replace("{}", key or "average")) for key in keys]
+    if len(set(outs)) < len(outs):
+        arguments.usage_error(f"OUT should have {{}} in its name for {len(outs)} keys, got {quoted(arguments.out)}.")
+    for out in outs:
+        if out.exists() and arguments.file.exists() and out.samefile(arguments.file):
+            raise ValueError(f"OUT should be another file than FILE, got {quoted(out)} for both; name a new one.")
+        check_target(out, force=arguments.force)
+    averages = [_read(arguments, key) for key in keys]
+    for found, out in zip(averages, outs, strict=True):
+        save_file(found.tensors, out, force=arguments.force)
+        origin = "plain weights: the file has no average" if found.system == "plain" else f"averaged by {found.system}"
+        print(f"{out}: {len(found.tensors)} tensors, {mebibytes(found.tensors)} MiB, {origin}")
+        if all(name.startswith(_WRAPPER) for name in found.tensors):
+            print(f"all names begin with {_WRAPPER!r}, as a wrapped model's do; --strip-prefix {_WRAPPER} takes it off")

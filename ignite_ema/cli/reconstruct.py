@@ -12,11 +12,10 @@ from ..checkpoints.memory import mebibytes
 from ..checkpoints.saving import check_target, save_file
 from ..posthoc.reconstruction import reconstruct_all
 from ..posthoc.snapshot_files import is_snapshot_name
-from .checkpoints import AddCommand
+from .arguments import ACCEPTED
 
-__all__ = ["add_reconstruct"]
+__all__ = ["reconstruct"]
 
-_ACCEPTED = 0.1  # a residual up to which there is no refusal
 _TARGETS: dict[str, tuple[Callable[[float], posthoc.Profile], tuple[float, ...]]] = {
     "sigma_rel": (
         posthoc.PowerProfile,
@@ -27,40 +26,8 @@ _TARGETS: dict[str, tuple[Callable[[float], posthoc.Profile], tuple[float, ...]]
 }  # what can be asked for, and the lengths that --list tries
 
 
-def add_reconstruct(add_command: AddCommand) -> None:
-    """The command ``reconstruct``."""
-    command = add_command(
-        "reconstruct",
-        _reconstruct,
-        "Rebuilds averages of any length from the snapshots of a PostHocEMA.",
-        "  ignite-ema reconstruct snapshots --list\n"
-        "  ignite-ema reconstruct snapshots --sigma-rel 0.15 --out averaged.safetensors\n"
-        "  ignite-ema reconstruct snapshots --sigma-rel 0.1 0.15 --half-life 0.05 --out 'averaged_{}.pt'\n",
-    )
-    command.set_defaults(usage_error=command.error)
-    command.add_argument("file", metavar="DIR", type=Path, help="the directory of the snapshots")
-    command.add_argument("--list", action="store_true", help="which snapshots there are, and what lengths they support")
-    lengths = command.add_argument_group("lengths, one or several, as fractions of the run")
-    for name, text in (
-        ("sigma_rel", "power-function averages of this relative width, below 0.2887"),
-        ("half_life", "ordinary EMAs: weights count half that far back"),
-        ("last", "means of the last part of the run, as in SWA"),
-    ):
-        flag = f"--{name.replace('_', '-')}"
-        lengths.add_argument(flag, metavar="X", type=float, nargs="+", default=[], help=text)
-    command.add_argument("--step", metavar="N", type=int, help="the time of a snapshot; without it the last")
-    command.add_argument("--out", type=Path, help="what to write: .pt, .pth or .safetensors; {} stands for the length")
-    command.add_argument("--force", action="store_true", help="overwrite what is there already")
-    command.add_argument(
-        "--max-residual",
-        metavar="X",
-        type=float,
-        default=_ACCEPTED,
-        help="how far from the length asked for (default: %(default)s)",
-    )
-
-
-def _reconstruct(arguments: argparse.Namespace) -> None:
+def reconstruct(arguments: argparse.Namespace) -> None:
+    """Writes the averages of the lengths that are asked for, or lists what lengths there can be."""
     given = [(name, x) for name in _TARGETS for x in getattr(arguments, name)]
     if problem := _problem(arguments, given):
         arguments.usage_error(problem)
@@ -128,7 +95,7 @@ def _list(directory: Path, step: int | None) -> Iterator[str]:
     for (name, x, _), row, residual in zip(tried, coefficients, residuals, strict=True):
         rounding = posthoc.rounding(last, row)
         worst = max(residual, rounding)
-        verdict = "" if worst <= posthoc.GOOD else "rough" if worst <= _ACCEPTED else "refused"
+        verdict = "" if worst <= posthoc.GOOD else "rough" if worst <= ACCEPTED else "refused"
         noise = f"rounding {rounding:.3%}  " if rounding > 1e-5 else ""
         yield f"  --{name.replace('_', '-')} {x:<6g} residual {residual:>8.3%}  {noise}{verdict}".rstrip()
     yield ""

@@ -308,7 +308,7 @@ def mmcv():
     path = path_of("mmcv.pth")
     meta = {"epoch": 3, "iter": 12, "hook_msgs": {"best": 0.1}}
     torch.save({"meta": meta, "state_dict": own | buffers, "optimizer": {"state": {}}}, path)
-    return Peer("mmcv", path, own, raw)
+    return Peer("mmcv", path, own, raw, key="model")
 
 
 def mmdet2():
@@ -316,7 +316,7 @@ def mmdet2():
     own, raw, buffers = mmcv_state(model, model.state_dict())
     path = path_of("mmdet2.pth")
     torch.save({"meta": {"epoch": 3, "iter": 12}, "state_dict": own | buffers}, path)
-    return Peer("mmcv", path, own, raw)
+    return Peer("mmcv", path, own, raw, key="model")
 
 
 def prefixed(prefix, state):
