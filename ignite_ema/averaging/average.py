@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -153,14 +153,12 @@ class ModelAverage:
             materialise(ema_model, self.model)
             self.module = ema_model
         try:
-            structure = Structure(self.model, self.module, share_frozen)
-            check_patterns(handle_buffers, [pair.path for pair in structure.pairs if pair.kind == "_buffers"])
-            self._pairing = self._paired(structure)
+            self._pairing = self._paired()
         except Mismatch as mismatch:
             raise RuntimeError(
                 f"ema_model should have the structure of the model, but {mismatch}; build and shard it as the model is."
             ) from None
-        if share_frozen and not structure.shared:
+        if share_frozen and not self._pairing.structure.shared:
             warn_user(
                 "share_frozen should find frozen parameters, but all require gradients and are copied; freeze before "
                 "the average is made."
@@ -176,20 +174,22 @@ class ModelAverage:
             self.reset()
         self._norms_when_made = kernels.norms(self._parameters())
 
-    def _paired(self, structure: Structure) -> Pairing:
+    def _paired(self) -> Pairing:
+        structure = Structure(self.model, self.module, self._share_frozen)
+        check_patterns(self.handle_buffers, [pair.path for pair in structure.pairs if pair.kind == "_buffers"])
         narrow = None if self._rounding is None else self._rounding.lerp
         return Pairing(structure, partial(treatment_of, self.handle_buffers), narrow)
+
+    @cached_property
+    def _pairing(self) -> Pairing:  # of a copy, or one that was unpickled; made when the whole of it is there
+        try:
+            return self._paired()
+        except Mismatch as mismatch:
+            raise _changed(mismatch) from None
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the pairing, which knows where tensors lie in this process."""
         return {name: value for name, value in vars(self).items() if name != "_pairing"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        try:
-            self._pairing = self._paired(Structure(self.model, self.module, self._share_frozen))
-        except Mismatch as mismatch:
-            raise _changed(mismatch) from None
 
     def __repr__(self) -> str:
         return one_line(

@@ -1,0 +1,152 @@
+"""A copy of a handler is detached from every engine; attaching and removing leaves nothing behind."""
+
+import copy
+import gc
+import multiprocessing
+import pickle
+import tracemalloc
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from ignite_ema import EMAHandler, schedules
+
+WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda handler: pickle.loads(pickle.dumps(handler))}
+
+
+def step(engine, batch):
+    """Trains nothing."""
+
+
+def attached(*arguments, **options):
+    handler, trainer = EMAHandler(nn.Linear(2, 1), *arguments), Engine(step)
+    handler.attach(trainer, **options)
+    return handler, trainer
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_of_an_attached_handler_does_not_touch_its_engine(way):
+    handler, trainer = attached(0.5)
+    trainer.run([0] * 2)
+    trainer.state.ema_momentum = 0.25
+    copied = WAYS[way](handler)
+    assert repr(copied) == "EMAHandler(Linear: 3 parameters in float32 on cpu; momentum 0.5; 2 updates)"
+    assert copied.state_dict()["current_momentum"] == 0.25
+    copied.momentum = 0.125
+    copied.reset()
+    copied.num_updates = 7
+    assert (trainer.state.ema_momentum, handler.momentum, handler.num_updates) == (0.25, 0.5, 2)
+    trainer.run([0])
+    assert (handler.num_updates, copied.num_updates) == (3, 7)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_goes_on_in_a_training_of_its_own(way):
+    handler, trainer = attached(schedules.LinearWarmup(0.1, 0.9, 5))
+    trainer.run([0] * 2)
+    handler.ema_model.weight.fill_(3.0)
+    copied = WAYS[way](handler)
+    assert (copied.num_updates, copied.initial_share) == (2, handler.initial_share)
+    assert torch.equal(copied.ema_model.weight, handler.ema_model.weight)
+    other = Engine(step)
+    copied.attach(other)
+    assert other.state.ema_momentum == schedules.LinearWarmup(0.1, 0.9, 5)(2)
+    with torch.no_grad():
+        copied.model.weight.fill_(8.0)
+    other.run([0])
+    assert copied.num_updates == 3
+    assert (copied.ema_model.weight == 3 + 0.5 * 5).all()
+    assert (handler.ema_model.weight == 3).all()
+    assert handler.model.weight.ne(8).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_that_waits_for_its_update_is_copied(way):
+    model = nn.Linear(2, 1)
+    handler, trainer, optimizer = EMAHandler(model, 0.5), Engine(step), torch.optim.SGD(model.parameters(), 0.1)
+    handler.attach(trainer, optimizer=optimizer)
+    optimizer.step()
+    copied, other = WAYS[way](handler), Engine(step)
+    copied.attach(other, optimizer=torch.optim.SGD(copied.model.parameters(), 0.1))
+    other.run([0])
+    assert (copied.num_updates, handler.num_updates) == (1, 0)
+
+
+def _count_in_worker(handler, queue):
+    handler.attach(trainer := Engine(step))
+    trainer.run([0] * 2)
+    queue.put((handler.num_updates, handler.initial_share))
+
+
+@pytest.mark.slow
+def test_an_attached_handler_goes_to_a_spawned_worker():
+    handler, trainer = attached(0.5)
+    trainer.run([0])
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    worker = context.Process(target=_count_in_worker, args=(handler, queue))
+    worker.start()
+    assert queue.get() == (3, 0.125)
+    worker.join()
+    assert handler.num_updates == 1
+
+
+def test_a_module_that_holds_its_handler_can_be_copied():
+    model = nn.Linear(2, 1)
+    model.handler, trainer = EMAHandler(model, 0.5), Engine(step)
+    model.handler.attach(trainer)
+    copied = copy.deepcopy(model)
+    assert copied.handler.model is copied
+    copied.handler.momentum = 0.25
+    assert trainer.state.ema_momentum == 0.5
+
+
+def cycle(handler, trainer, optimizer):
+    event = Events.ITERATION_COMPLETED(every=2) | Events.EPOCH_COMPLETED
+    handler.attach(trainer, event=event, optimizer=optimizer).remove()
+
+
+def growth(action, count, rounds=4):
+    """Bytes that stay per call: the least of some rounds, as a dictionary grows now and then."""
+    sizes = []
+    tracemalloc.start()
+    for _ in range(rounds):
+        for _ in range(count):
+            action()
+        gc.collect()
+        sizes.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    return min(after - before for before, after in pairwise(sizes)) / count
+
+
+@pytest.mark.parametrize("buffers", ["copy", "ema_train"])
+def test_attaching_and_removing_leaves_nothing_behind(buffers):
+    model = nn.Linear(2, 1)
+    handler, trainer = EMAHandler(model, 0.5, handle_buffers=buffers), Engine(step)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    finalizers = len(weakref.finalize._registry)
+    assert growth(lambda: cycle(handler, trainer, optimizer), 50) < 4
+    assert len(weakref.finalize._registry) == finalizers
+    assert not any(trainer._event_handlers.values())
+    assert not optimizer._optimizer_step_post_hooks
+    assert len(handler._attachments) <= 1
+    assert not hasattr(trainer.state, "ema_momentum")
+
+
+def test_swapping_during_evaluations_and_removing_leaves_nothing_behind():
+    handler, evaluator = EMAHandler(nn.Linear(2, 1), 0.5), Engine(step)
+    assert growth(lambda: handler.swap_during(evaluator).remove(), 50) < 4
+    assert "run" not in vars(evaluator)
+
+
+def test_engines_that_come_and_go_leave_nothing_in_a_handler_that_stays():
+    handler = EMAHandler(nn.Linear(2, 1), 0.5)
+
+    def train():
+        handler.attach(Engine(step))
+
+    assert growth(train, 20) < 4
