@@ -1,37 +1,28 @@
 """Keeps the averages from which any averaging length can be rebuilt after training; see :mod:`ignite_ema.posthoc`."""
 
-import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+from uuid import uuid4
 
 import torch
 from ignite.engine import Engine, Events
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from ..averaging import kernels
 from ..averaging.buffers import BufferRule
-from ..averaging.collectives import is_first_rank, on_first_rank
-from ..averaging.sharding import is_sharded, local
-from ..averaging.state_loading import check_loadable
-from ..averaging.validation import check_count
-from ..posthoc.snapshot_files import History, StoredSnapshot, is_history, paths_in, read, write
+from ..averaging.collectives import first_said, is_first_rank, on_first_rank, rank
+from ..posthoc.run_directory import prepare
+from ..posthoc.snapshot_files import has_frozen, write, write_frozen
 from ..schedules import PowerFunction
-from .attachment import Event, Handles, attachments, check_name, members_of
-from .handler_state import check_state
-from .power_average import PowerOfSamples, Stream
+from .attachment import Event, Handles, check_name, members_of
+from .posthoc_arguments import check_options, check_others, checked_twins, checked_widths
+from .posthoc_state import VERSION, check_posthoc_state
+from .power_average import PowerAverage, PowerOfSamples, SampleClock, snapshot_of
 
 __all__ = ["PostHocEMA"]
-
-_T = TypeVar("_T")
-
-_VERSION = 1
-_NOT_MINE = ""  # the digest where another rank has written
-_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class PostHocEMA:
@@ -67,7 +58,9 @@ class PostHocEMA:
         OSError: where the directory cannot be made.
 
     Note:
-        Of a sharded model the first rank gathers each snapshot in its CPU memory and writes it. Build it on all ranks.
+        In a process group build, attach, save and reset it on all ranks. The first one writes; what goes wrong there
+        is raised on all. They talk when it is built, when a run starts and at each snapshot, and not at an update. Of a
+        sharded model the first rank gathers each snapshot in its CPU memory.
 
     Examples:
         >>> import tempfile, torch
@@ -84,6 +77,7 @@ class PostHocEMA:
     """
 
     _loaded_time: int | None  # that of the state that was loaded last
+    _times: list[int]  # of the snapshots that the run has written
 
     def __init__(
         self,
@@ -101,54 +95,35 @@ class PostHocEMA:
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
     ) -> None:
-        self.sigma_rels = _checked_widths(sigma_rels)
-        if handle_buffers == "ema_train":
-            raise ValueError(
-                "handle_buffers should be 'copy', 'update' or a mapping, got 'ema_train': an average that is rebuilt "
-                "from snapshots has made no forward passes of its own."
-            )
-        if samples is not None and not callable(samples):
-            raise TypeError(
-                f"samples should be a function of the engine, got {samples!r}; pass one such as "
-                "lambda engine: len(engine.state.batch[0])."
-            )
-        if snapshot_dtype not in _TYPES:
-            names = ", ".join(str(one) for one in _TYPES)
-            raise ValueError(f"snapshot_dtype should be one of {names}, got {snapshot_dtype!r}.")
-        if ema_models is not None and len(ema_models) != len(self.sigma_rels):
-            raise ValueError(
-                f"ema_models should be one twin for each of {len(self.sigma_rels)} widths, got {len(ema_models)}."
-            )
-        if ema_models is not None and len({id(twin) for twin in ema_models}) < len(ema_models):
-            raise ValueError("ema_models should be different modules, got one twice; each average needs its own.")
+        self.sigma_rels = checked_widths(sigma_rels)
+        check_options(handle_buffers, samples, snapshot_dtype)
+        twins = checked_twins(ema_models, self.sigma_rels)
         self.dirname = Path(dirname)
         self.time_unit = "updates" if samples is None else "samples"
-        self._samples = samples
         self._starts_late = False  # whether it is meant to start in the middle of a run
         self._snapshot_dtype = snapshot_dtype
-        self._samples_seen = 0
-        twins: Sequence[nn.Module | None] = ema_models or [None] * len(self.sigma_rels)
+        options: dict[str, Any] = {"handle_buffers": handle_buffers, "dtype": dtype, "device": device}
+        options |= {"share_frozen": share_frozen, "skip_nonfinite": skip_nonfinite}
+        options |= {"stochastic_rounding": stochastic_rounding}
+        schedule = PowerFunction if samples is None else PowerOfSamples
         self.streams = tuple(
-            Stream(
-                model,
-                PowerFunction(sigma_rel) if samples is None else PowerOfSamples(sigma_rel),
-                handle_buffers=handle_buffers,
-                ema_model=twin,
-                dtype=dtype,
-                device=device,
-                share_frozen=share_frozen,
-                skip_nonfinite=skip_nonfinite,
-                stochastic_rounding=stochastic_rounding,
-            )
+            PowerAverage(model, schedule(sigma_rel), ema_model=twin, **options)
             for sigma_rel, twin in zip(self.sigma_rels, twins, strict=True)
         )
-        for stream in self.streams:
-            stream.directory = self.dirname.resolve()
-        if not any(isinstance(tensor, nn.Parameter) for tensor in self.streams[0].ema_model.parameters()):
+        for average, sigma_rel in zip(self.streams, self.sigma_rels, strict=True):
+            average.directory, average.sigma_rel = self.dirname.resolve(), sigma_rel
+        if not any(True for _ in self.streams[0].ema_model.parameters()):
             raise ValueError("model should have parameters, got none; there is nothing to average.")
+        self._clock = SampleClock(samples, self.streams)
+        on_first_rank(lambda: self.dirname.mkdir(parents=True, exist_ok=True))
         self._start_anew()
-        if is_first_rank():
-            self.dirname.mkdir(parents=True, exist_ok=True)
+
+    def __repr__(self) -> str:
+        model, widths = type(self.model).__name__, " and ".join(f"{sigma_rel:g}" for sigma_rel in self.sigma_rels)
+        return (
+            f"PostHocEMA({model}: sigma_rel {widths}; at {self.time} {self.time_unit}; {len(self._times)} snapshots in "
+            f"{str(self.dirname)!r})"
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -163,8 +138,8 @@ class PostHocEMA:
     @property
     def time(self) -> int:
         """The time of the last update: the number of updates, or of samples, since the start."""
-        rule = self.streams[0].momentum
-        return rule.updated_at if isinstance(rule, PowerOfSamples) else self.num_updates
+        schedule = self.streams[0].momentum
+        return schedule.updated_at if isinstance(schedule, PowerOfSamples) else self.num_updates
 
     def attach(
         self,
@@ -174,7 +149,7 @@ class PostHocEMA:
         snapshot_event: Event = Events.EPOCH_COMPLETED,
         *,
         optimizer: Optimizer | None = None,
-    ) -> "Handles":
+    ) -> Handles:
         """Updates the averages at ``event``, and writes a snapshot at ``snapshot_event``, and at the end of a run.
 
         The momentum of the i-th average is published as ``engine.state.<name>_<i>``. Attach before what saves a
@@ -200,15 +175,15 @@ class PostHocEMA:
         """
         moments = members_of(snapshot_event, engine)
         check_name(name)
-        self._check_others(engine, name)
+        check_others(engine, name, self.streams)
         handles = Handles()
         try:
-            for index, stream in enumerate(self.streams):
-                handles.add(stream.attach(engine, f"{name}_{index}", event=event, optimizer=optimizer))
+            for index, average in enumerate(self.streams):
+                handles.add(average.attach(engine, f"{name}_{index}", event=event, optimizer=optimizer))
             # After what refuses a second time: handlers are removed by equality, and this would take the first's away.
-            if self._samples is not None:
-                handles.add(engine.add_event_handler(Events.ITERATION_STARTED, self._count))
-            handles.add(engine.add_event_handler(Events.STARTED, self._check_directory))
+            if self.time_unit == "samples":
+                handles.add(engine.add_event_handler(Events.ITERATION_STARTED, self._clock.count))
+            handles.add(engine.add_event_handler(Events.STARTED, self._start))
             for moment in moments:
                 handles.add(engine.add_event_handler(moment, self._save))
             handles.add(engine.add_event_handler(Events.COMPLETED, self._save_last))
@@ -217,47 +192,35 @@ class PostHocEMA:
             raise
         return handles
 
-    def _check_others(self, engine: Engine, name: str) -> None:
-        others = [other for other in attachments(engine) if other.owner not in self.streams]
-        if any(other.name.rpartition("_")[0] == name and isinstance(other.owner, Stream) for other in others):
-            raise ValueError(
-                f"name should be another than {name!r}, which another PostHocEMA of this engine uses; give each one of "
-                "its own, such as name='generator_momentum'."
-            )
-        place = self.dirname.resolve()
-        if any(isinstance(other.owner, Stream) and other.owner.directory == place for other in others):
-            raise ValueError(
-                f"dirname should be another than '{self.dirname}', which another PostHocEMA of this engine writes to; "
-                "give each one a directory of its own."
-            )
-
     def save(self) -> Path | None:
         """Writes a snapshot now; returns its path, or None where there is one of this time or no update yet.
 
-        Of a sharded model all ranks have to call it.
+        In a process group all ranks call it. The first one returns the path, the others None.
 
         Raises:
-            OSError, ValueError: where it cannot be written, or a weight is beyond the range of float16.
+            OSError, RuntimeError, ValueError: where it cannot be written, a weight is beyond the range of float16, or
+                the averages are of different times. On all ranks.
         """
         return self._write(0, 0)
 
     def reset(self) -> None:
         """Starts again: the averages become the model, and time 0. A run then needs a directory without snapshots."""
-        for stream in self.streams:
-            stream.reset()
+        for average in self.streams:
+            average.reset()
         self._start_anew()
         self._starts_late = True
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: each average's, time, and which snapshots there are; tensors and plain values only."""
         return {
-            "ignite_ema_posthoc_version": _VERSION,
+            "ignite_ema_posthoc_version": VERSION,
             "sigma_rels": list(self.sigma_rels),
             "time_unit": self.time_unit,
-            "samples_seen": self._samples_seen,
+            "samples_seen": self._clock.seen,
             "updated_at": self.time,
-            "history": [list(one) for one in self._history],
-            **{f"stream_{index}": stream.state_dict() for index, stream in enumerate(self.streams)},
+            "run_id": self._run_id,
+            "snapshot_times": list(self._times),
+            **{f"stream_{index}": average.state_dict() for index, average in enumerate(self.streams)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -267,138 +230,59 @@ class PostHocEMA:
             TypeError, ValueError: for a state with a missing, unexpected or wrong entry, of another model, of other
                 widths, or of another unit of time; nothing has been loaded then.
         """
-        self._check_state(state)
-        for index, stream in enumerate(self.streams):
-            stream.load_state_dict(state[f"stream_{index}"])
-        self._samples_seen = state["samples_seen"]
-        for rule in self._rules():
-            rule.now, rule.updated_at = self._samples_seen, state["updated_at"]
-        self._history[:] = [list(one) for one in state["history"]]
+        check_posthoc_state(state, self.state_dict(), self.streams)
+        for index, average in enumerate(self.streams):
+            average.load_state_dict(state[f"stream_{index}"])
+        self._clock.set(state["samples_seen"], state["updated_at"])
+        self._run_id, self._times = state["run_id"], list(state["snapshot_times"])
         self._loaded_time = self.time
         self._directory_is_checked = False
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        own = self.state_dict()
-        if not isinstance(state, Mapping):
-            raise TypeError(
-                f"The state of a PostHocEMA should be a mapping from its state_dict(), got {type(state).__name__}."
-            )
-        for key in ("ignite_ema_posthoc_version", "sigma_rels", "time_unit"):
-            if key in state and state[key] != own[key]:
-                raise ValueError(
-                    f"{key!r} of the state should be {own[key]!r}, got {state[key]!r}; make the PostHocEMA as it was "
-                    "made when the state was saved."
-                )
-        for key in [*own, *state]:
-            if key not in state or key not in own:
-                what = "misses" if key in own else "should not have"
-                raise ValueError(
-                    f"The state of a PostHocEMA should be what its state_dict() gave, but it {what} {key!r}; load what "
-                    "state_dict() gave, unchanged."
-                )
-        for key in ("samples_seen", "updated_at"):
-            check_count(state[key], f"{key!r} of the state")
-        if not is_history(state["history"]):
-            raise TypeError(
-                f"'history' of the state should be a list of [time, digest] from time 0 on, got {state['history']!r}; "
-                "load what state_dict() gave, unchanged."
-            )
-        for index, stream in enumerate(self.streams):
-            check_state(state[f"stream_{index}"])
-            check_loadable(stream.averaged_tensors(), state[f"stream_{index}"]["averaged_tensors"])
-        counts = {state[f"stream_{index}"]["num_updates"] for index in range(len(self.streams))}
-        last = counts if self.time_unit == "updates" else {min(state["samples_seen"], state["updated_at"])}
-        if len(counts) != 1 or {state["updated_at"]} != last or state["history"][-1][0] > state["updated_at"]:
-            raise ValueError(
-                f"The averages of the state should be of one time, got {sorted(counts)} updates at "
-                f"{state['updated_at']}; load what state_dict() gave, unchanged."
-            )
-
     def _start_anew(self) -> None:
-        self._samples_seen = 0
-        for rule in self._rules():
-            rule.now = rule.updated_at = 0
-        tensors = [local(tensor) for tensor in self.streams[0].averaged_tensors().values()]
-        start = self._on_first_rank(lambda: _digest(kernels.norms(tensors)))
-        self._history: list[list[Any]] = [[0, start or _NOT_MINE]]
+        self._clock.set(0, 0)
+        self._run_id = on_first_rank(lambda: uuid4().hex)  # not of the weights: runs may start from the same ones
+        self._times = []
         self._loaded_time = None
         self._directory_is_checked = False
 
-    def _rules(self) -> "Iterable[PowerOfSamples]":
-        return [stream.momentum for stream in self.streams if isinstance(stream.momentum, PowerOfSamples)]
-
-    def _count(self, engine: Engine) -> None:
-        count = self._samples(engine) if self._samples is not None else 0
-        if type(count) is not int or count < 1:
-            raise ValueError(
-                f"samples should return the number of samples in the batch, an integer of at least 1, got {count!r}."
-            )
-        self._samples_seen += count
-        for rule in self._rules():
-            rule.now = self._samples_seen
-
-    def _check_directory(self, engine: Engine | None = None) -> None:
-        """Once for each run, and after a state was loaded: the directory has its past and nothing else."""
-        if self._directory_is_checked:
-            return
+    def _start(self, engine: Engine) -> None:
         is_new = not self.time and self._loaded_time is None and not self._starts_late
-        if is_new and engine is not None and engine.state.iteration > 0:
+        if is_new and not self._directory_is_checked and engine.state.iteration > 0:
             warnings.warn(
                 f"The trainer resumes at iteration {engine.state.iteration}, but its PostHocEMA was not restored, and "
                 'the averages start anew; put it into the checkpoint ("posthoc_ema": posthoc_ema) and load it with '
                 "Checkpoint.load_objects, or call reset() if they are meant to start here.",
                 stacklevel=2,
             )
-        place = self._on_first_rank(lambda: self._clear(paths_in(self.dirname)))
+        self._check_ranks()
+        self._check_directory()
+
+    def _check_ranks(self) -> None:
+        """Raises RuntimeError on all ranks where one is at another time, or goes on from another state."""
+        counts = [average.num_updates for average in self.streams]
+        mine = self.time, counts, self._run_id, self._times, self._loaded_time, self._directory_is_checked
+        problem = None
+        if (first := on_first_rank(lambda: mine)) != mine:
+            problem = f"got time {first[0]} on rank 0 and {self.time} on rank {rank()}"
+        if problem := first_said(problem):
+            raise RuntimeError(
+                f"A PostHocEMA should be at one time, and of one run, on all ranks, {problem}; let all ranks load the "
+                "same state and make the same updates."
+            )
+
+    def _check_directory(self) -> None:
+        """Once for each run, and after a state was loaded: the directory has its past and nothing else."""
+        if self._directory_is_checked:
+            return
+
+        def prepared() -> tuple[tuple[int, int] | None, bool]:
+            place = prepare(self.dirname, self._run_id, self._times, self._loaded_time)
+            return place, has_frozen(self.dirname, self._run_id)
+
+        place, self._frozen_is_stored = on_first_rank(prepared)
         self._directory_is_checked = True
         if place and self.time == self._loaded_time:
             self._write(*place)
-
-    def _clear(self, found: Mapping[int, Path]) -> tuple[int, int] | None:
-        """Sets aside what is later than the loaded state; gives iteration and epoch of one of the very time of it.
-
-        Such a one was written after the checkpoint of the same event. It may be of a later attempt that went another
-        way; the averages from which it is made anew are here.
-        """
-        now, place = self._loaded_time, None
-        if found and now is None and len(self._history) == 1:
-            raise ValueError(
-                f"'{self.dirname}' should have no snapshots when a run starts, got {len(found)}, up to time "
-                f"{max(found)}; choose another directory or move them away, or to go on with that run put the "
-                "PostHocEMA into its checkpoint and load it."
-            )
-        known = dict(self._history)
-        later: dict[int, Path] = {}
-        for time, path in found.items():
-            stored = read(path)
-            history = [list(one) for one in stored.history]
-            place = (stored.iteration, stored.epoch) if time == now and time not in known else place
-            if time in known:
-                is_ours = _same(history[-1:], [[time, known[time]]])
-            else:
-                is_ours = now is not None and time >= now and _same(history[: len(known)], self._history)
-                later[time] = path
-            if not is_ours:
-                raise ValueError(
-                    f"'{path}' should be a snapshot of the run that goes on, but it is of another one; choose another "
-                    "directory."
-                )
-        if missing := [time for time in known if time and time not in found]:
-            warnings.warn(
-                f"'{self.dirname}' should have the {len(known) - 1} snapshots that this run has written, but lacks "
-                f"{len(missing)}, the first of time {missing[0]}; put them there, or lengths that need them cannot be "
-                "rebuilt.",
-                stacklevel=2,
-            )
-        for path in later.values():
-            path.replace(path.with_name(f"{path.name}.superseded"))
-        if lost := [path.name for time, path in later.items() if time != now]:
-            warnings.warn(
-                f"'{self.dirname}' had snapshots that are later than the state that was loaded, of time {now}: "
-                f"{len(lost)}, from '{lost[0]}' on; they are set aside as '….superseded', and written anew.",
-                stacklevel=2,
-            )
-        return place
 
     def _save(self, engine: Engine) -> None:
         self._write(engine.state.iteration, engine.state.epoch)
@@ -408,69 +292,28 @@ class PostHocEMA:
             self._save(engine)
 
     def _write(self, iteration: int, epoch: int) -> Path | None:
-        time = self.time
-        if not time:
+        self._check_ranks()
+        if not self.time:
             return None
         self._check_directory()
-        if time == self._history[-1][0]:
+        if self.time in self._times[-1:]:
             return None
-        if len(counts := {stream.num_updates for stream in self.streams}) > 1:
+        if len(counts := {average.num_updates for average in self.streams}) > 1:
             raise RuntimeError(
                 f"The averages should be of one time, got {sorted(counts)} updates; leave the counts of single streams "
                 "alone, and reset() or load the PostHocEMA as a whole."
             )
-        averaged, copied, problems = zip(*(one.parts(self._snapshot_dtype) for one in self.streams), strict=True)
+        frozen = {} if self._frozen_is_stored else self.streams[0].frozen_parts()
+        parts = [one.parts(self._snapshot_dtype) for one in self.streams]
+        moment: dict[str, Any] = {"time": self.time, "time_unit": self.time_unit, "run_id": self._run_id}
 
-        def write_it() -> tuple[Path, list[Any]]:
-            for problem in chain.from_iterable(problems):
-                raise ValueError(problem)
-            norms = [[_norm(tensor) for tensor in stream.values()] for stream in averaged]
-            entry = [time, _digest([self._history[-1], time, norms])]
-            snapshot = StoredSnapshot(
-                time=time,
-                time_unit=self.time_unit,
-                num_updates=self.num_updates,
-                iteration=iteration,
-                epoch=epoch,
-                sigma_rels=list(self.sigma_rels),
-                averaged=list(averaged),
-                copied=copied[0],
-                state_dict_names=self.streams[0].state_dict_names(),
-                history=[*self._history, entry],
-            )
-            return write(snapshot, self.dirname), entry
+        def write_it() -> Path:
+            snapshot = snapshot_of(self.streams, parts, iteration=iteration, epoch=epoch, **moment)
+            if frozen:
+                write_frozen(frozen, self._run_id, self.dirname)
+            return write(snapshot, self.dirname)
 
-        path, entry = self._on_first_rank(write_it) or (None, [time, _NOT_MINE])
-        self._history.append(entry)
+        path = on_first_rank(write_it)
+        self._frozen_is_stored = True
+        self._times.append(self.time)
         return path if is_first_rank() else None
-
-    def _on_first_rank(self, action: Callable[[], _T]) -> _T | None:
-        """Does what concerns files once. Where the model is sharded, all ranks are there, and learn what goes wrong."""
-        if any(map(is_sharded, self.model.parameters())):
-            return on_first_rank(action)
-        return action() if is_first_rank() else None
-
-
-def _same(one: History, other: History) -> bool:
-    """Whether two parts of histories are of one run, as far as both are known."""
-    times = [time for time, _ in one] == [time for time, _ in other]
-    return times and all(_NOT_MINE in (a, b) or a == b for (_, a), (_, b) in zip(one, other, strict=True))
-
-
-def _norm(tensor: Tensor) -> float:
-    """In float64: two runs in 16 bits may be closer than 16 bits can tell."""
-    return float(torch.linalg.vector_norm(tensor.to(torch.promote_types(tensor.dtype, torch.float64))))
-
-
-def _digest(value: object) -> str:
-    """A few characters that are other ones for another value; not by chance, so that a run writes the same twice."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
-def _checked_widths(sigma_rels: Sequence[float]) -> tuple[float, ...]:
-    if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Sequence) or not sigma_rels:
-        raise TypeError(f"sigma_rels should be a sequence of widths such as (0.05, 0.10), got {sigma_rels!r}.")
-    widths = tuple(float(PowerFunction(sigma_rel).sigma_rel) for sigma_rel in sigma_rels)
-    if len(set(widths)) < len(widths):
-        raise ValueError(f"sigma_rels should be different widths, got {sigma_rels!r}.")
-    return widths

@@ -1,7 +1,10 @@
-"""One of the averages of a :class:`~ignite_ema.PostHocEMA`: its momentum, and what is stored of it."""
+"""One of the averages of a :class:`~ignite_ema.PostHocEMA`: its schedule, and what is stored of it."""
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from ignite.engine import Engine
@@ -11,10 +14,11 @@ from ..averaging.buffers import treatment_of
 from ..averaging.collectives import is_first_rank
 from ..averaging.sharding import whole
 from ..checkpoints.memory import compact
+from ..posthoc.snapshot_files import StoredSnapshot
 from ..schedules import PowerFunction
 from .ema import EMAHandler
 
-__all__ = ["PowerOfSamples", "Stream"]
+__all__ = ["Parts", "PowerAverage", "PowerOfSamples", "SampleClock", "snapshot_of"]
 
 
 class PowerOfSamples:
@@ -35,50 +39,75 @@ class PowerOfSamples:
         return -math.expm1(self._exponent * math.log1p((self.updated_at - self.now) / self.now))
 
 
-class Stream(EMAHandler):
+@dataclass
+class Parts:
+    """What is stored of an average: by path, whole, on the CPU; nothing but on the first rank.
+
+    Attributes:
+        averaged: the averaged tensors.
+        copied: all others.
+        error: what went wrong on the way, None for nothing. Not raised there, where other ranks wait for the next
+            tensor.
+    """
+
+    averaged: dict[str, Tensor] = field(default_factory=dict)
+    copied: dict[str, Tensor] = field(default_factory=dict)
+    error: Exception | None = None
+
+
+class PowerAverage(EMAHandler):
     """A handler whose momentum may depend on samples, and that knows what to store.
 
     Attributes:
+        sigma_rel: its relative width.
         directory: where it is stored.
     """
 
+    sigma_rel: float
     directory: Path
 
     def averaged_tensors(self) -> dict[str, Tensor]:
         """The tensors of the twin by path; not copies."""
         return self._average.averaged_tensors()
 
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """By name in the twin's ``state_dict``, under all its names, each frozen parameter that is the model's own."""
+        own = {id(parameter) for parameter in self.model.parameters()}
+        return {name: tensor for name, tensor in self._average._names() if id(tensor) in own}
+
     def state_dict_names(self) -> dict[str, str]:
-        """For each name in the twin's ``state_dict`` the path."""
-        return self._average.state_dict_names()
+        """For each name in the twin's ``state_dict``, in order, the path; a frozen one stands for itself."""
+        paths = self._average.state_dict_names()
+        frozen = self.frozen_tensors()
+        return {name: paths.get(name, name) for name, _ in self._average._names() if name in paths or name in frozen}
 
-    def parts(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-        """What is averaged, in ``dtype``, and what is not: by path, whole, on the CPU; nothing but on the first rank.
-
-        Averaged buffers are few and stay in float32. Last come sentences about weights beyond the range of ``dtype``.
-        """
-        averaged: dict[str, Tensor] = {}
-        copied: dict[str, Tensor] = {}
-        problems: list[str] = []  # not raised here, where other ranks wait for the next tensor
+    def parts(self, dtype: torch.dtype) -> Parts:
+        """What is averaged, in ``dtype``, and what is not. Averaged buffers are few and stay in float32."""
+        parts = Parts()
         for path, held in self._average._tensors().items():
             tensor = whole(held.detach())
+            if not is_first_rank() or parts.error is not None:
+                continue
             is_kept = not isinstance(held, nn.Parameter) and treatment_of(self.handle_buffers, path) != "average"
-            if not is_first_rank():
-                continue
-            if is_kept or not (tensor.is_floating_point() or tensor.is_complex()):
-                copied[path] = tensor.cpu()
-                continue
-            if tensor.is_complex():
-                held_in = tensor.dtype
-            else:
-                held_in = dtype if isinstance(held, nn.Parameter) else torch.promote_types(dtype, torch.float32)
-            averaged[path] = tensor.to(held_in).cpu().contiguous()  # so that any part of it can be read by itself
-            if _overflows(tensor, averaged[path]):
-                problems.append(
-                    f"'{path}' should be within ±{torch.finfo(held_in).max:g} to be stored in {held_in}, got "
-                    f"{tensor.abs().max().item():g}; pass another snapshot_dtype, such as torch.bfloat16."
-                )
-        return compact(averaged), compact(copied), problems
+            try:
+                if is_kept or not (tensor.is_floating_point() or tensor.is_complex()):
+                    parts.copied[path] = tensor.cpu()
+                else:
+                    wide = dtype if isinstance(held, nn.Parameter) else torch.promote_types(dtype, torch.float32)
+                    parts.averaged[path] = _narrowed(path, tensor, tensor.dtype if tensor.is_complex() else wide)
+            except Exception as error:
+                parts.error = error
+        return Parts(compact(parts.averaged), compact(parts.copied), parts.error)
+
+    def frozen_parts(self) -> dict[str, Tensor]:
+        """The frozen tensors, whole, on the CPU, ties kept; nothing but on the first rank."""
+        found: dict[int, Tensor] = {}
+        frozen = self.frozen_tensors()
+        for parameter in frozen.values():
+            if id(parameter) not in found:
+                gathered = whole(parameter.detach())
+                found[id(parameter)] = gathered.cpu() if is_first_rank() else gathered.new_empty(0)
+        return compact({name: found[id(one)] for name, one in frozen.items()}) if is_first_rank() else {}
 
     def _check_start(self, name: str, engine: Engine) -> None:
         """Leaves it to the ``PostHocEMA`` to warn; the first update copies, whatever the weights were before."""
@@ -91,8 +120,73 @@ class Stream(EMAHandler):
             self.momentum.updated_at = self.momentum.now
 
 
+class SampleClock:
+    """Counts the samples of the batches, for schedules whose time they are.
+
+    Args:
+        samples: called with the engine, says how many samples its batch has; None where time is counted in updates.
+        averages: their schedules are told the time.
+
+    Attributes:
+        seen: the number of samples so far.
+    """
+
+    def __init__(self, samples: Callable[[Engine], int] | None, averages: Sequence[PowerAverage]) -> None:
+        self._samples = samples
+        self._schedules = [one.momentum for one in averages if isinstance(one.momentum, PowerOfSamples)]
+        self.seen = 0
+
+    def count(self, engine: Engine) -> None:
+        """Adds the batch of the iteration that starts; raises ValueError for what is no number of samples."""
+        count = self._samples(engine) if self._samples is not None else 0
+        if type(count) is not int or count < 1:
+            raise ValueError(
+                f"samples should return the number of samples in the batch, an integer of at least 1, got {count!r}."
+            )
+        self.seen += count
+        for schedule in self._schedules:
+            schedule.now = self.seen
+
+    def set(self, seen: int, updated_at: int) -> None:
+        """Goes on from there."""
+        self.seen = seen
+        for schedule in self._schedules:
+            schedule.now, schedule.updated_at = seen, updated_at
+
+
+def snapshot_of(averages: Sequence[PowerAverage], parts: Sequence[Parts], **moment: Any) -> StoredSnapshot:
+    """The snapshot of several averages; raises what went wrong when their parts were taken.
+
+    Args:
+        averages: the averages.
+        parts: what is stored of each.
+        moment: the other entries: times and run.
+    """
+    for one in parts:
+        if one.error is not None:
+            raise one.error
+    return StoredSnapshot(
+        num_updates=averages[0].num_updates,
+        sigma_rels=[average.sigma_rel for average in averages],
+        averaged=[one.averaged for one in parts],
+        copied=parts[0].copied,
+        state_dict_names=averages[0].state_dict_names(),
+        frozen_shapes={name: list(tensor.shape) for name, tensor in averages[0].frozen_tensors().items()},
+        **moment,
+    )
+
+
+def _narrowed(path: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in ``dtype``, contiguous, so that any part of it can be read by itself."""
+    narrow = tensor.to(dtype).cpu().contiguous()
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and _overflows(tensor, narrow):
+        raise ValueError(
+            f"'{path}' should be within ±{torch.finfo(dtype).max:g} to be stored in {dtype}, got "
+            f"{tensor.abs().max().item():g}; pass another snapshot_dtype, such as torch.bfloat16."
+        )
+    return narrow
+
+
 def _overflows(tensor: Tensor, narrow: Tensor) -> bool:
-    """Whether a finite value has become infinite in a narrower type."""
-    if torch.finfo(narrow.dtype).max >= torch.finfo(tensor.dtype).max:
-        return False
+    """Whether a finite value has become infinite."""
     return not bool((narrow.isfinite() | ~tensor.cpu().isfinite()).all())

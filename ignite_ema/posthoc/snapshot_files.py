@@ -1,10 +1,13 @@
-"""The files of a :class:`~ignite_ema.PostHocEMA`: one for each time, with all its averages at that time."""
+"""The files of a :class:`~ignite_ema.PostHocEMA`: one for each time, with all its averages at that time.
+
+Frozen parameters that the averages share with the model lie in a file of their own beside them, once for all times.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +17,20 @@ from ..checkpoints.safe_load import load_file
 from ..checkpoints.saving import whole_file
 from .profiles import MAX_SIGMA_REL, PowerProfile, Snapshot
 
-__all__ = ["History", "StoredSnapshot", "is_history", "is_snapshot_name", "paths_in", "read", "read_all", "write"]
+__all__ = [
+    "StoredSnapshot",
+    "frozen_path",
+    "has_frozen",
+    "is_snapshot_name",
+    "paths_in",
+    "read",
+    "read_all",
+    "read_frozen",
+    "write",
+    "write_frozen",
+]
 
-History: TypeAlias = Sequence[Sequence[Any]]
-
-_VERSION = 1
+_VERSION = 2
 _NAME = re.compile(r"snapshot_(\d+)\.pt")
 
 
@@ -35,9 +47,9 @@ class StoredSnapshot:
         sigma_rels: the relative widths of the averages.
         averaged: for each width the averaged tensors by path.
         copied: the tensors that are not averaged, by path.
-        state_dict_names: for each name in the ``state_dict`` of the model the path.
-        history: for each snapshot of the run so far, this one included, its time and a digest of what it follows from
-            and what it holds: [time, digest]. The first is the start of the run.
+        state_dict_names: for each name in the ``state_dict`` of the model the path; a frozen one stands for itself.
+        frozen_shapes: the names of the frozen parameters that are stored once for the run, with their shapes.
+        run_id: of the run that wrote it: drawn when a run starts from scratch, and kept where it resumes.
     """
 
     time: int
@@ -49,7 +61,8 @@ class StoredSnapshot:
     averaged: Sequence[Mapping[str, Tensor]]
     copied: Mapping[str, Tensor]
     state_dict_names: Mapping[str, str]
-    history: History
+    frozen_shapes: Mapping[str, Sequence[int]]
+    run_id: str
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -58,10 +71,10 @@ class StoredSnapshot:
 
 
 _TYPES = {
-    "time_unit": str,
+    **dict.fromkeys(("time_unit", "run_id"), str),
     **dict.fromkeys(("time", "num_updates", "iteration", "epoch"), int),
-    **dict.fromkeys(("sigma_rels", "averaged", "history"), list),
-    **dict.fromkeys(("copied", "state_dict_names"), dict),
+    **dict.fromkeys(("sigma_rels", "averaged"), list),
+    **dict.fromkeys(("copied", "state_dict_names", "frozen_shapes"), dict),
 }
 
 
@@ -78,9 +91,62 @@ def write(snapshot: StoredSnapshot, dirname: Path) -> Path:
             f"'{path}' is there already, and this run has not written it; give each run a directory of its own, and "
             "let no other process write there."
         )
-    with whole_file(path, force=False) as temporary, temporary.open("wb") as file:  # a path would come into the bytes
-        torch.save({"ignite_ema_snapshot": _VERSION, **content}, file)
+    _save({"ignite_ema_snapshot": _VERSION, **content}, path, force=False)
     return path
+
+
+def _save(content: Mapping[str, Any], path: Path, *, force: bool) -> None:
+    with whole_file(path, force=force) as temporary, temporary.open("wb") as file:  # a path would come into the bytes
+        torch.save(content, file)
+
+
+def frozen_path(dirname: Path) -> Path:
+    """Where the frozen parameters of a run are."""
+    return dirname / "snapshot_frozen.pt"
+
+
+def write_frozen(tensors: Mapping[str, Tensor], run_id: str, dirname: Path) -> None:
+    """Writes the frozen parameters of a run, over those of another run, of which there are no snapshots any more.
+
+    Raises:
+        ValueError, OSError: where another file has that name, or it cannot be written.
+    """
+    has_frozen(dirname, run_id)
+    content = {"ignite_ema_frozen": _VERSION, "run_id": run_id, "tensors": dict(tensors)}
+    _save(content, frozen_path(dirname), force=True)
+
+
+def has_frozen(dirname: Path, run_id: str) -> bool:
+    """Whether there is a file with the frozen parameters of this run; raises ValueError where it is another file."""
+    return frozen_path(dirname).exists() and _read_frozen(dirname)[0] == run_id
+
+
+def read_frozen(dirname: Path, run_id: str) -> dict[str, Tensor]:
+    """The frozen parameters of a run by name, mapped to their file.
+
+    Raises:
+        FileNotFoundError, ValueError: where there is no such file, it is another one, or of another run.
+    """
+    found, tensors = _read_frozen(dirname)
+    if found != run_id:
+        raise ValueError(
+            f"'{frozen_path(dirname)}' should be of the run of the snapshots beside it, but it is of another one; "
+            "restore it."
+        )
+    return tensors
+
+
+def _read_frozen(dirname: Path) -> tuple[str, dict[str, Tensor]]:
+    path = frozen_path(dirname)
+    content = load_file(path)
+    is_ours = isinstance(content, dict) and content.get("ignite_ema_frozen") == _VERSION
+    if not is_ours or not isinstance(content.get("run_id"), str) or not isinstance(content.get("tensors"), dict):
+        raise ValueError(
+            f"'{path}' should be the frozen parameters of a PostHocEMA, but it is another file; move it elsewhere."
+        )
+    if not all(isinstance(tensor, Tensor) and _is_held(tensor) for tensor in content["tensors"].values()):
+        raise ValueError(f"'{path}' should hold tensors alone, but it has other things; restore it.")
+    return content["run_id"], content["tensors"]
 
 
 def _name_of(snapshot: StoredSnapshot) -> str:
@@ -128,37 +194,35 @@ def read(path: Path) -> StoredSnapshot:
 
 
 def _faults(snapshot: StoredSnapshot) -> list[str | None]:
-    streams: list[Any] = [*snapshot.averaged, snapshot.copied]
-    if not all(isinstance(stream, dict) for stream in streams):
-        return ["its averages are no mappings"]
-    tensors = [value for stream in streams for value in stream.values()]
+    groups: list[Any] = [*snapshot.averaged, snapshot.copied]
+    if not all(isinstance(group, dict) for group in groups):
+        return ["its averages are not mappings"]
+    tensors = [value for group in groups for value in group.values()]
     if not all(isinstance(value, Tensor) for value in tensors):
         return ["it has other things than tensors"]
     first = snapshot.averaged[0] if snapshot.averaged else {}
-    both = {*first, *snapshot.copied}
+    known = {*first, *snapshot.copied, *snapshot.frozen_shapes}
     return [
         "it is of no time" if snapshot.time < 1 else None,
-        "its history is none" if not is_history(snapshot.history) or snapshot.history[-1][0] != snapshot.time else None,
+        "it is of no run" if not snapshot.run_id else None,
         "it has tensors without memory of their own"
         if not all(_is_held(value) for value in tensors) or not all(map(is_dense, first.values()))
         else None,
         "it has no average" if not first else None,
         "its averages are not as many as their widths" if len(snapshot.averaged) != len(snapshot.sigma_rels) else None,
         "its averages differ in names or shapes" if not all(_alike(first, one) for one in snapshot.averaged) else None,
-        "its widths are none" if not all(map(_is_width, snapshot.sigma_rels)) else None,
+        "its widths are outside of (0, 1/√12)" if not all(map(_is_width, snapshot.sigma_rels)) else None,
         "its names do not fit its tensors"
-        if not all(isinstance(path, str) and path in both for path in snapshot.state_dict_names.values())
+        if not all(isinstance(path, str) and path in known for path in snapshot.state_dict_names.values())
+        else None,
+        "the shapes of its frozen parameters are malformed"
+        if not all(map(_is_shape, snapshot.frozen_shapes.values()))
         else None,
     ]
 
 
-def is_history(value: object) -> bool:
-    """Whether it is a list of [time, digest] in the order of the times, from 0 on."""
-    if not isinstance(value, list) or not all(isinstance(one, list) and len(one) == 2 for one in value):
-        return False
-    times = [time for time, _ in value]
-    are_typed = all(type(time) is int and isinstance(digest, str) for time, digest in value)
-    return are_typed and times == sorted(set(times)) and times[:1] == [0]
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _is_held(tensor: Tensor) -> bool:
@@ -190,12 +254,12 @@ def read_all(dirname: Path) -> list[StoredSnapshot]:
     snapshots = {path: read(path) for path in paths.values()}
     *others, (last_path, last) = snapshots.items()
     for path, one in others:
-        if list(one.history[-1]) not in last.history:
+        if one.run_id != last.run_id:
             raise ValueError(
                 f"'{path}' should be of the run of '{last_path.name}', but it is of another one; keep the snapshots of "
                 "one run alone in a directory."
             )
-        for key in ("time_unit", "sigma_rels", "state_dict_names"):
+        for key in ("time_unit", "sigma_rels", "state_dict_names", "frozen_shapes"):
             if getattr(one, key) != getattr(last, key):
                 raise ValueError(f"'{path}' should have the {key} of '{last_path.name}', but has others; check both.")
         if not _alike(last.averaged[0], one.averaged[0]):

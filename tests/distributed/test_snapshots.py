@@ -71,7 +71,7 @@ def writes(folder, case):
     snapshots.write = write
     run = Run(case, folder / "snapshots").train()
     assert run.ema.time == LAST
-    assert [time for time, _ in run.ema.state_dict()["history"]] == [0, *[2, 4, 6, 8]]
+    assert run.ema.state_dict()["snapshot_times"] == [2, 4, 6, 8]
     assert run.ema.save() is None
     return len(written)
 
@@ -105,7 +105,7 @@ def resumes(folder, case):
     resumed = Run(case, folder / "snapshots", seed=1)
     load_objects(resumed.objects(), folder / "checkpoints" / "checkpoint_3.pt")
     resumed.train()
-    assert [time for time, _ in resumed.ema.state_dict()["history"]] == [0, *[2, 4, 6, 8]]
+    assert resumed.ema.state_dict()["snapshot_times"] == [2, 4, 6, 8]
     for stream in resumed.ema.streams:
         assert full(stream.ema_model.body.weight).isfinite().all()
 
@@ -117,20 +117,18 @@ def test_a_resumed_world_writes_what_a_single_process_writes(world, ranks, case,
     assert_same_contents(found, due)
 
 
-def refuses(folder):
-    assert snapshots.is_first_rank() == (dist.get_rank() == 0)
-    run = Run("DDP", folder / "snapshots")
+def refuses(folder, case):
+    run = Run(case, folder / "snapshots")
     run.trainer.logger.disabled = True
-    if dist.get_rank() == 0:
-        with pytest.raises(ValueError, match="should have no snapshots when a run starts, got 4"):
-            run.train()
-        return run.ema.num_updates
-    return None
+    with pytest.raises(ValueError, match="should have no snapshots when a run starts, got 4"):
+        run.train()
+    return run.ema.num_updates
 
 
-def test_a_folder_with_snapshots_is_refused_on_the_first_rank(world, tmp_path):
+@pytest.mark.parametrize("case", ["DDP", "FSDP2"])
+def test_a_folder_with_snapshots_is_refused_on_all_ranks(case, world, tmp_path):
     Run("plain", tmp_path / "snapshots").train()
-    assert world(2, refuses) == [0, None]
+    assert world(2, refuses, case) == [0, 0]
 
 
 def narrows(folder):
@@ -145,13 +143,14 @@ def test_shards_are_stored_in_16_bits(world):
 
 
 def knows(folder, case):
-    return Run(case, folder / "snapshots").train().ema.state_dict()["history"]
+    state = Run(case, folder / "snapshots").train().ema.state_dict()
+    return state["run_id"], state["snapshot_times"]
 
 
-def test_all_ranks_of_a_sharded_model_know_the_same_history(world):
-    first, second = world(2, knows, "FSDP2")
-    assert first == second
-    assert all(digest for _, digest in first)
+@pytest.mark.parametrize("case", ["DDP", "FSDP2"])
+def test_all_ranks_know_the_same_run(case, world, tmp_path):
+    first, second = world(2, knows, case)
+    assert first == second == (stored(tmp_path / "snapshots")[0].run_id, [2, 4, 6, 8])
 
 
 def overflows(folder):

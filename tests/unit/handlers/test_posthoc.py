@@ -93,9 +93,14 @@ class Run:
 
 
 def files(folder):
-    """The bits of each, short enough to be shown."""
-    found = [path for path in folder.iterdir() if path.suffix == ".pt"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in sorted(found)}
+    """The bits of each, short enough to be shown; but for the name of the run, which is drawn."""
+    found = {}
+    for path in sorted(path for path in folder.iterdir() if path.suffix == ".pt"):
+        one = dataclasses.replace(snapshot_files.read(path), run_id="the run")
+        file = io.BytesIO()
+        torch.save(tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, vars(one)), file)
+        found[path.name] = hashlib.sha256(file.getvalue()).hexdigest()[:8]
+    return found
 
 
 def sums(times, history, name, gamma):
@@ -378,8 +383,10 @@ def test_a_run_that_is_stopped_and_resumed_writes_the_same_files(name, stop, att
     if not attach_first:
         second.attach()
     second.train()
-    state, due = uninterrupted[name]
+    state, due = copy.deepcopy(uninterrupted[name])
     assert files(tmp_path) == due
+    assert {one.run_id for one in stored(tmp_path)} == {first.ema.state_dict()["run_id"]}
+    state["ema"]["run_id"] = first.ema.state_dict()["run_id"]
     assert_same(second.saved(), state)
 
 
@@ -399,8 +406,9 @@ def test_snapshots_after_the_state_are_set_aside_and_written_again(name, uninter
     assert len(record) == 1
     assert files(tmp_path) == uninterrupted[name][1]
     for at in later:
-        superseded = (tmp_path / f"snapshot_{at}.pt.superseded").read_bytes()
-        assert hashlib.sha256(superseded).hexdigest()[:8] == before[f"snapshot_{at}.pt"]
+        (tmp_path / "superseded").mkdir(exist_ok=True)
+        (tmp_path / f"snapshot_{at}.pt.superseded").rename(tmp_path / "superseded" / f"snapshot_{at}.pt")
+        assert files(tmp_path / "superseded")[f"snapshot_{at}.pt"] == before[f"snapshot_{at}.pt"]
 
 
 def test_a_run_that_goes_back_to_an_earlier_state_sets_its_snapshots_aside(uninterrupted, tmp_path):
@@ -420,19 +428,26 @@ def test_a_run_that_goes_back_to_an_earlier_state_sets_its_snapshots_aside(unint
     assert files(tmp_path) == uninterrupted["updates"][1]
 
 
+STARTED_ANEW = (
+    "should have no snapshots when a run starts, got 8, up to time 40; to go on with their run load the PostHocEMA "
+    r"from its checkpoint, to start again a run that was killed before its first checkpoint delete '.*/snapshot_\*.pt', and "
+    r"for another run choose another directory\.$"
+)
+
+
 def test_a_fresh_run_into_a_folder_with_snapshots_is_refused_before_training(tmp_path):
     Run(tmp_path).train()
     before = files(tmp_path)
     second = Run(tmp_path)
     second.trainer.logger.disabled = True
-    with pytest.raises(ValueError, match="should have no snapshots when a run starts, got 8, up to time 40; choose"):
+    with pytest.raises(ValueError, match=STARTED_ANEW):
         second.train()
     assert second.history == []
     assert files(tmp_path) == before
 
 
 def times_of(state):
-    return [time for time, _ in state["history"][1:]]
+    return state["snapshot_times"]
 
 
 def test_a_foreign_snapshot_is_refused_before_training(tmp_path):
@@ -576,7 +591,7 @@ def test_reset_starts_again(tmp_path):
     run.train()
     assert [one.iteration for one in stored(tmp_path / "two")] == [10, 15, 20, 25, 30, 35, 40]
     assert [one.time for one in stored(tmp_path / "two")] == [2, 7, 12, 17, 22, 27, 32]
-    assert stored(tmp_path / "one")[0].history[0] != stored(tmp_path / "two")[0].history[0]
+    assert stored(tmp_path / "one")[0].run_id != stored(tmp_path / "two")[0].run_id
 
 
 def test_reset_in_samples_starts_time_again(tmp_path):
@@ -638,8 +653,7 @@ def write_for_ever(folder, sender):
     weights = [{"a": torch.ones(500_000)}] * 2
     sender.send("begins")
     for at in range(1, 10_000):
-        history = [[k, str(k)] for k in range(at + 1)]
-        one = snapshot_files.StoredSnapshot(at, "updates", at, at, 0, [0.05, 0.1], weights, {}, {"a": "a"}, history)
+        one = snapshot_files.StoredSnapshot(at, "updates", at, at, 0, [0.05, 0.1], weights, {}, {"a": "a"}, {}, "run")
         snapshot_files.write(one, folder)
 
 
@@ -835,8 +849,7 @@ def test_the_state_is_not_shared(tmp_path):
     state = run.ema.state_dict()
     other = Run(tmp_path, attach=False)
     other.ema.load_state_dict(state)
-    other.ema.state_dict()["history"].append([99, ""])
-    other.ema.state_dict()["history"][1][0] = 99
+    other.ema.state_dict()["snapshot_times"].append(99)
     other.ema.streams[0].ema_model[0].weight.data.fill_(0)
     assert times_of(other.ema.state_dict()) == [5]
     other.ema.save()
@@ -879,7 +892,7 @@ BAD_STATES = [
     ),
     (lambda state: {}, ValueError, "but it misses 'ignite_ema_posthoc_version'"),
     (lambda state: state["stream_0"], ValueError, "but it misses 'ignite_ema_posthoc_version'"),
-    (changed(ignite_ema_posthoc_version=2), ValueError, "'ignite_ema_posthoc_version' of the state should be 1, got 2"),
+    (changed(ignite_ema_posthoc_version=1), ValueError, "'ignite_ema_posthoc_version' of the state should be 2, got 1"),
     (
         changed(sigma_rels=[0.05, 0.2]),
         ValueError,
@@ -889,22 +902,29 @@ BAD_STATES = [
     (changed(stream_1=...), ValueError, "but it misses 'stream_1'"),
     (changed(stream_2={}), ValueError, "but it should not have 'stream_2'"),
     (changed(more=1), ValueError, "but it should not have 'more'"),
-    (changed(history=...), ValueError, "but it misses 'history'"),
-    *(
-        (
-            changed(history=history),
-            TypeError,
-            r"'history' of the state should be a list of \[time, digest\] from time 0",
-        )
-        for history in (3, (), [], [5], [[0, "a"], [5.0, "b"]], [[5, "a"]], [[0, "a"], [5, "b"], [5, "c"]], [[0, 1]])
+    (changed(run_id=...), ValueError, "but it misses 'run_id'"),
+    (changed(run_id=None), TypeError, "'run_id' of the state should be of type str, got NoneType"),
+    (
+        changed(run_id=""),
+        ValueError,
+        "'run_id' and 'snapshot_times' of the state should be a name and a list of rising",
     ),
-    (changed(history=[[0, "a"], [9, "b"]]), ValueError, r"should be of one time, got \[8\] updates at 8; load"),
+    *(
+        (changed(snapshot_times=times), TypeError, "'snapshot_times' of the state should be of type list")
+        for times in (3, ())
+    ),
+    *(
+        (changed(snapshot_times=times), ValueError, "a name and a list of rising times, got '.*; load what state_dict")
+        for times in ([5.0], [0, 5], [5, 5], [7, 5], ["5"], [[5, "a"]], [True])
+    ),
+    (changed(snapshot_times=[5, 9]), ValueError, r"should be of one time, got \[8\] updates at 8; load"),
     (changed(updated_at=7), ValueError, r"should be of one time, got \[8\] updates at 7; load"),
     (changed_in("stream_1", num_updates=7), ValueError, r"should be of one time, got \[7, 8\] updates at 8; load"),
     (changed(samples_seen=-1), ValueError, "'samples_seen' of the state should be 0 or more, got -1"),
-    (changed(samples_seen=1.5), TypeError, "'samples_seen' of the state should be an integer, got 1.5"),
-    (changed(updated_at=None), TypeError, "'updated_at' of the state should be an integer, got None"),
-    (changed(stream_1=None), TypeError, "The state of an EMAHandler should be a mapping"),
+    (changed(samples_seen=1.5), TypeError, "'samples_seen' of the state should be of type int, got float"),
+    (changed(updated_at=None), TypeError, "'updated_at' of the state should be of type int, got NoneType"),
+    (changed(stream_1=None), TypeError, "'stream_1' of the state should be of type Mapping, got NoneType"),
+    (changed(stream_1={}), ValueError, "The state of an EMAHandler should be .*, but it misses 'ignite_ema_version'"),
     (changed_in("stream_1", num_updates=-1), ValueError, "'num_updates' of the state should be 0 or more, got -1"),
     (without_a_tensor, ValueError, "but the state misses '1.bias'"),
     (of_another_shape, ValueError, r"'1.bias' .* shape \(2,\), got \(3,\)"),
@@ -1037,8 +1057,8 @@ def test_a_snapshot_of_another_attempt_at_the_same_time_is_written_anew(tmp_path
     assert times_of(state["ema"]) == [5]
     other = stored(tmp_path)[-1]
     (tmp_path / "snapshot_10.pt").unlink()
-    history = [*other.history[:-1], [10, "of another attempt"]]
-    snapshot_files.write(dataclasses.replace(other, history=history), tmp_path)
+    weights = [{name: tensor + 1 for name, tensor in one.items()} for one in other.averaged]
+    snapshot_files.write(dataclasses.replace(other, averaged=weights), tmp_path)  # of another attempt
     second = Run(tmp_path)
     Checkpoint.load_objects(second.objects(), state)
     second.train(12)

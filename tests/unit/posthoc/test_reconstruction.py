@@ -30,6 +30,7 @@ from ignite_ema.posthoc import (
     fitting,
     gamma_from_sigma_rel,
     reconstruct,
+    reconstruction,
     residual,
     sigma_rel_from_gamma,
     snapshot_files,
@@ -352,7 +353,8 @@ def make_snapshot(time, value=None, **changes):
         "averaged": averaged,
         "copied": {"count": torch.tensor(time)},
         "state_dict_names": {"a": "a", "also_a": "a", "b": "b", "count": "count"},
-        "history": [[k, str(k)] for k in range(time + 1)],
+        "frozen_shapes": {},
+        "run_id": "run",
     }
     return StoredSnapshot(**(entries | changes))
 
@@ -373,7 +375,7 @@ def folder(written, tmp_path):
 
 def write_raw(folder, **changes):
     """A file as it should be, but for some entries."""
-    content = {"ignite_ema_snapshot": 1, **vars(make_snapshot(65)), **changes}
+    content = {"ignite_ema_snapshot": 2, **vars(make_snapshot(65)), **changes}
     path = folder / "snapshot_65.pt"
     torch.save({key: value for key, value in content.items() if value is not ...}, path)
     return path
@@ -522,10 +524,10 @@ def test_types_wider_than_float32_are_kept(tmp_path):
 
 def test_tensors_larger_than_a_chunk_are_rebuilt_in_parts(folder, monkeypatch):
     whole = reconstruct(folder, 0.15)
-    monkeypatch.setattr(posthoc, "_CHUNK", 4 * 128)
+    monkeypatch.setattr(reconstruction, "_CHUNK", 4 * 128)
     parts = reconstruct(folder, 0.15)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    monkeypatch.setattr(posthoc, "_CHUNK", 1)  # fewer than there are snapshots
+    monkeypatch.setattr(reconstruction, "_CHUNK", 1)  # fewer than there are snapshots
     assert all(torch.equal(whole[name], tensor) for name, tensor in reconstruct(folder, 0.15).items())
 
 
@@ -553,7 +555,7 @@ def test_a_bar_needs_tqdm(folder, monkeypatch):
 def peak(folder, monkeypatch):
     """The most bytes that are allocated at a time while an average is rebuilt, beside what is mapped to files."""
     mapped = stored(folder)
-    monkeypatch.setattr(posthoc, "stored", lambda *arguments: mapped)
+    monkeypatch.setattr(reconstruction, "stored", lambda *arguments: mapped)
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profiler:
         reconstruct(folder, 0.1)
@@ -562,7 +564,7 @@ def peak(folder, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_number_of_snapshots(tmp_path, monkeypatch):
-    monkeypatch.setattr(posthoc, "_CHUNK", 2**18)  # 2 MB in float64, so that it does not hide what is measured
+    monkeypatch.setattr(reconstruction, "_CHUNK", 2**18)  # 2 MB in float64, so that it does not hide what is measured
     weights = [{"a": torch.ones(1_000_000)}] * 2  # 4 MB
     for count in (2, 30):
         (tmp_path / str(count)).mkdir()
@@ -638,7 +640,7 @@ def pickled_evil(folder):
 
 
 def saved_evil(folder):
-    torch.save({"ignite_ema_snapshot": 1, "evil": Evil()}, folder / "snapshot_65.pt")
+    torch.save({"ignite_ema_snapshot": 2, "evil": Evil()}, folder / "snapshot_65.pt")
 
 
 def evil_average(folder):
@@ -680,13 +682,13 @@ BAD_FILES = [
     (model_file, "snapshot_65.pt' should be a snapshot of a PostHocEMA, but it is another file"),
     (renamed, "snapshot_65.pt' should be named 'snapshot_64.pt', after its time"),
     (numbered_otherwise, "snapshot_065.pt' should be named 'snapshot_65.pt', after its time"),
-    (entries(ignite_ema_snapshot=2), "should be of version 1; read it with the ignite_ema that wrote it, or newer"),
+    (entries(ignite_ema_snapshot=1), "should be of version 2; read it with the ignite_ema that wrote it, or newer"),
     (entries(more=1), "its entries are others"),
     (entries(copied=...), "its entries are others"),
     (entries(time=65.0), "its entries are others"),
     (entries(num_updates=True), "its entries are others"),
     (entries(averaged=(1, 2)), "its entries are others"),
-    (entries(averaged=[1, 2]), "its averages are no mappings"),
+    (entries(averaged=[1, 2]), "its averages are not mappings"),
     (entries(averaged=[]), "it has no average"),
     (entries(averaged=GOOD.averaged[:1]), "its averages are not as many as their widths"),
     (entries(averaged=[{"a": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2)}]), "its averages differ in names or shapes"),
@@ -694,8 +696,8 @@ BAD_FILES = [
     (entries(copied={"count": 3}), "it has other things than tensors"),
     (entries(state_dict_names={"a": "nowhere"}), "its names do not fit its tensors"),
     (entries(state_dict_names={"a": ["a"]}), "its names do not fit its tensors"),
-    (entries(sigma_rels=[0.05, 5.0]), "its widths are none"),
-    (entries(sigma_rels=[0.05, "0.1"]), "its widths are none"),
+    (entries(sigma_rels=[0.05, 5.0]), "its widths are outside of"),
+    (entries(sigma_rels=[0.05, "0.1"]), "its widths are outside of"),
     (
         entries(averaged=[{"a": torch.zeros(1).expand(10**13)}] * 2, state_dict_names={"a": "a"}),
         "it has tensors without memory of their own",
@@ -709,10 +711,12 @@ BAD_FILES = [
         entries(averaged=[{"a": torch.eye(3).to_sparse()}] * 2, state_dict_names={"a": "a"}),
         "it has tensors without memory of their own",
     ),
-    (entries(history=[[0, "0"], [65, "65"]]), "should be of the run of 'snapshot_65.pt', but it is of another one"),
-    (entries(history=[[0, "0"], [64, "64"]]), "but its history is none"),
-    (entries(history=[[65, "65"]]), "but its history is none"),
-    (entries(history=[]), "but its history is none"),
+    (entries(run_id="other"), "should be of the run of 'snapshot_65.pt', but it is of another one"),
+    (entries(run_id=""), "but it is of no run"),
+    (entries(run_id=3), "its entries are others"),
+    (entries(frozen_shapes={"a": 3}), "the shapes of its frozen parameters are malformed"),
+    (entries(frozen_shapes={"a": [3, -1]}), "the shapes of its frozen parameters are malformed"),
+    (entries(frozen_shapes={"f": [3]}), "should have the frozen_shapes of 'snapshot_65.pt'"),
     (entries(time_unit="samples"), "should have the time_unit of 'snapshot_65.pt', but has others"),
     (entries(sigma_rels=[0.05, 0.2]), "should have the sigma_rels of 'snapshot_65.pt'"),
     (entries(state_dict_names={"a": "a", "b": "b"}), "should have the state_dict_names of 'snapshot_65.pt'"),
