@@ -130,6 +130,9 @@ def _add_reconstruct(add_command: _AddCommand) -> None:
     command.add_argument("--out", type=Path, help="what to write: .pt, .pth or .safetensors; {} stands for the length")
     command.add_argument("--force", action="store_true", help="overwrite what is there already")
     command.add_argument(
+        "--base", metavar="FILE", type=Path, help="what has the frozen weights where snapshot_frozen.pt is missing"
+    )
+    command.add_argument(
         "--max-residual",
         metavar="X",
         type=float,

@@ -44,7 +44,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
         warnings.simplefilter("always")
         progress = sys.stderr.isatty() and find_spec("tqdm") is not None
         snapshots, states, residuals = reconstruct_all(
-            arguments.file, list(targets.values()), arguments.step, arguments.max_residual, progress
+            arguments.file, list(targets.values()), arguments.step, arguments.max_residual, progress, arguments.base
         )
     for warning in caught:
         print(f"ignite-ema: warning: {warning.message}", file=sys.stderr)

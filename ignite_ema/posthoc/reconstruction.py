@@ -4,19 +4,23 @@ import math
 import numbers
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
+from ..checkpoints.memory import copied
+from ..checkpoints.safe_load import load_file
 from ..schedules import PowerFunction
 from .fitting import GOOD, as_profile, fitted, reach
 from .profiles import Profile, Snapshot
-from .snapshot_files import StoredSnapshot, read_all
+from .snapshot_files import StoredSnapshot, frozen_path, read_all, read_frozen
 
 __all__ = ["gamma_from_sigma_rel", "reconstruct", "reconstruct_all", "rounding", "sigma_rel_from_gamma", "stored"]
+
+Base: TypeAlias = "Mapping[str, Tensor] | str | os.PathLike[str] | None"
 
 _CHUNK = 2**23  # numbers, of all snapshots together, that are in memory in float64 at a time
 
@@ -75,6 +79,7 @@ def reconstruct(
     *,
     max_residual: float = 0.10,
     progress: bool = False,
+    base: Base = None,
 ) -> dict[str, Tensor]: ...
 
 
@@ -86,6 +91,7 @@ def reconstruct(
     *,
     max_residual: float = 0.10,
     progress: bool = False,
+    base: Base = None,
 ) -> list[dict[str, Tensor]]: ...
 
 
@@ -96,6 +102,7 @@ def reconstruct(
     *,
     max_residual: float = 0.10,
     progress: bool = False,
+    base: Base = None,
 ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
     """The average with the profile ``target``, from the snapshots of a ``PostHocEMA``: a plain state dict.
 
@@ -109,23 +116,32 @@ def reconstruct(
             Later snapshots are not used.
         max_residual: how far the profile of what can be had may be from the one asked for; see :func:`residual`.
         progress: show a bar; needs the package tqdm.
+        base: where the averages share frozen parameters with the model (``share_frozen``) and the file with them,
+            ``snapshot_frozen.pt``, is not at hand: a plain state dict that has them, or a file of one.
 
     Returns:
-        The state dict, in float32 on the CPU, or in the type of the snapshots where that is wider; for several targets
-        a list.
+        The complete state dict, in float32 on the CPU, or in the type of the snapshots where that is wider; for several
+        targets a list. Frozen parameters are as they were, and the same tensors in all of the list.
 
     Raises:
         FileNotFoundError, ValueError: where there are no snapshots, or they are not of one run; where there is none at
-            ``step``; where a residual is above ``max_residual``, or so is what rounding to 16 bits comes to.
+            ``step``; where a residual is above ``max_residual``, or so is what rounding to 16 bits comes to; where a
+            tensor has changed since it was written, or frozen parameters are missing.
+        TypeError: for a target that is neither a profile nor a number.
 
     Note:
         Either above 1 % is warned about. Where a weight is infinite in a snapshot, that of the last one is taken.
     """
-    if isinstance(target, str):
-        raise TypeError(f"target should be a profile or a number, got {target!r}; pass {target} without quotes.")
-    wanted = target if isinstance(target, Sequence) else [target]
-    _, states, _ = reconstruct_all(dirname, wanted, step, max_residual, progress)
-    return states if isinstance(target, Sequence) else states[0]
+    is_several = isinstance(target, Sequence) and not isinstance(target, (str, bytes))
+    wanted: Sequence[Any] = target if is_several else [target]  # type: ignore[assignment]
+    for one in wanted:
+        if not isinstance(one, (Profile, numbers.Real)) or isinstance(one, bool):
+            raise TypeError(
+                f"target should be a profile or a number, got {one!r}; pass a sigma_rel such as 0.15, or a profile "
+                "such as ExponentialProfile(0.05)."
+            )
+    _, states, _ = reconstruct_all(dirname, wanted, step, max_residual, progress, base)
+    return states if is_several else states[0]
 
 
 def reconstruct_all(
@@ -134,6 +150,7 @@ def reconstruct_all(
     step: int | None,
     max_residual: float,
     progress: bool,
+    base: Base = None,
 ) -> tuple[list[StoredSnapshot], list[dict[str, Tensor]], list[float]]:
     """The snapshots that are used, and for each target the state dict and the residual."""
     if not isinstance(max_residual, numbers.Real) or isinstance(max_residual, bool) or not max_residual >= 0:
@@ -146,20 +163,64 @@ def reconstruct_all(
     weights, distances = fitted(known, targets)
     for one, distance in zip(targets, distances, strict=True):
         _check(known, one, distance, max_residual)
-    for one, row in zip(targets, weights, strict=True):
-        _check_rounding(used[-1], one, row, max_residual)
     last = used[-1]
-    results: list[dict[str, Tensor]] = [{} for _ in targets]
+    for one, row in zip(targets, weights, strict=True):
+        _check_rounding(last, one, row, max_residual)
+    frozen = _frozen(last, Path(dirname), base)
+    results = _rebuilt(used, weights, progress)
+    plain = [{name: {**result, **frozen}[path] for name, path in last.state_dict_names.items()} for result in results]
+    return used, plain, distances
+
+
+def _rebuilt(used: Sequence[StoredSnapshot], weights: Tensor, progress: bool) -> list[dict[str, Tensor]]:
+    """For each row of weights, of shape (targets, n), the tensors by path; verified before they are added."""
+    last = used[-1]
+    results: list[dict[str, Tensor]] = [{} for _ in weights]
     total = sum(tensor.numel() for tensor in last.averaged[0].values())
     with _Bar(total, progress) as bar:
         for path in last.averaged[0]:
+            for one in used:
+                one.verify(path)
             parts = [stream[path] for one in used for stream in one.averaged]
             for result, tensor in zip(results, _combined(parts, weights, bar), strict=True):
                 result[path] = tensor
+    for path in last.copied:
+        last.verify(path)
     for result in results:
         result.update({path: tensor.clone() for path, tensor in last.copied.items()})
-    plain = [{name: result[path] for name, path in last.state_dict_names.items()} for result in results]
-    return used, plain, distances
+    return results
+
+
+def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Tensor]:
+    """The frozen parameters by name, checked, in memory of their own."""
+    shapes = snapshot.frozen_shapes
+    if not shapes:
+        if base is not None:
+            raise ValueError(f"base should be left out, for the snapshots in '{dirname}' are complete; leave it out.")
+        return {}
+    if base is None:
+        if not frozen_path(dirname).exists():
+            raise FileNotFoundError(
+                f"'{dirname}' should have '{frozen_path(dirname).name}' with the {len(shapes)} frozen parameters, such "
+                f"as '{next(iter(shapes))}', that the averages share with the model, but lacks it; restore it, or pass "
+                "base= (--base FILE), the weights of the model."
+            )
+        tensors: Mapping[str, Tensor] = read_frozen(dirname, snapshot.run_id)
+        source = f"'{frozen_path(dirname)}'"
+    else:
+        tensors = load_file(base) if isinstance(base, (str, os.PathLike)) else base
+        source = "base" if tensors is base else f"base '{base}'"
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"{source} should be a state dict, got {type(tensors).__name__}; pass one of the model.")
+    for name, shape in shapes.items():
+        found = tensors.get(name)
+        if not isinstance(found, Tensor) or list(found.shape) != list(shape) or found.is_meta:
+            got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "none"
+            raise ValueError(
+                f"{source} should have the frozen '{name}' of shape {tuple(shape)}, got {got}; pass the plain state "
+                "dict of the model that was trained."
+            )
+    return copied({name: tensors[name] for name in shapes})
 
 
 def _check(known: Sequence[Snapshot], target: Profile, distance: float, max_residual: float) -> None:

@@ -5,15 +5,15 @@ Frozen parameters that the averages share with the model lie in a file of their 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.memory import has_memory, is_dense
-from ..checkpoints.safe_load import load_file
+from ..checkpoints.memory import is_dense
+from ..checkpoints.safe_load import OpenFile, open_file
 from ..checkpoints.saving import whole_file
 from .profiles import MAX_SIGMA_REL, PowerProfile, Snapshot
 
@@ -63,6 +63,17 @@ class StoredSnapshot:
     state_dict_names: Mapping[str, str]
     frozen_shapes: Mapping[str, Sequence[int]]
     run_id: str
+    _file: OpenFile | None = field(default=None, repr=False, compare=False)
+
+    def verify(self, path: str) -> None:
+        """Compares the bytes of a tensor, in all averages, with the checksums of the file.
+
+        Raises:
+            ValueError: where they have changed since the file was written.
+        """
+        if self._file is not None:
+            found = (one[path] for one in (*self.averaged, self.copied) if path in one)
+            self._file.verify((path, tensor) for tensor in found)
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -85,7 +96,7 @@ def write(snapshot: StoredSnapshot, dirname: Path) -> Path:
         FileExistsError, OSError: where there is one of that time already, or it cannot be written.
     """
     path = dirname / _name_of(snapshot)
-    content = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
+    content = {one.name: getattr(snapshot, one.name) for one in fields(snapshot) if not one.name.startswith("_")}
     if path.exists():
         raise FileExistsError(
             f"'{path}' is there already, and this run has not written it; give each run a directory of its own, and "
@@ -118,35 +129,37 @@ def write_frozen(tensors: Mapping[str, Tensor], run_id: str, dirname: Path) -> N
 
 def has_frozen(dirname: Path, run_id: str) -> bool:
     """Whether there is a file with the frozen parameters of this run; raises ValueError where it is another file."""
-    return frozen_path(dirname).exists() and _read_frozen(dirname)[0] == run_id
+    return frozen_path(dirname).exists() and _open_frozen(dirname).content["run_id"] == run_id
 
 
 def read_frozen(dirname: Path, run_id: str) -> dict[str, Tensor]:
-    """The frozen parameters of a run by name, mapped to their file.
+    """The frozen parameters of a run by name, verified, and mapped to their file.
 
     Raises:
-        FileNotFoundError, ValueError: where there is no such file, it is another one, or of another run.
+        FileNotFoundError, ValueError: where there is no such file, it is another one, damaged, or of another run.
     """
-    found, tensors = _read_frozen(dirname)
-    if found != run_id:
+    opened = _open_frozen(dirname)
+    if opened.content["run_id"] != run_id:
         raise ValueError(
-            f"'{frozen_path(dirname)}' should be of the run of the snapshots beside it, but it is of another one; "
-            "restore it."
+            f"'{opened.path}' should be of the run of the snapshots beside it, but it is of another one; restore it."
         )
+    tensors: dict[str, Tensor] = opened.content["tensors"]
+    opened.verify(tensors.items())
     return tensors
 
 
-def _read_frozen(dirname: Path) -> tuple[str, dict[str, Tensor]]:
-    path = frozen_path(dirname)
-    content = load_file(path)
+def _open_frozen(dirname: Path) -> OpenFile:
+    opened = open_file(frozen_path(dirname))
+    content = opened.content
     is_ours = isinstance(content, dict) and content.get("ignite_ema_frozen") == _VERSION
     if not is_ours or not isinstance(content.get("run_id"), str) or not isinstance(content.get("tensors"), dict):
         raise ValueError(
-            f"'{path}' should be the frozen parameters of a PostHocEMA, but it is another file; move it elsewhere."
+            f"'{opened.path}' should be the frozen parameters of a PostHocEMA, but it is another file; move it "
+            "elsewhere."
         )
-    if not all(isinstance(tensor, Tensor) and _is_held(tensor) for tensor in content["tensors"].values()):
-        raise ValueError(f"'{path}' should hold tensors alone, but it has other things; restore it.")
-    return content["run_id"], content["tensors"]
+    if not all(isinstance(tensor, Tensor) and not tensor.is_meta for tensor in content["tensors"].values()):
+        raise ValueError(f"'{opened.path}' should hold tensors alone, but it has other things; restore it.")
+    return opened
 
 
 def _name_of(snapshot: StoredSnapshot) -> str:
@@ -154,8 +167,8 @@ def _name_of(snapshot: StoredSnapshot) -> str:
 
 
 def is_snapshot_name(path: Path) -> bool:
-    """Whether a file of this name would be taken for a snapshot."""
-    return _NAME.fullmatch(path.name) is not None
+    """Whether a file of this name would be taken for a snapshot, or for the frozen parameters beside it."""
+    return _NAME.fullmatch(path.name) is not None or path.name == frozen_path(path.parent).name
 
 
 def paths_in(dirname: Path) -> dict[int, Path]:
@@ -165,12 +178,13 @@ def paths_in(dirname: Path) -> dict[int, Path]:
 
 
 def read(path: Path) -> StoredSnapshot:
-    """What a file holds, its tensors mapped to it.
+    """What a file holds, its tensors mapped to it, and not yet verified.
 
     Raises:
         FileNotFoundError, ValueError: where there is none, or it is none that :func:`write` wrote.
     """
-    content = load_file(path)
+    opened = open_file(path)
+    content = opened.content
     if not isinstance(content, dict) or "ignite_ema_snapshot" not in content:
         raise ValueError(f"'{path}' should be a snapshot of a PostHocEMA, but it is another file; move it elsewhere.")
     if content.pop("ignite_ema_snapshot") != _VERSION:
@@ -179,7 +193,7 @@ def read(path: Path) -> StoredSnapshot:
         )
     if content.keys() != _TYPES.keys() or not all(type(content[key]) is kind for key, kind in _TYPES.items()):
         raise ValueError(f"'{path}' should be as a PostHocEMA wrote it, but its entries are others; restore the file.")
-    snapshot = StoredSnapshot(**content)
+    snapshot = StoredSnapshot(**content, _file=opened)
     faults = [fault for fault in _faults(snapshot) if fault]
     if faults:
         raise ValueError(
@@ -206,7 +220,7 @@ def _faults(snapshot: StoredSnapshot) -> list[str | None]:
         "it is of no time" if snapshot.time < 1 else None,
         "it is of no run" if not snapshot.run_id else None,
         "it has tensors without memory of their own"
-        if not all(_is_held(value) for value in tensors) or not all(map(is_dense, first.values()))
+        if any(value.is_meta for value in tensors) or not all(map(is_dense, first.values()))
         else None,
         "it has no average" if not first else None,
         "its averages are not as many as their widths" if len(snapshot.averaged) != len(snapshot.sigma_rels) else None,
@@ -223,10 +237,6 @@ def _faults(snapshot: StoredSnapshot) -> list[str | None]:
 
 def _is_shape(value: object) -> bool:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
-
-
-def _is_held(tensor: Tensor) -> bool:
-    return not tensor.is_meta and (not is_dense(tensor) or has_memory(tensor))
 
 
 def _is_width(value: object) -> bool:

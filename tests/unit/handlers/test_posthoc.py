@@ -96,7 +96,7 @@ def files(folder):
     """The bits of each, short enough to be shown; but for the name of the run, which is drawn."""
     found = {}
     for path in sorted(path for path in folder.iterdir() if path.suffix == ".pt"):
-        one = dataclasses.replace(snapshot_files.read(path), run_id="the run")
+        one = dataclasses.replace(snapshot_files.read(path), run_id="the run", _file=None)
         file = io.BytesIO()
         torch.save(tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, vars(one)), file)
         found[path.name] = hashlib.sha256(file.getvalue()).hexdigest()[:8]
@@ -223,18 +223,6 @@ def test_tied_weights_are_stored_once_and_rebuilt_tied(tmp_path):
 def test_wrapped_models_are_stored_under_plain_names(wrap, tmp_path):
     kept(wrap(Tied()), tmp_path)
     Tied().load_state_dict(reconstruct(tmp_path, 0.1), strict=True)
-
-
-def test_frozen_parameters_that_are_shared_are_not_stored(tmp_path):
-    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 1))
-    model[0].requires_grad_(False)
-    kept(model, tmp_path, share_frozen=True)
-    got = reconstruct(tmp_path, 0.1)
-    assert list(got) == ["1.weight", "1.bias"]
-    assert (tmp_path / "snapshot_3.pt").stat().st_size < 10_000
-    missing, unexpected = model.load_state_dict(got, strict=False)
-    assert not unexpected
-    assert missing == ["0.weight", "0.bias"]
 
 
 def test_a_bfloat16_model_is_averaged_in_float32(tmp_path):
@@ -430,8 +418,8 @@ def test_a_run_that_goes_back_to_an_earlier_state_sets_its_snapshots_aside(unint
 
 STARTED_ANEW = (
     "should have no snapshots when a run starts, got 8, up to time 40; to go on with their run load the PostHocEMA "
-    r"from its checkpoint, to start again a run that was killed before its first checkpoint delete '.*/snapshot_\*.pt', and "
-    r"for another run choose another directory\.$"
+    "from its checkpoint, to start again a run that was killed before its first checkpoint delete '.*/snapshot_[*]"
+    ".pt', and for another run choose another directory[.]$"
 )
 
 
@@ -548,7 +536,7 @@ def test_a_damaged_snapshot_is_refused_before_training(tmp_path):
     second = Run(tmp_path)
     second.trainer.logger.disabled = True
     Checkpoint.load_objects(second.objects(), state)
-    with pytest.raises(ValueError, match="snapshot_5.pt' should be a file that torch.save wrote"):
+    with pytest.raises(ValueError, match="snapshot_5.pt' should be a file that torch.save"):
         second.train()
     assert second.history == []
 

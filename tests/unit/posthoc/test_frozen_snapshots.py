@@ -1,0 +1,166 @@
+"""Averages that share frozen weights with the model: these are stored once, and what is rebuilt is complete."""
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from ignite_ema import PostHocEMA
+from ignite_ema.checkpoints import save_file
+from ignite_ema.cli import main
+from ignite_ema.posthoc import reconstruct, snapshot_files, stored
+
+
+class Adapted(nn.Module):
+    """A frozen base whose weights are tied, and a head that learns."""
+
+    def __init__(self, frozen=True):
+        super().__init__()
+        self.embedding = nn.Embedding(100, 50)
+        self.output = nn.Linear(50, 100, bias=False)
+        self.output.weight = self.embedding.weight
+        self.register_buffer("scale", torch.tensor([1.0]))
+        self.adapter = nn.Linear(2, 2)
+        self.embedding.requires_grad_(not frozen)
+
+
+def run(dirname, last=4, model=None, state=None):
+    model = model or Adapted()
+
+    def step(engine, batch):
+        model.adapter.weight.data.fill_(batch)
+
+    trainer = Engine(step)
+    ema = PostHocEMA(model, dirname=dirname, share_frozen=True)
+    if state is not None:
+        ema.load_state_dict(state)
+    ema.attach(trainer, snapshot_event=Events.ITERATION_COMPLETED)
+    trainer.run([float(k) for k in range(ema.num_updates, last)])
+    return model, ema
+
+
+def sizes(folder):
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+def test_what_is_rebuilt_is_complete_and_in_order(tmp_path):
+    model, ema = run(tmp_path)
+    got = reconstruct(tmp_path, 0.1)
+    assert list(got) == list(model.state_dict())
+    Adapted(frozen=False).load_state_dict(got, strict=True)
+    assert torch.equal(got["embedding.weight"], model.embedding.weight)
+    assert got["output.weight"] is got["embedding.weight"]
+    torch.testing.assert_close(got["adapter.weight"], ema.streams[1].ema_model.adapter.weight.data)
+
+
+def test_frozen_weights_are_stored_once(tmp_path):
+    run(tmp_path)
+    found = sizes(tmp_path)
+    assert sorted(found) == ["snapshot_1.pt", "snapshot_2.pt", "snapshot_3.pt", "snapshot_4.pt", "snapshot_frozen.pt"]
+    assert 20_000 < found.pop("snapshot_frozen.pt") < 25_000
+    assert all(size < 10_000 for size in found.values())
+
+
+def test_a_resumed_run_does_not_store_them_again(tmp_path):
+    model, ema = run(tmp_path, 2)
+    before = (tmp_path / "snapshot_frozen.pt").stat()
+    run(tmp_path, 4, model, ema.state_dict())
+    assert (tmp_path / "snapshot_frozen.pt").stat() == before
+    assert [one.time for one in stored(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_run_that_resumes_elsewhere_stores_them_there(tmp_path):
+    model, ema = run(tmp_path / "one", 2)
+    with pytest.warns(UserWarning, match="lacks 2"):
+        run(tmp_path / "other", 4, model, ema.state_dict())
+    assert list(reconstruct(tmp_path / "other", 0.1, max_residual=9)) == list(model.state_dict())
+
+
+def test_those_of_a_run_without_snapshots_make_room(tmp_path):
+    run(tmp_path)
+    for path in snapshot_files.paths_in(tmp_path).values():
+        path.unlink()
+    model, _ = run(tmp_path)
+    assert torch.equal(reconstruct(tmp_path, 0.1)["embedding.weight"], model.embedding.weight)
+
+
+def test_another_file_of_that_name_stays(tmp_path):
+    (tmp_path / "snapshot_frozen.pt").write_text("mine")
+    model = Adapted()
+    trainer = Engine(lambda engine, batch: None)
+    trainer.logger.disabled = True
+    PostHocEMA(model, dirname=tmp_path, share_frozen=True).attach(trainer)
+    with pytest.raises(ValueError, match="snapshot_frozen.pt' should be"):
+        trainer.run([0])
+    assert (tmp_path / "snapshot_frozen.pt").read_text() == "mine"
+
+
+MISSING = (
+    "should have 'snapshot_frozen.pt' with the 2 frozen parameters, such as 'embedding.weight', that the averages share "
+    "with the model, but lacks it; restore it, or pass base= "
+)
+
+
+@pytest.fixture
+def lacking(tmp_path):
+    model, _ = run(tmp_path / "snapshots")
+    (tmp_path / "snapshots" / "snapshot_frozen.pt").unlink()
+    return tmp_path / "snapshots", model
+
+
+def test_what_is_missing_is_said_or_taken_from_a_base(lacking, tmp_path):
+    dirname, model = lacking
+    with pytest.raises(FileNotFoundError, match=MISSING):
+        reconstruct(dirname, 0.1)
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    for base in (model.state_dict(), tmp_path / "base.safetensors", str(tmp_path / "base.safetensors")):
+        one, other = reconstruct(dirname, [0.1, 0.05], base=base)
+        Adapted(frozen=False).load_state_dict(one, strict=True)
+        assert torch.equal(one["embedding.weight"], model.embedding.weight)
+        assert one["embedding.weight"].data_ptr() != model.embedding.weight.data_ptr()
+        assert other["embedding.weight"] is one["embedding.weight"]
+
+
+@pytest.mark.parametrize(
+    ("base", "error", "message"),
+    [
+        (
+            {},
+            ValueError,
+            r"base should have the frozen 'embedding.weight' of shape \(100, 50\), got none; pass the plain",
+        ),
+        ({"embedding.weight": torch.zeros(2)}, ValueError, r"shape \(100, 50\), got shape \(2,\); pass"),
+        ({"embedding.weight": 3}, ValueError, "got none"),
+        (3.5, TypeError, "base should be a state dict, got float; pass one of the model"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused(base, error, message, lacking):
+    with pytest.raises(error, match=message):
+        reconstruct(lacking[0], 0.1, base=base)
+
+
+def test_a_base_that_is_not_needed_is_refused(tmp_path):
+    model = nn.Linear(1, 1)
+    trainer = Engine(lambda engine, batch: None)
+    PostHocEMA(model, dirname=tmp_path).attach(trainer)
+    trainer.run([0])
+    with pytest.raises(ValueError, match="base should be left out, for the snapshots in '.*' are complete"):
+        reconstruct(tmp_path, 0.1, base=model.state_dict())
+
+
+def test_the_command_takes_a_base(lacking, tmp_path, capsys):
+    dirname, model = lacking
+    arguments = ["reconstruct", str(dirname), "--sigma-rel", "0.1", "--out", str(tmp_path / "out.pt")]
+    assert main(arguments) == 1
+    assert "pass base= (--base FILE)" in capsys.readouterr().err
+    save_file(model.state_dict(), tmp_path / "base.pt")
+    assert main([*arguments, "--base", str(tmp_path / "base.pt")]) == 0
+    assert ", 5 tensors, " in capsys.readouterr().out
+
+
+def test_those_of_another_run_are_refused(tmp_path):
+    run(tmp_path / "one")
+    run(tmp_path / "other")
+    (tmp_path / "one" / "snapshot_frozen.pt").replace(tmp_path / "other" / "snapshot_frozen.pt")
+    with pytest.raises(ValueError, match="should be of the run of the snapshots beside it, but it is of another one"):
+        reconstruct(tmp_path / "other", 0.1)
