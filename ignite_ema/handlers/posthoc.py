@@ -1,7 +1,6 @@
 """Keeps the averages from which any averaging length can be rebuilt after training; see :mod:`ignite_ema.posthoc`."""
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..averaging.buffers import BufferRule
-from ..averaging.collectives import first_said, is_first_rank, on_first_rank, rank
+from ..averaging.collectives import first_difference, is_first_rank, on_first_rank
+from ..averaging.user_warnings import warn_user
 from ..posthoc.run_directory import prepare
 from ..posthoc.snapshot_files import has_frozen, write, write_frozen
 from ..schedules import PowerFunction
@@ -104,7 +104,7 @@ class PostHocEMA:
         self._snapshot_dtype = snapshot_dtype
         options: dict[str, Any] = {"handle_buffers": handle_buffers, "dtype": dtype, "device": device}
         options |= {"share_frozen": share_frozen, "skip_nonfinite": skip_nonfinite}
-        options |= {"stochastic_rounding": stochastic_rounding}
+        options["stochastic_rounding"] = stochastic_rounding
         schedule = PowerFunction if samples is None else PowerOfSamples
         self.streams = tuple(
             PowerAverage(model, schedule(sigma_rel), ema_model=twin, **options)
@@ -248,26 +248,27 @@ class PostHocEMA:
     def _start(self, engine: Engine) -> None:
         is_new = not self.time and self._loaded_time is None and not self._starts_late
         if is_new and not self._directory_is_checked and engine.state.iteration > 0:
-            warnings.warn(
+            warn_user(
                 f"The trainer resumes at iteration {engine.state.iteration}, but its PostHocEMA was not restored, and "
                 'the averages start anew; put it into the checkpoint ("posthoc_ema": posthoc_ema) and load it with '
-                "Checkpoint.load_objects, or call reset() if they are meant to start here.",
-                stacklevel=2,
+                "Checkpoint.load_objects, or call reset() if they are meant to start here."
             )
         self._check_ranks()
         self._check_directory()
 
     def _check_ranks(self) -> None:
         """Raises RuntimeError on all ranks where one is at another time, or goes on from another state."""
-        counts = [average.num_updates for average in self.streams]
-        mine = self.time, counts, self._run_id, self._times, self._loaded_time, self._directory_is_checked
-        problem = None
-        if (first := on_first_rank(lambda: mine)) != mine:
-            problem = f"got time {first[0]} on rank 0 and {self.time} on rank {rank()}"
-        if problem := first_said(problem):
+        description = {
+            "widths": str(self.sigma_rels),
+            "time": f"{self.time} {self.time_unit}",
+            "updates": str([average.num_updates for average in self.streams]),
+            "run": f"{self._run_id} from {self._loaded_time} {self._directory_is_checked}",
+            "snapshots": str(self._times),
+        }
+        if difference := first_difference(description):
             raise RuntimeError(
-                f"A PostHocEMA should be at one time, and of one run, on all ranks, {problem}; let all ranks load the "
-                "same state and make the same updates."
+                f"A PostHocEMA should stand at one point on all ranks, got {difference}; make it alike on all, "
+                "let all load the same state and make the same updates."
             )
 
     def _check_directory(self) -> None:

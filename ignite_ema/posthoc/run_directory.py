@@ -1,9 +1,9 @@
 """Whether a run may write its snapshots to a directory: there is its own past, and nothing else."""
 
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from ..averaging.user_warnings import warn_user
 from ..checkpoints.saving import clean_leftovers, sync_directory
 from .snapshot_files import StoredSnapshot, paths_in, read
 
@@ -57,10 +57,9 @@ def _place(snapshot: StoredSnapshot) -> tuple[int, int]:
 
 def _warn_of_missing(dirname: Path, found: Collection[int], times: Collection[int]) -> None:
     if missing := [time for time in times if time not in found]:
-        warnings.warn(
+        warn_user(
             f"'{dirname}' should have the {len(times)} snapshots that this run has written, but lacks {len(missing)}, "
-            f"the first of time {missing[0]}; put them there, or lengths that need them cannot be rebuilt.",
-            stacklevel=2,
+            f"the first of time {missing[0]}; put them there, or lengths that need them cannot be rebuilt."
         )
 
 
@@ -70,8 +69,7 @@ def _set_aside(dirname: Path, later: Mapping[int, Path], loaded_time: int | None
     if later:
         sync_directory(dirname)
     if lost := [path.name for time, path in later.items() if time != loaded_time]:
-        warnings.warn(
+        warn_user(
             f"'{dirname}' had snapshots that are later than the state that was loaded, of time {loaded_time}: "
-            f"{len(lost)}, from '{lost[0]}' on; they are set aside as '….superseded', and written anew.",
-            stacklevel=2,
+            f"{len(lost)}, from '{lost[0]}' on; they are set aside as '….superseded', and written anew."
         )
