@@ -11,9 +11,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 
-def _blocks(document):
-    """All but those that are a script of their own."""
-    return (block for block in PythonCodeBlockParser()(document) if not str(block.parsed).startswith("# train.py"))
+collect_ignore_glob = ["docs/*.py", "docs/*/*.py"]  # the configuration of the site, and scripts
 
 
 def _enter(namespace):
@@ -27,5 +25,5 @@ def _leave(namespace):
 
 
 pytest_collect_file = Sybil(
-    parsers=[_blocks, SkipParser()], patterns=["README.md", "docs/**/*.md"], setup=_enter, teardown=_leave
+    parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["README.md", "docs/**/*.md"], setup=_enter, teardown=_leave
 ).pytest()

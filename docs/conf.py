@@ -20,6 +20,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
+    "command_help",
     "mathml",
 ]
 exclude_patterns = ["_ext", "_static"]
@@ -43,9 +44,8 @@ napoleon_use_ivar = True
 # What belongs to other packages is not linked: their inventories are on the network. Nor are the modules behind the
 # public names.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|ignite|collections|os|pathlib|contextlib|abc|nn|Tensor|Optimizer|Engine|Event\w*)\b.*"),
-    ("py:.*", r"(Any|Path|PathLike|optional|Removable\w*|AbstractContextManager|Schedule|BufferRule|State|Weights)"),
-    ("py:.*", r"ignite_ema\.(averaging|handlers|cli)\b.*"),
+    ("py:.*", r"(?!ignite_ema\.).*"),
+    ("py:.*", r"ignite_ema\.(averaging|handlers|cli|checkpoints|posthoc|distributed)\.[a-z_]+\..*"),
 ]
 
 # Look
@@ -62,4 +62,5 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 # The notebooks lie beside docs/, where people look for them; Sphinx wants them inside.
+shutil.rmtree(HERE / "notebooks", ignore_errors=True)
 shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)

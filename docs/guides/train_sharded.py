@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
-from torch import distributed as dist, nn
+from torch import distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from ignite_ema import EMAHandler, checkpoints
@@ -14,6 +15,7 @@ from ignite_ema.distributed import ShardedSaver, gathered_state_dict, load_objec
 
 dist.init_process_group("gloo")  # "cpu:gloo,cuda:nccl" on GPUs
 mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+
 
 class Net(nn.Module):
     def __init__(self):
@@ -29,11 +31,13 @@ class Net(nn.Module):
             hidden = layer(hidden)
         return self.head(hidden).log_softmax(dim=-1)
 
+
 def sharded():
     model = Net()
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
 
 torch.manual_seed(0)
 model = sharded()
@@ -41,11 +45,13 @@ with torch.device("meta"):
     twin = sharded()  # is given its shards, and filled, by the handler: no rank ever holds a full copy
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 
+
 def train_step(engine, batch):
     loss = nn.functional.nll_loss(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+
 
 trainer = Engine(train_step)
 ema_handler = EMAHandler(model, momentum=0.01, ema_model=twin)

@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Protocol
 
+from .style import AVERAGED, DPI, ONLINE, WIDTH, dress, headline
+
 __all__ = ["Curves", "draw", "percent", "print_table"]
 
 
@@ -53,22 +55,20 @@ def draw(runs: Mapping[int, Curves], title: str, every: int, warmup: int, path: 
     """Draws both accuracies, one ``every`` so many iterations: the first seed strong, the others light."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.5), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     first, *others = runs
     iterations = [every * (i + 1) for i in range(len(runs[first].online))]
-    axes.axvspan(0, min(warmup, iterations[-1]), color="0.93", lw=0, label="momentum warm-up")
-    for name, color, width in (("online", "tab:orange", 1.1), ("averaged", "tab:blue", 3.0)):
+    axes.axvspan(0, min(warmup, iterations[-1]), color="0.95", lw=0, label="momentum warm-up")
+    for name, color, width in (("online", ONLINE, 1.1), ("averaged", AVERAGED, 3.0)):
         for seed in [*others, first]:
             look = {"lw": width, "label": f"{name}, seed {seed}"} if seed == first else {"lw": width / 2, "alpha": 0.35}
             axes.plot(iterations, [100 * accuracy for accuracy in getattr(runs[seed], name)], color=color, **look)
     lowest = min(min(run.online[4:] + run.averaged[4:]) for run in runs.values())
-    axes.set(xlabel="iteration", ylabel="test accuracy (%)", xlim=(0, iterations[-1]))
+    dress(axes, xlabel="iteration", ylabel="test accuracy (%)", xlim=(0, iterations[-1]))
     axes.set_ylim(max(0, 10 * int(10 * lowest) - 10), 100)  # room for the legend
-    axes.set_title(f"{title}\n{_result(runs)}", loc="left", fontsize=11)
-    axes.grid(color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", ncols=3, title="light: the other seeds" if others else None)
+    headline(figure, f"{title}\n{_result(runs)}")
+    axes.legend(loc="lower right", ncols=3, fontsize=9, title="light: the other seeds" if others else None)
     unfinished = path.with_name(f".{path.name}.tmp")
     figure.savefig(unfinished, format="png", pil_kwargs={"optimize": True})
     unfinished.replace(path)

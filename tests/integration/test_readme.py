@@ -10,6 +10,7 @@ TEXT = README.read_text(encoding="utf-8")
 
 
 def test_it_has_the_two_commands():
+    assert TEXT.count("\n") <= 150
     assert 'pip install -e ".[demo]" && python -m ignite_ema.demo\npip install -e ".[test]" && pytest' in TEXT
 
 

@@ -16,7 +16,7 @@ import torch
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-(TRAIN,) = re.findall(r"^```python\n(# train.py.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+TRAIN = (ROOT / "docs" / "guides" / "train_sharded.py").read_text(encoding="utf-8")
 PIDS = "import os, pathlib\npathlib.Path('rank-' + os.environ['RANK']).write_text(str(os.getpid()))\n"
 
 
