@@ -10,7 +10,6 @@ from pathlib import Path
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
-
 collect_ignore_glob = ["docs/*.py", "docs/*/*.py"]  # the configuration of the site, and scripts
 
 
@@ -25,5 +24,8 @@ def _leave(namespace):
 
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["README.md", "docs/**/*.md"], setup=_enter, teardown=_leave
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/**/*.md"],
+    setup=_enter,
+    teardown=_leave,
 ).pytest()

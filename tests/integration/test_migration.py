@@ -1,4 +1,4 @@
-"""The migration table of the README: each row gives the numbers of the system that it replaces.
+"""The migration pages of docs/: each row gives the numbers of the system that it replaces.
 
 A case states our configuration and, in that system's own terms, its definition: a generator of the weight of the new
 value at each iteration, None where it does not update. A float64 loop over that is what we are compared with, after
