@@ -349,6 +349,11 @@ class ModelAverage:
         paths = {id(tensor): path for path, tensor in self._tensors().items()}
         return {name: paths[id(tensor)] for name, tensor in self._names() if id(tensor) in paths}
 
+    def _all_names(self) -> dict[str, str]:
+        """As :meth:`state_dict_names`, with the frozen tensors that are shared: so a state says what it lacks."""
+        paths = {id(tensor): path for path, tensor in tensors_of(self.module).items()}
+        return {name: paths[id(tensor)] for name, tensor in self._names()}
+
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), counts and share; tensors and plain values only."""
         return {
@@ -358,7 +363,7 @@ class ModelAverage:
             "initial_share": self._initial_share,
             "momentum_schedule": None if self.schedule is None else described(self.schedule),
             "averaged_tensors": self.averaged_tensors(),
-            "state_dict_names": self.state_dict_names(),
+            "state_dict_names": self._all_names(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from .comparison import Comparison
 from .formats import FORMATS, Found, State
+from .naming import quoted
 
 __all__ = ["Detection"]
 
@@ -54,7 +55,7 @@ class Detection:
         words = _WORDS.intersection(_words(name))
         if not words or not self.comparison.has_tensors(state):
             return
-        models = [model for key, model in self._models_in(parent).items() if key != name]
+        models = [model for key, model in self._models_in(parent).items() if not _WORDS.intersection(_words(key))]
         if "ema" not in words and not any(self.comparison.are_alike(state, model) for model in models):
             return
         inner = self.comparison.unwrapped(state)  # as timm's ModelEmaV3 is, which a model of these names gives away
@@ -87,7 +88,7 @@ class Detection:
         for path, entry in entries.items():
             alike = [other for other in models if other != path and self.comparison.are_alike(entry, entries[other])]
             twin = next((other for other in alike if not self._are_same(entry, entries[other])), None)
-            note = "" if twin is None or path in models[:1] else f"of the names and shapes of {twin[0]!r}"
+            note = "" if twin is None or path in models[:1] else f"of the names and shapes of {quoted(twin[0])}"
             if len(path) == 1 or note:
                 rank = 1 if note or path in models else 2
                 label = ".".join(path)

@@ -16,7 +16,7 @@ from .naming import listed, quoted
 from .safe_load import open_file
 from .unpickling import ForeignObject, kind_of
 
-__all__ = ["Averaged", "SeveralAverages", "averaged_state_dict", "choices", "read", "read_mapped"]
+__all__ = ["Averaged", "SeveralAverages", "averaged_state_dict", "choices", "read", "read_held", "read_mapped"]
 
 Source: TypeAlias = str | os.PathLike[str] | State
 Base: TypeAlias = nn.Module | Source | None
@@ -134,7 +134,14 @@ def averaged_state_dict(
 
 def read_mapped(source: Source, key: str | None, names: Names, base: Base, strip_prefix: str | None) -> Averaged:
     """What `read` gives, with tensors that are still mapped to the file."""
+    averaged, frozen = read_held(source, key, names)
     where = _named_source(source)
+    return _based(_stripped(averaged, strip_prefix, where), frozen, base, where)
+
+
+def read_held(source: Source, key: str | None, names: Names, role: str = "source") -> tuple[Averaged, Sequence[str]]:
+    """What a source itself has of an average, still mapped to the file, and the names of all frozen tensors."""
+    where = _named_source(source, role)
     opened = open_file(source) if isinstance(source, (str, os.PathLike)) else None
     detection = Detection()
     found = _chosen(_found(source if opened is None else opened.content, detection, where), key, where, detection)
@@ -142,7 +149,7 @@ def read_mapped(source: Source, key: str | None, names: Names, base: Base, strip
     if opened is not None:
         opened.verify(averaged.tensors.items())
         opened.verify((averaged.online or {}).items())
-    return _based(_stripped(averaged, strip_prefix, where), found.frozen, base, where)
+    return averaged, found.frozen
 
 
 def choices(source: Source) -> list[Found]:
@@ -174,8 +181,8 @@ def _found(content: Any, detection: Detection, where: str) -> list[Found]:
     return found
 
 
-def _named_source(source: str | os.PathLike[str] | State) -> str:
-    return quoted(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "source"
+def _named_source(source: Source, role: str = "source") -> str:
+    return quoted(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else role
 
 
 class SeveralAverages(ValueError):
@@ -228,11 +235,8 @@ def _based(averaged: Averaged, frozen: Sequence[str], base: Base, where: str) ->
                 f"ones with it, {listed(missing)}; pass the model, or its file, as base (--base FILE)."
             )
         return averaged
-    if isinstance(base, nn.Module):
-        state: State = base.state_dict()
-    else:
-        found = read_mapped(base, None, None, None, None)
-        state = found.online or found.tensors
+    held, _ = read_held(base.state_dict() if isinstance(base, nn.Module) else base, None, None, "base")
+    state = held.online or held.tensors
     return replace(averaged, tensors=completed(averaged.tensors, state, missing, where), online=None)
 
 

@@ -26,7 +26,7 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
         gathered = whole(tensor)
         if is_first_rank():
             tensors[path] = gathered.detach().to("cpu", copy=True)
-    return {name: tensors[path] for name, path in state["state_dict_names"].items() if tensors}
+    return {name: tensors[path] for name, path in state["state_dict_names"].items() if path in tensors}
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from ..averaging.schedule_argument import described
 from ..averaging.summaries import counted, module_summary, momentum_summary, one_line
 from ..averaging.user_warnings import warn_user
 from ..averaging.validation import check_count, checked_momentum
-from ..checkpoints.reading import read
+from ..checkpoints.reading import read_held
 from ..schedules import Schedule
 from .attachment import Attachment, Event, check_alone, check_name, members_of
 from .evaluation import EvaluationSwap, check_trains
@@ -349,7 +349,7 @@ class EMAHandler:
         Note:
             Of a checkpoint without an average the weights themselves are taken, with a warning.
         """
-        found = read(source, key=key, names=unwrapped(self.ema_model) if names is None else names)
+        found, _ = read_held(source, key, unwrapped(self.ema_model) if names is None else names)
         count = found.num_updates if num_updates is None else num_updates
         if count is None and self._momentum.counts and not self._guidance.start_is_known:
             raise ValueError(

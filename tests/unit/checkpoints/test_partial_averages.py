@@ -1,0 +1,98 @@
+"""An average that shares frozen tensors with its model is completed, or says what it lacks."""
+
+import pytest
+import torch
+from torch import nn
+
+from ignite_ema import EMAHandler
+from ignite_ema.checkpoints import averaged_state_dict, read, save_file
+from ignite_ema.cli import main
+from tests.helpers.peer_files import equal
+
+
+def net():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    return model
+
+
+@pytest.fixture
+def model():
+    return net()
+
+
+@pytest.fixture
+def handler(model):
+    handler = EMAHandler(model, share_frozen=True)
+    handler.ema_model[2].weight.data.fill_(5.0)
+    return handler
+
+
+def test_frozen_tensors_come_from_the_raw_weights_of_the_same_file(model, handler, tmp_path):
+    torch.save({"model": model.state_dict(), "ema_handler": handler.state_dict()}, tmp_path / "file.pt")
+    found = read(tmp_path / "file.pt")
+    assert equal(found.tensors, dict(handler.ema_model.state_dict()))
+    assert equal(found.online, dict(model.state_dict()))
+    net().load_state_dict(found.tensors)
+
+
+@pytest.mark.parametrize("kind", ["model", "state dict", "file", "checkpoint"])
+def test_frozen_tensors_come_from_a_base(kind, model, handler, tmp_path):
+    torch.save({"ema_handler": handler.state_dict()}, tmp_path / "file.pt")
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "checkpoint.pt")
+    base = {
+        "model": model,
+        "state dict": model.state_dict(),
+        "file": tmp_path / "plain.safetensors",
+        "checkpoint": tmp_path / "checkpoint.pt",
+    }[kind]
+    assert equal(averaged_state_dict(tmp_path / "file.pt", base=base), dict(handler.ema_model.state_dict()))
+
+
+def test_what_is_missing_is_said(handler, tmp_path, capsys):
+    torch.save({"ema_handler": handler.state_dict()}, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"shared 2 frozen ones with it, '0.weight', '0.bias'; pass the model.*--base"):
+        read(tmp_path / "file.pt")
+    assert main(["export", str(tmp_path / "file.pt"), str(tmp_path / "out.pt")]) == 1
+    assert "'0.weight', '0.bias'; pass the model, or its file, as base (--base FILE)." in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_an_average_that_shares_the_same_tensors_starts_from_a_partial_one(handler):
+    other = EMAHandler(net(), share_frozen=True)
+    other.load_averaged(handler.state_dict())
+    assert equal(dict(other.ema_model.state_dict()), dict(handler.ema_model.state_dict()))
+
+
+def test_export_with_a_base(model, handler, tmp_path):
+    torch.save({"ema_handler": handler.state_dict()}, tmp_path / "file.pt")
+    torch.save(model.state_dict(), tmp_path / "base.pt")
+    arguments = [str(tmp_path / name) for name in ("file.pt", "out.pt", "base.pt")]
+    assert main(["export", *arguments[:2], "--base", arguments[2]]) == 0
+    assert equal(torch.load(arguments[1]), dict(handler.ema_model.state_dict()))
+
+
+def test_buffers_of_a_list_of_parameters_come_from_a_base(model):
+    shadow = {"optimization_step": 3, "shadow_params": [torch.ones_like(one) for one in model.parameters()]}
+    net().load_state_dict(averaged_state_dict(shadow, names=model, base=model))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"0.weight": torch.zeros(3, 2)}, "base should have what the average in source lacks, but has no '0.bias'"),
+        ({"2.weight": torch.zeros(9)}, r"'2.weight' of base should have the shape .*\(1, 3\), got \(9,\)"),
+        ({"0.weight": 3}, "base should hold averaged weights or a state dict, but has the keys '0.weight'"),
+        (3, "base should be, or hold, a mapping"),
+    ],
+)
+def test_a_base_that_does_not_fit(base, message, handler):
+    with pytest.raises((TypeError, ValueError), match=message):
+        read(handler.state_dict(), base=base)
+
+
+def test_a_base_that_adds_nothing_is_refused(model):
+    with pytest.raises(ValueError, match="base should add to the average in source, but that has all"):
+        read({"ema": model.state_dict()}, base=model)
