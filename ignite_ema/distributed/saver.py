@@ -260,7 +260,8 @@ def _check_agreement(checkpoint: Mapping[str, Any], filename: str, dropped: Coll
             f"A checkpoint should have the same name on all ranks, got {difference}; take what is in the name, such as "
             "a score, from one rank or the mean of all."
         )
-    if difference := first_difference(_description(checkpoint, ""), group):
+    description = on_all_ranks(lambda: _description(checkpoint, ""), group)
+    if difference := first_difference(description, group):
         raise ValueError(
             f"A checkpoint should have the same objects on all ranks, got {difference}; build them, the EMA handler "
             "too, on all ranks, and save them on all."
