@@ -90,7 +90,7 @@ def open_file(path: str | os.PathLike[str]) -> OpenFile:
         raise ValueError(f"{quoted(path)} should hold weights, but it is empty; take another checkpoint.")
     try:
         return _opened(path)
-    except (ImportError, MemoryError, OSError, Warning):  # where warnings are errors, those of torch stay what they are
+    except (ImportError, MemoryError, OSError):
         raise
     except NotTorch as error:
         raise ValueError(

@@ -8,6 +8,7 @@ import io
 import mmap
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -151,9 +152,11 @@ class _Tensors:
             return torch.sparse_coo_tensor(indices, values, _sizes(size), check_invariants=True, is_coalesced=coalesced)
         kind = getattr(torch, layout.text.removeprefix("torch."))
         compressed, plain, values = parts
-        return torch.sparse_compressed_tensor(
-            compressed, plain, values, _sizes(size), layout=kind, check_invariants=True
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, that these layouts are in beta: an error where warnings are
+            return torch.sparse_compressed_tensor(
+                compressed, plain, values, _sizes(size), layout=kind, check_invariants=True
+            )
 
 
 def _sizes(values: Any) -> tuple[int, ...]:

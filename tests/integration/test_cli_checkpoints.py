@@ -101,7 +101,7 @@ def test_names_from_a_file_forge_no_lines(file, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert all(line.isprintable() for line in lines)
     assert lines[-1] == r"distance  0.000e+00  'x\ndistance  0.000e+00  all\x1b[31m'"
-    file({"ema" + FORGED: layer, "ema": {FORGED + ".w": torch.zeros(1)}})
+    file({"ema " + FORGED: layer, "ema": {FORGED + ".w": torch.zeros(1)}})
     for arguments in (["inspect", "file.pt"], ["export", "file.pt", "out.pt"], ["inspect", "file.pt", "--key", FORGED]):
         main(arguments)
         printed = capsys.readouterr()
