@@ -10,6 +10,7 @@ from ignite.engine.events import RemovableEventHandle, State
 
 from ..averaging.user_warnings import warn_user
 from .optimizer_steps import StepWatch
+from .references import evaluators_among
 
 __all__ = ["Attachment", "Event", "Handles", "attachments", "check_alone", "check_name", "members_of"]
 
@@ -77,6 +78,8 @@ def members_of(event: Event, engine: Engine) -> list[str | CallableEventWithFilt
 class _Owner(Protocol):
     """What an attachment calls back."""
 
+    def _is_average(self, thing: object) -> bool: ...
+
     def _check_start(self, name: str, engine: Engine) -> None: ...
 
     def _update(self, name: str, engine: Engine) -> None: ...
@@ -113,12 +116,13 @@ class Attachment(RemovableEventHandle):
         self._owns_name = owns_name
         self._last: tuple[int, int] | None = None  # the iteration of the last update, and the member that made it
         self._read_at: tuple[int, Any] | None = None  # the iteration and event in which the average was read last
-        self._was_read_late = False
+        self._was_read_late = self._watches = False
         self._first_iteration = engine.state.iteration
         self._updates = 0  # of this run
         self._has_updated = False
         self._left_out = 0  # events without a step
-        for index, member in enumerate(members_of(event, engine)):
+        self._members = members_of(event, engine)
+        for index, member in enumerate(self._members):
             engine.add_event_handler(member, fire, index)
         self._undo = ExitStack()
         self.call_at(engine, Events.STARTED, self._on_start)
@@ -185,12 +189,25 @@ class Attachment(RemovableEventHandle):
         if self.steps is not None:
             self.steps.has_stepped = False
 
+    def _watch_evaluators(self, engine: Engine) -> None:
+        """Notes from here on the runs of those engines that evaluate the average at an event of this attachment."""
+        self._watches = True
+        handlers = [entry for member in self._members for entry in engine._event_handlers.get(member, ())]
+        for evaluator in evaluators_among(handlers, self._calls_back._is_average):
+            if evaluator is not engine:
+                self.call_at(evaluator, Events.STARTED, self._on_evaluation)
+
+    def _on_evaluation(self, evaluator: Engine) -> None:
+        self.note_reading()
+
     def _on_start(self, engine: Engine) -> None:
         if engine.state.iteration == 0:
             self._last = None  # a new run counts from 1 again
         self._first_iteration, self._updates, self._read_at = engine.state.iteration, 0, None
         if self.is_attached:
             self._calls_back._check_start(self.name, engine)
+        if self.is_attached and not self._watches:
+            self._watch_evaluators(engine)
 
     def _on_end(self, engine: Engine) -> None:
         if not self.is_attached or engine.should_terminate:  # cut short, it may yet move

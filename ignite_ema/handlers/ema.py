@@ -402,6 +402,10 @@ class EMAHandler:
     def _check_end(self, name: str, iterations: int, updates: int) -> None:
         self._guidance.check_end(name, iterations, updates, self._momentum)
 
+    def _is_average(self, thing: object) -> bool:
+        is_twin = isinstance(thing, nn.Module) and unwrapped(thing) is unwrapped(self.ema_model)
+        return is_twin or thing is self or thing is self._average
+
     def _train_twin(self, engine: Engine) -> None:
         self.ema_model.train()  # an evaluator may have put it into eval mode
 
