@@ -1,40 +1,29 @@
 """What ``EMAHandler.attach`` leaves on an engine, and how it is taken away again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any, Protocol, TypeAlias
-from weakref import finalize
+from typing import Any, Protocol
+from weakref import finalize, ref
 
-from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
-from ignite.engine.events import RemovableEventHandle, State
+from ignite.engine import Engine, Events
+from ignite.engine.events import RemovableEventHandle
 
 from ..averaging.user_warnings import warn_user
+from ..averaging.validation import checked_momentum
+from .events import Event, members_of
 from .optimizer_steps import StepWatch
 from .references import evaluators_among
 
-__all__ = ["Attachment", "Event", "Handles", "attachments", "check_alone", "check_name", "members_of"]
+__all__ = ["Attachment", "Attachments", "Handles", "attachments", "check_alone"]
 
-Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
 # The attribute of an engine under which its attachments are found.
 _ATTACHMENTS = "_ignite_ema_attachments"
-
-# Ignite passes these handlers more than the engine, and listening to the first one swallows the exception.
-_NOT_FOR_UPDATES = (Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH)
 
 
 def attachments(engine: Engine) -> "list[Attachment]":
     """What is attached to ``engine`` now."""
     return list(vars(engine).get(_ATTACHMENTS, ()))
-
-
-def check_name(name: str) -> None:
-    """Raises unless ``name`` can be an attribute of ``engine.state`` beside the engine's own."""
-    if not isinstance(name, str) or not name:
-        got = repr(name) if isinstance(name, str) else type(name).__name__
-        raise TypeError(f"name should be a string such as 'ema_momentum', got {got}; an optimizer goes to optimizer=.")
-    if hasattr(State(), name):
-        raise ValueError(f"name should not be an attribute of the engine's own, got {name!r}; choose another one.")
 
 
 def check_alone(engine: Engine, owner: object, name: str) -> None:
@@ -50,29 +39,6 @@ def check_alone(engine: Engine, owner: object, name: str) -> None:
                 f"name should be another than '{name}', the attribute of {other.owner!r}; two handlers of one name "
                 "would drive each other's momentum, so choose a name such as 'generator_momentum'."
             )
-
-
-def members_of(event: Event, engine: Engine) -> list[str | CallableEventWithFilter]:
-    """The single events of ``event``; raises ValueError unless ``engine`` can fire them all."""
-    if not isinstance(engine, Engine):
-        raise TypeError(f"engine should be an ignite Engine, the trainer, got {type(engine).__name__}.")
-    members: list[str | CallableEventWithFilter] = list(event) if isinstance(event, EventsList) else [event]
-    for member in members:
-        # Engine.has_registered_events() says the same, but Ignite 0.4 has none
-        known = isinstance(member, (str, CallableEventWithFilter)) and member in engine._allowed_events
-        if not known or member in _NOT_FOR_UPDATES:
-            raise ValueError(
-                f"event should be one that the engine fires when weights have moved, got {member!r}; pass one such as "
-                "Events.ITERATION_COMPLETED, or register an event of your own with engine.register_events first."
-            )
-        if getattr(member, "filter", None) is not None and member not in State.event_to_attr:
-            raise ValueError(
-                f"event should have a counter to be filtered, got {member!r}; name an attribute of engine.state that "
-                "you count up with engine.register_events(..., event_to_attr={...})."
-            )
-    if not members:
-        raise ValueError("event should contain at least one event, got an empty EventsList.")
-    return members
 
 
 class _Owner(Protocol):
@@ -219,6 +185,53 @@ class Attachment(RemovableEventHandle):
             )
         else:
             self._calls_back._check_end(self.name, engine.state.iteration - self._first_iteration, self._updates)
+
+
+class Attachments:
+    """What attaches one handler, to engines that are still there. A copy, or a pickle, of it attaches nothing."""
+
+    def __init__(self) -> None:
+        self._references: list[ref[Attachment]] = []
+        self._stepped: set[str] = set()  # names of attachments to come, whose optimizer has stepped already
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_references": [], "_stepped": self.stepped()}
+
+    def __iter__(self) -> Iterator[Attachment]:
+        for reference in self._references:
+            attachment = reference()
+            if attachment is not None and attachment.is_attached and attachment.engine() is not None:
+                yield attachment
+
+    def add(self, attachment: Attachment) -> None:
+        """Takes on one more, and hands it a step that waits for it."""
+        if attachment.steps is not None:
+            attachment.steps.has_stepped = attachment.name in self._stepped
+        self._stepped.discard(attachment.name)
+        self._references = [*map(ref, self), ref(attachment)]
+
+    def publish(self, momentum: float) -> None:
+        """Shows ``momentum`` as the attribute of each engine."""
+        for attachment in self:
+            attachment.value = momentum
+
+    def driven(self, otherwise: float) -> float:
+        """The attribute of the first engine, checked; ``otherwise`` where there is none."""
+        for attachment in self:
+            return checked_momentum(attachment.value, f"engine.state.{attachment.name}")
+        return otherwise
+
+    def stepped(self) -> set[str]:
+        """The names of those whose optimizer has stepped since their last update."""
+        return self._stepped | {one.name for one in self if one.steps is not None and one.steps.has_stepped}
+
+    def load_stepped(self, names: Iterable[str]) -> None:
+        """Goes on from what :meth:`stepped` gave."""
+        self._stepped = set(names)
+        for attachment in self:
+            if attachment.steps is not None:
+                attachment.steps.has_stepped = attachment.name in self._stepped
+                self._stepped.discard(attachment.name)
 
 
 class _Removable(Protocol):

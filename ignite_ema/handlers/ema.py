@@ -2,10 +2,9 @@
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
-from weakref import ref
 
 import torch
 from ignite.engine import Engine, Events
@@ -20,14 +19,15 @@ from ..averaging.module_trees import unwrapped
 from ..averaging.schedule_argument import described
 from ..averaging.summaries import counted, module_summary, momentum_summary, one_line
 from ..averaging.user_warnings import warn_user
-from ..averaging.validation import check_count, checked_momentum
+from ..averaging.validation import check_count
 from ..checkpoints.reading import read_held
 from ..schedules import Schedule
-from .attachment import Attachment, Event, check_alone, check_name, members_of
+from .attachment import Attachment, Attachments, check_alone
 from .evaluation import EvaluationSwap, check_trains
+from .events import Event, check_name, members_of
 from .guidance import Guidance
 from .handler_state import check_state
-from .momentum import DrivenMomentum, momentum_of
+from .momentum import DrivenMomentum, goes_on_from_existing, momentum_of
 from .optimizer_steps import StepWatch, check_optimizer
 
 __all__ = ["EMAHandler"]
@@ -38,41 +38,33 @@ class EMAHandler:
 
     .. math:: \theta_{ema} \leftarrow (1 - \lambda) \cdot \theta_{ema} + \lambda \cdot \theta
 
-    λ, the momentum, weighs the *new* weights: λ = 1 - decay. Schedules count updates, not iterations.
+    λ, the momentum, weighs the *new* weights: λ = 1 - decay. Schedules count updates, not iterations. With a schedule
+    the handler writes λ to ``engine.state.<name>`` at each event. With a plain float it reads λ from there, so that
+    you, or an Ignite ``StateParamScheduler``, can drive it.
 
     Args:
-        model: the online model, an ``nn.Module``, alone or inside ``DistributedDataParallel``, ``DataParallel`` or
-            ``torch.compile``.
+        model: the online model, alone or inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``.
         momentum: λ, a float in (0, 1), or a schedule: a callable from the number of updates already made (0 at the
             first update) to λ in [0, 1], such as those of :mod:`ignite_ema.schedules`.
         momentum_warmup: λ of the first update, in [0, 1]; together with ``warmup_iters``.
         warmup_iters: the number of updates over which λ goes linearly from ``momentum_warmup`` to ``momentum``.
         handle_buffers: "copy", "update", "ema_train", or a mapping from patterns of names to "copy", "update" or
-            "keep"; see :class:`~ignite_ema.ModelAverage`.
-        ema_model: a twin of your own, for models that cannot be deep-copied; it is filled from the model here.
-        dtype: the type that holds the average, for instance ``torch.float32`` for a bfloat16 model.
-        device: where the average is held.
-        share_frozen: the twin shares the parameters that are frozen now and holds copies of the others alone, as suits
-            LoRA on a large base.
-        skip_nonfinite: leave the average alone, and count it in ``num_skipped``, where an update would bring a NaN or
-            an infinity into it.
-        stochastic_rounding: where the average is held in bfloat16 or float16, round so that updates too small for the
-            type add up instead of being lost; takes ten times as long as ``dtype=torch.float32`` on a CPU.
+            "keep".
+        ema_model, dtype, device, share_frozen, skip_nonfinite, stochastic_rounding: a twin of your own, and how the
+            average is held; see :class:`~ignite_ema.ModelAverage`, also for ``handle_buffers``.
 
     Attributes:
-        model: the online model; inside ``DistributedDataParallel`` and compiled modules, the module in them.
+        model: the online model, without wrappers.
         ema_model: the averaged twin, in eval mode (in train mode under "ema_train").
         momentum: what was passed; a plain float can be set to another.
         momentum_scheduler: the schedule in force, None for a plain float.
         handle_buffers: what was passed.
+        num_updates, num_skipped: how many updates were made, settable, and left out by ``skip_nonfinite``.
+        initial_share: how much of the average is still the weights that it started from, in [0, 1].
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
         RuntimeError: for a model that cannot be deep-copied.
-
-    Note:
-        With a schedule the handler writes λ to ``engine.state.<name>`` at each event. With a plain float it reads λ
-        from there, so that you, or an Ignite ``StateParamScheduler``, can drive it.
 
     Examples:
         >>> import torch
@@ -118,16 +110,14 @@ class EMAHandler:
             stochastic_rounding=stochastic_rounding,
         )
         self._guidance = Guidance(self._average)
-        self._loaded_steps: set[str] = set()  # names of attachments to come, whose optimizer has stepped already
-        self._attachments: list[ref[Attachment]] = []
+        self._attachments = Attachments()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle goes on with: all but the engines, of which it is detached."""
+        """What a copy or a pickle goes on with; it is detached from the engines."""
         momentum = copy.copy(self._momentum)
         if isinstance(momentum, DrivenMomentum):
-            momentum.value = self._driven_value(momentum)
-        detached: dict[str, Any] = {"_attachments": [], "_momentum": momentum, "_loaded_steps": self._waiting_steps()}
-        return {**vars(self), **detached}
+            momentum.value = self._attachments.driven(momentum.value)
+        return {**vars(self), "_momentum": momentum, "_attachments": copy.copy(self._attachments)}
 
     def __repr__(self) -> str:
         return one_line(
@@ -135,30 +125,8 @@ class EMAHandler:
             lambda: module_summary(self.ema_model),
             lambda: momentum_summary(self._average.momentum),
             lambda: counted(self.num_updates, "update"),
-            lambda: " and ".join(f"attached to an Engine as '{one.name}'" for one in self._attached()),
+            lambda: " and ".join(f"attached to an Engine as '{one.name}'" for one in self._attachments),
         )
-
-    @property
-    def momentum(self) -> float | Schedule:
-        """What was passed; a plain float can be set to another."""
-        return self._passed
-
-    @momentum.setter
-    def momentum(self, value: float) -> None:
-        if self.momentum_scheduler is not None or callable(value):
-            raise TypeError(
-                f"momentum should be set from one float to another, got {value!r} in place of {self._passed!r}; make a "
-                "new handler for another schedule."
-            )
-        momentum = momentum_of(value, None, None)
-        self._average.momentum = value
-        self._momentum, self._passed = momentum, value
-        self._publish()
-
-    @property
-    def momentum_scheduler(self) -> Schedule | None:
-        """The schedule in force, None for a plain float."""
-        return self._momentum.schedule
 
     @property
     def model(self) -> nn.Module:
@@ -176,6 +144,28 @@ class EMAHandler:
         return self._average.handle_buffers
 
     @property
+    def momentum_scheduler(self) -> Schedule | None:
+        """The schedule in force, None for a plain float."""
+        return self._momentum.schedule
+
+    @property
+    def momentum(self) -> float | Schedule:
+        """What was passed; a plain float can be set to another."""
+        return self._passed
+
+    @momentum.setter
+    def momentum(self, value: float) -> None:
+        if self.momentum_scheduler is not None or callable(value):
+            raise TypeError(
+                f"momentum should be set from one float to another, got {value!r} in place of {self._passed!r}; make a "
+                "new handler for another schedule."
+            )
+        momentum = momentum_of(value, None, None)
+        self._average.momentum = value
+        self._momentum, self._passed = momentum, value
+        self._attachments.publish(momentum.at(self.num_updates))
+
+    @property
     def num_updates(self) -> int:
         """The number of updates made so far; settable."""
         return self._average.num_updates
@@ -185,8 +175,7 @@ class EMAHandler:
         check_count(value)
         self._momentum.at(value)  # raises before anything has changed
         self._average.num_updates = value
-        self._guidance.has_past = value > 0
-        self._go_on()
+        self._go_on(has_past=value > 0)
 
     @property
     def num_skipped(self) -> int:
@@ -195,11 +184,7 @@ class EMAHandler:
 
     @property
     def initial_share(self) -> float:
-        """How much of the average is still the weights that it started from, in [0, 1].
-
-        The product of 1 - λ over the updates: 1 at the start and after :meth:`reset`, 0 after an update that copies,
-        and 0 for an average that :meth:`load_averaged` has brought from elsewhere.
-        """
+        """How much of the average is still the weights that it started from; see :class:`~ignite_ema.ModelAverage`."""
         return self._average.initial_share
 
     def attach(
@@ -239,27 +224,22 @@ class EMAHandler:
         check_optimizer(optimizer, self.model)
         check_alone(engine, self, name)
         check_trains(engine, self)
-        exists = hasattr(engine.state, name)
-        if not self._goes_on_from_existing(engine, name, exists and warn_if_exists):
-            setattr(engine.state, name, self._momentum.at(self.num_updates))
-        steps = None if optimizer is None else StepWatch(optimizer, name in self._loaded_steps)
+        exists, momentum = hasattr(engine.state, name), self._momentum.at(self.num_updates)
+        if not goes_on_from_existing(self._momentum, engine.state, name, warn_if_exists):
+            setattr(engine.state, name, momentum)
+        steps = None if optimizer is None else StepWatch(optimizer)
         attachment = Attachment(self, engine, name, event, not exists, steps)
-        self._loaded_steps.discard(name)
         if self.handle_buffers == "ema_train":
             attachment.call_at(engine, Events.ITERATION_STARTED, self._train_twin)
-        self._attachments = [*map(ref, self._attached()), ref(attachment)]
+        self._attachments.add(attachment)
         return attachment
 
     def swapped(self) -> AbstractContextManager[None]:
         """Inside the block the model holds the averaged weights and buffers, in place; after it, its own again.
 
-        On every way out the model has the bits that it had before. :attr:`ema_model` stays what it is, so that a
-        checkpoint of the average that is taken inside is right. Costs one copy of the model's tensors while it lasts.
-
-        Raises:
-            RuntimeError: where the model holds averaged weights already, and from what would update the average inside.
+        See :meth:`ModelAverage.swapped <ignite_ema.ModelAverage.swapped>`.
         """
-        for attachment in self._attached():
+        for attachment in self._attachments:
             attachment.note_reading()
         return self._average.swapped()
 
@@ -286,15 +266,15 @@ class EMAHandler:
         """
         self._average.reset(buffers_only=buffers_only)
         if not buffers_only:
-            self.num_updates = 0  # publishes what the schedule starts with
+            self._go_on()
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
         momentum = self._momentum
         return {
             **self._average.state_dict(),
-            "current_momentum": self._driven_value(momentum) if isinstance(momentum, DrivenMomentum) else None,
-            "optimizer_stepped": sorted(self._waiting_steps()),
+            "current_momentum": None if momentum.schedule is not None else self._attachments.driven(momentum.at(0)),
+            "optimizer_stepped": sorted(self._attachments.stepped()),
             "saved_while_swapped": self._average.is_swapped(),
         }
 
@@ -310,12 +290,11 @@ class EMAHandler:
         """
         check_state(state)
         self._average.load_state_dict({key: state[key] for key in AVERAGE_STATE})
-        self._load_steps(set(state["optimizer_stepped"]))
-        is_same = state["momentum_schedule"] == described(self._average.schedule)
-        if is_same and isinstance(self._momentum, DrivenMomentum):
-            self._momentum.value, self._momentum.is_restored = state["current_momentum"], True
-            self._publish()
-        self._guidance.has_past = False
+        self._attachments.load_stepped(state["optimizer_stepped"])
+        value, is_same = state["current_momentum"], state["momentum_schedule"] == described(self._average.schedule)
+        if value is not None and is_same and isinstance(self._momentum, DrivenMomentum):
+            self._momentum.value, self._momentum.is_restored = value, True
+            self._attachments.publish(value)
         self._go_on()
         if state["saved_while_swapped"]:
             warn_user(
@@ -365,35 +344,13 @@ class EMAHandler:
         if found.system == "plain":
             warn_user("The checkpoint has no average; this one starts from the weights in it.")
 
-    def _goes_on_from_existing(self, engine: Engine, name: str, warns: bool) -> bool:
-        """Whether a plain momentum is driven by what the attribute holds already; warns of what becomes of that."""
-        value = getattr(engine.state, name, None)  # None also where a StateParamScheduler made it and has not run yet
-        goes_on = value is not None and isinstance(self._momentum, DrivenMomentum) and not self._momentum.is_restored
-        if goes_on:
-            checked_momentum(value, f"engine.state.{name}")
-        if warns:
-            ignored = f"it goes on from its value {value!r}, and the momentum of {self._passed} passed here is ignored"
-            warn_user(
-                f"Attribute '{name}' already exists in Engine.state, made by something else or loaded with the engine: "
-                f"{ignored if goes_on else f'its value {value!r} is overwritten'}; choose another name, or set "
-                "warn_if_exists to False if that is meant."
-            )
-        return goes_on
-
-    def _load_steps(self, names: set[str]) -> None:
-        for attachment in self._attached():
-            if attachment.steps is not None:
-                attachment.steps.has_stepped = attachment.name in names
-                names.discard(attachment.name)
-        self._loaded_steps = names
-
-    def _waiting_steps(self) -> set[str]:
-        stepped = {one.name for one in self._attached() if one.steps is not None and one.steps.has_stepped}
-        return self._loaded_steps | stepped
-
     def _update(self, name: str, engine: Engine) -> None:
         self._average.update(self._momentum.take(engine.state, name, self._average.num_updates))
         self._guidance.start_is_known = True
+
+    def _is_average(self, thing: object) -> bool:
+        is_twin = isinstance(thing, nn.Module) and unwrapped(thing) is unwrapped(self.ema_model)
+        return is_twin or thing is self or thing is self._average
 
     def _check_start(self, name: str, engine: Engine) -> None:
         self._average.look_again()
@@ -402,32 +359,11 @@ class EMAHandler:
     def _check_end(self, name: str, iterations: int, updates: int) -> None:
         self._guidance.check_end(name, iterations, updates, self._momentum)
 
-    def _is_average(self, thing: object) -> bool:
-        is_twin = isinstance(thing, nn.Module) and unwrapped(thing) is unwrapped(self.ema_model)
-        return is_twin or thing is self or thing is self._average
-
     def _train_twin(self, engine: Engine) -> None:
         self.ema_model.train()  # an evaluator may have put it into eval mode
 
-    def _driven_value(self, momentum: DrivenMomentum) -> float:
-        """The attribute of the first engine, where there is one; the last value otherwise."""
-        for attachment in self._attached():
-            return checked_momentum(attachment.value, f"engine.state.{attachment.name}")
-        return momentum.value
-
-    def _go_on(self) -> None:
+    def _go_on(self, has_past: bool = False) -> None:
         """Notes that the average is what it is meant to be, and shows what a schedule goes on with."""
-        self._guidance.start_is_known = True
+        self._guidance.start_is_known, self._guidance.has_past = True, has_past
         if self.momentum_scheduler is not None:
-            self._publish()
-
-    def _publish(self) -> None:
-        for attachment in self._attached():
-            attachment.value = self._momentum.at(self.num_updates)
-
-    def _attached(self) -> Iterator[Attachment]:
-        """What is attached now, to engines that are still there."""
-        for reference in self._attachments:
-            attachment = reference()
-            if attachment is not None and attachment.is_attached and attachment.engine() is not None:
-                yield attachment
+            self._attachments.publish(self._momentum.at(self.num_updates))

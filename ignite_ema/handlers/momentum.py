@@ -5,10 +5,11 @@ from typing import Any, TypeAlias
 from ignite.handlers.param_scheduler import BaseParamScheduler
 
 from ..averaging.schedule_argument import constant_of, scheduled
+from ..averaging.user_warnings import warn_user
 from ..averaging.validation import checked_momentum
 from ..schedules import Constant, LinearWarmup, Schedule
 
-__all__ = ["DrivenMomentum", "Momentum", "ScheduledMomentum", "momentum_of"]
+__all__ = ["DrivenMomentum", "Momentum", "ScheduledMomentum", "goes_on_from_existing", "momentum_of"]
 
 
 class ScheduledMomentum:
@@ -60,6 +61,28 @@ class DrivenMomentum:
 
 
 Momentum: TypeAlias = ScheduledMomentum | DrivenMomentum
+
+
+def goes_on_from_existing(momentum: Momentum, state: Any, name: str, warns: bool) -> bool:
+    """Whether ``momentum`` is driven by what ``state.<name>`` holds already; warns of what becomes of the two.
+
+    Raises:
+        TypeError, ValueError: where it would be driven by what is no momentum.
+    """
+    if not hasattr(state, name):
+        return False
+    value = getattr(state, name)  # None where a StateParamScheduler has made it and has not run yet
+    goes_on = value is not None and isinstance(momentum, DrivenMomentum) and not momentum.is_restored
+    if goes_on:
+        checked_momentum(value, f"engine.state.{name}")
+    if warns:
+        ignored = f"it goes on from its value {value!r}, and the momentum of {momentum.at(0)} passed here is ignored"
+        warn_user(
+            f"Attribute '{name}' already exists in Engine.state, made by something else or loaded with the engine: "
+            f"{ignored if goes_on else f'its value {value!r} is overwritten'}; choose another name, or set "
+            "warn_if_exists to False if that is meant."
+        )
+    return goes_on
 
 
 def momentum_of(momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None) -> Momentum:

@@ -17,7 +17,8 @@ from ..averaging.user_warnings import warn_user
 from ..posthoc.run_directory import prepare
 from ..posthoc.snapshot_files import has_frozen, write, write_frozen
 from ..schedules import PowerFunction
-from .attachment import Event, Handles, check_name, members_of
+from .attachment import Handles
+from .events import Event, check_name, members_of
 from .posthoc_arguments import check_options, check_others, checked_twins, checked_widths
 from .posthoc_state import VERSION, check_posthoc_state
 from .power_average import PowerAverage, PowerOfSamples, SampleClock, snapshot_of
