@@ -208,7 +208,7 @@ def prepared(policy):
         shards(module)
     handler = EMAHandler(model, 0.5, ema_model=twin)
     fill(model, 1.0)
-    handler._count_is_known = True  # or a run would warn that the model has other weights
+    handler._guidance.start_is_known = True  # or a run would warn that the model has other weights
     return handler
 
 
