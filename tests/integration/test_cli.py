@@ -557,6 +557,7 @@ class TestReconstruct:
         assert [one.list for one in parsed] == [True, False, False]
         assert [one.sigma_rel for one in parsed] == [[], [0.15], [0.1, 0.15]]
 
+    @pytest.mark.slow
     def test_as_a_module(self, written, tmp_path):
         done = run("reconstruct", written, "--last", "0.5", "--out", "out.pt", cwd=tmp_path)
         assert done.returncode == 0

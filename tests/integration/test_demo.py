@@ -20,6 +20,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_trains_resumes_and_reports(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ignite_ema.demo", *QUICK, "--out", "new/out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=120)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from ignite_ema.checkpoints import averaged_state_dict, load_file, read, save_fi
 from ignite_ema.cli import main
 from ignite_ema.distributed import ShardedSaver, load_objects
 from tests.helpers import own_warnings, runs
-from tests.helpers.models import net
+from tests.helpers.models import net as small_net
 
 LAST = 100  # iterations; no checkpoint is taken at the last one
 KILLS = 6  # of each run
@@ -145,6 +146,9 @@ def full_disk(room):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+net = partial(small_net, width=40)  # so that a file has parts with nothing but numbers
+
+
 def checkpoint_file(path):
     """A checkpoint of Ignite with an average; as safetensors the plain weights."""
     model, handler = net(), EMAHandler(net(1))
@@ -179,7 +183,7 @@ def test_a_full_disk_is_said_and_leaves_the_old_file(suffix, old, room, tmp_path
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_export_to_a_full_disk_is_one_sentence(suffix, room, tmp_path, capsys):
     file = tmp_path / "checkpoint.pt"
-    torch.save({"model": net(0, 4000).state_dict(), "ema_model": net(1, 4000).state_dict()}, file)
+    torch.save({"model": net(0, width=4000).state_dict(), "ema_model": net(1, width=4000).state_dict()}, file)
     out = tmp_path / f"out{suffix}"
     out.write_bytes(b"precious")
     before = content(tmp_path)
