@@ -1,5 +1,6 @@
 """What tensors, modules and states hold, bit for bit, and where."""
 
+import io
 from itertools import chain
 
 import torch
@@ -43,3 +44,24 @@ def assert_same_bits(one, other):
         assert type(leaf) is type(counterpart), path
         same = bits(leaf) == bits(counterpart) if isinstance(leaf, torch.Tensor) else leaf == counterpart
         assert same, path
+
+
+def places(module):
+    """What must be the same object in the same memory, in the same order, tied ones too."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return [
+        (
+            name,
+            id(tensor),
+            tensor.requires_grad,
+            *([tensor.data_ptr(), tensor.stride()] if tensor.layout is torch.strided else []),
+        )
+        for name, tensor in named
+    ]
+
+
+def saved(thing):
+    """The bytes of a file with its state."""
+    file = io.BytesIO()
+    torch.save(thing.state_dict(), file)
+    return file.getvalue()

@@ -15,7 +15,7 @@ def module(**named):
     return made
 
 
-def constant(value, dtype=torch.float32):
+def constant(value=0.0, dtype=torch.float32):
     """A model of one weight, of this value."""
     model = nn.Linear(1, 1, bias=False, dtype=dtype)
     nn.init.constant_(model.weight, value)
@@ -61,3 +61,13 @@ def move(model):
             if tensor.layout is torch.strided and tensor.numel():
                 single = tensor[tuple(slice(1) if step == 0 else slice(None) for step in tensor.stride())]
                 single.copy_(torch.rand(single.shape) + 1 + 2 * torch.rand(()))
+
+
+def linear(seed=0):
+    """One layer with one output."""
+    torch.manual_seed(seed)
+    return nn.Linear(3, 1)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.5)

@@ -71,6 +71,35 @@ class Run:
         return {name: thing.state_dict() for name, thing in self.objects().items() if name != "trainer"}
 
 
+def scalar_handler(online=1.0, average=5.0):
+    """A model of one weight and its handler, with these values."""
+    model = nn.Linear(1, 1, bias=False)
+    handler = EMAHandler(model, 0.25)
+    model.weight.data.fill_(online)
+    handler.ema_model.weight.data.fill_(average)
+    return model, handler
+
+
+def evaluator_of(model, kind=Engine):
+    """An engine whose output are the weights that it has seen; of a new run too."""
+    return kind(lambda engine, batch: model.weight.item())
+
+
+def trainer_for(model, *others):
+    """A trainer whose k-th iteration adds 1 to the weight of every model."""
+
+    def step(engine, batch):
+        for each in (model, *others):
+            each.weight.data.add_(1)
+
+    return Engine(step)
+
+
+def averaged(handler):
+    """The averaged weight, where there is one."""
+    return handler.ema_model.weight.item()
+
+
 def main(directory, last, kill_at=None, event=None):
     run = Run()
     saver = Checkpoint(run.objects(), DiskSaver(directory, require_empty=False), n_saved=None)

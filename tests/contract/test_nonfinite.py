@@ -1,0 +1,327 @@
+"""skip_nonfinite: the average is left alone when a weight that is averaged is NaN or infinite."""
+
+import io
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ignite_ema import EMAHandler, ModelAverage
+from ignite_ema.schedules import CopyUntil, EqualWeight
+from tests.helpers.bits import contents
+from tests.helpers.models import linear, module, move, sgd
+
+# skip_nonfinite
+
+
+def test_reset_counts_and_warns_from_the_start():
+    model = linear()
+    handler = EMAHandler(model, 0.25, skip_nonfinite=True)
+    trainer = Engine(lambda engine, batch: model.weight.data.fill_(torch.nan))
+    handler.attach(trainer)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="'weight' holds a NaN"):
+            trainer.run([0])
+        assert handler.num_skipped == 1
+        model.weight.data.fill_(0.0)
+        handler.reset()
+        assert handler.num_skipped == 0
+
+
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.float8_e5m2]
+SPOILERS = {"NaN": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
+ROLES = {
+    "parameter": nn.Parameter,
+    "frozen parameter": lambda t: nn.Parameter(t, requires_grad=False),
+    "buffer": torch.Tensor.clone,
+}
+
+
+def several(dtype, role):
+    """Tensors of many types, and one that will be spoilt: neither the first nor the last of its type."""
+    torch.manual_seed(0)
+    return module(
+        first=nn.Parameter(torch.rand(3)),
+        a=role(torch.rand(2, 2).to(dtype)),
+        b=role(torch.rand(5).to(dtype)),
+        c=role(torch.rand(()).to(dtype)),
+        empty=role(torch.rand(0).to(dtype)),
+        number=torch.tensor(3),
+        last=nn.Parameter(torch.rand(3).bfloat16()),
+    )
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("value", SPOILERS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_an_update_that_meets_a_nan_or_an_infinity_is_left_out_and_counted(dtype, value, role):
+    model = several(dtype, ROLES[role])
+    average = ModelAverage(model, "update", skip_nonfinite=True)
+    before = contents(average.module)
+    move(model)
+    model.b.detach()[3] = SPOILERS[value]
+    with pytest.warns(UserWarning, match="'b' holds a NaN or an infinity.*num_skipped counts") as caught:
+        assert average.update(0.5) is False
+    assert [warning.filename for warning in caught] == [__file__]
+    assert average.update(0.5) is False  # warned about once
+    assert average.num_skipped == 2
+    assert contents(average.module) == before
+    model.b.detach()[3] = 1.0
+    assert average.update(0.5) is True
+    assert average.num_skipped == 2
+    assert contents(average.module) != before
+    assert torch.isfinite(average.module.b.to(torch.complex64)).all()
+
+
+@pytest.mark.parametrize("path", ["first", "a", "b", "c", "last"])
+def test_the_path_is_named_whichever_tensor_it_is(path):
+    model = several(torch.float32, nn.Parameter)
+    average = ModelAverage(model, "update", skip_nonfinite=True)
+    getattr(model, path).detach().fill_(torch.nan)
+    with pytest.warns(UserWarning, match=f"'{path}' holds"):
+        average.update(0.5)
+
+
+def test_a_nan_of_a_type_without_infinities_is_one():
+    model = module(weight=nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn)))
+    average = ModelAverage(model, skip_nonfinite=True)
+    model.weight.detach()[1] = torch.nan
+    with pytest.warns(UserWarning, match="'weight'"):
+        assert not average.update(0.5)
+    model.weight.detach().fill_(448.0)
+    assert average.update(1.0)
+
+
+def test_an_imaginary_nan_is_one():
+    model = module(weight=nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    average = ModelAverage(model, skip_nonfinite=True)
+    model.weight.detach()[1] = complex(1, torch.nan)
+    with pytest.warns(UserWarning, match="'weight'"):
+        assert not average.update(0.5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+def test_it_is_left_out_at_any_momentum(momentum):
+    model = linear()
+    average = ModelAverage(model, skip_nonfinite=True)
+    before = contents(average.module)
+    model.bias.detach().fill_(torch.nan)
+    with pytest.warns(UserWarning, match="'bias'"):
+        assert not average.update(momentum)
+    assert contents(average.module) == before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.float32, 1e30), (torch.float64, 1e300), (torch.float16, 60_000.0), (torch.bfloat16, 3e38)],
+    ids=str,
+)
+def test_large_finite_values_are_not_left_out(dtype, value):
+    model = module(a=nn.Parameter(torch.ones(50, dtype=dtype)), b=torch.ones(3, dtype=dtype))
+    average = ModelAverage(model, "update", skip_nonfinite=True)
+    for tensor in (model.a, model.b):
+        tensor.detach().fill_(value)
+    assert average.update(0.5)
+    assert average.num_skipped == 0
+    for tensor in (average.module.a, average.module.b):
+        assert torch.allclose(tensor.double(), torch.tensor(0.5 + value / 2, dtype=torch.float64), rtol=1e-2)
+
+
+@pytest.mark.parametrize("role", ["buffer", "frozen parameter"])
+def test_an_infinity_that_the_average_holds_already_is_no_reason(role):
+    mask = torch.tensor([0.0, -torch.inf, -torch.inf])
+    model = module(weight=nn.Parameter(torch.zeros(2)), mask=ROLES[role](mask))
+    average = ModelAverage(model, "update", skip_nonfinite=True)
+    model.weight.detach().fill_(1.0)
+    assert average.update(0.5)
+    assert average.module.weight.tolist() == [0.5, 0.5]
+    assert average.module.mask.tolist() == mask.tolist()
+    model.mask[0] = -torch.inf
+    with pytest.warns(UserWarning, match="'mask'"):
+        assert not average.update(0.5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_a_nan_in_the_place_of_an_infinity_is_a_reason(value):
+    model = module(weight=nn.Parameter(torch.zeros(2)), mask=torch.full((2,), -torch.inf))
+    average = ModelAverage(model, "update", skip_nonfinite=True)
+    model.mask.fill_(value)
+    with pytest.warns(UserWarning, match="'mask'"):
+        assert not average.update(0.5)
+    assert average.module.mask.tolist() == [-torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "held_in"), [(torch.float64, torch.float32), (torch.float32, torch.float16)], ids=str
+)
+def test_a_value_that_the_type_of_the_average_cannot_hold_is_a_reason(dtype, held_in):
+    model = module(weight=nn.Parameter(torch.ones(2, dtype=dtype)))
+    average = ModelAverage(model, dtype=held_in, skip_nonfinite=True)
+    model.weight.detach()[0] = torch.finfo(held_in).max * 8
+    with pytest.warns(UserWarning, match="'weight'"):
+        assert not average.update(0.25)
+    assert average.module.weight.tolist() == [1.0, 1.0]
+
+
+def test_an_average_in_another_type_is_guarded_too():
+    model = linear().bfloat16()
+    average = ModelAverage(model, dtype=torch.float32, skip_nonfinite=True)
+    before = contents(average.module)
+    model.weight.detach()[0, 1] = torch.inf
+    with pytest.warns(UserWarning, match="'weight'"):
+        assert not average.update(0.5)
+    assert contents(average.module) == before
+
+
+@pytest.mark.parametrize("rule", ["copy", "ema_train", {"mask": "keep"}], ids=["copied", "left alone", "kept"])
+def test_buffers_that_are_not_averaged_are_not_looked_at(rule):
+    model = module(weight=nn.Parameter(torch.zeros(2)), mask=torch.zeros(2))
+    average = ModelAverage(model, rule, skip_nonfinite=True)
+    model.mask.fill_(torch.nan)
+    assert average.update(0.5)
+    assert average.module.mask.isnan().all() == (rule == "copy")
+
+
+def test_tensors_that_are_not_averaged_stay_too_where_one_is_left_out():
+    model = several(torch.float32, nn.Parameter)
+    average = ModelAverage(model, skip_nonfinite=True)
+    move(model)
+    model.last.detach().fill_(torch.nan)
+    with pytest.warns(UserWarning, match="'last'"):
+        average.update(1.0)
+    assert average.module.number.item() == 3
+
+
+def test_without_it_a_nan_goes_in():
+    model = linear()
+    average = ModelAverage(model)
+    model.weight.detach().fill_(torch.nan)
+    assert average.update(0.5)
+    assert (average.num_skipped, average.module.weight.isnan().all().item()) == (0, True)
+
+
+def test_an_average_that_is_spoilt_already_can_be_healed():
+    model = linear()
+    average = ModelAverage(model, skip_nonfinite=True)
+    average.module.weight.fill_(torch.nan)
+    assert average.update(1.0)
+    assert contents(average.module) == contents(model)
+
+
+@pytest.mark.parametrize("what", [None, 1, "yes"], ids=str)
+def test_what_is_no_truth_value_raises(what):
+    with pytest.raises(TypeError, match=f"skip_nonfinite should be True or False, got {what!r}"):
+        ModelAverage(linear(), skip_nonfinite=what)
+
+
+def spoiling(model, *iterations):
+    """A trainer that adds 1 to all weights, but in these iterations spoils one."""
+
+    def process(engine, batch):
+        for parameter in model.parameters():
+            parameter.detach().nan_to_num_(nan=0.0).add_(1.0)
+        if engine.state.iteration in iterations:
+            model.bias.detach().fill_(torch.nan)
+
+    return Engine(process)
+
+
+@pytest.mark.filterwarnings("ignore:'bias' holds a NaN")
+def test_the_count_of_updates_does_not_advance_and_the_schedule_waits():
+    model = linear()
+    handler = EMAHandler(model, CopyUntil(2, EqualWeight()), skip_nonfinite=True)
+    trainer = spoiling(model, 1, 3, 4)
+    handler.attach(trainer)
+    seen = []
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED,
+        lambda: seen.append((handler.num_updates, handler.num_skipped, trainer.state.ema_momentum)),
+    )
+    trainer.run([0] * 6)
+    assert seen == [(0, 1, 1.0), (1, 1, 1.0), (1, 2, 1.0), (1, 3, 1.0), (2, 3, 1.0), (3, 3, 0.5)]
+
+
+def test_with_a_handler_it_is_warned_about_once():
+    model = linear()
+    handler = EMAHandler(model, 0.5, skip_nonfinite=True)
+    trainer = spoiling(model, 2, 3)
+    handler.attach(trainer)
+    with pytest.warns(UserWarning, match="'bias' holds a NaN") as caught:
+        trainer.run([0] * 4)
+    assert len(caught) == 1
+    assert (handler.num_updates, handler.num_skipped) == (2, 2)
+    assert all(parameter.isfinite().all() for parameter in handler.ema_model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:'bias' holds a NaN")
+def test_an_update_that_was_left_out_for_a_step_waits_for_the_next_step():
+    model = linear()
+    optimizer = sgd(model)
+    handler = EMAHandler(model, 0.5, skip_nonfinite=True)
+
+    def process(engine, batch):
+        model.bias.detach().fill_(torch.nan if engine.state.iteration == 1 else 1.0)
+        if engine.state.iteration in (1, 3):
+            optimizer.step()
+
+    trainer = Engine(process)
+    handler.attach(trainer, optimizer=optimizer)
+    counts = []
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: counts.append((handler.num_updates, handler.num_skipped))
+    )
+    trainer.run([0] * 4)
+    assert counts == [(0, 1), (0, 1), (1, 1), (1, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:'bias' holds a NaN")
+def test_the_number_of_those_left_out_is_saved_and_resumed():
+    model = linear()
+    handler = EMAHandler(model, 0.5, skip_nonfinite=True)
+    trainer = spoiling(model, 1, 2)
+    handler.attach(trainer)
+    trainer.run([0] * 3)
+    file = io.BytesIO()
+    torch.save(handler.state_dict(), file)
+    file.seek(0)
+    resumed = EMAHandler(linear(1), 0.5, skip_nonfinite=True)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert (resumed.num_updates, resumed.num_skipped) == (1, 2)
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what makes the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = ("aten._local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.equal", "aten.nonzero")
+        self.count += str(func).startswith(names)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [1, 50])
+def test_the_check_waits_for_the_device_once_per_type_and_not_per_tensor(count):
+    def many(dtype):
+        return nn.ParameterList(torch.rand(2).to(dtype) for _ in range(count))
+
+    model = nn.ModuleList([many(torch.float32), many(torch.bfloat16), nn.BatchNorm1d(3)])
+    average = ModelAverage(model, "copy", skip_nonfinite=True)
+    average.update(0.5)
+    with Synchronisations() as synchronisations:
+        average.update(0.5)
+    assert synchronisations.count == 2
+    plain = ModelAverage(model)
+    plain.update(0.5)
+    with Synchronisations() as synchronisations:
+        plain.update(0.5)
+    assert synchronisations.count == 0
+
+
+def test_a_model_without_tensors_is_never_left_out():
+    average = ModelAverage(nn.ReLU(), skip_nonfinite=True)
+    assert average.update(0.5)

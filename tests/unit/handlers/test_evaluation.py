@@ -1,0 +1,493 @@
+"""swap_during(): an evaluator runs on the averaged weights, and the model has its own after every way out."""
+
+import gc
+import random
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from ignite_ema import EMAHandler
+from ignite_ema.averaging import swap
+from tests.helpers.bits import bits, contents, places, saved
+from tests.helpers.models import move
+from tests.helpers.runs import evaluator_of, scalar_handler
+
+# During the runs of an evaluator
+
+
+def forget_what_failed(engine):
+    """Without this Ignite 0.5.5 does nothing in the run after one that raised."""
+    engine._internal_run_generator = engine.state.max_epochs = None
+
+
+def test_each_run_evaluates_the_averaged_weights():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handle = handler.swap_during(evaluator)
+    for value in (5.0, 6.0):
+        handler.ema_model.weight.data.fill_(value)
+        assert evaluator.run([0]).output == value
+        assert model.weight.item() == 1.0
+    handle.remove()
+    assert evaluator.run([0]).output == 1.0
+
+
+def test_every_event_of_a_run_sees_the_averaged_weights():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    seen = []
+    handler.swap_during(evaluator)
+    for event in Events:
+        if event not in (Events.EXCEPTION_RAISED, Events.INTERRUPT, Events.TERMINATE, Events.TERMINATE_SINGLE_EPOCH):
+            evaluator.add_event_handler(event, lambda: seen.append(model.weight.item()))
+    evaluator.run([0, 0])
+    assert set(seen) == {5.0}
+
+
+def test_arguments_and_the_state_pass_through():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handler.swap_during(evaluator)
+    state = evaluator.run([0, 0, 0], max_epochs=2, epoch_length=2)
+    assert state is evaluator.state
+    assert (state.iteration, state.epoch) == (4, 2)
+
+
+def test_the_handle_removes_once_and_is_a_context_manager():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    with handler.swap_during(evaluator) as handle:
+        assert evaluator.run([0]).output == 5.0
+    assert "run" not in vars(evaluator)
+    assert not evaluator.has_event_handler(handle._check_start)
+    second = handler.swap_during(evaluator)
+    handle.remove()  # no longer its own
+    assert evaluator.run([0]).output == 5.0
+    second.remove()
+    second.remove()
+    assert evaluator.run([0]).output == 1.0
+
+
+def test_the_handle_may_be_removed_during_the_run():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    seen = []
+    handle = handler.swap_during(evaluator)
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(model.weight.item()))
+    evaluator.add_event_handler(Events.ITERATION_STARTED(once=2), handle.remove)
+    evaluator.run([0, 0, 0])
+    assert seen == [5.0] * 3
+    assert model.weight.item() == 1.0
+    evaluator.run([0, 0, 0])
+    assert seen[3:] == [1.0] * 3
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first made first", "last made first"])
+def test_two_handlers_swap_two_models_and_are_removed_in_any_order(order):
+    models, handlers = zip(*[scalar_handler(online, online + 0.5) for online in (1.0, 2.0)], strict=True)
+    evaluator = Engine(lambda engine, batch: [model.weight.item() for model in models])
+    handles = [handler.swap_during(evaluator) for handler in handlers]
+    due = [1.5, 2.5]
+    assert evaluator.run([0]).output == due
+    for index in order:
+        handles[index].remove()
+        due[index] -= 0.5
+        assert evaluator.run([0]).output == due
+    assert [model.weight.item() for model in models] == [1.0, 2.0]
+    assert handlers[0].swap_during(evaluator).is_active
+    assert evaluator.run([0]).output == [1.5, 2.0]
+
+
+def test_two_handlers_of_one_model_raise_at_the_run_and_change_nothing():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handler.swap_during(evaluator)
+    handle = EMAHandler(model, 0.25).swap_during(evaluator)
+    with pytest.raises(RuntimeError, match="should be swapped while the model holds its own weights"):
+        evaluator.run([0])
+    assert model.weight.item() == 1.0
+    handle.remove()
+    assert evaluator.run([0]).output == 5.0
+
+
+def wrap(evaluator, calls):
+    inner = evaluator.run
+
+    def run(*args, **kwargs):
+        calls.append("theirs")
+        return inner(*args, **kwargs)
+
+    evaluator.run = run
+    return run
+
+
+def test_a_run_that_was_wrapped_before_is_called_and_stays():
+    model, handler = scalar_handler()
+    evaluator, calls = evaluator_of(model), []
+    theirs = wrap(evaluator, calls)
+    handle = handler.swap_during(evaluator)
+    assert evaluator.run([0]).output == 5.0
+    handle.remove()
+    assert evaluator.run is theirs
+    assert evaluator.run([0]).output == 1.0
+    assert calls == ["theirs"] * 2
+
+
+def test_a_run_that_is_wrapped_afterwards_stays():
+    model, handler = scalar_handler()
+    evaluator, calls = evaluator_of(model), []
+    handle = handler.swap_during(evaluator)
+    theirs = wrap(evaluator, calls)
+    assert evaluator.run([0]).output == 5.0
+    handle.remove()
+    assert evaluator.run is theirs
+    assert evaluator.run([0]).output == 1.0
+    assert calls == ["theirs"] * 2
+    with handler.swap_during(evaluator):
+        assert evaluator.run([0]).output == 5.0
+    assert evaluator.run is theirs
+
+
+def test_a_run_that_was_taken_before_raises():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    run = evaluator.run
+    handle = handler.swap_during(evaluator)
+    for taken in (run, lambda data: Engine.run(evaluator, data)):
+        with pytest.raises(RuntimeError, match="should be started as evaluator.run.*own weights"):
+            taken([0])
+        forget_what_failed(evaluator)
+    assert evaluator.run([0]).output == 5.0
+    with pytest.raises(RuntimeError, match="should be started as"):
+        run([0])
+    forget_what_failed(evaluator)
+    handle.remove()
+    assert run([0]).output == 1.0
+
+
+class Evaluator(Engine):
+    """An engine that brings its data and has a run of its own, as those of MONAI."""
+
+    def run(self, global_epoch=1):
+        self.global_epoch = global_epoch
+        return super().run([0, 0], max_epochs=1)
+
+
+def test_an_engine_with_a_run_of_its_own_is_swapped_for():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model, Evaluator)
+    with handler.swap_during(evaluator):
+        assert evaluator.run(global_epoch=3).output == 5.0
+        assert evaluator.run(4).output == 5.0
+    assert evaluator.global_epoch == 4
+    assert evaluator.run().output == 1.0
+
+
+def test_the_trainer_itself_raises():
+    model, handler = scalar_handler()
+    trainer = evaluator_of(model)
+    handler.attach(trainer)
+    with pytest.raises(RuntimeError, match="evaluator should be an engine of its own"):
+        handler.swap_during(trainer)
+    assert "run" not in vars(trainer)
+    trainer.run([0])
+    assert handler.num_updates == 1
+
+
+def test_an_engine_that_is_swapped_for_cannot_be_attached_to():
+    model, handler = scalar_handler()
+    trainer = evaluator_of(model)
+    handle = handler.swap_during(trainer)
+    with pytest.raises(RuntimeError, match="engine should be one that trains, but swap_during"):
+        handler.attach(trainer)
+    handle.remove()
+    handler.attach(trainer)
+
+
+@pytest.mark.parametrize("what", [None, "evaluator", nn.Linear(1, 1)], ids=["None", "string", "module"])
+def test_something_else_than_an_engine_raises(what):
+    with pytest.raises(TypeError, match=f"evaluator should be an ignite Engine, got {type(what).__name__}"):
+        scalar_handler()[1].swap_during(what)
+
+
+def test_swapping_twice_for_one_evaluator_raises():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handle = handler.swap_during(evaluator)
+    with pytest.raises(RuntimeError, match="during the runs of an evaluator once"):
+        handler.swap_during(evaluator)
+    assert evaluator.run([0]).output == 5.0
+    handle.remove()
+    assert evaluator.run([0]).output == 1.0
+    handler.swap_during(evaluator)
+
+
+def test_an_evaluator_is_collected_with_what_was_put_on_it():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handle = handler.swap_during(evaluator)
+    reference = weakref.ref(evaluator)
+    del evaluator, handle
+    gc.collect()
+    assert reference() is None
+
+
+def test_an_evaluator_that_runs_inside_a_swapped_one_sees_the_average_too():
+    model, handler = scalar_handler()
+    inner, outer = evaluator_of(model), evaluator_of(model)
+    handler.swap_during(outer)
+    outer.add_event_handler(Events.ITERATION_COMPLETED, lambda: inner.run([0]))
+    assert outer.run([0]).output == inner.state.output == 5.0
+
+
+def training_run(validated):
+    """What is left after three epochs, each of them validated on the averaged weights, or none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    data = torch.rand(4, 8, 3)
+
+    def step(engine, batch):
+        torch.manual_seed(engine.state.iteration)
+        model.train()
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    def evaluate(engine, batch):
+        model.eval()
+        with torch.no_grad():
+            return model(batch)
+
+    trainer, evaluator = Engine(step), Engine(evaluate)
+    handler = EMAHandler(model, 0.1, handle_buffers="update")
+    handler.attach(trainer)
+    if validated:
+        handler.swap_during(evaluator)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(data))
+    trainer.run(data, max_epochs=3)
+    return contents(model), contents(handler.ema_model), saved(optimizer), evaluator.state.iteration
+
+
+def test_validation_on_the_averaged_weights_does_not_touch_the_training():
+    *with_validation, evaluated = training_run(validated=True)
+    *without, _ = training_run(validated=False)
+    assert evaluated == 4
+    assert with_validation == without
+
+
+# Ways out of an evaluation
+
+
+class Stop(Exception):
+    """What a test raises."""
+
+
+EVENTS = [
+    Events.STARTED,
+    Events.EPOCH_STARTED,
+    Events.GET_BATCH_STARTED,
+    Events.GET_BATCH_COMPLETED,
+    Events.ITERATION_STARTED,
+    Events.ITERATION_COMPLETED,
+    Events.EPOCH_COMPLETED,
+    Events.COMPLETED,
+    "process function",
+]
+ERRORS = [Stop, KeyboardInterrupt, SystemExit]
+WAYS = {
+    "terminate": lambda engine: engine.terminate(),
+    "terminate without COMPLETED": lambda engine: setattr(engine, "should_terminate", "skip_completed"),
+    "terminate_epoch": lambda engine: engine.terminate_epoch(),
+    "interrupt": lambda engine: engine.interrupt(),
+    "end": lambda engine: None,
+}
+
+
+class Evaluation:
+    """An evaluation on averaged weights that is left on one way, at one point; checks the weights as it goes."""
+
+    def __init__(self, dice):
+        self.way = dice.choice([*ERRORS, *WAYS, "interrupt"])
+        # Ignite refuses to terminate an epoch that has not begun, and has nothing left to interrupt at the end
+        events = EVENTS[4:6] if self.way == "terminate_epoch" else EVENTS[:-2] + EVENTS[-1:]
+        self.event = dice.choice(EVENTS if self.way != "interrupt" and self.way != "terminate_epoch" else events)
+        self.left = dice.randrange(1, 5)  # at which of these events
+        self.listener = dice.choice([None, None, "swallows", "raises"])
+        self.in_train_mode = dice.random() < 0.5
+        self.is_nested = dice.random() < 0.3
+        self.resumable = self.way == "interrupt" or dice.random() < 0.5
+        torch.manual_seed(dice.randrange(1000))
+        self.model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.handler = EMAHandler(self.model, 0.25, handle_buffers=dice.choice(["copy", "update", "ema_train"]))
+        move(self.model)
+        self.handler._average.update(0.25)
+        move(self.model)
+        self.evaluator = Engine(self.evaluate)
+        self.evaluator.interrupt_resume_enabled = self.resumable
+        self.met = self.heard = self.completed = 0
+        self.iterations, self.are_averaged = [], []
+        if dice.random() < 0.5:
+            self.listen()
+            self.handler.swap_during(self.evaluator)
+        else:
+            self.handler.swap_during(self.evaluator)
+            self.listen()
+
+    def listen(self):
+        if self.event != "process function":
+            self.evaluator.add_event_handler(self.event, self.meet)
+        if self.listener is not None:
+            self.evaluator.add_event_handler(Events.EXCEPTION_RAISED, self.hear)
+        self.evaluator.add_event_handler(Events.COMPLETED, self.complete)
+
+    def evaluate(self, engine, batch):
+        if self.event == "process function":
+            self.meet(engine)
+        weights = [self.model[0].weight, self.model[0].bias, self.model[1].weight, self.model[1].bias]
+        self.are_averaged.append(list(map(bits, weights)) == list(map(bits, self.handler.ema_model.parameters())))
+        self.iterations.append(engine.state.iteration)
+        return self.model.train(self.in_train_mode)(batch)
+
+    def meet(self, engine):
+        self.met += 1
+        if self.met == min(self.left, 1 if self.event in (Events.STARTED, Events.COMPLETED) else 2):
+            if self.way in WAYS:
+                WAYS[self.way](engine)
+            else:
+                raise self.way("this one")
+
+    def hear(self, engine, error):
+        self.heard += 1
+        if self.listener == "raises":
+            raise error
+
+    def complete(self):
+        self.completed += 1
+
+    def run(self, *args):
+        if not self.is_nested:
+            self.evaluator.run(*args)
+            return
+        trainer = Engine(lambda engine, batch: None)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: self.evaluator.run(*args))
+        trainer.run([0, 0])
+        assert trainer.state.iteration == 2
+
+    def go(self):
+        """Runs on the way; returns the kind of exception that has reached the caller."""
+        try:
+            self.run(torch.rand(4, 2, 3), 2)
+        except tuple(ERRORS) as error:
+            return type(error)
+        return None
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_100_ways_out_of_a_swapped_evaluation(seed):
+    case = Evaluation(random.Random(seed))
+    before, held_in, average = contents(case.model), places(case.model), contents(case.handler.ema_model)
+    reaches = case.way in ERRORS and case.listener != "swallows"
+    assert case.go() is (case.way if reaches else None)
+    assert bool(case.heard) == (case.way in ERRORS and case.listener is not None)
+    assert contents(case.model) == before
+    assert places(case.model) == held_in
+    if case.way == "interrupt":
+        assert not case.completed
+        move(case.model)  # trained on in between
+        before = contents(case.model)
+        case.run(torch.rand(4, 2, 3))
+        assert case.completed
+        assert contents(case.model) == before
+        assert case.iterations == list(range(1, 9))
+    case.way, case.iterations = "end", []
+    forget_what_failed(case.evaluator)
+    case.run(torch.rand(4, 2, 3))  # nothing is left over
+    assert case.iterations == list(range(1, 5))
+    assert contents(case.model) == before
+    assert all(case.are_averaged)
+    assert contents(case.handler.ema_model) == average
+    assert not swap.any_swapped()
+
+
+def test_the_random_ways_meet_every_combination_that_matters():
+    cases = [Evaluation(random.Random(seed)) for seed in range(100)]
+    assert {case.way for case in cases} == {*ERRORS, *WAYS}
+    assert {case.event for case in cases} == set(EVENTS)
+    for error in ERRORS:
+        assert {case.listener for case in cases if case.way is error} == {None, "swallows", "raises"}
+    for way in [*ERRORS, "terminate", "interrupt"]:
+        assert {case.is_nested for case in cases if case.way == way} == {True, False}
+
+
+def test_interrupting_again_and_again_evaluates_each_batch_once_on_the_averaged_weights():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handler.swap_during(evaluator)
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, evaluator.interrupt)
+    seen, completed = [], []
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.output))
+    evaluator.add_event_handler(Events.COMPLETED, lambda: completed.append(True))
+    while not completed:
+        model.weight.data.add_(1.0)
+        evaluator.run(range(3))
+        handler._average.update(0.0)  # not refused: the model has its own weights
+    assert model.weight.item() == 5.0
+    assert seen == [5.0] * 3
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_average_of_then():
+    model, handler = scalar_handler()
+    evaluator = evaluator_of(model)
+    handler.swap_during(evaluator)
+    seen = []
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.output))
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=2), evaluator.interrupt)
+    evaluator.run(range(4))
+    handler._average.update(0.5)
+    evaluator.run(range(4))
+    assert seen == [5.0, 5.0, 3.0, 3.0]
+
+
+def test_a_run_after_a_run_that_failed_is_swapped_too():
+    model, handler = scalar_handler()
+    seen = []
+
+    def evaluate(engine, batch):
+        seen.append(model.weight.item())
+        if len(seen) == 1:
+            raise Stop
+
+    evaluator = Engine(evaluate)
+    run = evaluator.run
+    handler.swap_during(evaluator)
+    with pytest.raises(Stop):
+        evaluator.run([0])
+    forget_what_failed(evaluator)
+    with pytest.raises(RuntimeError, match="should be started as"):  # it is running no longer
+        run([0])
+    forget_what_failed(evaluator)
+    evaluator.run([0])
+    assert seen == [5.0, 5.0]
+
+
+def test_the_average_moves_between_evaluations_of_a_training():
+    model, handler = scalar_handler(online=0.0, average=0.0)
+    trainer = Engine(lambda engine, batch: model.weight.data.add_(1.0))
+    evaluator = evaluator_of(model)
+    handler.attach(trainer)
+    handler.swap_during(evaluator)
+    seen = []
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def validate():
+        seen.append((evaluator.run([0]).output, handler.ema_model.weight.item(), model.weight.item()))
+
+    trainer.run([0] * 4)
+    assert [(weight, online) for weight, _, online in seen] == [(0.25, 1), (0.6875, 2), (1.265625, 3), (1.94921875, 4)]
+    assert all(weight == twin for weight, twin, _ in seen)
+    assert all(earlier[0] < later[0] for earlier, later in pairwise(seen))

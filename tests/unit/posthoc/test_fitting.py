@@ -1,0 +1,172 @@
+"""The fit of a profile by snapshots, and its residual."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ignite_ema.posthoc import (
+    ExponentialProfile,
+    PowerProfile,
+    SampledProfile,
+    Snapshot,
+    UniformProfile,
+    coefficients,
+    fitting,
+    residual,
+)
+
+
+def evenly(count, sigma_rels=(0.05, 0.10)):
+    """Snapshots of a run of the length ``count``."""
+    return [Snapshot(PowerProfile(sigma_rel), k) for sigma_rel in sigma_rels for k in range(1, count + 1)]
+
+
+# The fit
+
+
+@pytest.mark.parametrize(("count", "sigma_rel", "percent"), [(64, 0.15, 0.058), (64, 0.25, 1.46), (16, 0.15, 0.90)])
+def test_residuals_are_those_of_the_paper(count, sigma_rel, percent):
+    assert 100 * residual(evenly(count), sigma_rel) == pytest.approx(percent, rel=0.01)
+
+
+TARGETS = [
+    PowerProfile(0.03),
+    PowerProfile(0.15),
+    PowerProfile(0.28),
+    ExponentialProfile(0.05),
+    UniformProfile(0.2),
+    UniformProfile(0.23),  # begins between snapshots
+    SampledProfile((0, 0, 1, 2, 1)),
+]
+STREAMS = [(0.05,), (0.05, 0.10), (0.04, 0.1, 0.2)]
+wanted = pytest.mark.parametrize("target", TARGETS, ids=str)
+streamed = pytest.mark.parametrize("sigma_rels", STREAMS, ids=str)
+
+
+def densities(snapshots, tau):
+    """The profile of each at the times ``tau``, 0 after it was taken."""
+    return torch.stack(
+        [torch.where(tau <= s.time, s.profile.density((tau / s.time).clamp(max=1)), 0.0) / s.time for s in snapshots]
+    )
+
+
+@streamed
+@wanted
+def test_the_residual_is_the_distance_on_a_fine_grid(target, sigma_rels):
+    snapshots = evenly(16, sigma_rels)
+    tau = (torch.arange(160_000, dtype=torch.float64) + 0.5) / 10_000
+    p = densities([Snapshot(target, 16)], tau)[0]
+    q = coefficients(snapshots, target) @ densities(snapshots, tau)
+    # The grid is good for 1e-4 of it, as long as it is not next to nothing.
+    assert residual(snapshots, target) == pytest.approx(((p - q).norm() / p.norm()).item(), rel=2e-4, abs=1e-6)
+
+
+@streamed
+@wanted
+def test_coefficients_have_the_sum_1_and_no_others_come_closer(target, sigma_rels):
+    snapshots = evenly(32, sigma_rels)
+    found = coefficients(snapshots, target)
+    assert found.dtype == torch.float64
+    assert found.shape == (len(snapshots),)
+    assert found.sum().item() == pytest.approx(1, abs=1e-12)
+    gram = fitting._gram(snapshots, snapshots)
+    mixed = fitting._gram(snapshots, [Snapshot(target, 32)])[:, 0]
+
+    def distance(c):
+        return (c @ gram @ c - 2 * c @ mixed).item()
+
+    generator = torch.Generator().manual_seed(0)
+    least = distance(found)
+    for scale in (1e-1, 1e-3, 1e-5):
+        for _ in range(50):
+            step = scale * torch.randn(len(snapshots), generator=generator, dtype=torch.float64)
+            assert distance(found + step - step.mean()) >= least - 1e-12
+
+
+@wanted
+def test_more_snapshots_and_more_streams_come_closer(target):
+    assert residual(evenly(32), target) <= residual(evenly(16), target) + 1e-9
+    assert residual(evenly(16, STREAMS[2]), target) < residual(evenly(16, (0.04, 0.1)), target) + 1e-9
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.10])
+def test_what_is_stored_is_had_exactly(sigma_rel):
+    snapshots = evenly(64)
+    found = coefficients(snapshots, sigma_rel)
+    due = torch.tensor([float(s.time == 64 and s.profile.sigma_rel == sigma_rel) for s in snapshots])
+    torch.testing.assert_close(found, due.double(), rtol=0, atol=1e-9)
+    assert residual(snapshots, sigma_rel) < 1e-7  # the root of a rounding error
+
+
+@pytest.mark.parametrize("target", [PowerProfile(0.075), PowerProfile(0.15), ExponentialProfile(0.05)], ids=str)
+def test_the_residual_falls_with_the_square_of_the_number_of_snapshots(target):
+    # Down to thousandths of a percent, which rounding in the inner products would hide.
+    ratio = residual(evenly(50), target) / residual(evenly(200), target)
+    assert ratio == pytest.approx(16, rel=0.1)
+
+
+@pytest.mark.parametrize("target", [PowerProfile(0.15), UniformProfile(0.5)], ids=str)
+def test_a_snapshot_that_is_there_twice_changes_nothing(target):
+    snapshots = evenly(32)
+    assert residual([*snapshots, *snapshots[20:]], target) == pytest.approx(residual(snapshots, target), rel=1e-6)
+    close = [Snapshot(one.profile, one.time * (1 + 1e-12)) for one in snapshots[:-1]]
+    found = coefficients([*snapshots, *close], target)
+    assert residual([*snapshots, *close], target) == pytest.approx(residual(snapshots, target), rel=1e-4)
+    assert found.abs().max() < 10  # no huge ones that cancel
+
+
+def test_snapshots_that_are_the_same_share_what_one_would_count():
+    snapshots = evenly(32)
+    due = coefficients(snapshots, 0.15) / 2
+    torch.testing.assert_close(coefficients(snapshots * 2, 0.15), torch.cat([due, due]), rtol=0, atol=1e-6)
+    found = coefficients([Snapshot(PowerProfile(0.1), 5)] * 50 + evenly(8), 0.15)
+    assert found.abs().max() < 1
+
+
+def test_coefficients_stay_small_where_there_are_many_snapshots():
+    # Their norm multiplies what rounding the snapshots has cost.
+    assert coefficients(evenly(300), 0.15).norm() < 1
+    assert coefficients(evenly(300), 0.02).norm() < 25
+
+
+def test_one_snapshot_is_its_own_average():
+    assert coefficients([Snapshot(PowerProfile(0.1), 5)], 0.2).tolist() == [1.0]
+    assert residual([Snapshot(PowerProfile(0.1), 5)], 0.1) == 0
+
+
+def test_the_order_of_snapshots_does_not_matter():
+    snapshots = evenly(16)
+    found = coefficients(snapshots[::-1], 0.15).flip(0)
+    torch.testing.assert_close(found, coefficients(snapshots, 0.15), rtol=1e-9, atol=1e-9)
+
+
+def test_the_unit_of_time_does_not_matter():
+    updates = evenly(16)
+    samples = [replace(one, time=one.time * 12_800) for one in updates]
+    assert residual(samples, 0.15) == pytest.approx(residual(updates, 0.15), rel=1e-6)
+    torch.testing.assert_close(coefficients(samples, 0.15), coefficients(updates, 0.15), rtol=1e-8, atol=1e-9)
+
+
+def test_a_number_stands_for_a_power_function_and_the_end_for_the_last_snapshot():
+    assert torch.equal(coefficients(evenly(8), 0.15), coefficients(evenly(8), PowerProfile(0.15), 8))
+    assert 0.05 < residual(evenly(64), 0.05, end=63.5) < 0.3  # between snapshots
+
+
+BAD_FITS = [
+    (lambda: coefficients([], 0.1), ValueError, "snapshots should be one or more, got none"),
+    (lambda: residual(evenly(2), 0.3), ValueError, "got 0.3"),
+    (lambda: residual(evenly(2), 0.1, end=0), ValueError, "time of a Snapshot should be above 0, got 0"),
+    (lambda: Snapshot(PowerProfile(0.1), math.inf), ValueError, "got inf"),
+    (lambda: Snapshot(PowerProfile(0.1), math.nan), ValueError, "got nan"),
+    (lambda: Snapshot(0.1, 1), TypeError, r"profile should be a Profile, such as PowerProfile\(0.05\), got 0.1"),
+    (lambda: residual(evenly(2), UniformProfile(1e-17)), ValueError, "target should have a density that float64 can"),
+    (lambda: residual(evenly(2), ExponentialProfile(1e-310)), ValueError, "choose a longer one"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_FITS)
+def test_bad_input_of_a_fit_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,294 @@
+"""Snapshot files that are not as they should be are refused in one sentence at every entrance; how they are written."""
+
+import io
+import os
+import pickle
+import sys
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from ignite_ema import PostHocEMA
+from ignite_ema.cli import main
+from ignite_ema.posthoc import (
+    reconstruct,
+    snapshot_files,
+    stored,
+)
+from tests.helpers.snapshots import make_snapshot, write_raw
+
+# Files that are not as they should be, at every entrance
+
+
+ENTRANCES = {
+    "stored": lambda folder: stored(folder),
+    "reconstruct": lambda folder: reconstruct(folder, 0.15),
+    "--list": lambda folder: command(folder, "--list"),
+    "--out": lambda folder: command(folder, "--sigma-rel", "0.15", "--out", str(folder.parent / "out.pt")),
+}
+entrance = pytest.mark.parametrize("enter", ENTRANCES.values(), ids=ENTRANCES.keys())
+
+
+def command(folder, *arguments):
+    """What it says on stderr is raised, as from the other entrances."""
+    stderr, old = io.StringIO(), sys.stderr
+    sys.stderr = stderr
+    try:
+        code = main(["reconstruct", str(folder), *arguments])
+    finally:
+        sys.stderr = old
+    message = stderr.getvalue()
+    assert code == 1
+    assert message.startswith("ignite-ema: ")
+    assert message.count("\n") == 1
+    raise ValueError(message.removeprefix("ignite-ema: "))
+
+
+class Evil:
+    """Runs something where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def cut(folder):
+    path = folder / "snapshot_65.pt"
+    path.write_bytes((folder / "snapshot_64.pt").read_bytes()[:-300])
+
+
+def damaged(folder):
+    data = bytearray((folder / "snapshot_64.pt").read_bytes())
+    start = data.index(b"data.pkl") + 64
+    data[start : start + 200] = os.urandom(200)
+    (folder / "snapshot_65.pt").write_bytes(data)
+
+
+def empty(folder):
+    (folder / "snapshot_65.pt").write_bytes(b"")
+
+
+def text(folder):
+    (folder / "snapshot_65.pt").write_text("not found")
+
+
+def a_folder(folder):
+    (folder / "snapshot_65.pt").mkdir()
+
+
+def pickled_evil(folder):
+    (folder / "snapshot_65.pt").write_bytes(pickle.dumps(Evil()))
+
+
+def saved_evil(folder):
+    torch.save({"ignite_ema_snapshot": 2, "evil": Evil()}, folder / "snapshot_65.pt")
+
+
+def evil_average(folder):
+    write_raw(folder, averaged=[{"a": Evil(), "b": torch.zeros(())}] * 2)
+
+
+def model_file(folder):
+    torch.save(nn.Linear(1, 1).state_dict(), folder / "snapshot_65.pt")
+
+
+def renamed(folder):
+    (folder / "snapshot_64.pt").rename(folder / "snapshot_65.pt")
+
+
+def numbered_otherwise(folder):
+    write_raw(folder).rename(folder / "snapshot_065.pt")
+
+
+def entries(**changes):
+    def make(folder):
+        write_raw(folder, **changes)
+
+    return make
+
+
+GOOD = make_snapshot(65)
+BAD_FILES = [
+    (cut, "'.*snapshot_65.pt' should be a file that torch.save or safetensors wrote, but it is cut short"),
+    (damaged, "snapshot_65.pt' should hold what was written, but its entry 'archive/data.pkl' has changed"),
+    (empty, "snapshot_65.pt' should hold weights, but it is empty"),
+    (text, "snapshot_65.pt' should be a file that torch.save or safetensors wrote, but it is text"),
+    (a_folder, "snapshot_65.pt' should be a file, got a directory"),
+    (pickled_evil, "snapshot_65.pt' should"),
+    (saved_evil, "its entries are others"),
+    (evil_average, "it has other things than tensors"),
+    (model_file, "snapshot_65.pt' should be a snapshot of a PostHocEMA, but it is another file"),
+    (renamed, "snapshot_65.pt' should be named 'snapshot_64.pt', after its time"),
+    (numbered_otherwise, "snapshot_065.pt' should be named 'snapshot_65.pt', after its time"),
+    (entries(ignite_ema_snapshot=1), "should be of version 2; read it with the ignite_ema that wrote it, or newer"),
+    (entries(more=1), "its entries are others"),
+    (entries(copied=...), "its entries are others"),
+    (entries(time=65.0), "its entries are others"),
+    (entries(num_updates=True), "its entries are others"),
+    (entries(averaged=(1, 2)), "its entries are others"),
+    (entries(averaged=[1, 2]), "its averages are not mappings"),
+    (entries(averaged=[]), "it has no average"),
+    (entries(averaged=GOOD.averaged[:1]), "its averages are not as many as their widths"),
+    (entries(averaged=[{"a": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2)}]), "its averages differ in names or shapes"),
+    (entries(averaged=[{}, {}]), "it has no average"),
+    (entries(copied={"count": 3}), "it has other things than tensors"),
+    (entries(state_dict_names={"a": "nowhere"}), "its names do not fit its tensors"),
+    (entries(state_dict_names={"a": ["a"]}), "its names do not fit its tensors"),
+    (entries(sigma_rels=[0.05, 5.0]), "its widths are outside of"),
+    (entries(sigma_rels=[0.05, "0.1"]), "its widths are outside of"),
+    (
+        entries(averaged=[{"a": torch.zeros(1).expand(10**13)}] * 2, state_dict_names={"a": "a"}),
+        "got 4 bytes that are repeated",
+    ),
+    (entries(copied={"count": torch.zeros(1).expand(10**13)}), "got 4 bytes that are repeated"),
+    (
+        entries(averaged=[{"a": torch.zeros(3, device="meta")}] * 2, state_dict_names={"a": "a"}),
+        "it has tensors without memory of their own",
+    ),
+    (
+        entries(averaged=[{"a": torch.eye(3).to_sparse()}] * 2, state_dict_names={"a": "a"}),
+        "it has tensors without memory of their own",
+    ),
+    (entries(run_id="other"), "should be of the run of 'snapshot_65.pt', but it is of another one"),
+    (entries(run_id=""), "but it is of no run"),
+    (entries(run_id=3), "its entries are others"),
+    (entries(frozen_shapes={"a": 3}), "the shapes of its frozen parameters are malformed"),
+    (entries(frozen_shapes={"a": [3, -1]}), "the shapes of its frozen parameters are malformed"),
+    (entries(frozen_shapes={"f": [3]}), "should have the frozen_shapes of 'snapshot_65.pt'"),
+    (entries(time_unit="samples"), "should have the time_unit of 'snapshot_65.pt', but has others"),
+    (entries(sigma_rels=[0.05, 0.2]), "should have the sigma_rels of 'snapshot_65.pt'"),
+    (entries(state_dict_names={"a": "a", "b": "b"}), "should have the state_dict_names of 'snapshot_65.pt'"),
+    (
+        entries(averaged=[{"a": torch.zeros(3, 2), "b": torch.zeros(())}] * 2),
+        "should have tensors of the names and shapes of 'snapshot_65.pt'",
+    ),
+]
+
+
+@entrance
+@pytest.mark.parametrize(("spoil", "message"), BAD_FILES, ids=[f"{k}" for k in range(len(BAD_FILES))])
+def test_a_bad_file_is_refused_in_one_sentence(spoil, message, enter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for time in (1, 63, 64):
+        snapshot_files.write(make_snapshot(time), tmp_path)
+    spoil(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        enter(tmp_path)
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path.parent / "out.pt").exists()
+
+
+@entrance
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_a_folder_without_snapshots_is_refused(name, enter, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "checkpoint_3.pt").touch()
+    (tmp_path / "empty" / "snapshot_5.pt.superseded").touch()
+    with pytest.raises((ValueError, FileNotFoundError), match="no file such as 'snapshot_1000.pt' in it; check the pa"):
+        enter(tmp_path / name)
+
+
+def test_other_files_in_the_folder_are_left_alone(folder):
+    for name in ("snapshot_3.pt.superseded", ".abc.pt", "snapshot_.pt", "snapshot_3.safetensors", "Snapshot_3.pt"):
+        (folder / name).write_text("mine")
+    assert len(stored(folder)) == 64
+
+
+def test_snapshots_are_in_the_order_of_their_times(tmp_path):
+    for time in (100, 9, 20):
+        snapshot_files.write(make_snapshot(time), tmp_path)
+    assert [one.time for one in stored(tmp_path)] == [9, 20, 100]
+    assert [one.time for one in stored(tmp_path, 20)] == [9, 20]
+    assert stored(str(tmp_path))[0].sigma_rels == [0.05, 0.1]
+
+
+# Writing
+
+
+def test_the_same_snapshot_has_the_same_bytes(tmp_path):
+    contents = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        contents.append(snapshot_files.write(make_snapshot(3), tmp_path / name).read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_a_snapshot_that_is_there_is_not_overwritten(tmp_path):
+    path = snapshot_files.write(make_snapshot(3), tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="snapshot_3.pt' is there already, and this run has not written it"):
+        snapshot_files.write(make_snapshot(3, 7.0), tmp_path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("disk full"), OSError(28, "No space left"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_nothing(error, tmp_path, monkeypatch):
+    def fail(content, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises((OSError, KeyboardInterrupt), match="disk full|No space left|^$"):
+        snapshot_files.write(make_snapshot(3), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mean", [0.0, 5.0])
+def test_infinities_stay_what_they_are(mean, tmp_path):
+    model = nn.Linear(2, 1)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf, torch.inf]))
+    model.frozen = nn.Parameter(torch.tensor([0.1, -torch.inf]), requires_grad=False)
+    ema = PostHocEMA(model, dirname=tmp_path)
+    trainer = Engine(lambda engine, batch: model.weight.data.normal_(mean))
+    ema.attach(trainer, snapshot_event=Events.ITERATION_COMPLETED(every=4))
+    trainer.run(range(80))
+    got = reconstruct(tmp_path, 0.15)
+    assert torch.equal(got["mask"], model.mask)
+    assert torch.equal(got["frozen"], model.frozen)  # bit for bit, too
+    assert got["weight"].isfinite().all()
+
+
+def test_a_weight_that_becomes_infinite_is_that_of_the_last_snapshot(tmp_path):
+    for time in range(1, 65):
+        value = -torch.inf if time > 32 else float(time)
+        snapshot_files.write(
+            make_snapshot(
+                time, averaged=[{"a": torch.tensor([value, time])}] * 2, copied={}, state_dict_names={"a": "a"}
+            ),
+            tmp_path,
+        )
+    got = reconstruct(tmp_path, 0.15)["a"]
+    assert got[0] == -torch.inf
+    assert got[1].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sigma_rels", "length"),
+    [(torch.bfloat16, (0.05, 0.1, 0.2), 0.02), (torch.float16, (0.05, 0.1, 0.2), 0.02)],
+)
+def test_rounding_that_a_sum_amplifies_is_told(dtype, sigma_rels, length, tmp_path):
+    model = nn.Linear(8, 8)
+    ema = PostHocEMA(model, sigma_rels, dirname=tmp_path, snapshot_dtype=dtype)
+    trainer = Engine(lambda engine, batch: None)
+    ema.attach(trainer, snapshot_event=Events.ITERATION_COMPLETED(every=4))
+    trainer.run(range(256))
+    reconstruct(tmp_path, 0.15)
+    message = r"amplifies the rounding of the snapshots to \d+\.\d% of a weight; choose a longer average, or store"
+    if dtype == torch.float16:
+        with pytest.warns(UserWarning, match=message):
+            reconstruct(tmp_path, length)
+    else:
+        with pytest.raises(ValueError, match=message):
+            reconstruct(tmp_path, length)
+
+
+def test_channels_last_weights_are_read_part_by_part(tmp_path):
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    ema = PostHocEMA(model, dirname=tmp_path)
+    trainer = Engine(lambda engine, batch: None)
+    ema.attach(trainer)
+    trainer.run(range(3))
+    assert stored(tmp_path)[0].averaged[0]["weight"].is_contiguous()
+    assert torch.equal(reconstruct(tmp_path, 0.1)["weight"], model.weight)
