@@ -73,7 +73,10 @@ class Reader(FileSystemReader):
 
     def _check_chunk(self, index: MetadataIndex, stream: io.BytesIO) -> None:
         try:
-            if torch.serialization.get_crc32_options() and zipfile.ZipFile(stream).testzip() is not None:
+            archive = zipfile.ZipFile(stream)
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("it was compressed")
+            if torch.serialization.get_crc32_options() and archive.testzip() is not None:
                 raise ValueError("a checksum is wrong")
             stream.seek(0)
             value = torch.load(stream, map_location="cpu", weights_only=True)
@@ -88,6 +91,13 @@ class Reader(FileSystemReader):
 
 class Planner(DefaultLoadPlanner):
     """Loads values that are no tensors without running anything."""
+
+    def create_local_plan(self) -> LoadPlan:
+        entries = self.metadata.state_dict_metadata if self.metadata is not None else {}
+        for name, value in self.state_dict.items():  # a number may have become a tensor, as a learning rate does
+            if isinstance(value, Tensor) and value.ndim and isinstance(entries.get(name), BytesStorageMetadata):
+                raise ValueError(f"'{name}' should be a tensor in the checkpoint as it is here, and is another value")
+        return super().create_local_plan()
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         plain = torch.load(value, weights_only=True)

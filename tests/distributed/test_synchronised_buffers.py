@@ -1,0 +1,82 @@
+"""Buffers of one rank for all: expanded ones too, and what does not fit is told before anything changes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ignite_ema import EMAHandler
+from ignite_ema.distributed import gathered_state_dict, sync_buffers
+from tests.helpers.worlds import run_world
+
+
+def holder(*buffers):
+    module = nn.Module()
+    for index, buffer in enumerate(buffers):
+        module.register_buffer(f"buffer{index}", buffer)
+    return module
+
+
+def synchronises_expanded_buffers(folder):
+    rank = float(dist.get_rank())
+    column, scalar = torch.tensor([[rank], [rank + 10]]), torch.tensor(rank)
+    module = holder(column.expand(2, 3), scalar.expand(4), torch.full((2,), rank))
+    sync_buffers(module, source=1)
+    assert module.buffer0.tolist() == [[1.0] * 3, [11.0] * 3]
+    assert module.buffer1.tolist() == [1.0] * 4
+    assert module.buffer2.tolist() == [1.0] * 2
+    assert module.buffer0.stride() == (1, 0)
+    assert column.tolist() == [[1.0], [11.0]]
+
+
+def test_expanded_buffers_are_synchronised_and_stay_expanded(tmp_path):
+    run_world(tmp_path, 2, synchronises_expanded_buffers)
+
+
+def is_refused(folder, what):
+    other = dist.get_rank() == 1
+    first = torch.full((2,), float(dist.get_rank()))
+    second, source = torch.zeros(3), 0
+    if what == "shape" and other:
+        second = torch.zeros(4)
+    elif what == "name" and other:
+        second = None
+    elif what == "source":
+        source = 1 if other else 0
+    elif what == "no rank":
+        source = 2
+    elif what == "overlap" and other:
+        second = torch.zeros(4).as_strided((2, 2), (1, 1))
+    if what == "overlap" and not other:
+        second = torch.zeros(2, 2)
+    module = holder(first) if second is None else holder(first, second)
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 (the message is compared outside)
+        sync_buffers(module, source)
+    assert module.buffer0.tolist() == [float(dist.get_rank())] * 2
+    return str(raised.value)
+
+
+REFUSALS = {
+    "shape": "got 'buffer1' (torch.float32, (3,)) on rank 0 and (torch.float32, (4,)) on rank 1; ",
+    "name": "got 'buffer1' on rank 0 and not on rank 1; ",
+    "source": "got source 0 on rank 0 and 1 on rank 1; ",
+    "no rank": "source should be a rank from 0 to 1, got 2.",
+    "overlap": "'buffer1' should have an element for each place in memory, got strides (1, 1) for shape (2, 2); ",
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_buffers_that_do_not_fit_are_refused_on_all_ranks(tmp_path, what):
+    first, second = run_world(tmp_path, 2, is_refused, what)
+    assert first == second
+    assert REFUSALS[what] in first
+
+
+def gathers_others(folder):
+    handler = EMAHandler(nn.Linear(2 + dist.get_rank(), 1))
+    with pytest.raises(ValueError, match=r"same tensors on all ranks, got 'weight' \(1, 2\) on rank 0 and \(1, 3\) on"):
+        gathered_state_dict(handler)
+
+
+def test_averages_that_differ_are_not_gathered(tmp_path):
+    run_world(tmp_path, 2, gathers_others)
