@@ -16,7 +16,16 @@ from .naming import listed, quoted
 from .safe_load import open_file
 from .unpickling import ForeignObject, kind_of
 
-__all__ = ["Averaged", "SeveralAverages", "averaged_state_dict", "choices", "read", "read_held", "read_mapped"]
+__all__ = [
+    "Averaged",
+    "SeveralAverages",
+    "averaged_state_dict",
+    "choices",
+    "read",
+    "read_held",
+    "read_mapped",
+    "read_part",
+]
 
 Source: TypeAlias = str | os.PathLike[str] | State
 Base: TypeAlias = nn.Module | Source | None
@@ -134,9 +143,24 @@ def averaged_state_dict(
 
 def read_mapped(source: Source, key: str | None, names: Names, base: Base, strip_prefix: str | None) -> Averaged:
     """What `read` gives, with tensors that are still mapped to the file."""
+    averaged, lacks = read_part(source, key, names, base, strip_prefix)
+    if lacks:
+        raise ValueError(
+            f"The average in {_named_source(source)} should have all tensors of its model, but it shared {len(lacks)} "
+            f"frozen ones with it, {listed(lacks)}; pass the model, or its file, as base (--base FILE)."
+        )
+    return averaged
+
+
+def read_part(
+    source: Source, key: str | None, names: Names, base: Base, strip_prefix: str | None
+) -> tuple[Averaged, list[str]]:
+    """As `read_mapped`, and the frozen tensors that neither the source nor the base has."""
     averaged, frozen = read_held(source, key, names)
     where = _named_source(source)
-    return _based(_stripped(averaged, strip_prefix, where), frozen, base, where)
+    averaged = _stripped(averaged, strip_prefix, where)
+    lacks = [name for name in frozen if name not in averaged.tensors]
+    return (averaged, lacks) if base is None else (_based(averaged, lacks, base, where), [])
 
 
 def read_held(source: Source, key: str | None, names: Names, role: str = "source") -> tuple[Averaged, Sequence[str]]:
@@ -225,19 +249,11 @@ def _averaged(found: Found, names: Names, where: str, detection: Detection) -> A
     return Averaged(found.system, tensors, cleaned({name: raw[name] for name in tensors}, where), found.num_updates)
 
 
-def _based(averaged: Averaged, frozen: Sequence[str], base: Base, where: str) -> Averaged:
-    """The average with what it lacks, if anything, taken from the base."""
-    missing = [name for name in frozen if name not in averaged.tensors]
-    if base is None:
-        if missing:
-            raise ValueError(
-                f"The average in {where} should have all tensors of its model, but it shared {len(missing)} frozen "
-                f"ones with it, {listed(missing)}; pass the model, or its file, as base (--base FILE)."
-            )
-        return averaged
+def _based(averaged: Averaged, lacks: Sequence[str], base: nn.Module | Source, where: str) -> Averaged:
+    """The average with what it lacks taken from the base."""
     held, _ = read_held(base.state_dict() if isinstance(base, nn.Module) else base, None, None, "base")
-    state = held.online or held.tensors
-    return replace(averaged, tensors=completed(averaged.tensors, state, missing, where), online=None)
+    tensors = completed(averaged.tensors, held.online or held.tensors, lacks, where)
+    return replace(averaged, tensors=tensors, online=None)
 
 
 def _stripped(averaged: Averaged, prefix: str | None, where: str) -> Averaged:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 __all__ = ["Builders", "ForeignObject", "Name", "Unpickler", "kind_of", "plain_builders"]
 
-_MOST_STEPS = 20_000_000  # ten seconds; a checkpoint of 10,000 tensors takes 500,000
+_MOST_STEPS = 10_000_000  # some ten seconds; a checkpoint of 10,000 tensors takes 500,000
 _LARGEST_INTEGER = 2**1024
 _LONGEST_KEY = 16  # items of a tuple: hashing one takes as long each time
 

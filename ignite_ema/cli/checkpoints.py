@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..checkpoints.formats import Found
 from ..checkpoints.memory import is_dense, mebibytes
-from ..checkpoints.naming import quoted
-from ..checkpoints.reading import Averaged, SeveralAverages, choices, read_mapped
+from ..checkpoints.naming import listed, quoted
+from ..checkpoints.reading import Averaged, SeveralAverages, choices, read_mapped, read_part
 from ..checkpoints.safe_load import load_file
 from ..checkpoints.saving import check_target, save_file
 
@@ -23,11 +23,6 @@ __all__ = ["export", "inspect"]
 
 _WIDTH = 40  # of the longest bar
 _WRAPPER = "module."
-
-
-def _read(arguments: argparse.Namespace, key: str | None) -> Averaged:
-    names = _names(arguments.names)
-    return read_mapped(arguments.file, key, names, arguments.base, arguments.strip_prefix)
 
 
 def _names(path: Path | None) -> Mapping[str, Tensor] | None:
@@ -45,17 +40,20 @@ def _names(path: Path | None) -> Mapping[str, Tensor] | None:
 def inspect(arguments: argparse.Namespace) -> None:
     """Prints what a checkpoint holds: of several averages which, of one its tensors and its distance to the model."""
     try:
-        found = _read(arguments, arguments.key)
+        source = arguments.file, arguments.key, _names(arguments.names)
+        found, lacks = read_part(*source, arguments.base, arguments.strip_prefix)
     except SeveralAverages:
         several = [one for one in choices(arguments.file) if arguments.key is None or one.answers_to(arguments.key)]
-        print(_json_of_several(arguments.file, several) if arguments.json else _listed(arguments.file, several))
+        print(
+            _json_of_several(arguments.file, several) if arguments.json else _list_of_several(arguments.file, several)
+        )
         return
-    facts = _facts(arguments.file, found)
+    facts = _facts(arguments.file, found, lacks)
     layers = None if found.online is None else _distances(found.tensors, found.online)
     print(_json_of_one(facts, layers) if arguments.json else "\n".join(_lines(facts, layers)))
 
 
-def _listed(file: Path, several: list[Found]) -> str:
+def _list_of_several(file: Path, several: list[Found]) -> str:
     lines = [f"file      {quoted(file)}"]
     for one in several:
         note = f"; {one.note}" if one.note else ""
@@ -72,7 +70,7 @@ def _json_of_several(file: Path, several: list[Found]) -> str:
     return json.dumps({"file": str(file), "averages": averages}, indent=2)
 
 
-def _facts(file: Path, found: Averaged) -> dict[str, Any]:
+def _facts(file: Path, found: Averaged, lacks: list[str]) -> dict[str, Any]:
     types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values())
     return {
         "file": str(file),
@@ -82,6 +80,7 @@ def _facts(file: Path, found: Averaged) -> dict[str, Any]:
         "bytes": sum(tensor.nbytes for tensor in found.tensors.values() if is_dense(tensor)),
         "num_updates": found.num_updates,
         "sparse": sum(not is_dense(tensor) for tensor in found.tensors.values()),
+        "lacks": lacks,
     }
 
 
@@ -114,6 +113,8 @@ def _lines(facts: Mapping[str, Any], layers: Mapping[str | None, float] | None) 
     yield f"updates   {'not stated' if facts['num_updates'] is None else facts['num_updates']}"
     if facts["sparse"]:
         yield f"sparse    {facts['sparse']} of the tensors, in neither the size nor the distance"
+    if facts["lacks"]:
+        yield f"lacks     {listed(facts['lacks'])}: frozen, and shared with the model; --base has them"
     if layers is None:
         yield "distance  not known: the file has no averaged and raw weights side by side"
         return
@@ -159,7 +160,8 @@ def export(arguments: argparse.Namespace) -> None:
         if out.exists() and arguments.file.exists() and out.samefile(arguments.file):
             raise ValueError(f"OUT should be another file than FILE, got {quoted(out)} for both; name a new one.")
         check_target(out, force=arguments.force)
-    averages = [_read(arguments, key) for key in keys]
+    names, base, prefix = _names(arguments.names), arguments.base, arguments.strip_prefix
+    averages = [read_mapped(arguments.file, key, names, base, prefix) for key in keys]
     for found, out in zip(averages, outs, strict=True):
         save_file(found.tensors, out, force=arguments.force)
         origin = "plain weights: the file has no average" if found.system == "plain" else f"averaged by {found.system}"

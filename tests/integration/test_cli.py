@@ -328,7 +328,7 @@ def test_ctrl_c(file, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_checkpoints, "read_mapped", stop)
+    monkeypatch.setattr(cli_checkpoints, "read_part", stop)
     assert main(["inspect", str(file)]) == 130
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ignite_ema import __version__
+from ignite_ema import EMAHandler, __version__
 from ignite_ema.checkpoints import load_file
 from ignite_ema.cli import main
 from tests.helpers.peer_files import equal, prefixed
@@ -58,6 +58,7 @@ def test_inspect_as_json(file, capsys):
         "bytes": 24,
         "num_updates": None,
         "sparse": 0,
+        "lacks": [],
         "distance": 1.0,
         "layers": {"a": 1.0, "b.c": 1.0},
     }
@@ -122,6 +123,24 @@ def test_letters_that_the_terminal_cannot_show(tmp_path):
     assert rb"'gr\xf6\xdfe'" in shown.stdout
 
 
+def test_inspect_of_an_average_that_lacks_frozen_tensors(file, capsys):
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    model[0].requires_grad_(False)
+    file(EMAHandler(model, share_frozen=True).state_dict())
+    assert main(["inspect", "file.pt"]) == 0
+    assert (
+        "lacks     '0.weight', '0.bias': frozen, and shared with the model; --base has them\n"
+        in capsys.readouterr().out
+    )
+    assert main(["inspect", "file.pt", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lacks"] == ["0.weight", "0.bias"]
+    torch.save(model.state_dict(), "base.pt")
+    assert main(["inspect", "file.pt", "--base", "base.pt"]) == 0
+    printed = capsys.readouterr().out
+    assert "lacks" not in printed
+    assert "tensors   4 (4 float32)\n" in printed
+
+
 # --- export ---
 
 
@@ -169,9 +188,9 @@ def test_a_prefix_is_suggested_and_taken_off(file, capsys):
 # --- the command ---
 
 
-def run(*arguments, env=None, **kwargs):
+def run(*arguments, env, **kwargs):
     command = [sys.executable, "-m", "ignite_ema", *arguments]
-    return subprocess.run(command, capture_output=True, env=os.environ | (env or {}), **kwargs)
+    return subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)} | env, **kwargs)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "--help"], ["reconstruct", "--help"]])
