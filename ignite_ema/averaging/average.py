@@ -1,7 +1,7 @@
 """A model and its averaged twin, without an engine: for Ignite see :mod:`ignite_ema.handlers.ema`."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -250,11 +250,12 @@ class ModelAverage:
         if self.handle_buffers == "ema_train" and not self.module.training:
             self.module.train()  # an evaluator has put it into eval mode
         gradients = torch.is_grad_enabled()
+        swap.begin_move()
         torch._C._set_grad_enabled(False)  # what torch.no_grad() does, at a fifth of its cost
         try:
             tensors = self._pairing.read()
             if swap.any_swapped():
-                swap.refuse_while_swapped(self._pairing.structure.pairs, "updated")
+                swap.refuse_while_swapped(self._pairing.structure, "updated")
             if self._skip_nonfinite and (path := self._pairing.spoiler(tensors)) is not None:
                 self._skip(path)
                 return False
@@ -270,6 +271,7 @@ class ModelAverage:
             raise _changed(mismatch) from None
         finally:
             torch._C._set_grad_enabled(gradients)
+            swap.end_move()
         self._num_updates += 1
         self._initial_share *= 1.0 - momentum
         return True
@@ -289,16 +291,17 @@ class ModelAverage:
         Args:
             buffers_only: copy the buffers alone, and leave weights and counts as they are.
         """
-        pairs = [pair.tensors() for pair in self._current("reset").pairs if not buffers_only or pair.kind == "_buffers"]
-        if pairs:
-            online, averaged = zip(*pairs, strict=True)
-            kernels.copy(averaged, online)
+        with swap.moving():
+            pairs = self._current("reset").pairs
+            tensors = [pair.tensors() for pair in pairs if not buffers_only or pair.kind == "_buffers"]
+            if tensors:
+                online, averaged = zip(*tensors, strict=True)
+                kernels.copy(averaged, online)
         if not buffers_only:
             self.num_updates = self.num_skipped = 0
             self._initial_share = 1.0
 
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped(self) -> swap.Swapped:
         """Inside the block the model holds the averaged weights and buffers, in place; after it, its own again.
 
         On every way out the model has the bits that it had before. The twin stays what it is, so that a checkpoint of
@@ -317,13 +320,11 @@ class ModelAverage:
             >>> model.weight.item()
             7.0
         """
-        structure = self._current("swapped")
-        with swap.swapped(structure):
-            yield
+        return swap.Swapped(partial(self._current, "swapped"))
 
     def is_swapped(self) -> bool:
         """Whether the model holds averaged weights now, those of this average or of another of the same model."""
-        return swap.is_swapped(self._pairing.structure.pairs)
+        return swap.is_swapped(self._pairing.structure)
 
     def is_as_made(self) -> bool:
         """Whether the twin holds the weights that it was made with: nothing has moved or filled it since."""
@@ -396,13 +397,15 @@ class ModelAverage:
                 loss; nothing has been loaded then.
             RuntimeError: inside :meth:`swapped`.
         """
-        swap.refuse_while_swapped(self._pairing.structure.pairs, "loaded")
-        own = self.averaged_tensors()
-        check_loadable(own, tensors)
-        self._has_moved = True
-        if own:
-            kernels.copy([local(tensor) for tensor in own.values()], [like(tensors[path], own[path]) for path in own])
-            self.look_again()
+        with swap.moving():
+            swap.refuse_while_swapped(self._pairing.structure, "loaded")
+            own = self.averaged_tensors()
+            check_loadable(own, tensors)
+            self._has_moved = True
+            if own:
+                values = [like(tensors[path], own[path]) for path in own]
+                kernels.copy([local(tensor) for tensor in own.values()], values)
+                self.look_again()
 
     def load_plain(self, plain: Mapping[str, Tensor]) -> None:
         """Fills the twin with a plain ``state_dict`` of its model, or the parameters of one; it starts from no weights
@@ -439,7 +442,7 @@ class ModelAverage:
                 pair.tensors()
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
-        swap.refuse_while_swapped(structure.pairs, what)
+        swap.refuse_while_swapped(structure, what)
         return structure
 
     def _followed(self) -> Structure:

@@ -1,24 +1,64 @@
-"""The online model holds its averaged weights for a while, and then its own again, bit for bit."""
+"""The online model holds its averaged weights for a while, and then its own again, bit for bit.
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Lock
-from typing import Any, NamedTuple
+What may come at any time must not lose them: Ctrl-C, a handler of another signal that raises, an exception that another
+thread or a debugger injects. Three things see to it:
+
+- A signal that arrives while a swap begins or ends waits until that is done (:mod:`ignite_ema.averaging.signals`).
+- Each step of giving the weights back can be done again, and is until it is done.
+- What a ``with`` statement calls at its end is watched. It goes when the statement is over. Where it has not run by
+  then, the weights are given back at that moment, before the code of any ``except`` clause.
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager, suppress
+from functools import partial
+from types import MethodType, TracebackType
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .module_trees import Pair, Structure, overlaps_itself
+from .held import HeldModule, HeldTensor, modules_of
+from .module_trees import Structure, overlaps_itself
 from .sharding import reshard
+from .signals import Patient, deliver, delivers, hold_back, release, uninterrupted
+from .user_warnings import warn_user
 
-__all__ = ["any_swapped", "is_swapped", "refuse_while_swapped", "swapped"]
+__all__ = ["Swapped", "any_swapped", "begin_move", "end_move", "is_swapped", "moving", "refuse_while_swapped"]
 
-# Marks of what is swapped now, of all averages: the models of two may have parts in common.
-_swapped: set[int] = set()
-_lock = Lock()
-_ATTEMPTS = 100  # to give the weights back
+_swapped: "set[_Held]" = set()  # what is swapped now, of all averages: models may have parts in common
+_moving: list[int] = []  # the threads that move an average now
+
+
+def begin_move() -> None:
+    """Says that this thread moves an average: no swap begins in another one until :func:`end_move`.
+
+    Who moves one looks for swaps after saying so, and who swaps waits for movers after saying so.
+    """
+    _moving.append(threading.get_ident())
+
+
+def end_move() -> None:
+    """Ends what :func:`begin_move` has begun."""
+    _moving.remove(threading.get_ident())
+
+
+@contextmanager
+def moving() -> Iterator[None]:
+    """:func:`begin_move` and :func:`end_move` around a block."""
+    begin_move()
+    try:
+        yield
+    finally:
+        end_move()
+
+
+def _wait_for_others() -> None:
+    while any(thread != threading.get_ident() for thread in _moving):
+        time.sleep(1e-4)
 
 
 def any_swapped() -> bool:
@@ -26,119 +66,113 @@ def any_swapped() -> bool:
     return bool(_swapped)
 
 
-def is_swapped(pairs: list[Pair]) -> bool:
-    """Whether a tensor of the model of ``pairs`` holds averaged weights now, of this average or of another."""
-    return bool(_swapped) and not _swapped.isdisjoint(_marks(pairs))
+def is_swapped(structure: Structure, *, but_by: "_Held | None" = None) -> bool:
+    """Whether a part of the model holds averaged weights now, those of this average or of another."""
+    others = [held for held in list(_swapped) if held is not but_by]
+    if not others:
+        return False
+    parts = _parts(structure)
+    return any(not held.parts.isdisjoint(parts) for held in others)
 
 
-def refuse_while_swapped(pairs: list[Pair], what: str) -> None:
+def refuse_while_swapped(structure: Structure, what: str, *, but_by: "_Held | None" = None) -> None:
     """Raises RuntimeError where :func:`is_swapped`."""
-    if is_swapped(pairs):
+    if is_swapped(structure, but_by=but_by):
         raise RuntimeError(
             f"An average should be {what} while the model holds its own weights, but it holds averaged ones now; leave "
             "the block of swapped() first, or the run of the evaluator that swap_during() swaps for."
         )
 
 
-@contextmanager
-def swapped(structure: Structure) -> Iterator[None]:
-    """Inside the block each tensor of the model holds the values of its counterpart in the twin.
+def _parts(structure: Structure) -> set[int]:
+    """The identities of the modules and tensors of the model; good for as long as something holds these."""
+    owners = [pair.online for pair in structure.pairs]
+    tensors = [getattr(pair.online, pair.kind)[pair.key] for pair in structure.pairs]
+    return set(map(id, [structure.roots[0], *owners, *tensors]))
 
-    The values change and the tensors stay, so that whatever holds on to them (an optimizer, a compiled module) sees the
-    right ones before, inside and after. On every way out the model has the tensors and the bits that it had, whatever
-    was done to them inside. While it lasts it costs one copy of what is swapped.
 
-    Raises:
-        RuntimeError: where a tensor of the model is swapped already.
+class _Held:
+    """What a swapped model has of its own, to be given back: modules, tensors and values.
+
+    Args:
+        structure: the model and its twin.
+        patient: the handlers of signals that are wrapped for as long.
+
+    Attributes:
+        parts: the identities of what is swapped.
+        is_filled: whether values of the twin may be in the model.
+        abandoned: calls back where the block is never left, but forgotten.
     """
-    pairs = structure.pairs
-    marks = _marks(pairs)
-    held: list[_Held] = []
-    saved: list[tuple[Tensor, Tensor]] = []
-    with _lock:
-        refuse_while_swapped(pairs, "swapped")
-        _swapped.update(marks)
-    try:
-        tensors = [pair.tensors() for pair in pairs]
-        held += [_Held.of(pair) for pair in structure.names]
-        expanded = [(online, averaged) for online, averaged in tensors if overlaps_itself(online)]
-        written = [(online, averaged) for online, averaged in tensors if not overlaps_itself(online)]
-        saved += [(online, online.detach().clone()) for online, _ in written]
-        for online, averaged in expanded:  # which cannot be written to
-            online.data = averaged.detach().to(online.device, online.dtype, copy=True)
+
+    def __init__(self, structure: Structure, patient: list[tuple[int, Patient]]) -> None:
+        self._structure = structure
+        self.patient = patient
+        self.abandoned: object = None
+        self.modules = [HeldModule.of(module) for module in modules_of(structure.roots[0])]
+        self._pairs = [pair.tensors() for pair in structure.pairs]
+        self.tensors = [HeldTensor.of(p, part) for p, (part, _) in zip(structure.pairs, self._pairs, strict=True)]
+        self.shared = [HeldTensor.of(pair, pair.tensors()[0]) for pair in structure.shared]
+        self.parts = _parts(structure).union(id(one.module) for one in self.modules)
+        self.is_filled = False
+        self._values: list[tuple[Tensor, Tensor]] = []
+        self._versions: list[tuple[HeldTensor, int]] = []
+
+    def fill_from_twin(self) -> None:
+        """Saves the values and replaces them by those of the twin."""
+        self.is_filled = True
+        written = [(online, averaged) for online, averaged in self._pairs if not overlaps_itself(online)]
+        self._values = [(online, online.detach().clone()) for online, _ in written]
+        for online, averaged in self._pairs:
+            if overlaps_itself(online):  # it cannot be written to
+                online.data = averaged.detach().to(online.device, online.dtype, copy=True)
         _fill(written)
-        trained = [(one, one.version()) for one in held if isinstance(one.tensor, nn.Parameter)]
-        yield
-        if changed := [one.pair.path for one, version in trained if one.version() != version]:
-            warnings.warn(
-                f"'{changed[0]}' was changed while the model held its averaged weights, and the change is dropped; "
-                "train and load weights outside of swapped() and of the runs of swap_during().",
-                stacklevel=4,
-            )
-    finally:
-        interruption: BaseException | None = None
-        for _ in range(_ATTEMPTS):
+        watched = [one for one in (*self.tensors, *self.shared) if isinstance(one.tensor, nn.Parameter)]
+        self._versions = [(one, one.version()) for one in watched]
+
+    def changed(self) -> tuple[list[HeldTensor], list[HeldTensor]]:
+        """The parameters that were written into since: those of which that is dropped, and those where it stays."""
+        changed = [one for one, version in self._versions if one.version() != version]
+        shared = set(map(id, self.shared))
+        return [one for one in changed if id(one) not in shared], [one for one in changed if id(one) in shared]
+
+    def give_back(self) -> None:
+        """All at once, which is quickest; can be done again after it was cut short anywhere."""
+        for step in self._steps():
+            step()
+        _fill(self._values)
+
+    def give_back_piecewise(self) -> None:
+        """Step by step, those that fail again, for as long as that gets further.
+
+        Raises:
+            RuntimeError: where nothing that is left can be done.
+        """
+        left: list[Callable[[], None]] = [*self._steps(), *(partial(_fill, [pair]) for pair in self._values)]
+        while left:
+            failed = [(step, error) for step in left if (error := _error_in(step)) is not None]
+            if len(failed) == len(left):
+                error = failed[0][1]
+                raise RuntimeError(
+                    f"The model should get its own weights back after swapped(), but a part of them could not be "
+                    f"written ({type(error).__name__}: {error}); load the model from a checkpoint."
+                ) from error
+            left = [step for step, _ in failed]
+
+    def _steps(self) -> list[Callable[[], None]]:
+        resharded = partial(reshard, self._structure.roots[0])  # or weights that were gathered in the block would stay
+        tensors = [one.put_back for one in (*self.tensors, *self.shared)]
+        return [resharded, *(one.put_back for one in self.modules), *tensors]
+
+
+def _error_in(step: Callable[[], None]) -> Exception | None:
+    """Does ``step``, again where something that is no Exception cuts it short: Ctrl-C, which is on its way already."""
+    while True:
+        with suppress(KeyboardInterrupt, SystemExit, GeneratorExit):
             try:
-                reshard(structure.roots[0])  # or it would go on with weights that were gathered in the block
-                for one in held:
-                    one.put_back()
-                _fill(saved)
-                _swapped.difference_update(marks)
-                break
-            except BaseException as error:  # Ctrl-C, a signal: once more from the start, so that no half of it stays
-                interruption = error
-        _swapped.difference_update(marks)
-        if interruption is not None:
-            raise interruption
-
-
-def _marks(pairs: list[Pair]) -> set[int]:
-    slots = [pair.slots()[0] for pair in pairs]
-    return {mark for owner, key in slots for mark in (id(owner), id(owner[key]))}
-
-
-class _Held(NamedTuple):
-    """A name of the model and what it stands for: the tensor, the part that this rank has of it, and its memory."""
-
-    pair: Pair
-    tensor: Tensor
-    part: Tensor
-    memory: Tensor
-    requires_grad: bool
-    size: int
-
-    @classmethod
-    def of(cls, pair: Pair) -> "_Held":
-        owner, key = pair.slots()[0]
-        part = pair.tensors()[0]
-        return cls(pair, owner[key], part, part.detach(), owner[key].requires_grad, _size(part))
-
-    def version(self) -> int:
-        """Counts what was written into the tensor in place."""
-        return 0 if self.part.is_inference() else self.part._version
-
-    def put_back(self) -> None:
-        """Undoes what was done to the name and the tensor, but for its values."""
-        owner, key = self.pair.slots()[0]
-        if key not in owner:
-            owner[key] = self.tensor
-        elif owner[key] is not self.tensor:
-            setattr(self.pair.online, key, self.tensor)  # by way of the module, since an LSTM keeps a list of its own
-        if self.memory.layout is torch.strided:
-            if _size(self.memory) < self.size:  # freed to save memory
-                self.memory.untyped_storage().resize_(self.size)
-            if _where(self.part) != _where(self.memory):
-                self.part.data = self.memory
-        if self.tensor.requires_grad != self.requires_grad and self.tensor.is_leaf:
-            self.tensor.requires_grad_(self.requires_grad)
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else 0
-
-
-def _where(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+                step()
+            except Exception as error:
+                return error
+            return None
 
 
 def _fill(pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -148,3 +182,128 @@ def _fill(pairs: list[tuple[Tensor, Tensor]]) -> None:
         with torch.inference_mode(any(tensor.is_inference() for tensor in online)), torch.no_grad():
             kernels.copy(online, values)
     torch.clear_autocast_cache()  # it holds what autocast has made of the weights before
+
+
+class _WatchedExit:
+    """``__exit__``, which gives the weights back when it goes, if it has not run by then."""
+
+    def __get__(self, swap: "Swapped | None", owner: type | None = None) -> Callable[..., None]:
+        if swap is None:
+            return _leave
+        leave = MethodType(_leave, swap)
+        if not swap.is_active:  # as a with statement does, which asks for it first and enters then
+            swap._watch = weakref.ref(leave, partial(_end_unless_left, weakref.ref(swap)))
+        return leave
+
+
+class Swapped(ContextDecorator):
+    """Inside the block each tensor of the model holds the values of its counterpart in the twin.
+
+    The values change and the tensors stay, so that whatever holds on to them (an optimizer, a compiled module) sees the
+    right ones before, inside and after. On every way out the model has the modules, the tensors and the bits that it
+    had, whatever was done to them inside. While it lasts it costs one copy of what is swapped.
+
+    Args:
+        current: gives the model and its twin as they are, or raises RuntimeError where a part of the model is swapped.
+    """
+
+    __exit__ = _WatchedExit()
+
+    def __init__(self, current: Callable[[], Structure]) -> None:
+        self._current = current
+        self._held: _Held | None = None
+        self._watch: object = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the model holds the averaged weights."""
+        return self._held in _swapped
+
+    def __enter__(self) -> None:
+        if self.is_active:
+            self._current()  # which raises
+        patient: list[tuple[int, Patient]] = []
+        try:
+            _enter(self, patient)
+        except BaseException:
+            _end(self._held)
+            release(patient)
+            raise
+
+
+@delivers
+def _enter(swap: Swapped, patient: list[tuple[int, Patient]]) -> None:
+    swap._held = None
+    hold_back(patient)
+    structure = swap._current()
+    held = swap._held = _Held(structure, patient)
+    held.abandoned = weakref.ref(swap, partial(_end_abandoned, held))
+    _swapped.add(held)
+    refuse_while_swapped(structure, "swapped", but_by=held)  # in another thread, since
+    _wait_for_others()
+    held.fill_from_twin()
+    deliver()
+
+
+@delivers
+def _leave(
+    swap: Swapped, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """``__exit__``."""
+    try:
+        if swap._held is not None:
+            _finish(swap, swap._held, kind is None)
+    finally:
+        deliver()
+
+
+def _finish(swap: Swapped, held: _Held, warns: bool) -> None:
+    dropped: list[HeldTensor] = []
+    stays: list[HeldTensor] = []
+    try:
+        if warns:
+            dropped, stays = held.changed()
+    finally:
+        _end(held)
+        swap._watch = swap._held = None
+    if dropped or stays:
+        what = "the change is dropped" if dropped else "the change stays, for the average shares it"
+        warn_user(
+            f"'{(dropped or stays)[0].path}' was changed while the model held its averaged weights, and {what}; "
+            "train and load weights outside of swapped() and of the runs of swap_during()."
+        )
+
+
+@uninterrupted
+def _end_unless_left(swap: "weakref.ref[Swapped]", leave: object) -> None:
+    """Where ``__exit__`` was cut short before it began."""
+    if (still_there := swap()) is not None:
+        _end(still_there._held)
+
+
+@uninterrupted
+def _end_abandoned(held: _Held, swap: object) -> None:
+    """Where ``__exit__`` is never called."""
+    _end(held)
+
+
+@uninterrupted
+def _end(held: _Held | None) -> None:
+    if held is not None:
+        try:
+            if held in _swapped:
+                _give_back(held)
+        finally:
+            release(held.patient)
+
+
+def _give_back(held: _Held) -> None:
+    try:
+        if held.is_filled:
+            held.give_back()
+    except BaseException:
+        held.give_back_piecewise()
+        raise
+    finally:
+        held.abandoned = None
+        _swapped.discard(held)

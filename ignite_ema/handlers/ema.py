@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ..averaging.buffers import BufferRule
 from ..averaging.module_trees import unwrapped
 from ..averaging.schedule_argument import described
 from ..averaging.summaries import counted, module_summary, momentum_summary, one_line
+from ..averaging.swap import Swapped
 from ..averaging.user_warnings import warn_user
 from ..averaging.validation import check_count
 from ..checkpoints.reading import read_held
@@ -234,7 +234,7 @@ class EMAHandler:
         self._attachments.add(attachment)
         return attachment
 
-    def swapped(self) -> AbstractContextManager[None]:
+    def swapped(self) -> Swapped:
         """Inside the block the model holds the averaged weights and buffers, in place; after it, its own again.
 
         See :meth:`ModelAverage.swapped <ignite_ema.ModelAverage.swapped>`.

@@ -1,11 +1,11 @@
 """What ``EMAHandler.swap_during`` puts on an evaluator, and how it is taken away again."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from ignite.engine import Engine, Events
 from ignite.engine.events import State
 
+from ..averaging.swap import Swapped
 from .attachment import attachments
 
 __all__ = ["EvaluationSwap", "Swappable", "check_trains"]
@@ -30,7 +30,7 @@ def _swaps(engine: Engine) -> "list[EvaluationSwap]":
 class Swappable(Protocol):
     """What has averaged weights to evaluate."""
 
-    def swapped(self) -> AbstractContextManager[None]:
+    def swapped(self) -> Swapped:
         """The online model holds the averaged weights inside the block."""
 
 
@@ -62,7 +62,7 @@ class EvaluationSwap:
             )
         self.owner = owner
         self.is_active = True
-        self._is_running = False
+        self._swap: Swapped | None = None
         self._engine = engine
         self._inner = engine.run
         self._inner_is_own = "run" in vars(engine)  # somebody else has wrapped it, too
@@ -94,15 +94,14 @@ class EvaluationSwap:
         self.remove()
 
     def _run(self, *args: Any, **kwargs: Any) -> State:
-        with self.owner.swapped() if self.is_active else nullcontext():
-            self._is_running = True
-            try:
-                return self._inner(*args, **kwargs)
-            finally:
-                self._is_running = False
+        if not self.is_active:
+            return self._inner(*args, **kwargs)
+        self._swap = self.owner.swapped()
+        with self._swap:
+            return self._inner(*args, **kwargs)
 
     def _check_start(self, engine: Engine) -> None:
-        if not self._is_running:
+        if self._swap is None or not self._swap.is_active:
             raise RuntimeError(
                 "The evaluator should be started as evaluator.run(...) after swap_during() was called, but this run "
                 "began before, or by a method taken before, and is on the model's own weights; call it earlier."
