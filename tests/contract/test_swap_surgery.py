@@ -101,7 +101,6 @@ SURGERY = {
     "quantise": lambda m: m.layers.__setitem__(0, Quantised(m.layers[0])),
     "half": lambda m: m.half(),
     "half by new parameters": under_future("overwrite_module_params_on_conversion"),
-    "half by swapped tensors": under_future("swap_module_params_on_conversion"),
     "no gradients": lambda m: m.requires_grad_(False),
     "other dictionaries": lambda m: replace_dictionaries(m.body[2]),
     "another class": lambda m: setattr(m.named["a"], "__class__", nn.Bilinear),
