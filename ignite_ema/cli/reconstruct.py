@@ -4,14 +4,16 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from .. import posthoc
 from ..checkpoints.memory import mebibytes
 from ..checkpoints.saving import check_target, save_file
+from ..posthoc.fitting import windows_at_snapshots
 from ..posthoc.reconstruction import reconstruct_all
-from ..posthoc.snapshot_files import is_snapshot_name
+from ..posthoc.snapshot_files import StoredSnapshot, is_snapshot_name
 from .arguments import ACCEPTED
 
 __all__ = ["reconstruct"]
@@ -23,7 +25,7 @@ _TARGETS: dict[str, tuple[Callable[[float], posthoc.Profile], tuple[float, ...]]
     ),
     "half_life": (posthoc.ExponentialProfile, (0.01, 0.02, 0.05, 0.1, 0.2)),
     "last": (posthoc.UniformProfile, (0.1, 0.2, 0.5)),
-}  # what can be asked for, and the lengths that --list tries
+}  # what can be asked for, and the lengths that --list tries: of --last the nearest that begin at a snapshot
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:
@@ -34,7 +36,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     if arguments.list:
         print("\n".join(_list(arguments.file, arguments.step)))
         return
-    targets = {f"{name}_{x}": _TARGETS[name][0](x) for name, x in given}
+    targets = {f"{name}_{x}": _target(arguments, name, x) for name, x in given}
     outs = [arguments.out.with_name(arguments.out.name.replace("{}", label)) for label in targets]
     for out in outs:
         check_target(out, force=arguments.force)  # before minutes of work
@@ -57,6 +59,19 @@ def reconstruct(arguments: argparse.Namespace) -> None:
         )
 
 
+def _target(arguments: argparse.Namespace, name: str, length: float) -> posthoc.Profile:
+    """The profile that a flag asks for; what it says of a length out of its range is wrong usage."""
+    try:
+        return _TARGETS[name][0](length)
+    except ValueError as error:
+        arguments.usage_error(f"{_flag(name)}: {error}")
+        raise
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _problem(arguments: argparse.Namespace, given: Sequence[tuple[str, float]]) -> str | None:
     """What is wrong with the usage, if anything is."""
     if arguments.list:
@@ -64,9 +79,6 @@ def _problem(arguments: argparse.Namespace, given: Sequence[tuple[str, float]]) 
         return "--list should stand alone, or with --step; leave it out to write." if extra else None
     if not given or not arguments.out:
         return "reconstruct should have a length, such as --sigma-rel 0.15, and --out; --list says which are good."
-    for name, x in given:
-        if not 0 < x <= 1:
-            return f"--{name.replace('_', '-')} should be in (0, 1], a fraction of the run, got {x:g}."
     if not arguments.out.name:
         return f"--out should name a file, got '{arguments.out}'."
     if len(given) > 1 and "{}" not in arguments.out.name:
@@ -89,14 +101,22 @@ def _list(directory: Path, step: int | None) -> Iterator[str]:
         yield f"{one.time:>{width}}  {one.iteration:>9}  {one.epoch:>5}"
     yield ""
     yield f"what can be rebuilt at {last.time} {last.time_unit}:"
+    yield from _supported(snapshots)
+
+
+def _supported(snapshots: Sequence[StoredSnapshot]) -> Iterator[str]:
+    """A line for each length that --list tries: how far what can be had is from it."""
     known = [known for one in snapshots for known in one.snapshots]
-    tried = [(name, x, kind(x)) for name, (kind, lengths) in _TARGETS.items() for x in lengths]
-    coefficients, residuals = posthoc.fitted(known, [target for _, _, target in tried])
-    for (name, x, _), row, residual in zip(tried, coefficients, residuals, strict=True):
-        rounding = posthoc.rounding(last, row)
+    noise = partial(posthoc.rounding, snapshots[-1])
+    tried = [(name, x) for name in ("sigma_rel", "half_life") for x in _TARGETS[name][1]]
+    windows = {x for near in _TARGETS["last"][1] for x in windows_at_snapshots(known, near, noise, ACCEPTED, count=1)}
+    tried += [("last", x) for x in sorted(windows)]
+    flags = [f"{_flag(name)} {x:.9g}" for name, x in tried]
+    coefficients, residuals = posthoc.fitted(known, [_TARGETS[name][0](x) for name, x in tried])
+    width = max(map(len, flags))
+    for flag, row, residual in zip(flags, coefficients, residuals, strict=True):
+        rounding = noise(row)
         worst = max(residual, rounding)
         verdict = "" if worst <= posthoc.GOOD else "rough" if worst <= ACCEPTED else "refused"
-        noise = f"rounding {rounding:.3%}  " if rounding > 1e-5 else ""
-        yield f"  --{name.replace('_', '-')} {x:<6g} residual {residual:>8.3%}  {noise}{verdict}".rstrip()
-    yield ""
-    yield "(--last is good where its window begins at a snapshot)"
+        rounded = f"  rounding {rounding:>8.3%}" if rounding > 1e-5 else ""
+        yield f"  {flag:<{width}}  residual {residual:>8.3%}{rounded}  {verdict}".rstrip()

@@ -1,17 +1,36 @@
 """Which sum of known averages comes closest to one that is wanted, and how close: least squares over their profiles."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from .profiles import PowerProfile, Profile, Snapshot, UniformProfile, inner_products
 
-__all__ = ["GOOD", "as_profile", "coefficients", "fitted", "planned", "reach", "residual", "residuals"]
+__all__ = [
+    "GOOD",
+    "as_profile",
+    "coefficients",
+    "fitted",
+    "planned",
+    "reach",
+    "residual",
+    "residuals",
+    "windows_at_snapshots",
+]
 
 _LENGTHS = [k / 100 for k in range(1, 29)]  # among which the reach of snapshots is looked for
 GOOD = 0.01  # a residual up to which an average is the one that was asked for
+_NEAR = 32  # windows of which each is tried
+
+Noise: TypeAlias = Callable[[Tensor], float]
+
+
+def _silent(coefficients: Tensor) -> float:
+    return 0.0
 
 
 def coefficients(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> Tensor:
@@ -98,17 +117,66 @@ def _solved(gram: Tensor, right: Tensor) -> Tensor:
     return result
 
 
-def reach(snapshots: Sequence[Snapshot], target: Profile) -> str:
-    """What to ask for in place of a target that is not to be had: a clause."""
-    times = sorted({one.time for one in snapshots})
+def reach(snapshots: Sequence[Snapshot], target: Profile, noise: Noise = _silent, max_residual: float = GOOD) -> str:
+    """What to ask for in place of a target that is not to be had, none of it refused in its turn: a clause.
+
+    Args:
+        snapshots: the snapshots.
+        target: the profile that was asked for.
+        noise: says of coefficients, of shape (n,), how much they amplify the rounding of the snapshots.
+        max_residual: up to which windows are named, where none is good.
+    """
     if isinstance(target, UniformProfile):
-        windows = [1.0, *(1 - time / times[-1] for time in times[:-1])]
-        nearest = sorted(sorted(windows, key=lambda window: abs(window - target.window))[:2])
-        return f"let its window begin at a snapshot, such as {' or '.join(f'{window:.4g}' for window in nearest)}"
-    good = [x for x, r in zip(_LENGTHS, residuals(snapshots, _LENGTHS), strict=True) if r <= GOOD]
-    if not good:
-        return "take more snapshots next time"
-    return f"choose another length (sigma_rel is good from {good[0]:g} to {good[-1]:g})"
+        windows = windows_at_snapshots(snapshots, target.window, noise, max_residual)
+        if windows:
+            return f"let its window begin at a snapshot, such as {' or '.join(f'{x:.9g}' for x in windows)}"
+    distances = _distances(snapshots, PowerProfile, _LENGTHS, noise)
+    if good := [x for x, distance in zip(_LENGTHS, distances, strict=True) if distance <= GOOD]:
+        return f"choose another length (sigma_rel is good {_ranges(good)})"
+    return "take more snapshots next time"
+
+
+def windows_at_snapshots(
+    snapshots: Sequence[Snapshot], window: float, noise: Noise, max_residual: float, count: int = 2
+) -> list[float]:
+    """The windows of a ``UniformProfile`` that are nearest to ``window`` and can be had, sorted.
+
+    Each begins at a snapshot. They are good, or where none is, within ``max_residual``.
+    """
+    times = sorted({one.time for one in snapshots})
+    windows = sorted((1 - time / times[-1] for time in [0, *times[:-1]]), key=lambda one: abs(one - window))
+    near = dict.fromkeys(
+        [*range(_NEAR), *(round(_NEAR * 1.2**step) for step in range(50))]
+    )  # and a few of the far ones
+    tried = [windows[index] for index in near if index < len(windows)]
+    spelled = [[float(f"{one:.{digits}g}") for digits in (4, 6, 9)] for one in tried]  # the shortest that will do
+    values = [*dict.fromkeys(chain.from_iterable(spelled))]
+    distances = dict(zip(values, _distances(snapshots, UniformProfile, values, noise), strict=True))
+    for limit in (GOOD, max_residual):
+        accepted = [[value for value in one if distances[value] <= limit] for one in spelled]
+        if found := [one[0] for one in accepted if one]:
+            return sorted(found[:count])
+    return []
+
+
+def _distances(
+    snapshots: Sequence[Snapshot], kind: Callable[[float], Profile], lengths: Sequence[float], noise: Noise
+) -> list[float]:
+    """For each length how far what can be had is from it: the residual, or what rounding comes to."""
+    rows, distances = fitted(snapshots, list(map(kind, lengths)))
+    return [max(distance, noise(row)) for row, distance in zip(rows, distances, strict=True)]
+
+
+def _ranges(good: Sequence[float]) -> str:
+    """Hundredths in words: ``from 0.03 to 0.06 and at 0.1``."""
+    runs: list[list[int]] = []
+    for k in (round(100 * x) for x in good):
+        if runs and runs[-1][-1] == k - 1:
+            runs[-1].append(k)
+        else:
+            runs.append([k])
+    words = [f"from {run[0] / 100:g} to {run[-1] / 100:g}" if len(run) > 1 else f"at {run[0] / 100:g}" for run in runs]
+    return " and ".join(words)
 
 
 def as_profile(target: Profile | float) -> Profile:

@@ -5,6 +5,7 @@ import numbers
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -15,7 +16,7 @@ from ..checkpoints.memory import copied
 from ..checkpoints.safe_load import load_file
 from ..schedules import PowerFunction
 from .fitting import GOOD, as_profile, fitted, reach
-from .profiles import Profile, Snapshot
+from .profiles import Profile
 from .snapshot_files import StoredSnapshot, frozen_path, read_all, read_frozen
 
 __all__ = ["gamma_from_sigma_rel", "reconstruct", "reconstruct_all", "rounding", "sigma_rel_from_gamma", "stored"]
@@ -162,7 +163,7 @@ def reconstruct_all(
     known = [snapshot for one in used for snapshot in one.snapshots]
     weights, distances = fitted(known, targets)
     for one, distance in zip(targets, distances, strict=True):
-        _check(known, one, distance, max_residual)
+        _check(used, one, distance, max_residual)
     last = used[-1]
     for one, row in zip(targets, weights, strict=True):
         _check_rounding(last, one, row, max_residual)
@@ -223,19 +224,23 @@ def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Te
     return copied({name: tensors[name] for name in shapes})
 
 
-def _check(known: Sequence[Snapshot], target: Profile, distance: float, max_residual: float) -> None:
-    if distance > max_residual:
+def _check(used: Sequence[StoredSnapshot], target: Profile, distance: float, max_residual: float) -> None:
+    if distance <= min(max_residual, GOOD):
+        return
+    known = [snapshot for one in used for snapshot in one.snapshots]
+    is_refused = distance > max_residual
+    advice = reach(known, target, partial(rounding, used[-1]), max_residual if is_refused else GOOD)
+    if is_refused:
         accepting = f", or accept it with max_residual={math.ceil(100 * distance) / 100} (--max-residual)"
         raise ValueError(
             f"target should be within the reach of the snapshots, but what they give differs from {target} by "
-            f"{distance:.1%}; {reach(known, target)}{accepting if distance < 0.2 else ''}."
+            f"{distance:.1%}; {advice}{accepting if distance < 0.2 else ''}."
         )
-    if distance > GOOD:
-        warnings.warn(
-            f"The snapshots give {target} roughly: what they give differs by {distance:.1%}, where {GOOD:.0%} is good; "
-            f"{reach(known, target)}.",
-            stacklevel=4,
-        )
+    warnings.warn(
+        f"The snapshots give {target} roughly: what they give differs by {distance:.1%}, where {GOOD:.0%} is good; "
+        f"{advice}.",
+        stacklevel=4,
+    )
 
 
 def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:

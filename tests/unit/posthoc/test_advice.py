@@ -1,0 +1,110 @@
+"""Whatever a refusal advises can be had: the nearest lengths, to the last digit that is printed."""
+
+import random
+import re
+
+import pytest
+import torch
+
+from ignite_ema.posthoc import (
+    GOOD,
+    ExponentialProfile,
+    PowerProfile,
+    UniformProfile,
+    planned,
+    reconstruct,
+    residual,
+    snapshot_files,
+)
+from ignite_ema.posthoc.fitting import reach, windows_at_snapshots
+from tests.unit.posthoc.test_reconstruction import make_snapshot
+
+
+def times_of(kind):
+    chosen = random.Random(kind)
+    if kind == "uneven":
+        return sorted(chosen.sample(range(1, 3000), 40))
+    if kind == "few":
+        return [100, 200]
+    return range(kind, 24 * 1000 + 1, 24 * 1000 // kind)[:kind] if isinstance(kind, int) else []
+
+
+KINDS = pytest.mark.parametrize("kind", [2, 5, 16, 24, 50, 64, "uneven", "few"])
+
+
+def advised(text):
+    """All that a clause names, as targets."""
+    if text.startswith("let its window"):
+        return [UniformProfile(float(x)) for x in re.findall(r"\d\.?[\de.-]*", text.partition("such as ")[2])]
+    ranges = re.findall(r"from ([\d.]+) to ([\d.]+)", text)
+    single = re.findall(r"at ([\d.]+)", text)
+    steps = [x / 100 for low, high in ranges for x in range(round(100 * float(low)), round(100 * float(high)) + 1)]
+    return [PowerProfile(x) for x in [*steps, *map(float, single)]]
+
+
+UNREACHED = [
+    *map(UniformProfile, (1.0, 0.5, 0.2, 0.013)),
+    *map(ExponentialProfile, (0.001, 9.0)),
+    *map(PowerProfile, (0.004, 0.28)),
+]
+
+
+@KINDS
+@pytest.mark.parametrize("target", UNREACHED, ids=str)
+def test_what_is_advised_is_good(target, kind):
+    snapshots = planned(times_of(kind))
+    limit = 0.1 if isinstance(target, UniformProfile) else GOOD
+    text = reach(snapshots, target, max_residual=limit)
+    targets = advised(text)
+    assert targets or text == "take more snapshots next time"
+    for one in targets:
+        assert residual(snapshots, one) <= limit, one
+
+
+@pytest.mark.parametrize("window", [1.0, 0.7, 0.2, 0.1, 0.05])
+def test_the_nearest_windows_are_named(window):
+    snapshots = planned(range(1000, 50_001, 1000))
+    good = [k / 50 for k in range(1, 51) if residual(snapshots, UniformProfile(k / 50)) <= GOOD]
+    due = sorted(sorted(good, key=lambda one: abs(one - window))[:2])
+    got = windows_at_snapshots(snapshots, window, lambda row: 0.0, GOOD)
+    assert [abs(one - window) for one in sorted(got, key=lambda one: abs(one - window))] == pytest.approx(
+        [abs(one - window) for one in sorted(due, key=lambda one: abs(one - window))], abs=1e-9
+    )
+
+
+def test_a_window_of_the_whole_run_is_not_told_to_take_one_that_is_refused(tmp_path):
+    for time in range(1, 51):
+        snapshot_files.write(make_snapshot(time), tmp_path)
+    with pytest.raises(ValueError, match="by 1.*%; let its window begin at a snapshot, such as 0.74 or 0.76") as info:
+        reconstruct(tmp_path, UniformProfile(1.0))
+    windows = advised(str(info.value).partition("; ")[2].partition(", or accept")[0].rstrip("."))
+    assert len(windows) == 2
+    for window in windows:
+        assert reconstruct(tmp_path, window, max_residual=GOOD)
+
+
+def test_advice_counts_the_rounding_of_the_snapshots(tmp_path):
+    narrow = [{"a": torch.ones(2, dtype=torch.bfloat16)} for _ in range(3)]
+    for time in range(1, 65):
+        changes = {"sigma_rels": [0.05, 0.1, 0.2], "averaged": narrow, "copied": {}, "state_dict_names": {"a": "a"}}
+        snapshot_files.write(make_snapshot(time, **changes), tmp_path)
+    with pytest.raises(ValueError, match=r"choose another length \(sigma_rel is good") as info:
+        reconstruct(tmp_path, 0.001)
+    for target in advised(str(info.value).partition("; ")[2].partition(")")[0]):
+        assert reconstruct(tmp_path, target, max_residual=GOOD)
+
+
+@pytest.mark.parametrize("target", ["x", "0.1", b"0.1", None, [None], ["0.1"], object(), True])
+def test_what_is_no_target_is_told_what_would_be_one(target, tmp_path):
+    snapshot_files.write(make_snapshot(1), tmp_path)
+    message = (
+        r"target should be a profile or a number, got .*; pass a sigma_rel such as 0.15, or a profile such as Expo"
+    )
+    with pytest.raises(TypeError, match=message):
+        reconstruct(tmp_path, target)
+
+
+def test_where_no_window_is_good_those_are_named_that_are_accepted(tmp_path):
+    snapshots = planned(range(1, 25))
+    assert reach(snapshots, UniformProfile(0.01), max_residual=0.1).startswith("let its window begin at a snapshot")
+    assert reach(snapshots, UniformProfile(0.01)).startswith(("choose another length", "let its window"))
