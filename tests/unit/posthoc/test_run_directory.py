@@ -1,0 +1,141 @@
+"""What a run finds in its directory when it begins or goes on there."""
+
+import multiprocessing
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from ignite_ema import PostHocEMA
+from ignite_ema.checkpoints import saving
+from ignite_ema.posthoc import run_directory, snapshot_files, stored
+from tests.unit.posthoc.test_reconstruction import make_snapshot
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pytest", "ignite.handlers", "ignite_ema.handlers.posthoc"])
+
+
+def make(folder, last=0, state=None):
+    model = nn.Linear(1, 1)
+    trainer = Engine(lambda engine, batch: model.weight.data.fill_(batch))
+    trainer.logger.disabled = True
+    ema = PostHocEMA(model, dirname=folder)
+    if state is not None:
+        ema.load_state_dict(state)
+    ema.attach(trainer, snapshot_event=Events.ITERATION_COMPLETED)
+    if last:
+        trainer.run([float(k) for k in range(ema.num_updates, last)])
+    return ema
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def stop_in_the_middle(folder, sender):
+    """Begins to write its second snapshot, says so, and waits to be killed."""
+
+    def wait(content, file):
+        file.write(b"half")
+        file.flush()
+        sender.send("half")
+        sender.close()
+        multiprocessing.Event().wait()
+
+    ema = make(folder, 1)
+    ema.streams[0].num_updates = ema.streams[1].num_updates = 2
+    torch.save = wait
+    ema.save()
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """The folder of a run that was killed while it wrote its second snapshot, before its first checkpoint."""
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=stop_in_the_middle, args=(tmp_path, sender))
+    process.start()
+    assert receiver.recv() == "half"
+    process.kill()
+    process.join()
+    assert len(names_in(tmp_path)) == 2
+    return tmp_path
+
+
+def test_what_a_killed_write_left_is_cleaned_up_when_a_run_starts_there(killed):
+    with pytest.raises(ValueError, match="should have no snapshots when a run starts"):
+        make(killed, 1)
+    assert names_in(killed) == ["snapshot_1.pt"]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_as_it_is_told(killed):
+    with pytest.raises(ValueError, match=r"to start again a run that was killed .* delete '.*/snapshot_\*.pt'"):
+        make(killed, 1)
+    for path in killed.glob("snapshot_*.pt"):
+        path.unlink()
+    make(killed, 3)
+    assert [one.time for one in stored(killed)] == [1, 2, 3]
+
+
+def test_a_checkpoint_at_the_start_lets_it_start_again_by_itself(tmp_path):
+    first = make(tmp_path)
+    state = first.state_dict()
+    second = make(tmp_path, 2, state)  # and is killed
+    with pytest.warns(UserWarning, match="later than the state that was loaded, of time 0: 2"):
+        make(tmp_path, 3, state)
+    assert [one.time for one in stored(tmp_path)] == [1, 2, 3]
+    assert {one.run_id for one in stored(tmp_path)} == {second.state_dict()["run_id"]}
+
+
+def test_two_runs_that_write_at_the_same_time_leave_each_others_files_alone(tmp_path):
+    with saving.whole_file(tmp_path / "snapshot_9.pt", force=False) as temporary:
+        make(tmp_path, 2)
+        temporary.write_bytes(b"whole")
+    assert names_in(tmp_path) == ["snapshot_1.pt", "snapshot_2.pt", "snapshot_9.pt"]
+
+
+def test_each_run_from_scratch_has_an_id_of_its_own(tmp_path):
+    ids = [make(tmp_path / name).state_dict()["run_id"] for name in "ab"]
+    assert len(set(ids)) == 2
+    ema = make(tmp_path / "c")
+    before = ema.state_dict()["run_id"]
+    ema.reset()
+    assert ema.state_dict()["run_id"] not in (before, *ids)
+
+
+def test_the_state_of_the_seed_is_left_alone(tmp_path):
+    torch.manual_seed(0)
+    due = torch.rand(1)
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1, device="meta").to_empty(device="cpu")
+    PostHocEMA(model, dirname=tmp_path)
+    assert torch.equal(torch.rand(1), due)
+
+
+@pytest.mark.parametrize(
+    ("times", "loaded_time", "run_id"),
+    [([5], None, "run"), ([5], 7, "run"), ([5, 10], 12, "run"), ([5, 10, 20], 20, "other"), ([], 3, "other")],
+)
+def test_a_directory_with_anything_else_is_refused_and_nothing_is_moved(times, loaded_time, run_id, tmp_path):
+    for time in (5, 6, 10, 20):
+        snapshot_files.write(make_snapshot(time), tmp_path)
+    before = names_in(tmp_path)
+    with pytest.raises(ValueError, match="should be a snapshot of the run that goes on, but it is of another one; ch"):
+        run_directory.prepare(tmp_path, run_id, times, loaded_time)
+    assert names_in(tmp_path) == before
+
+
+def test_what_is_set_aside_is_on_the_disk_before_the_run_goes_on(tmp_path, monkeypatch):
+    snapshot_files.write(make_snapshot(5), tmp_path)
+    synced = []
+    monkeypatch.setattr(run_directory, "sync_directory", lambda folder: synced.append(names_in(folder)))
+    with pytest.warns(UserWarning, match="set aside"):
+        run_directory.prepare(tmp_path, "run", [], 3)
+    assert synced == [["snapshot_5.pt.superseded"]]
+
+
+def test_repr_says_in_one_line_what_it_is_and_where_it_stands(tmp_path):
+    ema = make(tmp_path / "run", 3)
+    assert repr(ema) == (
+        f"PostHocEMA(Linear: sigma_rel 0.05 and 0.1; at 3 updates; 3 snapshots in '{tmp_path / 'run'}')"
+    )
