@@ -1,7 +1,6 @@
 """A model and its averaged twin, without an engine: for Ignite see :mod:`ignite_ema.handlers.ema`."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from . import kernels, swap
 from .average_state import VERSION, check_average_state
 from .buffers import BufferRule, check_patterns, check_rule, treatment_of
 from .module_trees import Mismatch, Structure, names_of, tensors_of, unwrapped
-from .pairing import Pairing
+from .pairing import Pairing, part_memory, sharing_memory
 from .schedule_argument import described, schedule_of, scheduled
 from .sharding import local, reshard
 from .state_loading import by_path, check_loadable, like
@@ -256,7 +255,7 @@ class ModelAverage:
             tensors = self._pairing.read()
             if swap.any_swapped():
                 swap.refuse_while_swapped(self._pairing.structure, "updated")
-            if self._skip_nonfinite and (path := self._pairing.spoiler(tensors)) is not None:
+            if self._skip_nonfinite and (path := self._pairing.first_nonfinite(tensors)) is not None:
                 self._skip(path)
                 return False
             if momentum < self._pairing.resolution:
@@ -403,9 +402,9 @@ class ModelAverage:
             check_loadable(own, tensors)
             self._has_moved = True
             if own:
+                self._part_memory(own)
                 values = [like(tensors[path], own[path]) for path in own]
                 kernels.copy([local(tensor) for tensor in own.values()], values)
-                self.look_again()
 
     def load_plain(self, plain: Mapping[str, Tensor]) -> None:
         """Fills the twin with a plain ``state_dict`` of its model, or the parameters of one; it starts from no weights
@@ -417,28 +416,36 @@ class ModelAverage:
         Raises:
             ValueError: as :meth:`load_averaged_tensors` does, and where tied tensors differ, or those that are shared.
         """
-        shared = {id(tensor) for pair in self._pairing.structure.shared for tensor in pair.tensors()}
-        frozen = {name: tensor for name, tensor in self._names() if id(tensor) in shared}
+        frozen = {name: tensor for name, tensor in self._names() if tensor in self._pairing.once_shared}
         names = self.state_dict_names()
         plain = {name: plain[name] for name in plain if name in names or not name.endswith("_extra_state")}
         self.load_averaged_tensors(by_path(plain, names, self._tensors(), frozen))
         self._initial_share = 0.0
 
-    def look_again(self) -> None:
-        """Takes note of infinities that were loaded into frozen parameters, which are averaged in another way.
+    def refresh(self) -> None:
+        """Pairs everything anew, as a handler does when a run starts: a parameter may have been frozen since.
 
-        A handler does so when a run starts, and :meth:`load_averaged_tensors` by itself.
+        Raises:
+            RuntimeError: where the model no longer matches its twin.
         """
-        if all(parameter.requires_grad for parameter in self.model.parameters()):
-            return
-        with suppress(Mismatch):  # the next update says so
-            self._pairing.choose_anew()
+        try:
+            self._pairing.pair_anew()
+        except Mismatch as mismatch:
+            raise _changed(mismatch) from None
+
+    def _part_memory(self, averaged: Mapping[str, Tensor]) -> None:
+        """Sees to it that what is written into the twin is written nowhere else."""
+        try:
+            others = [*tensors_of(self.model).values(), *self._pairing.once_shared]
+            part_memory(sharing_memory(others, averaged))
+        except Mismatch as mismatch:
+            raise _changed(mismatch) from None
 
     def _current(self, what: str) -> Structure:
         """Model and twin as they are now, kept buffers included; raises where nothing may be done with them."""
         structure = self._followed()
         try:
-            for pair in structure.pairs:
+            for pair in (*structure.pairs, *structure.shared):
                 pair.tensors()
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
@@ -456,8 +463,8 @@ class ModelAverage:
     def _tensors(self) -> dict[str, Tensor]:
         """What the twin holds, by path."""
         reshard(self.module)
-        shared = {id(tensor) for pair in self._pairing.structure.shared for tensor in pair.tensors()}
-        return {path: tensor for path, tensor in tensors_of(self.module).items() if id(tensor) not in shared}
+        shared = self._pairing.once_shared
+        return {path: tensor for path, tensor in tensors_of(self.module).items() if tensor not in shared}
 
     def _names(self) -> Iterator[tuple[str, Tensor]]:
         return names_of(unwrapped(self.module))

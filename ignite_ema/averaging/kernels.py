@@ -21,6 +21,7 @@ __all__ = [
     "NARROW",
     "Kernel",
     "Tensors",
+    "batches",
     "copy",
     "copying_kernel_for",
     "is_finite",
@@ -49,17 +50,19 @@ def copying_kernel_for(averaged: Tensor, online: Tensor) -> Kernel:
     return _copy_staged if leaves_gpu(averaged, online) else _copy_strided
 
 
-def lerping_kernel_for(averaged: Tensor, online: Tensor, is_buffer: bool, narrow: Kernel | None = None) -> Kernel:
-    """The fastest kernel that is right for this pair, and for every one of the same dtypes, devices and finiteness.
+def lerping_kernel_for(averaged: Tensor, online: Tensor, is_trained: bool, narrow: Kernel | None = None) -> Kernel:
+    """The fastest kernel that is right for this pair, and for every one of the same dtypes and devices.
 
-    ``narrow`` is the one for parameters that are held in 16 bits, if they have one of their own.
+    Args:
+        averaged: the tensor of the twin.
+        online: that of the model.
+        is_trained: whether it is a parameter that requires gradients. Others may be masks of 0 and -inf.
+        narrow: the kernel for trained parameters that are held in 16 bits, if they have one of their own.
     """
     if averaged.dtype not in _NATIVE:
         return _lerp_widened
-    if is_buffer:
-        return _lerp_buffers
-    if not online.requires_grad and (_holds_infinity(averaged) or _holds_infinity(online)):
-        return _lerp_widened
+    if not is_trained:
+        return _lerp_untrained
     if narrow is not None and averaged.dtype in NARROW:
         return narrow
     if averaged.dtype == online.dtype and averaged.device == online.device:
@@ -119,6 +122,22 @@ def parts(averaged: Tensors, online: Tensors, most: int) -> Iterator[tuple[Tenso
             yield from parts(torch.split(average, rows, dim), torch.split(value, rows, dim), most)
 
 
+def batches(averaged: Tensors, online: Tensors, most: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Small pairs together and large ones in parts, up to ``most`` elements."""
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
+    size = 0
+    for average, value in parts(averaged, online, most):
+        if ours and size + average.numel() > most:
+            yield ours, theirs
+            ours, theirs, size = [], [], 0
+        ours.append(average)
+        theirs.append(value)
+        size += average.numel()
+    if ours:
+        yield ours, theirs
+
+
 def _copy_strided(averaged: Tensors, online: Tensors, weight: float) -> None:
     torch._foreach_copy_(averaged, online)
 
@@ -154,19 +173,17 @@ def _lerp_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
         stage(_lerp_converted, averaged, online, weight)
 
 
-def _lerp_buffers(averaged: Tensors, online: Tensors, weight: float) -> None:
-    """For buffers, which are many and small, and may be masks of 0 and -inf: all of them as one flat tensor."""
+def _lerp_untrained(averaged: Tensors, online: Tensors, weight: float) -> None:
+    """For buffers and frozen parameters, which may be masks of 0 and -inf: small ones as one flat tensor."""
     if weight == 1:
         torch._foreach_copy_(averaged, online)
     elif weight != 0:
-        flat = torch.cat([average.reshape(-1) for average in averaged])
-        _lerp_widened([flat], [torch.cat([value.reshape(-1) for value in online])], weight)
-        parts = torch.split(flat, [average.numel() for average in averaged])
-        torch._foreach_copy_(averaged, [p.view(a.shape) for p, a in zip(parts, averaged, strict=True)])
-
-
-def _holds_infinity(tensor: Tensor) -> bool:
-    return tensor.dtype in _NATIVE and bool(torch.isinf(tensor.detach()).any())
+        most = _CACHED if averaged[0].device.type == "cpu" else _LAUNCHED
+        for ours, theirs in batches(averaged, online, most):
+            flat = torch.cat([average.reshape(-1) for average in ours])
+            _lerp_widened([flat], [torch.cat([value.reshape(-1) for value in theirs])], weight)
+            parts = torch.split(flat, [average.numel() for average in ours])
+            torch._foreach_copy_(ours, [p.view(a.shape) for p, a in zip(parts, ours, strict=True)])
 
 
 def _lerp_widened(averaged: Tensors, online: Tensors, weight: float) -> None:

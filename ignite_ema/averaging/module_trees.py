@@ -4,8 +4,8 @@ Tensors are paired by owner and name, never by position, and wrappers (``Distrib
 what ``torch.compile`` returns) are looked through. What does not match raises :class:`Mismatch` and names the path.
 """
 
-from collections.abc import Iterator
-from operator import is_
+from collections.abc import Container, Iterator
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,9 @@ __all__ = [
     "Pair",
     "Slot",
     "Structure",
-    "inside",
+    "TreeWatch",
+    "extent",
+    "holds_values",
     "names_of",
     "overlaps_itself",
     "tensors_of",
@@ -33,20 +35,24 @@ class Mismatch(RuntimeError):
     """The model and its averaged twin do not match; the text is a clause that says where."""
 
 
-def inside(module: nn.Module) -> nn.Module | None:
-    """What ``module`` wraps, if it is a ``DistributedDataParallel``, ``DataParallel`` or compiled module, else None."""
+def unwrapped(module: nn.Module, *, keep: type[nn.Module] | tuple[()] = ()) -> nn.Module:
+    """The module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, in any nesting.
+
+    Args:
+        module: the module, wrapped or not.
+        keep: a wrapper that is not looked into.
+    """
+    while not isinstance(module, keep) and (wrapped := _inside(module)) is not None:
+        module = wrapped
+    return module
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
     if isinstance(module, (DistributedDataParallel, DataParallel)):
         wrapped: nn.Module = module.module
         return wrapped
     # What torch.compile returns, by name: importing the class would cost a second.
     return module._modules["_orig_mod"] if type(module).__name__ == "OptimizedModule" else None
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, in any nesting."""
-    while (wrapped := inside(module)) is not None:
-        module = wrapped
-    return module
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -117,6 +123,9 @@ class Pair(NamedTuple):
         """The two tensors (online, averaged) as they are now, of the same shape, layout and kind of number.
 
         Of sharded ones the parts that this rank holds.
+
+        Raises:
+            Mismatch: where they differ in that, or one of them cannot be read or written.
         """
         online, averaged = (owner[key] for owner, key in self.slots())
         if is_sharded(online) or is_sharded(averaged):
@@ -134,15 +143,27 @@ class Pair(NamedTuple):
             online.is_floating_point() != averaged.is_floating_point() or online.is_complex() != averaged.is_complex()
         ):
             raise Mismatch(f"'{self.path}' has {online.dtype} in the model and {averaged.dtype} in the twin")
+        for tensor, where in ((online, "model"), (averaged, "twin")):
+            if not holds_values(tensor):
+                raise Mismatch(f"'{self.path}' has lost its values in the {where} (moved to meta, or its memory freed)")
+        if averaged.is_inference():
+            raise Mismatch(f"'{self.path}' of the twin was made inside torch.inference_mode() and cannot be written")
         return online, averaged
 
 
-_UNFROZEN = "'{}' was frozen and is shared with the average, but requires gradients now"
+def holds_values(tensor: Tensor) -> bool:
+    """Whether there is memory for every element of ``tensor``."""
+    if tensor.is_meta:
+        return False
+    if tensor.layout is not torch.strided or tensor.numel() == 0:
+        return True
+    stop = (tensor.storage_offset() + extent(tensor)) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() >= stop
 
 
-def _is_shared_no_longer(shared: tuple[Pair, Slot, Slot]) -> bool:
-    _, (ours, key), (theirs, name) = shared
-    return ours[key] is not theirs[name] or ours[key].requires_grad
+def extent(tensor: Tensor) -> int:
+    """How many elements lie between the first and the last of a strided tensor, both included."""
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 class Structure:
@@ -152,9 +173,12 @@ class Structure:
         online: the model.
         averaged: its averaged twin.
         share_frozen: whether the two may share parameters that do not require gradients.
+        once_shared: parameters that they have shared. Where the twin still holds one of these and the model holds
+            another one in its place, :meth:`share` lets the twin share that.
 
     Attributes:
         roots: the two modules (online, averaged).
+        modules: all modules of both, wrappers included.
         pairs: the pairs, in the order of the model, but not those of shared parameters.
         shared: the shared parameters.
         names: all of them, tied tensors under each name.
@@ -163,90 +187,116 @@ class Structure:
         Mismatch: where the trees differ in the names or ties of their tensors, or share a module or a tensor.
     """
 
-    def __init__(self, online: nn.Module, averaged: nn.Module, share_frozen: bool = False) -> None:
+    def __init__(
+        self,
+        online: nn.Module,
+        averaged: nn.Module,
+        share_frozen: bool = False,
+        once_shared: Container[Tensor] = (),
+    ) -> None:
         self.roots = online, averaged
+        self.share_frozen = share_frozen
+        self.modules: list[nn.Module] = []
         self.pairs: list[Pair] = []
         self.shared: list[Pair] = []
         self.names: list[Pair] = []
-        self._share_frozen = share_frozen
-        self._ties: list[tuple[Slot, Slot]] = []
-        # intact() looks at the sizes of all dictionaries, most of which are empty, and the modules and Nones in them.
-        self._owners: list[dict[str, Any]] = []
-        self._fixed: list[Slot] = []
-        self._walk(unwrapped(online), unwrapped(averaged), "", {}, set())
-        self._empty = [owner for owner in self._owners if not owner]
-        self._filled = [owner for owner in self._owners if owner]
-        self._sizes = list(map(len, self._filled))
-        self._expected = [owner[key] for owner, key in self._fixed]
-        shared = [(pair, *pair.slots()) for pair in self.names] if share_frozen else []
-        self._shared = [(pair, a, b) for pair, a, b in shared if a[0][a[1]] is b[0][b[1]]]
+        self._once_shared = once_shared
+        self._to_share: list[Pair] = []
+        self._walk(online, averaged, "", {}, set())
 
-    def followed(self) -> "Structure":
-        """The structure as it is now; the twin shares what the model holds in place of a shared parameter."""
-        replaced: list[tuple[Pair, Any]] = []
-        for pair, (ours, key), (theirs, name) in self._shared:
-            new, old = ours.get(key), theirs.get(name)
-            if isinstance(new, nn.Parameter) and isinstance(old, nn.Parameter) and new is not old:
-                if new.requires_grad:
-                    raise Mismatch(_UNFROZEN.format(pair.path))
-                replaced.append((pair, old))
-        try:
-            for pair, _ in replaced:
-                setattr(pair.averaged, pair.key, getattr(pair.online, pair.key))
-            return Structure(*self.roots, self._share_frozen)
-        except Mismatch:
-            for pair, old in replaced:
-                setattr(pair.averaged, pair.key, old)
-            raise
-
-    def intact(self) -> bool:
-        """Whether no name, module or tie has come, gone or changed; KeyError where a name is gone."""
-        return (
-            not any(self._empty)
-            and list(map(len, self._filled)) == self._sizes
-            and all(map(is_, [owner[key] for owner, key in self._fixed], self._expected))
-            and not (self._ties and any(a[i] is not b[j] for (a, i), (b, j) in self._ties))
-            and not (self._shared and any(map(_is_shared_no_longer, self._shared)))
-        )
+    def share(self) -> None:
+        """Lets the twin hold what the model holds in place of a parameter that was shared."""
+        for pair in self._to_share:
+            setattr(pair.averaged, pair.key, pair.online._parameters[pair.key])
 
     def _walk(
         self, online: nn.Module, averaged: nn.Module, prefix: str, known: dict[int, Pair], visited: set[tuple[int, int]]
     ) -> None:
+        online, averaged = (self._unwrapped(module) for module in (online, averaged))
         if (id(online), id(averaged)) in visited:
             return
         visited.add((id(online), id(averaged)))
         if online is averaged:
             place = f"'{prefix.removesuffix('.')}'" if prefix else "the root"
             raise Mismatch(f"{place} is one and the same module in the model and in the twin")
+        self.modules += (online, averaged)
         for kind in ("_parameters", "_buffers", "_modules"):
             owners: list[dict[str, Any]] = [getattr(module, kind) for module in (online, averaged)]
-            self._owners += owners
-            self._fixed += [(o, key) for o in owners for key, value in o.items() if value is None or kind == "_modules"]
             names, theirs = ([key for key, value in o.items() if value is not None] for o in owners)
             for name in sorted(set(names) ^ set(theirs)):
                 here, there = ("model", "twin") if name in names else ("twin", "model")
                 raise Mismatch(f"'{prefix}{name}' is in the {here} but not in the {there}")
             for name in names:
                 if kind == "_modules":
-                    inner = [unwrapped(o[name]) for o in owners]
-                    self._walk(inner[0], inner[1], f"{prefix}{name}.", known, visited)
+                    self._walk(owners[0][name], owners[1][name], f"{prefix}{name}.", known, visited)
                 else:
                     self._add(Pair(prefix + name, online, averaged, kind, name), known)
+
+    def _unwrapped(self, module: nn.Module) -> nn.Module:
+        while (wrapped := _inside(module)) is not None:
+            self.modules.append(module)
+            module = wrapped
+        return module
 
     def _add(self, pair: Pair, known: dict[int, Pair]) -> None:
         self.names.append(pair)
         ours, theirs = (owner[key] for owner, key in pair.slots())
-        if ours is theirs and not (self._share_frozen and isinstance(ours, nn.Parameter)):
-            raise Mismatch(f"'{pair.path}' is one and the same tensor in the model and in the twin")
-        if ours is theirs and ours.requires_grad:
-            raise Mismatch(_UNFROZEN.format(pair.path))
+        if theirs is not ours and theirs in self._once_shared:
+            self._to_share.append(pair)
+            theirs = ours
+        if ours is theirs:
+            self._check_shared(pair, ours)
         in_model, in_twin = known.get(id(ours)), known.get(id(theirs))
         if in_model is not in_twin:
             here, there = ("model", "twin") if in_model else ("twin", "model")
             path = (in_model or in_twin or pair).path
             raise Mismatch(f"'{pair.path}' is tied to '{path}' in the {here} but not in the {there}")
-        if in_model is not None:
-            self._ties += zip(pair.slots(), in_model.slots(), strict=True)
-            return
-        known[id(ours)] = known[id(theirs)] = pair
-        (self.shared if ours is theirs else self.pairs).append(pair)
+        if in_model is None:
+            known[id(ours)] = known[id(theirs)] = pair
+            (self.shared if ours is theirs else self.pairs).append(pair)
+
+    def _check_shared(self, pair: Pair, tensor: Tensor) -> None:
+        if not (self.share_frozen and isinstance(tensor, nn.Parameter)):
+            raise Mismatch(f"'{pair.path}' is one and the same tensor in the model and in the twin")
+        if tensor.requires_grad:
+            raise Mismatch(f"'{pair.path}' was frozen and is shared with the average, but requires gradients now")
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class TreeWatch:
+    """Tells at every update, in microseconds, whether two module trees have the structure that they had.
+
+    That is: each module has the tables that it had (``_parameters``, ``_buffers`` and ``_modules``), of as many
+    entries, with the same modules in them; what was tied, or shared, still is. It holds no tensors itself.
+
+    Args:
+        structure: the two trees.
+    """
+
+    def __init__(self, structure: "Structure") -> None:
+        modules = structure.modules
+        self._tables = [(modules, getter, list(map(getter, modules))) for getter in map(attrgetter, _TABLES)]
+        tables = [table for _, _, tables in self._tables for table in tables]
+        self._empty = [table for table in tables if not table]
+        self._filled = [table for table in tables if table]
+        self._sizes = list(map(len, self._filled))
+        self._fixed = [
+            (table, key) for table in self._filled for key, value in table.items() if not isinstance(value, Tensor)
+        ]
+        self._held = [table[key] for table, key in self._fixed]
+        slots = [slot for pair in structure.names for slot in pair.slots()]
+        first = {id(table[key]): (table, key) for table, key in reversed(slots)}
+        alike = [(slot, first[id(slot[0][slot[1]])]) for slot in slots]
+        self._ties = [(*one, *other) for one, other in alike if one[0] is not other[0] or one[1] != other[1]]
+
+    def is_intact(self) -> bool:
+        """Whether all that is so; KeyError where a name is gone."""
+        return (
+            not any(self._empty)
+            and list(map(len, self._filled)) == self._sizes
+            and all(all(map(is_, map(getter, modules), tables)) for modules, getter, tables in self._tables)
+            and all(map(is_, [table[key] for table, key in self._fixed], self._held))
+            and not (self._ties and any(a[i] is not b[j] for a, i, b, j in self._ties))
+        )

@@ -3,24 +3,39 @@
 A pair remembers where its tensors live, not the tensors, and both are read afresh at each update, so that rebinding
 (``load_state_dict(assign=True)``, ``module.buffer = ...``, ``.to()``) is followed. What no longer matches raises
 before anything is changed.
+
+What is checked, and when:
+
+- At every update, of both trees: each module has the tables of tensors and modules that it had, with the same names and
+  the same objects in them, so that no name, tie, wrapper or shared parameter has come, gone or changed; each averaged
+  tensor has the address, the size of storage, the shape and the type that it had, and requires gradients as it did;
+  each part that FSDP2 has sharded holds its shards. Where only tensors of the model have moved, these are checked.
+- Where any of this has changed, when a run starts and when the average is made, everything: names, ties, shapes,
+  layouts, types, sharding; that there is memory for every element; and that nothing that an update writes to shares
+  memory with the model, with a parameter that was ever shared, or with another tensor of the twin.
+- When weights are loaded into the twin: the names, shapes and types of what is loaded, and who owns the memory.
+- :meth:`~ignite_ema.ModelAverage.state_dict` looks at the twin alone.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import kernels
-from .module_trees import Mismatch, Pair, Slot, Structure, overlaps_itself
+from .module_trees import Mismatch, Pair, Structure, TreeWatch, extent, holds_values, overlaps_itself
 from .sharding import is_at_rest, is_sharded, local, on_any_rank, reshard, sharded_parts
 
-__all__ = ["Group", "Pairing", "Treatment"]
+__all__ = ["Group", "Pairing", "Treatment", "part_memory", "sharing_memory"]
 
 Treatment = Literal["average", "copy", "keep"]
 Tensors = list[Tensor]
-Fingerprint = tuple[list[int], list[torch.Size], list[torch.dtype]]
+
+_dtype, _requires_grad, _nbytes = attrgetter("dtype"), attrgetter("requires_grad"), torch.UntypedStorage.nbytes
 
 
 class Group(NamedTuple):
@@ -30,6 +45,26 @@ class Group(NamedTuple):
     averaged: slice
     online: slice
     averages: bool
+
+
+class _Facts(NamedTuple):
+    """What changes when a tensor gets other memory, or another shape or type in the same; not its values."""
+
+    addresses: list[int]
+    nbytes: list[int]
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    trained: list[bool]
+    is_any_shared_trained: bool
+
+
+class _Kind(NamedTuple):
+    """What the tensors of a group have in common."""
+
+    kernel: kernels.Kernel
+    averages: bool
+    resolution: float
+    types: tuple[Any, ...]
 
 
 class Pairing:
@@ -42,9 +77,11 @@ class Pairing:
         narrow: the kernel for parameters that are held in 16 bits, if they have one of their own.
 
     Attributes:
+        structure: the two trees as :meth:`read` last found them.
+        once_shared: the parameters that the two share or have shared, as far as they still exist.
         groups: what to do with the tensors that :meth:`read` gives.
-        resolution: the largest relative rounding step (``torch.finfo(dtype).eps``) among the averaged tensors; of those
-            that ``narrow`` treats, that of float32.
+        resolution: the largest relative rounding step (``torch.finfo(dtype).eps``) among the averaged tensors that
+            are trained; of those that ``narrow`` treats, that of float32.
 
     Raises:
         Mismatch: where shapes, layouts or kinds of number differ.
@@ -56,13 +93,9 @@ class Pairing:
     ) -> None:
         self._treat_buffer = treat_buffer
         self._narrow = narrow
-        self._known: Fingerprint
+        self.once_shared = WeakIdKeyDictionary()
+        self._known: _Facts | None = None
         self._arrange(structure)
-
-    @property
-    def structure(self) -> Structure:
-        """The two trees as :meth:`read` last found them."""
-        return self._structure
 
     def read(self) -> Tensors:
         """The tensors that an update treats, as they are now: the online ones, then their counterparts in the twin.
@@ -71,137 +104,163 @@ class Pairing:
             Mismatch: where the model no longer matches its twin.
         """
         try:
-            if self._structure.intact() and all(map(is_at_rest, self._parts)):
-                tensors = self._tensors()
-                pointers, shapes, types = self._known
-                online = tensors[: len(shapes)]
-                if (
-                    list(map(self._pointer_of, tensors)) == pointers
-                    and [tensor.shape for tensor in online] == shapes
-                    and [tensor.dtype for tensor in online] == types
-                ) or self._follows(tensors):
+            if self._watch.is_intact() and all(map(is_at_rest, self._parts)):
+                slots = [owner[key] for owner, key in self._slots]
+                tensors = self._local(slots)
+                if self._facts(slots, tensors) == self._known or self._follows(slots, tensors):
                     return tensors
         except (AttributeError, KeyError, TypeError, RuntimeError):
             pass  # a name is gone, holds None, a tensor without memory, or one that is gathered from its shards
-        self.choose_anew()
-        return self._tensors()
+        self.pair_anew()
+        return self._local([owner[key] for owner, key in self._slots])
 
-    def choose_anew(self) -> None:
-        """Pairs and sorts everything again: where the structure has changed, or values that were loaded are infinite.
+    def pair_anew(self) -> None:
+        """Pairs and sorts everything as it is now.
 
         Raises:
-            Mismatch: where the model no longer matches its twin.
+            Mismatch: where the model no longer matches its twin; nothing has changed then.
         """
-        for root in self._structure.roots:
+        old = self.structure
+        for root in old.roots:
             reshard(root)
+        self._known = None  # until it matches again, every update looks at everything
         try:
-            self._arrange(self._structure.followed())
+            self._arrange(Structure(*old.roots, old.share_frozen, self.once_shared))
         except Mismatch as mismatch:
-            if not self._sharded and any(map(is_sharded, self._structure.roots[0].parameters())):
+            if not self._sharded and any(map(is_sharded, old.roots[0].parameters())):
                 raise Mismatch(f"{mismatch} (call fully_shard before the handler is made)") from None
             raise
 
-    def _tensors(self) -> Tensors:
-        tensors = [owner[key] for owner, key in self._slots]
-        for index in self._sharded:
-            tensors[index] = tensors[index].to_local()
-        return tensors
-
-    def spoiler(self, tensors: Tensors) -> str | None:
-        """Names a tensor to be averaged whose NaN or infinity would come into the average, if there is one.
+    def first_nonfinite(self, tensors: Tensors) -> str | None:
+        """Path of the first tensor whose NaN or infinity would come into the average, or None.
 
         Of sharded models all ranks have to call this, and agree: one number goes from each to each.
 
         Args:
             tensors: what :meth:`read` gave.
         """
-        path = self._spoiler_here(tensors)
-        if self._sharded and on_any_rank(path is not None, (owner[key] for owner, key in self._slots)) and not path:
+        path = self._first_nonfinite_here(tensors)
+        slots = self._slots[: 2 * self._count]
+        if self._sharded and on_any_rank(path is not None, (owner[key] for owner, key in slots)) and path is None:
             return "a tensor on another rank"
         return path
 
-    def _spoiler_here(self, tensors: Tensors) -> str | None:
+    def _first_nonfinite_here(self, tensors: Tensors) -> str | None:
         for _, averaged, online, averages in self.groups:
             if averages and not kernels.is_finite(tensors[online], tensors[averaged][0].dtype):
-                paths = self._paths[online]
-                for path, average, value in zip(paths, tensors[averaged], tensors[online], strict=True):
+                for path, value, average in zip(self._paths[online], tensors[online], tensors[averaged], strict=True):
                     if kernels.spoils(average, value):
                         return f"'{path}'"
         return None
 
-    def _follows(self, tensors: Tensors) -> bool:
-        """Whether nothing has changed but the memory of some of the model's tensors; takes note of it then."""
-        seen = self._fingerprint(tensors)
-        count = len(tensors) // 2
-        moved = [
-            index for index, (now, before) in enumerate(zip(seen[0], self._known[0], strict=True)) if now != before
-        ]
-        alike = (
-            self._pointer_of is Tensor.data_ptr
-            and seen[1:] == self._known[1:]
-            and moved[-1] < count
-            and self._frozen.isdisjoint(moved)
-            and len(set(map(id, tensors[:count]))) == count
-            and all(tensors[i].device == self._devices[i] and _storage(tensors[i]) not in self._taken for i in moved)
-        )
-        if alike:
-            self._known = seen
-        return alike
+    def _local(self, slots: Tensors) -> Tensors:
+        """Of what is in the slots the tensors of the pairs, of sharded ones the part that this rank holds."""
+        tensors = slots[: 2 * self._count]
+        for index in self._sharded:
+            tensors[index] = tensors[index].to_local()  # type: ignore[attr-defined]
+        return tensors
 
-    def _fingerprint(self, tensors: Tensors) -> Fingerprint:
-        """Changes when a tensor is rebound to other memory, or the model's to other shapes or types in the same."""
-        online = tensors[: len(tensors) // 2]
-        return list(map(self._pointer_of, tensors)), [t.shape for t in online], [t.dtype for t in online]
+    def _facts(self, slots: Tensors, tensors: Tensors) -> _Facts:
+        online = tensors[: self._count]
+        return _Facts(
+            list(map(self._address, tensors)),
+            list(map(_nbytes, map(Tensor.untyped_storage, tensors))) if self._all_strided else [],
+            [tensor.shape for tensor in online],
+            list(map(_dtype, online)),
+            list(map(_requires_grad, slots[: self._count])) if self._narrow else [],
+            any(map(_requires_grad, slots[2 * self._count :])),
+        )
+
+    def _follows(self, slots: Tensors, tensors: Tensors) -> bool:
+        """Whether only tensors of the model have been replaced by their likes, or moved; takes note of it then.
+
+        As happens at each iteration where a module registers its buffers anew.
+        """
+        facts, count = self._facts(slots, tensors), self._count
+        if not self._known or not self._all_strided or facts[2:] != self._known[2:]:
+            return False
+        now, before = (list(zip(some.addresses, some.nbytes, strict=True)) for some in (facts, self._known))
+        moved = [index for index in range(2 * count) if now[index] != before[index]]
+        follows = (
+            moved[-1] < count
+            and all(_is_like(tensors[index], self._kinds[index], self._written) for index in moved)
+            and self._number_of_tensors() == self._distinct
+        )
+        if follows:
+            self._known = facts
+        return follows
+
+    def _number_of_tensors(self) -> int:
+        """How many tensors the model has, each tied one once."""
+        return len({id(owner[key]) for owner, key in (pair.slots()[0] for pair in self.structure.names)})
 
     @torch.no_grad()
     def _arrange(self, structure: Structure) -> None:
         """Sorts the pairs into groups; checks shapes and that the twin owns its memory."""
-        by_kind: dict[tuple[Any, ...], list[Pair]] = {}
+        by_kind: dict[_Kind, list[Pair]] = {}
         for pair in structure.pairs:
             treatment = self._treat_buffer(pair.path) if pair.kind == "_buffers" else "average"
             if treatment != "keep":
                 by_kind.setdefault(self._kind_of(pair, treatment), []).append(pair)
-        _give_memory(structure)
+        twin = {pair.path: pair.slots()[1][0][pair.key] for pair in structure.pairs}
+        model = [pair.slots()[0][0][pair.key] for pair in (*structure.pairs, *structure.shared)]
+        to_part = sharing_memory([*model, *self.once_shared], twin)
         # Nothing has raised: from here on the new structure counts.
-        self._structure = structure
-        slots = [pair.slots() for pairs in by_kind.values() for pair in pairs]
-        self._paths = [pair.path for pairs in by_kind.values() for pair in pairs]
-        count = len(slots)
-        self._slots: list[Slot] = [online for online, _ in slots] + [averaged for _, averaged in slots]
+        structure.share()
+        part_memory(to_part)
+        self.structure = structure
+        for pair in structure.shared:
+            self.once_shared[pair.slots()[0][0][pair.key]] = None
+        self._group(by_kind)
+        self._take_note()
+
+    def _group(self, by_kind: dict[_Kind, list[Pair]]) -> None:
+        pairs = [pair for pairs in by_kind.values() for pair in pairs]
+        self._count = count = len(pairs)
+        self._paths = [pair.path for pair in pairs]
+        slots = [pair.slots() for pair in pairs]
+        shared = [pair.slots()[0] for pair in self.structure.shared]
+        self._slots = [*(online for online, _ in slots), *(averaged for _, averaged in slots), *shared]
         self.groups: list[Group] = []
         start = 0
-        for (kernel, resolution, *_), pairs in by_kind.items():
-            stop = start + len(pairs)
-            group = Group(kernel, slice(count + start, count + stop), slice(start, stop), averages=resolution > 0)
+        for kind, members in by_kind.items():
+            stop = start + len(members)
+            group = Group(kind.kernel, slice(count + start, count + stop), slice(start, stop), kind.averages)
             self.groups.append(group)
             start = stop
-        self.resolution = max((resolution for _, resolution, *_ in by_kind), default=0.0)
-        self._parts = [part for root in structure.roots for part in sharded_parts(root)]
-        self._sharded = [index for index, (owner, key) in enumerate(self._slots) if is_sharded(owner[key])]
-        tensors = self._tensors()
-        all_strided = all(tensor.layout is torch.strided for tensor in tensors)
-        self._pointer_of = Tensor.data_ptr if all_strided else _pointer
-        frozen = [isinstance(o[key], nn.Parameter) and not o[key].requires_grad for o, key in self._slots[:count]]
-        self._frozen = {index for index in range(count) if frozen[index]}  # whose kernel depends on what they hold
-        self._devices = [tensor.device for tensor in tensors[:count]]
-        self._taken = {_storage(tensor) for tensor in tensors[count:]}
-        self._known = self._fingerprint(tensors)
+        self.resolution = max((kind.resolution for kind in by_kind), default=0.0)
 
-    def _kind_of(self, pair: Pair, treatment: Treatment) -> tuple[Any, ...]:
+    def _take_note(self) -> None:
+        """Remembers what :meth:`read` compares with."""
+        structure, count = self.structure, self._count
+        self._parts = [part for root in structure.roots for part in sharded_parts(root)]
+        self._watch = TreeWatch(structure)
+        self._distinct = self._number_of_tensors()
+        self._sharded = [index for index, (owner, key) in enumerate(self._slots[: 2 * count]) if is_sharded(owner[key])]
+        slots = [owner[key] for owner, key in self._slots]
+        tensors = self._local(slots)
+        self._all_strided = all(tensor.layout is torch.strided for tensor in tensors)
+        self._address: Callable[[Tensor], int] = Tensor.data_ptr if self._all_strided else _address
+        self._known = self._facts(slots, tensors)
+        self._kinds = [(type(tensor), tensor.device) for tensor in tensors[:count]]
+        self._written = {_storage(tensor) for tensor in tensors[count:]}
+
+    def _kind_of(self, pair: Pair, treatment: Treatment) -> _Kind:
         online, averaged = pair.tensors()
-        if treatment == "average" and (averaged.is_floating_point() or averaged.is_complex()):
-            if online.layout is not torch.strided:
-                raise TypeError(
-                    f"A tensor should be strided to be averaged, got '{pair.path}' with layout {online.layout}; a "
-                    f'buffer can be copied instead: handle_buffers={{"{pair.path}": "copy", "*": "update"}}.'
-                )
-            if not {type(online), type(averaged)} <= {Tensor, nn.Parameter}:
-                _try(pair.path, averaged, online)
-            kernel = kernels.lerping_kernel_for(averaged, online, pair.kind == "_buffers", self._narrow)
-            resolution = torch.finfo(torch.float32 if kernel == self._narrow else averaged.dtype).eps
-        else:
-            kernel, resolution = kernels.copying_kernel_for(averaged, online), 0.0
-        return kernel, resolution, averaged.dtype, averaged.device, online.dtype, online.device
+        types = averaged.dtype, averaged.device, online.dtype, online.device
+        if treatment == "copy" or not (averaged.is_floating_point() or averaged.is_complex()):
+            return _Kind(kernels.copying_kernel_for(averaged, online), False, 0.0, types)
+        if online.layout is not torch.strided:
+            raise TypeError(
+                f"A tensor should be strided to be averaged, got '{pair.path}' with layout {online.layout}; a "
+                f'buffer can be copied instead: handle_buffers={{"{pair.path}": "copy", "*": "update"}}.'
+            )
+        if not {type(online), type(averaged)} <= {Tensor, nn.Parameter}:
+            _try(pair.path, averaged, online)
+        is_trained = pair.kind == "_parameters" and pair.online._parameters[pair.key].requires_grad  # type: ignore[union-attr]
+        kernel = kernels.lerping_kernel_for(averaged, online, is_trained, self._narrow)
+        held = torch.float32 if kernel == self._narrow else averaged.dtype
+        return _Kind(kernel, True, torch.finfo(held).eps if is_trained or pair.kind == "_buffers" else 0.0, types)
 
 
 def _try(path: str, averaged: Tensor, online: Tensor) -> None:
@@ -215,25 +274,48 @@ def _try(path: str, averaged: Tensor, online: Tensor) -> None:
         ) from error
 
 
-def _give_memory(structure: Structure) -> None:
-    """Gives memory of its own to every tensor of the twin that shares some with the model, another one, or itself."""
-    pairs = [[owner[key] for owner, key in pair.slots()] for pair in structure.pairs]
-    taken: dict[int, list[tuple[float, float]]] = {_storage(local(online)): [(0, math.inf)] for online, _ in pairs}
-    for pair, (_, held) in zip(structure.pairs, pairs, strict=True):
-        averaged = local(held)
-        if (storage := _storage(averaged)) == 0:
+def sharing_memory(others: Iterable[Tensor], averaged: Mapping[str, Tensor]) -> Tensors:
+    """The tensors of a twin that share memory with others, with one another, or with themselves.
+
+    Args:
+        others: what may not be written to: the tensors of the model, and those that were ever shared.
+        averaged: the tensors of the twin by path.
+
+    Raises:
+        Mismatch: where they cannot be parted: one that is also among the others, or one that is sharded.
+    """
+    others = list(others)
+    theirs = set(map(id, others))
+    taken: dict[int, list[tuple[float, float]]] = {_storage(local(other)): [(0, math.inf)] for other in others}
+    found = []
+    for path, held in averaged.items():
+        if id(held) in theirs:
+            raise Mismatch(f"'{path}' is one and the same tensor in the model and in the twin")
+        tensor = local(held)
+        if (storage := _storage(tensor)) == 0:
             continue
         # Parts of one storage that do not overlap are fine: torch lays out the weights of an LSTM so.
-        extent = _extent(averaged)
-        start, stop = averaged.data_ptr(), averaged.data_ptr() + averaged.element_size() * extent
-        others = taken.setdefault(storage, [])
-        if overlaps_itself(averaged) or any(start < end and begin < stop for begin, end in others):
-            if is_sharded(held):
-                raise Mismatch(f"'{pair.path}' of the twin shares memory with another tensor")
-            with torch.inference_mode(False):
-                averaged.data = averaged.detach().clone()
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * extent(tensor)
+        parts = taken.setdefault(storage, [])
+        if not overlaps_itself(tensor) and not any(start < end and begin < stop for begin, end in parts):
+            parts.append((start, stop))
+        elif is_sharded(held):
+            raise Mismatch(f"'{path}' of the twin shares memory with another tensor")
         else:
-            others.append((start, stop))
+            found.append(tensor)
+    return found
+
+
+def part_memory(tensors: Tensors) -> None:
+    """Gives each of them memory of its own."""
+    with torch.inference_mode(False), torch.no_grad():
+        for tensor in tensors:
+            tensor.data = tensor.detach().clone()
+
+
+def _is_like(tensor: Tensor, kind: tuple[type, torch.device], written: set[int]) -> bool:
+    """Whether it is of that type and on that device, and has memory, which nothing is written to."""
+    return (type(tensor), tensor.device) == kind and holds_values(tensor) and _storage(tensor) not in written
 
 
 def _storage(tensor: Tensor) -> int:
@@ -241,10 +323,5 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
-def _pointer(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor.layout)
-
-
-def _extent(tensor: Tensor) -> int:
-    """How many elements lie between the first and the last, both included."""
-    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))

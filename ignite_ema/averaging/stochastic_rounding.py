@@ -12,13 +12,12 @@ that is resumed goes on with the same ones.
 """
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .kernels import Tensors, leaves_gpu, parts
+from .kernels import Tensors, batches, leaves_gpu
 from .offload import stage
 
 __all__ = ["StochasticRounding"]
@@ -55,7 +54,7 @@ class StochasticRounding:
         # That int64 overflows is meant: the highest 24 bits are the fraction.
         turned = (rates * self.num_updates).bitwise_right_shift_(40).bitwise_and_(2**24 - 1).float().mul_(2.0**-24)
         thresholds = (starts[: -(-most // len(rates))] + turned).frac_().view(-1)
-        for ours, theirs in _batches(averaged, online, starts.numel()):
+        for ours, theirs in batches(averaged, online, starts.numel()):
             before = torch.cat([average.reshape(-1) for average in ours]).float()
             # Rounded to what the average can hold, so that constant weights that are wider stay what they are there.
             after = torch.cat([value.reshape(-1) for value in theirs]).to(before.device, ours[0].dtype).float()
@@ -77,22 +76,6 @@ def _moved(before: Tensor, after: Tensor, weight: float, thresholds: Tensor, dty
     steps = before.sub_(base).add_(distance).div_(step)
     few = steps.abs() < 2**23  # beyond, they are no longer counted exactly, and may overflow; nor would they be lost
     return torch.where(few, steps.add_(thresholds).floor_().mul_(step).add_(base), exact)
-
-
-def _batches(averaged: Tensors, online: Tensors, most: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Small tensors together and large ones in parts, up to ``most`` elements."""
-    ours: list[Tensor] = []
-    theirs: list[Tensor] = []
-    size = 0
-    for average, value in parts(averaged, online, most):
-        if ours and size + average.numel() > most:
-            yield ours, theirs
-            ours, theirs, size = [], [], 0
-        ours.append(average)
-        theirs.append(value)
-        size += average.numel()
-    if ours:
-        yield ours, theirs
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
-from .module_trees import inside, tensors_of
+from .module_trees import tensors_of, unwrapped
 from .sharding import is_sharded, sharding
 
 __all__ = [
@@ -27,9 +27,7 @@ _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def stripped(module: nn.Module) -> nn.Module:
     """The model inside ``DistributedDataParallel`` and ``torch.compile``; a ``DataParallel`` stays as it is."""
-    while not isinstance(module, DataParallel) and (wrapped := inside(module)) is not None:
-        module = wrapped
-    return module
+    return unwrapped(module, keep=DataParallel)
 
 
 def refuse_lazy(name: str, module: nn.Module, may_be_meta: bool = False) -> None:

@@ -353,7 +353,7 @@ class EMAHandler:
         return is_twin or thing is self or thing is self._average
 
     def _check_start(self, name: str, engine: Engine) -> None:
-        self._average.look_again()
+        self._average.refresh()
         self._guidance.check_start(name, engine.state.iteration, self._momentum)
 
     def _check_end(self, name: str, iterations: int, updates: int) -> None:

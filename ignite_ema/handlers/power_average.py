@@ -111,7 +111,7 @@ class PowerAverage(EMAHandler):
 
     def _check_start(self, name: str, engine: Engine) -> None:
         """Leaves it to the ``PostHocEMA`` to warn; the first update copies, whatever the weights were before."""
-        self._average.look_again()
+        self._average.refresh()
 
     def _update(self, name: str, engine: Engine) -> None:
         before = self.num_updates

@@ -117,8 +117,8 @@ class Far:
 def test_only_a_gpu_is_staged():
     near, held = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2)
     near.requires_grad_()
-    assert kernels.lerping_kernel_for(held, Far, False) is kernels._lerp_staged
-    assert kernels.lerping_kernel_for(held, near, False) is kernels._lerp_converted
+    assert kernels.lerping_kernel_for(held, Far, is_trained=True) is kernels._lerp_staged
+    assert kernels.lerping_kernel_for(held, near, is_trained=True) is kernels._lerp_converted
     assert kernels.copying_kernel_for(held, Far) is kernels._copy_staged
     assert kernels.copying_kernel_for(held, near) is kernels._copy_strided
     assert kernels.copying_kernel_for(held.to_sparse(), near) is kernels._copy_sparse
