@@ -164,7 +164,9 @@ class Pairing:
         online = tensors[: self._count]
         return _Facts(
             list(map(self._address, tensors)),
-            list(map(_nbytes, map(Tensor.untyped_storage, tensors))) if self._all_strided else [],
+            [*map(_nbytes, map(Tensor.untyped_storage, online)), *map(_nbytes, self._storages)]
+            if self._storages
+            else [],
             [tensor.shape for tensor in online],
             list(map(_dtype, online)),
             list(map(_requires_grad, slots[: self._count])) if self._narrow else [],
@@ -241,6 +243,7 @@ class Pairing:
         tensors = self._local(slots)
         self._all_strided = all(tensor.layout is torch.strided for tensor in tensors)
         self._address: Callable[[Tensor], int] = Tensor.data_ptr if self._all_strided else _address
+        self._storages = [tensor.untyped_storage() for tensor in tensors[count:]] if self._all_strided else []
         self._known = self._facts(slots, tensors)
         self._kinds = [(type(tensor), tensor.device) for tensor in tensors[:count]]
         self._written = {_storage(tensor) for tensor in tensors[count:]}

@@ -367,11 +367,12 @@ class Program:
         try:
             accepted = self.do(how, momentum)
         except RuntimeError as error:
-            assert "should keep the structure" in str(error)
-            assert marks(own) == twin_before
-            accepted = None
+            accepted, message = None, str(error)
         assert marks(seen) == before
-        if accepted is not None:
+        if accepted is None:
+            assert "should keep the structure" in message
+            assert marks(own) == twin_before
+        else:
             self.check(how, momentum, averages, online, accepted)
         return accepted is not None
 
@@ -417,7 +418,7 @@ def has_all_values(module):
 def run(options, steps, uses, momenta, seed):
     program = Program(options, seed)
     assert program.use("update", 0.5)
-    for (surgery, a, b, n), how, momentum in zip(steps, uses, momenta, strict=False):
+    for number, ((surgery, a, b, n), how, momentum) in enumerate(zip(steps, uses, momenta, strict=False)):
         blocks = [program.model[i] for i in (a, b)]
         try:
             with torch.no_grad():
@@ -426,8 +427,8 @@ def run(options, steps, uses, momenta, seed):
             return  # what an earlier one has left cannot be operated on
         accepted = program.use(how, momentum)
         if not accepted:
-            assert surgery not in FOLLOWED
-            assert not program.use("update", momentum)  # it is refused each time
+            assert not {one for one, *_ in steps[: number + 1]} <= {*FOLLOWED}
+            assert how != "update" or not program.use("update", momentum)  # it is refused each time
             return
 
 
@@ -461,6 +462,6 @@ def test_more_surgery_between_updates_is_followed_or_refused(options, steps, use
 @pytest.mark.parametrize("surgery", [*FOLLOWED, *OTHERS], ids=lambda surgery: surgery.__name__)
 def test_each_surgery_is_followed_or_refused(surgery, share_frozen):
     options = {"handle_buffers": "update", "dtype": None, "share_frozen": share_frozen, "skip_nonfinite": False}
-    for n in range(6):
-        for uses in (["update"], ["load", "update"], ["swap", "update"]):
+    for n in range(2):
+        for uses in (["update", "update"], ["load", "update"]):
             run(options, [(surgery, n % 4, (n + 1) % 4, n)] * len(uses), uses, [0.5] * 2, seed=0)
