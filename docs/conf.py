@@ -40,12 +40,13 @@ autoclass_content = "class"
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]
 # What belongs to other packages is not linked: their inventories are on the network. Nor are the modules behind the
 # public names.
 nitpick_ignore_regex = [
     ("py:.*", r"(?!ignite_ema\.).*"),
-    ("py:.*", r"ignite_ema\.(averaging|handlers|cli|checkpoints|posthoc|distributed)\.[a-z_]+\..*"),
+    ("py:.*", r"ignite_ema\.(averaging|handlers|cli)(\..*)?"),
+    ("py:.*", r"ignite_ema\.(checkpoints|posthoc|distributed)\.[a-z_]+\..*"),
 ]
 
 # Look
@@ -55,6 +56,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
 html_theme_options = {
+    "top_of_page_buttons": [],
     "light_css_variables": {"color-brand-primary": "#0b5d94", "color-brand-content": "#0b5d94"},
     "dark_css_variables": {"color-brand-primary": "#6cb8ea", "color-brand-content": "#6cb8ea"},
 }
