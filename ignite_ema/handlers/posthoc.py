@@ -19,7 +19,7 @@ from ..posthoc.snapshot_files import has_frozen, write, write_frozen
 from ..schedules import PowerFunction
 from .attachment import Handles
 from .events import Event, check_name, members_of
-from .posthoc_arguments import check_options, check_others, checked_twins, checked_widths
+from .posthoc_arguments import check_options, check_others, check_parameters, checked_twins, checked_widths
 from .posthoc_state import VERSION, check_posthoc_state
 from .power_average import PowerAverage, PowerOfSamples, SampleClock, snapshot_of
 
@@ -113,8 +113,7 @@ class PostHocEMA:
         )
         for average, sigma_rel in zip(self.streams, self.sigma_rels, strict=True):
             average.directory, average.sigma_rel = self.dirname.resolve(), sigma_rel
-        if not any(True for _ in self.streams[0].ema_model.parameters()):
-            raise ValueError("model should have parameters, got none; there is nothing to average.")
+        check_parameters(self.streams[0].ema_model)
         self._clock = SampleClock(samples, self.streams)
         on_first_rank(lambda: self.dirname.mkdir(parents=True, exist_ok=True))
         self._start_anew()
@@ -260,8 +259,7 @@ class PostHocEMA:
     def _check_ranks(self) -> None:
         """Raises RuntimeError on all ranks where one is at another time, or goes on from another state."""
         description = {
-            "widths": str(self.sigma_rels),
-            "time": f"{self.time} {self.time_unit}",
+            "time": f"{self.time} {self.time_unit}, widths {self.sigma_rels}",
             "updates": str([average.num_updates for average in self.streams]),
             "run": f"{self._run_id} from {self._loaded_time} {self._directory_is_checked}",
             "snapshots": str(self._times),

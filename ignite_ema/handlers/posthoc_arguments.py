@@ -11,7 +11,7 @@ from ..schedules import PowerFunction
 from .attachment import attachments
 from .power_average import PowerAverage
 
-__all__ = ["check_options", "check_others", "checked_twins", "checked_widths"]
+__all__ = ["check_options", "check_others", "check_parameters", "checked_twins", "checked_widths"]
 
 _TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -41,6 +41,12 @@ def check_options(handle_buffers: BufferRule, samples: object, snapshot_dtype: t
     if snapshot_dtype not in _TYPES:
         names = ", ".join(str(one) for one in _TYPES)
         raise ValueError(f"snapshot_dtype should be one of {names}, got {snapshot_dtype!r}.")
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raises ValueError for a model without parameters."""
+    if not any(True for _ in model.parameters()):
+        raise ValueError("model should have parameters, got none; there is nothing to average.")
 
 
 def checked_twins(twins: Sequence[nn.Module] | None, sigma_rels: Sequence[float]) -> Sequence[nn.Module | None]:
