@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ignite_ema import EMAHandler, schedules
-from tests.helpers.bits import bits, contents, copied, storages, tensors
+from tests.helpers.bits import bits, contents, copied, storages, tensors, wide
 from tests.helpers.models import compiled
 from tests.helpers.pairs import pairwise
 
@@ -93,10 +93,6 @@ def values(shape, dtype):
 
 def tensors_themselves(module):
     return [*module.parameters(), *module.buffers()]
-
-
-def wide(tensor):
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def relative_error(tensor, reference):

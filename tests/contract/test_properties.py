@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from ignite_ema import EMAHandler
 from ignite_ema.checkpoints import load_file, save_file
+from tests.helpers.bits import bits, wide
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
 TYPES = [*FLOATS, torch.complex64, torch.complex128, torch.int8, torch.int64, torch.uint8, torch.bool]
@@ -190,13 +191,6 @@ def ties(module):
     return sorted(groups.values())
 
 
-def bits(tensor):
-    """Type, shape and bytes; not where and how they lie in memory."""
-    copied = tensor.detach().clone(memory_format=torch.contiguous_format)
-    flat = torch.empty(0, dtype=torch.uint8).set_(copied.untyped_storage())
-    return tensor.dtype, tuple(tensor.shape), flat.numpy().tobytes()
-
-
 def all_bits(module):
     return {name: bits(tensor) for name, tensor in tensors(module).items()}
 
@@ -216,10 +210,6 @@ def storages(module):
 
 def is_expanded(tensor):
     return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-def wide(tensor):
-    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def averaged(before, online, momentum):

@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ignite_ema import EMAHandler
 from ignite_ema.distributed import ShardedSaver
+from tests.helpers.bits import bits
+from tests.helpers.models import compiled
 
 
 class Norm(nn.BatchNorm1d):
@@ -73,10 +75,6 @@ def sharded_over_meshes(model):
     fully_shard(model.body, mesh=mesh())
     fully_shard(model.narrow, mesh=replicated_mesh())
     return fully_shard(model, mesh=mesh())
-
-
-def compiled(model):
-    return torch.compile(model, backend="eager")
 
 
 CASES = {
@@ -162,10 +160,6 @@ def tensors(module):
 
 def full_tensors(module):
     return {name: full(tensor) for name, tensor in tensors(module).items()}
-
-
-def bits(tensor):
-    return tensor.dtype, tuple(tensor.shape), tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
 def local_bits(module):

@@ -65,3 +65,8 @@ def saved(thing):
     file = io.BytesIO()
     torch.save(thing.state_dict(), file)
     return file.getvalue()
+
+
+def wide(tensor):
+    """In float64, or complex128."""
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)

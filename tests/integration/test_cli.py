@@ -17,13 +17,10 @@ from ignite_ema.cli import checkpoints as cli_checkpoints
 from ignite_ema.cli import main
 from ignite_ema.cli import reconstruct as cli_reconstruct
 from ignite_ema.cli.arguments import parser
+from tests.helpers.files import files_in
 from tests.helpers.peer_files import MAKERS, equal, made
 
 EVERY = pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
-
-
-def files_in(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def arguments_for(peer, folder):

@@ -24,6 +24,7 @@ from ignite_ema.checkpoints import averaged_state_dict, load_file, read, save_fi
 from ignite_ema.cli import main
 from ignite_ema.distributed import ShardedSaver, load_objects
 from tests.helpers import own_warnings, runs
+from tests.helpers.files import Evil, newest
 from tests.helpers.models import net as small_net
 
 LAST = 100  # iterations; no checkpoint is taken at the last one
@@ -69,11 +70,6 @@ def _begin(target, sender, *args):
     target(sender, *args)
     sender.send("ends")
     time.sleep(60)  # until it is killed
-
-
-def newest(folder):
-    saved = sorted(folder.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
-    return saved[-1] if saved else None
 
 
 def train(sender, folder, saver):
@@ -310,16 +306,6 @@ def test_damage_is_one_sentence_or_is_in_the_numbers_alone(entrance, suffix, tmp
     assert said
     assert not any("\n" in text for text in said)
     assert max(map(len, said)) < 1500
-
-
-class Evil:
-    """Leaves a trace when it is unpickled."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call
 
 
 ATTACKS = {

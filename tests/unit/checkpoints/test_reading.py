@@ -18,13 +18,10 @@ from torch import nn
 
 from ignite_ema import EMAHandler
 from ignite_ema.checkpoints import averaged_state_dict, load_file, read, save_file
+from tests.helpers.files import files_in
 from tests.helpers.peer_files import MAKERS, averages_of, copied, equal, made, mmcv_state, net, prefixed, tied
 
 EVERY = pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
-
-
-def files_in(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def state(fill=0.0):

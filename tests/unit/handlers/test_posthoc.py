@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from ignite_ema import EMAHandler, PostHocEMA, posthoc
 from ignite_ema.posthoc import PowerProfile, reconstruct, snapshot_files, stored
 from ignite_ema.schedules import PowerFunction
+from tests.helpers.files import newest
 from tests.helpers.models import Tied, module
 
 LAST = 40
@@ -603,11 +604,6 @@ def test_after_reset_a_folder_with_snapshots_is_refused(tmp_path):
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "ignite.handlers", "ignite_ema"])
-
-
-def newest(folder):
-    saved = sorted(folder.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
-    return saved[-1] if saved else None
 
 
 def train(folder, kill_at=None, event=None):

@@ -17,6 +17,7 @@ from ignite_ema.posthoc import (
     snapshot_files,
     stored,
 )
+from tests.helpers.files import Evil
 from tests.helpers.snapshots import make_snapshot, write_raw
 
 # Files that are not as they should be, at every entrance
@@ -46,13 +47,6 @@ def command(folder, *arguments):
     raise ValueError(message.removeprefix("ignite-ema: "))
 
 
-class Evil:
-    """Runs something where it is unpickled."""
-
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
 def cut(folder):
     path = folder / "snapshot_65.pt"
     path.write_bytes((folder / "snapshot_64.pt").read_bytes()[:-300])
@@ -78,15 +72,15 @@ def a_folder(folder):
 
 
 def pickled_evil(folder):
-    (folder / "snapshot_65.pt").write_bytes(pickle.dumps(Evil()))
+    (folder / "snapshot_65.pt").write_bytes(pickle.dumps(Evil(os.system, ("touch executed",))))
 
 
 def saved_evil(folder):
-    torch.save({"ignite_ema_snapshot": 2, "evil": Evil()}, folder / "snapshot_65.pt")
+    torch.save({"ignite_ema_snapshot": 2, "evil": Evil(os.system, ("touch executed",))}, folder / "snapshot_65.pt")
 
 
 def evil_average(folder):
-    write_raw(folder, averaged=[{"a": Evil(), "b": torch.zeros(())}] * 2)
+    write_raw(folder, averaged=[{"a": Evil(os.system, ("touch executed",)), "b": torch.zeros(())}] * 2)
 
 
 def model_file(folder):
