@@ -1,5 +1,6 @@
 """What a handler says where a run starts or ends with an average that is of no use: once, and at the user's line."""
 
+import gc
 import re
 import warnings
 from contextlib import contextmanager
@@ -230,6 +231,7 @@ def test_repr_says_what_by_which_schedule_how_far_and_attached_to_what():
     assert repr(handler) == f"{alone}{attached} and attached to an Engine as 'second')"
     handle.remove()
     del trainer, other
+    gc.collect()
     assert repr(handler) == f"{alone})"
 
 

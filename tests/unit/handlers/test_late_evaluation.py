@@ -120,10 +120,11 @@ def test_an_update_at_every_second_iteration_is_late_for_those_alone(way):
 
 
 @every_way
-def test_an_evaluation_outside_of_training_is_not(way):
+@pytest.mark.parametrize("event", [EVENT, Events.COMPLETED], ids=str)
+def test_an_evaluation_outside_of_training_is_not(way, event):
     kit = Kit()
     evaluate = way(kit)
-    kit.handler.attach(kit.trainer, event=EVENT | Events.COMPLETED)
+    kit.handler.attach(kit.trainer, event=event)
     for _ in range(2):
         evaluate(*([kit.trainer] if way is by_an_engine_of_a_wrapped_twin else []))
         kit.trainer.run([0])
