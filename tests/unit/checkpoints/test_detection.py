@@ -34,8 +34,8 @@ CROWDED = {
     "many averages": lambda: {f"ema{i}": mapping(100, i) for i in range(200)},
     "many means": lambda: {f"avg{i}": mapping(100, i) for i in range(200)},
     "many state dicts": lambda: {f"k{i}": mapping(100, i) for i in range(200)},
-    "large tensors again and again": lambda: {f"ema{i}": {"w": BIG} for i in range(3000)} | {"ema": {"w": BIG + 1}},
-    "a name of a megabyte": lambda: {"A" * 10**6: state(1.0), "aA" * 10**6: state(2.0)},
+    "large tensors again and again": lambda: {"ema": {"w": BIG + 1}} | {f"ema{i}": {"w": BIG} for i in range(9000)},
+    "long words": lambda: {"A" * 10**5: state(1.0), "aA" * 10**5: state(2.0)},
 }
 
 
@@ -49,7 +49,7 @@ def test_time_is_linear_in_the_file(kind):
         message = str(error)
     else:
         message = ""
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 4
     assert len(message) < 2500
 
 
