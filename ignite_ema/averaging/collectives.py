@@ -7,7 +7,9 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
-from typing import Any, TypeAlias, TypeVar
+from time import sleep
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import torch.distributed as dist
 
@@ -17,17 +19,16 @@ __all__ = [
     "first_difference",
     "gather",
     "is_first_rank",
-    "leave",
     "new_group",
     "on_all_ranks",
     "on_first_rank",
     "raise_first_error",
     "rank",
     "reports_lost_ranks",
+    "shared_group",
 ]
 
 _T = TypeVar("_T")
-Group: TypeAlias = dist.ProcessGroup | None
 
 
 class LostRankError(RuntimeError):
@@ -44,12 +45,57 @@ def is_first_rank() -> bool:
     return rank() == 0
 
 
-def new_group() -> Group:
+def new_group() -> "Group | None":
     """A gloo group of all ranks, which have to call this; None where this process is alone."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+    return Group(dist.new_group(backend="gloo")) if dist.is_initialized() else None
 
 
-def gather(value: _T, group: Group = None) -> list[_T]:
+def shared_group() -> "Group | None":
+    """As :func:`new_group`, but one for all who call this, whose messages follow one another."""
+    if not dist.is_initialized():
+        return None
+    if dist.group.WORLD not in _shared:
+        _shared[dist.group.WORLD] = Group(dist.new_group(backend="gloo"))
+    return _shared[dist.group.WORLD]
+
+
+class Group:
+    """A process group that torch alone holds: it goes when ``destroy_process_group`` ends all of them.
+
+    A last reference that is dropped elsewhere may deadlock: what ends the group waits for its threads, which may wait
+    for Python's lock.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._reference = ref(group)
+
+    def get(self) -> dist.ProcessGroup:
+        """The group; raises LostRankError where it was taken apart."""
+        group = self._reference()
+        if group is None:
+            raise LostRankError(
+                "The process group should still be there, but it was taken apart; wait() for what is saved before "
+                "torch.distributed.destroy_process_group, and start the run again where a rank has ended."
+            )
+        return group
+
+    def leave(self) -> None:
+        """Ends the group on this rank, so that ranks that wait for this one learn it."""
+        sleep(0.1)  # its threads may hold what they have just sent
+        group = self._reference()
+        if group is not None and dist.is_initialized():
+            with suppress(ValueError, AssertionError):  # torch has ended it already
+                dist.destroy_process_group(group)
+
+
+_shared: WeakKeyDictionary[Any, Group] = WeakKeyDictionary()
+
+
+def _of(group: Group | None) -> dist.ProcessGroup | None:
+    return None if group is None else group.get()
+
+
+def gather(value: _T, group: Group | None = None) -> list[_T]:
     """The values of all ranks, in their order; they have to be picklable.
 
     Raises:
@@ -57,13 +103,13 @@ def gather(value: _T, group: Group = None) -> list[_T]:
     """
     if not dist.is_initialized():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
+    values: list[Any] = [None] * dist.get_world_size()
     with reports_lost_ranks(group):
-        dist.all_gather_object(values, value, group=group)
+        dist.all_gather_object(values, value, group=_of(group))
     return values
 
 
-def raise_first_error(error: Exception | None, group: Group = None) -> None:
+def raise_first_error(error: Exception | None, group: Group | None = None) -> None:
     """Raises on all ranks what went wrong on the lowest rank on which something did.
 
     Args:
@@ -76,7 +122,7 @@ def raise_first_error(error: Exception | None, group: Group = None) -> None:
         raise (errors[first] if error is None or first != rank() else error)  # type: ignore[misc]
 
 
-def on_all_ranks(action: Callable[[], _T], group: Group = None) -> _T:
+def on_all_ranks(action: Callable[[], _T], group: Group | None = None) -> _T:
     """Calls ``action`` on each rank; where it raises on one, all ranks raise that, else each has its own result."""
     try:
         result = action()
@@ -87,7 +133,7 @@ def on_all_ranks(action: Callable[[], _T], group: Group = None) -> _T:
     return result
 
 
-def on_first_rank(action: Callable[[], _T], group: Group = None) -> _T:
+def on_first_rank(action: Callable[[], _T], group: Group | None = None) -> _T:
     """Calls ``action`` on the first rank, while the others wait; all have its result, or raise what it raised."""
     answer: list[Any] = [None, None]
     failure: Exception | None = None
@@ -98,14 +144,14 @@ def on_first_rank(action: Callable[[], _T], group: Group = None) -> _T:
             failure, answer[1] = error, _picklable(error)
     if dist.is_initialized():
         with reports_lost_ranks(group):
-            dist.broadcast_object_list(answer, src=0, group=group)
+            dist.broadcast_object_list(answer, src=0, group=_of(group))
     if answer[1] is not None:
         raise failure or answer[1]
     result: _T = answer[0]
     return result
 
 
-def first_difference(description: dict[str, str], group: Group = None) -> str | None:
+def first_difference(description: dict[str, str], group: Group | None = None) -> str | None:
     """The first entry in which a rank differs from the first rank, in words; None where all are equal.
 
     Args:
@@ -138,7 +184,7 @@ def _picklable(error: Exception) -> Exception:
 
 
 @contextmanager
-def reports_lost_ranks(group: Group) -> Iterator[None]:
+def reports_lost_ranks(group: Group | None) -> Iterator[None]:
     """Raises :class:`LostRankError` where a message fails, and takes the group apart, so that the others learn it."""
     try:
         yield
@@ -146,15 +192,8 @@ def reports_lost_ranks(group: Group) -> Iterator[None]:
         raise
     except RuntimeError as error:
         if group is not None:
-            leave(group)
+            group.leave()
         raise LostRankError(
             "All ranks should answer, but one does not, and has probably ended; see what it said, and start the run "
             "again from its last checkpoint."
-        ) from error
-
-
-def leave(group: Group) -> None:
-    """Takes a group of :func:`new_group` apart."""
-    with suppress(ValueError, AssertionError):  # it is gone, or all groups are
-        if group is not None and dist.is_initialized():
-            dist.destroy_process_group(group)
+        ) from error.with_traceback(None)  # whose frames hold the group

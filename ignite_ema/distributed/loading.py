@@ -19,11 +19,10 @@ from torch.optim import Optimizer
 from ..averaging.collectives import (
     Group,
     first_difference,
-    leave,
-    new_group,
     on_all_ranks,
     rank,
     reports_lost_ranks,
+    shared_group,
 )
 from .safe_reader import DamagedError, Planner, Reader
 
@@ -45,21 +44,15 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str])
             saved from these objects, or is another one than for the others; nothing has been loaded then.
         RuntimeError: where a handler holds averaged weights (``swapped``), or a rank has ended.
     """
-    group = new_group()
-    try:
-        _load(to_load, Path(checkpoint), group)
-    finally:
-        leave(group)
-
-
-def _load(to_load: Mapping[str, Any], checkpoint: Path, group: Group) -> None:
-    path, reader = on_all_ranks(lambda: _opened(checkpoint), group)
+    group = shared_group()
+    path, reader = on_all_ranks(lambda: _opened(Path(checkpoint)), group)
     _check_agreement(to_load, path, reader.digest, group)
     states = on_all_ranks(lambda: _to_fill(to_load, reader.contents, path), group)
     try:
         with single_process(group is None), reports_lost_ranks(group):
             saved = reader.contents.state_dict_metadata
-            load(_as_saved(states, saved), storage_reader=reader, planner=Planner(), process_group=group)
+            filled = _as_saved(states, saved)
+            load(filled, storage_reader=reader, planner=Planner(), process_group=None if group is None else group.get())
     except CheckpointException as error:  # on all ranks
         where, (reason, _) = min(error.failures.items(), key=lambda item: item[0])
         text = str(reason).partition("\n")[0].removesuffix(".")
@@ -86,7 +79,7 @@ def _opened(path: Path) -> tuple[Path, Reader]:
         ) from error
 
 
-def _check_agreement(to_load: Mapping[str, Any], path: Path, digest: str, group: Group) -> None:
+def _check_agreement(to_load: Mapping[str, Any], path: Path, digest: str, group: Group | None) -> None:
     description = {"the path": f"'{path.absolute()}'", "the contents": digest[:16]}
     description |= {f"'{name}'": f"of type {type(value).__name__}" for name, value in to_load.items()}
     if difference := first_difference(description, group):

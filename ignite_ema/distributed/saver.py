@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
-from weakref import finalize
 
 import torch.distributed as dist
 from ignite.handlers.checkpoint import BaseSaveHandler
@@ -21,13 +20,13 @@ from ..averaging.collectives import (
     LostRankError,
     first_difference,
     is_first_rank,
-    leave,
     new_group,
     on_all_ranks,
     on_first_rank,
     raise_first_error,
     rank,
     reports_lost_ranks,
+    shared_group,
 )
 from ..averaging.sharding import is_sharded
 from ..checkpoints.saving import sync_directory
@@ -86,9 +85,8 @@ class ShardedSaver(BaseSaveHandler):
         self.asynchronous = asynchronous
         self._dropped: list[str] = []
         self._running: tuple[Future[None], str, tuple[str, ...]] | None = None
-        # Of its own, for what a thread of each rank sends would get mixed up with what training sends meanwhile.
-        self._group = new_group()
-        finalize(self, leave, self._group)
+        # Of its own, for what a thread of each rank sends would get mixed up with what others send meanwhile.
+        self._group = new_group() if asynchronous else shared_group()
         self._executor = ThreadPoolExecutor(1, "ShardedSaver")  # starts its thread when it is needed
         described = {
             "dirname": f"'{self.dirname.absolute()}'",
@@ -162,7 +160,8 @@ class ShardedSaver(BaseSaveHandler):
             # The first rank saves what all have: where that differs, as buffers do, all else would give a mixture.
             planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
             with single_process(self._group is None), reports_lost_ranks(self._group):
-                save(dict(checkpoint), checkpoint_id=beside, planner=planner, process_group=self._group)
+                group = None if self._group is None else self._group.get()
+                save(dict(checkpoint), checkpoint_id=beside, planner=planner, process_group=group)
             on_first_rank(partial(self._publish, beside, filename, dropped), self._group)
         finally:
             self._being_written.discard(beside.absolute())
@@ -252,7 +251,9 @@ def _copied(value: Any) -> Any:
     return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
-def _check_agreement(checkpoint: Mapping[str, Any], filename: str, dropped: Collection[str], group: Group) -> None:
+def _check_agreement(
+    checkpoint: Mapping[str, Any], filename: str, dropped: Collection[str], group: Group | None
+) -> None:
     """Raises ValueError on all ranks where they would not save the same, of which a mixture would become."""
     about_files = {"the file name": f"'{filename}'", "what n_saved drops": str(sorted(dropped))}
     if difference := first_difference(about_files, group):
