@@ -268,8 +268,9 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 class TreeWatch:
     """Tells at every update, in microseconds, whether two module trees have the structure that they had.
 
-    That is: each module has the tables that it had (``_parameters``, ``_buffers`` and ``_modules``), of as many
-    entries, with the same modules in them; what was tied, or shared, still is. It holds no tensors itself.
+    That is: each module has the tables that it had (``_parameters``, ``_buffers`` and ``_modules``; of those without
+    entries one stands for all), of as many entries, with the same modules in them; what was tied, or shared, still is.
+    It holds no tensors itself.
 
     Args:
         structure: the two trees.
@@ -277,11 +278,15 @@ class TreeWatch:
 
     def __init__(self, structure: "Structure") -> None:
         modules = structure.modules
-        self._tables = [(modules, getter, list(map(getter, modules))) for getter in map(attrgetter, _TABLES)]
-        tables = [table for _, _, tables in self._tables for table in tables]
+        tables = [getattr(module, name) for module in modules for name in _TABLES]
         self._empty = [table for table in tables if not table]
         self._filled = [table for table in tables if table]
         self._sizes = list(map(len, self._filled))
+        self._owners = []
+        for name in _TABLES:
+            watched = [module for module in modules if getattr(module, name) or name == _shown_by(module)]
+            getter = attrgetter(name)
+            self._owners.append((getter, watched, list(map(getter, watched))))
         self._fixed = [
             (table, key) for table in self._filled for key, value in table.items() if not isinstance(value, Tensor)
         ]
@@ -293,10 +298,16 @@ class TreeWatch:
 
     def is_intact(self) -> bool:
         """Whether all that is so; KeyError where a name is gone."""
-        return (
-            not any(self._empty)
-            and list(map(len, self._filled)) == self._sizes
-            and all(all(map(is_, map(getter, modules), tables)) for modules, getter, tables in self._tables)
-            and all(map(is_, [table[key] for table, key in self._fixed], self._held))
-            and not (self._ties and any(a[i] is not b[j] for a, i, b, j in self._ties))
+        if any(self._empty) or list(map(len, self._filled)) != self._sizes:
+            return False
+        for getter, modules, tables in self._owners:
+            if not all(map(is_, map(getter, modules), tables)):
+                return False
+        return all(map(is_, [table[key] for table, key in self._fixed], self._held)) and not (
+            self._ties and any(a[i] is not b[j] for a, i, b, j in self._ties)
         )
+
+
+def _shown_by(module: nn.Module) -> str | None:
+    """The table that stands for all three where they have no entries."""
+    return None if any(getattr(module, name) for name in _TABLES) else "_parameters"

@@ -47,17 +47,6 @@ class Group(NamedTuple):
     averages: bool
 
 
-class _Facts(NamedTuple):
-    """What changes when a tensor gets other memory, or another shape or type in the same; not its values."""
-
-    addresses: list[int]
-    nbytes: list[int]
-    shapes: list[torch.Size]
-    dtypes: list[torch.dtype]
-    trained: list[bool]
-    is_any_shared_trained: bool
-
-
 class _Kind(NamedTuple):
     """What the tensors of a group have in common."""
 
@@ -94,7 +83,7 @@ class Pairing:
         self._treat_buffer = treat_buffer
         self._narrow = narrow
         self.once_shared = WeakIdKeyDictionary()
-        self._known: _Facts | None = None
+        self._known: tuple[Any, ...] | None = None
         self._arrange(structure)
 
     def read(self) -> Tensors:
@@ -160,17 +149,16 @@ class Pairing:
             tensors[index] = tensors[index].to_local()  # type: ignore[attr-defined]
         return tensors
 
-    def _facts(self, slots: Tensors, tensors: Tensors) -> _Facts:
-        online = tensors[: self._count]
-        return _Facts(
+    def _facts(self, slots: Tensors, tensors: Tensors) -> tuple[Any, ...]:
+        """What changes when a tensor gets other memory, or another shape or type in the same; not its values."""
+        count, online = self._count, tensors[: self._count]
+        return (
             list(map(self._address, tensors)),
-            [*map(_nbytes, map(Tensor.untyped_storage, online)), *map(_nbytes, self._storages)]
-            if self._storages
-            else [],
+            list(map(_nbytes, map(Tensor.untyped_storage, online))) if self._all_strided else None,
             [tensor.shape for tensor in online],
             list(map(_dtype, online)),
-            list(map(_requires_grad, slots[: self._count])) if self._narrow else [],
-            any(map(_requires_grad, slots[2 * self._count :])),
+            list(map(_requires_grad, slots[:count])) if self._narrow else None,
+            any(map(_requires_grad, slots[2 * count :])),  # of those that are shared
         )
 
     def _follows(self, slots: Tensors, tensors: Tensors) -> bool:
@@ -181,10 +169,12 @@ class Pairing:
         facts, count = self._facts(slots, tensors), self._count
         if not self._known or not self._all_strided or facts[2:] != self._known[2:]:
             return False
-        now, before = (list(zip(some.addresses, some.nbytes, strict=True)) for some in (facts, self._known))
-        moved = [index for index in range(2 * count) if now[index] != before[index]]
+        (addresses, sizes, *_), (known, known_sizes, *_) = facts, self._known
+        moved = [
+            index for index in range(count) if (addresses[index], sizes[index]) != (known[index], known_sizes[index])
+        ]
         follows = (
-            moved[-1] < count
+            addresses[count:] == known[count:]
             and all(_is_like(tensors[index], self._kinds[index], self._written) for index in moved)
             and self._number_of_tensors() == self._distinct
         )
@@ -243,7 +233,6 @@ class Pairing:
         tensors = self._local(slots)
         self._all_strided = all(tensor.layout is torch.strided for tensor in tensors)
         self._address: Callable[[Tensor], int] = Tensor.data_ptr if self._all_strided else _address
-        self._storages = [tensor.untyped_storage() for tensor in tensors[count:]] if self._all_strided else []
         self._known = self._facts(slots, tensors)
         self._kinds = [(type(tensor), tensor.device) for tensor in tensors[:count]]
         self._written = {_storage(tensor) for tensor in tensors[count:]}
