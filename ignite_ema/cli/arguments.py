@@ -118,6 +118,7 @@ def _add_reconstruct(add_command: _AddCommand) -> None:
     )
     command.add_argument("file", metavar="DIR", type=Path, help="the directory of the snapshots")
     command.add_argument("--list", action="store_true", help="which snapshots there are, and what lengths they support")
+    command.add_argument("--json", action="store_true", help="the list as one JSON object")
     lengths = command.add_argument_group("lengths, one or several, as fractions of the run")
     for name, text in (
         ("sigma_rel", "power-function averages of this relative width, below 0.2887"),

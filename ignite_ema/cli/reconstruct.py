@@ -1,12 +1,14 @@
 """The command ``ignite-ema reconstruct``: averages of any length from the snapshots of a ``PostHocEMA``."""
 
 import argparse
+import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .. import posthoc
 from ..checkpoints.memory import mebibytes
@@ -34,7 +36,8 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     if problem := _problem(arguments, given):
         arguments.usage_error(problem)
     if arguments.list:
-        print("\n".join(_list(arguments.file, arguments.step)))
+        facts = _facts(arguments.file, arguments.step)
+        print(json.dumps(facts, indent=2, allow_nan=False) if arguments.json else "\n".join(_lines(facts)))
         return
     targets = {f"{name}_{x}": _target(arguments, name, x) for name, x in given}
     outs = [arguments.out.with_name(arguments.out.name.replace("{}", label)) for label in targets]
@@ -76,7 +79,9 @@ def _problem(arguments: argparse.Namespace, given: Sequence[tuple[str, float]]) 
     """What is wrong with the usage, if anything is."""
     if arguments.list:
         extra = given or arguments.out or arguments.force
-        return "--list should stand alone, or with --step; leave it out to write." if extra else None
+        return "--list should stand alone, or with --step or --json; leave it out to write." if extra else None
+    if arguments.json:
+        return "--json should stand with --list; leave it out to write."
     if not given or not arguments.out:
         return "reconstruct should have a length, such as --sigma-rel 0.15, and --out; --list says which are good."
     if not arguments.out.name:
@@ -86,37 +91,52 @@ def _problem(arguments: argparse.Namespace, given: Sequence[tuple[str, float]]) 
     return None
 
 
-def _list(directory: Path, step: int | None) -> Iterator[str]:
+def _facts(directory: Path, step: int | None) -> dict[str, Any]:
+    """What --list says: the snapshots, and for each length that is tried how far what can be had is from it."""
     snapshots = posthoc.stored(directory, step)
-    first, last = snapshots[0], snapshots[-1]
-    tensors = {f"{index}.{path}": one for index, stream in enumerate(last.averaged) for path, one in stream.items()}
-    types = ", ".join(sorted({str(one.dtype).removeprefix("torch.") for one in tensors.values()}))
-    widths = " and ".join(f"{sigma:g}" for sigma in last.sigma_rels)
-    yield f"{len(snapshots)} snapshots of averages of sigma_rel {widths}"
-    yield f"{len(last.averaged[0])} averaged tensors in {types}, {mebibytes(tensors)} MiB in each snapshot"
-    yield ""
-    width = max(len(str(last.time)), 7)
-    yield f"{first.time_unit:>{width}}  {'iteration':>9}  {'epoch':>5}"
-    for one in snapshots:
-        yield f"{one.time:>{width}}  {one.iteration:>9}  {one.epoch:>5}"
-    yield ""
-    yield f"what can be rebuilt at {last.time} {last.time_unit}:"
-    yield from _supported(snapshots)
+    last = snapshots[-1]
+    tensors = [tensor for stream in last.averaged for tensor in stream.values()]
+    return {
+        "dir": str(directory),
+        "time_unit": last.time_unit,
+        "sigma_rels": list(last.sigma_rels),
+        "tensors": len(last.averaged[0]),
+        "types": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "snapshots": [{"time": one.time, "iteration": one.iteration, "epoch": one.epoch} for one in snapshots],
+        "lengths": list(_supported(snapshots)),
+    }
 
 
-def _supported(snapshots: Sequence[StoredSnapshot]) -> Iterator[str]:
-    """A line for each length that --list tries: how far what can be had is from it."""
+def _supported(snapshots: Sequence[StoredSnapshot]) -> Iterator[dict[str, Any]]:
     known = [known for one in snapshots for known in one.snapshots]
     noise = partial(posthoc.rounding, snapshots[-1])
     tried = [(name, x) for name in ("sigma_rel", "half_life") for x in _TARGETS[name][1]]
     windows = {x for near in _TARGETS["last"][1] for x in windows_at_snapshots(known, near, noise, ACCEPTED, count=1)}
     tried += [("last", x) for x in sorted(windows)]
-    flags = [f"{_flag(name)} {x:.9g}" for name, x in tried]
     coefficients, residuals = posthoc.fitted(known, [_TARGETS[name][0](x) for name, x in tried])
+    for (name, x), row, residual in zip(tried, coefficients, residuals, strict=True):
+        worst = max(residual, noise(row))
+        verdict = "good" if worst <= posthoc.GOOD else "rough" if worst <= ACCEPTED else "refused"
+        yield {"length": name, "value": x, "residual": residual, "rounding": noise(row), "verdict": verdict}
+
+
+def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    widths = " and ".join(f"{sigma:g}" for sigma in facts["sigma_rels"])
+    size = f"{facts['bytes'] / 2**20:.3f} MiB"
+    yield f"{len(facts['snapshots'])} snapshots of averages of sigma_rel {widths}"
+    yield f"{facts['tensors']} averaged tensors in {', '.join(facts['types'])}, {size} in each snapshot"
+    yield ""
+    last = facts["snapshots"][-1]
+    width = max(len(str(last["time"])), 7)
+    yield f"{facts['time_unit']:>{width}}  {'iteration':>9}  {'epoch':>5}"
+    for one in facts["snapshots"]:
+        yield f"{one['time']:>{width}}  {one['iteration']:>9}  {one['epoch']:>5}"
+    yield ""
+    yield f"what can be rebuilt at {last['time']} {facts['time_unit']}:"
+    flags = [f"{_flag(one['length'])} {one['value']:.9g}" for one in facts["lengths"]]
     width = max(map(len, flags))
-    for flag, row, residual in zip(flags, coefficients, residuals, strict=True):
-        rounding = noise(row)
-        worst = max(residual, rounding)
-        verdict = "" if worst <= posthoc.GOOD else "rough" if worst <= ACCEPTED else "refused"
-        rounded = f"  rounding {rounding:>8.3%}" if rounding > 1e-5 else ""
-        yield f"  {flag:<{width}}  residual {residual:>8.3%}{rounded}  {verdict}".rstrip()
+    for flag, one in zip(flags, facts["lengths"], strict=True):
+        rounded = f"  rounding {one['rounding']:>8.3%}" if one["rounding"] > 1e-5 else ""
+        verdict = "" if one["verdict"] == "good" else one["verdict"]
+        yield f"  {flag:<{width}}  residual {one['residual']:>8.3%}{rounded}  {verdict}".rstrip()

@@ -1,6 +1,7 @@
 """The command: what it prints, what it writes, and how it ends."""
 
 import io
+import json
 import os
 import shlex
 import subprocess
@@ -418,6 +419,27 @@ class TestReconstruct:
         assert len({line.index("residual") for line in lines[22:]}) == 1
         assert len(lines) == 22 + 13 + 5 + len(last)
 
+    def test_list_as_json(self, command, capsys):
+        assert command("--list") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert command("--list", "--json") == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert (shown["time_unit"], shown["sigma_rels"], shown["tensors"], shown["types"]) == (
+            "updates",
+            [0.05, 0.1],
+            2,
+            ["float32"],
+        )
+        assert shown["snapshots"][0] == {"time": 4, "iteration": 4, "epoch": 1}
+        assert len(shown["snapshots"]) == 16
+        rows = [line.split() for line in lines if line.startswith("  --")]
+        assert len(rows) == len(shown["lengths"])
+        for row, one in zip(rows, shown["lengths"], strict=True):
+            assert row[0] == f"--{one['length'].replace('_', '-')}"
+            assert float(row[1]) == pytest.approx(one["value"])
+            assert row[3] == f"{one['residual']:.3%}"
+            assert (row[-1] if row[-1] in ("rough", "refused") else "good") == one["verdict"]
+
     def test_list_at_a_step(self, command, capsys):
         assert command("--list", "--step", "32") == 0
         out = capsys.readouterr().out
@@ -516,9 +538,10 @@ class TestReconstruct:
             ([], "reconstruct should have a length, such as --sigma-rel 0.15, and --out; --list says"),
             (["--sigma-rel", "0.1"], "reconstruct should have a length, such as --sigma-rel 0.15, and --out"),
             (["--out", "out.pt"], "reconstruct should have a length, such as --sigma-rel 0.15, and --out"),
-            (["--list", "--last", "0.1"], "--list should stand alone, or with --step; leave it out to write"),
+            (["--list", "--last", "0.1"], "--list should stand alone, or with --step or --json; leave it out to write"),
             (["--list", "--out", "out.pt"], "--list should stand alone"),
             (["--list", "--force"], "--list should stand alone"),
+            (["--sigma-rel", "0.1", "--out", "out.pt", "--json"], "--json should stand with --list"),
             *(
                 (
                     ["--sigma-rel", x, "--out", "out.pt"],
