@@ -21,8 +21,8 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(11, 16)
-        layers = (nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(2))
-        self.layers = nn.ModuleList(layers)
+        options = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "dropout": 0.0, "batch_first": True}
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(**options) for _ in range(2))
         self.head = nn.Linear(16, 11)
 
     def forward(self, tokens):
@@ -42,19 +42,20 @@ def sharded():
 torch.manual_seed(0)
 model = sharded()
 with torch.device("meta"):
-    twin = sharded()  # is given its shards, and filled, by the handler: no rank ever holds a full copy
+    twin = sharded()  # gets memory for its shards from the handler: no rank holds a full copy
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
 def train_step(engine, batch):
-    loss = nn.functional.nll_loss(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    predicted = model(batch[:, :-1])
+    loss = nn.functional.nll_loss(predicted.flatten(0, 1), batch[:, 1:].flatten())
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
 trainer = Engine(train_step)
-ema_handler = EMAHandler(model, momentum=0.01, ema_model=twin)
+ema_handler = EMAHandler(model, momentum=0.2, ema_model=twin)
 ema_handler.attach(trainer)
 
 objects = {"model": model, "optimizer": optimizer, "ema_handler": ema_handler, "trainer": trainer}
