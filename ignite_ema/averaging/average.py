@@ -53,8 +53,10 @@ class ModelAverage:
         device: where the twin is held; None means where the model's tensors are.
         share_frozen: the twin shares those parameters that do not require gradients now, and holds copies of the others
             alone. They must stay frozen; ``dtype`` and ``device`` do not concern them.
-        skip_nonfinite: an update that would bring a NaN or an infinity into an averaged tensor leaves the whole average
-            alone and is counted instead. Buffers that are copied are not looked at.
+        skip_nonfinite: an update that would bring a NaN or an infinity into an averaged parameter leaves the whole
+            average alone and is counted instead. One that would bring it into an averaged buffer leaves the averaged
+            buffers alone: under DDP they differ between ranks, and the weights have to stay equal. Buffers that are
+            copied are not looked at.
         stochastic_rounding: round parameters held in bfloat16 or float16 up as often as the fraction that is cut off
             says, so that updates too small for the type add up instead of being lost
             (:mod:`ignite_ema.averaging.stochastic_rounding`). Wider online weights are rounded to that type first. For
@@ -138,7 +140,7 @@ class ModelAverage:
         self.momentum = momentum
         self._dtype = dtype
         self._warned = False
-        self._has_moved = False
+        self._has_moved = self._has_left_buffers = False
         self._skip_nonfinite = skip_nonfinite
         self._share_frozen = share_frozen
         self._rounding = StochasticRounding() if stochastic_rounding else None
@@ -264,8 +266,11 @@ class ModelAverage:
                 self._has_moved = True
             if self._rounding is not None:
                 self._rounding.num_updates = self._num_updates
-            for kernel, averaged, online, _ in self._pairing.groups:
-                kernel(tensors[averaged], tensors[online], momentum)
+            for group in self._pairing.groups:
+                if self._skip_nonfinite and group.are_buffers and (path := self._pairing.nonfinite_in(group, tensors)):
+                    self._leave_buffers(path)
+                else:
+                    group.kernel(tensors[group.averaged], tensors[group.online], momentum)
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
         finally:
@@ -471,6 +476,14 @@ class ModelAverage:
 
     def _parameters(self) -> list[Tensor]:
         return [local(tensor) for tensor in self._tensors().values() if isinstance(tensor, nn.Parameter)]
+
+    def _leave_buffers(self, path: str) -> None:
+        if not self._has_left_buffers:
+            self._has_left_buffers = True
+            warn_user(
+                f"{path} holds a NaN or an infinity, and the averaged buffers of its type were left as they are; the "
+                "parameters were averaged."
+            )
 
     def _skip(self, path: str) -> None:
         self.num_skipped += 1

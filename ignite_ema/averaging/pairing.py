@@ -45,6 +45,7 @@ class Group(NamedTuple):
     averaged: slice
     online: slice
     averages: bool
+    are_buffers: bool
 
 
 class _Kind(NamedTuple):
@@ -52,6 +53,7 @@ class _Kind(NamedTuple):
 
     kernel: kernels.Kernel
     averages: bool
+    are_buffers: bool
     resolution: float
     types: tuple[Any, ...]
 
@@ -121,25 +123,27 @@ class Pairing:
             raise
 
     def first_nonfinite(self, tensors: Tensors) -> str | None:
-        """Path of the first tensor whose NaN or infinity would come into the average, or None.
+        """Path of the first parameter whose NaN or infinity would come into the average, or None.
 
         Of sharded models all ranks have to call this, and agree: one number goes from each to each.
 
         Args:
             tensors: what :meth:`read` gave.
         """
-        path = self._first_nonfinite_here(tensors)
+        groups = [group for group in self.groups if not group.are_buffers]
+        path = next(filter(None, (self.nonfinite_in(group, tensors) for group in groups)), None)
         slots = self._slots[: 2 * self._count]
         if self._sharded and on_any_rank(path is not None, (owner[key] for owner, key in slots)) and path is None:
             return "a tensor on another rank"
         return path
 
-    def _first_nonfinite_here(self, tensors: Tensors) -> str | None:
-        for _, averaged, online, averages in self.groups:
-            if averages and not kernels.is_finite(tensors[online], tensors[averaged][0].dtype):
-                for path, value, average in zip(self._paths[online], tensors[online], tensors[averaged], strict=True):
-                    if kernels.spoils(average, value):
-                        return f"'{path}'"
+    def nonfinite_in(self, group: Group, tensors: Tensors) -> str | None:
+        """Path of the first tensor of a group whose NaN or infinity would come into the average here, or None."""
+        _, averaged, online, averages, _ = group
+        if averages and not kernels.is_finite(tensors[online], tensors[averaged][0].dtype):
+            for path, value, average in zip(self._paths[online], tensors[online], tensors[averaged], strict=True):
+                if kernels.spoils(average, value):
+                    return f"'{path}'"
         return None
 
     def _local(self, slots: Tensors) -> Tensors:
@@ -217,7 +221,9 @@ class Pairing:
         start = 0
         for kind, members in by_kind.items():
             stop = start + len(members)
-            group = Group(kind.kernel, slice(count + start, count + stop), slice(start, stop), kind.averages)
+            group = Group(
+                kind.kernel, slice(count + start, count + stop), slice(start, stop), kind.averages, kind.are_buffers
+            )
             self.groups.append(group)
             start = stop
         self.resolution = max((kind.resolution for kind in by_kind), default=0.0)
@@ -239,9 +245,10 @@ class Pairing:
 
     def _kind_of(self, pair: Pair, treatment: Treatment) -> _Kind:
         online, averaged = pair.tensors()
+        is_buffer = pair.kind == "_buffers"
         types = averaged.dtype, averaged.device, online.dtype, online.device
         if treatment == "copy" or not (averaged.is_floating_point() or averaged.is_complex()):
-            return _Kind(kernels.copying_kernel_for(averaged, online), False, 0.0, types)
+            return _Kind(kernels.copying_kernel_for(averaged, online), False, is_buffer, 0.0, types)
         if online.layout is not torch.strided:
             raise TypeError(
                 f"A tensor should be strided to be averaged, got '{pair.path}' with layout {online.layout}; a "
@@ -252,7 +259,7 @@ class Pairing:
         is_trained = pair.kind == "_parameters" and pair.online._parameters[pair.key].requires_grad  # type: ignore[union-attr]
         kernel = kernels.lerping_kernel_for(averaged, online, is_trained, self._narrow)
         held = torch.float32 if kernel == self._narrow else averaged.dtype
-        return _Kind(kernel, True, torch.finfo(held).eps if is_trained or pair.kind == "_buffers" else 0.0, types)
+        return _Kind(kernel, True, is_buffer, torch.finfo(held).eps if is_trained or is_buffer else 0.0, types)
 
 
 def _try(path: str, averaged: Tensor, online: Tensor) -> None:

@@ -53,7 +53,30 @@ def several(dtype, role):
     )
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("value", SPOILERS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_averaged_buffers_that_meet_one_are_left_alone_and_the_parameters_are_averaged(dtype, value):
+    model = several(dtype, ROLES["buffer"])
+    average = ModelAverage(model, "update", skip_nonfinite=True)
+    before = contents(average.module)
+    move(model)
+    model.b[3] = SPOILERS[value]
+    with pytest.warns(
+        UserWarning, match="'b' holds a NaN or an infinity, and the averaged buffers of its type"
+    ) as caught:
+        assert average.update(1.0)
+    assert len(caught) == 1
+    assert average.update(1.0)  # warned about once
+    assert (average.num_skipped, average.num_updates) == (0, 2)
+    after, online = contents(average.module), contents(model)
+    assert {name for name in after if after[name] != online[name]} <= {"a", "b", "c"}
+    assert all(after[name] == before[name] for name in ("a", "b", "c"))
+    model.b[3] = 1.0
+    assert average.update(1.0)
+    assert contents(average.module) == contents(model)
+
+
+@pytest.mark.parametrize("role", ["parameter", "frozen parameter"])
 @pytest.mark.parametrize("value", SPOILERS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_an_update_that_meets_a_nan_or_an_infinity_is_left_out_and_counted(dtype, value, role):
@@ -140,7 +163,8 @@ def test_an_infinity_that_the_average_holds_already_is_no_reason(role):
     assert average.module.mask.tolist() == mask.tolist()
     model.mask[0] = -torch.inf
     with pytest.warns(UserWarning, match="'mask'"):
-        assert not average.update(0.5)
+        assert average.update(0.5) == (role == "buffer")
+    assert average.module.mask.tolist() == [0.0, -torch.inf, -torch.inf]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
@@ -149,7 +173,7 @@ def test_a_nan_in_the_place_of_an_infinity_is_a_reason(value):
     average = ModelAverage(model, "update", skip_nonfinite=True)
     model.mask.fill_(value)
     with pytest.warns(UserWarning, match="'mask'"):
-        assert not average.update(0.5)
+        assert average.update(0.5)
     assert average.module.mask.tolist() == [-torch.inf, -torch.inf]
 
 
