@@ -465,3 +465,13 @@ def test_each_surgery_is_followed_or_refused(surgery, share_frozen):
     for n in range(2):
         for uses in (["update", "update"], ["load", "update"]):
             run(options, [(surgery, n % 4, (n + 1) % 4, n)] * len(uses), uses, [0.5] * 2, seed=0)
+
+
+def test_loading_into_a_twin_that_was_assigned_the_weights_leaves_the_model_alone():
+    model = nn.Linear(2, 2)
+    average = ModelAverage(model)
+    average.module.load_state_dict(model.state_dict(), assign=True)
+    before = marks(model.parameters())
+    average.load_averaged_tensors({path: tensor + 1 for path, tensor in average.averaged_tensors().items()})
+    assert marks(model.parameters()) == before
+    assert marks(average.module.parameters()) == marks([tensor + 1 for tensor in model.parameters()])
