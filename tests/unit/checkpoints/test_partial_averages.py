@@ -93,6 +93,11 @@ def test_a_base_that_does_not_fit(base, message, handler):
         read(handler.state_dict(), base=base)
 
 
+def test_a_base_gives_what_is_missing_and_no_more(model, handler):
+    found = averaged_state_dict(handler.state_dict(), base=model.state_dict() | {"another.weight": torch.ones(1)})
+    assert equal(found, dict(handler.ema_model.state_dict()))
+
+
 def test_a_base_that_adds_nothing_is_refused(model):
     with pytest.raises(ValueError, match="base should add to the average in source, but that has all"):
         read({"ema": model.state_dict()}, base=model)
