@@ -11,6 +11,7 @@ from ..schedules import Schedule
 from . import kernels, swap
 from .average_state import VERSION, check_average_state
 from .buffers import BufferRule, check_patterns, check_rule, treatment_of
+from .flat import Block, Flat, Step, refuse_unflattable
 from .module_trees import Mismatch, Structure, names_of, tensors_of, unwrapped
 from .pairing import Pairing, part_memory, sharing_memory
 from .schedule_argument import described, schedule_of, scheduled
@@ -61,6 +62,10 @@ class ModelAverage:
             says, so that updates too small for the type add up instead of being lost
             (:mod:`ignite_ema.averaging.stochastic_rounding`). Wider online weights are rounded to that type first. For
             where ``dtype=torch.float32``, more exact and ten times as fast on a CPU, does not fit into memory.
+        flatten: lay the tensors of the model, and those of the twin, side by side in memory, so that an update, a swap
+            and a finite check are one operation for each type and device. Worth it where tensors are many and small.
+            It moves the model's memory now, and again where something has moved a tensor out since; make the average
+            before a CUDA graph captures the model, before processes share it, and before you take views of it.
 
     Attributes:
         model: the online model, without wrappers.
@@ -112,6 +117,7 @@ class ModelAverage:
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
+        flatten: bool = False,
     ) -> None:
         if isinstance(model, type):
             raise TypeError(f"model should be an nn.Module, got the class {model.__name__}; make one: call it.")
@@ -134,6 +140,7 @@ class ModelAverage:
             ("share_frozen", share_frozen),
             ("skip_nonfinite", skip_nonfinite),
             ("stochastic_rounding", stochastic_rounding),
+            ("flatten", flatten),
         ):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} should be True or False, got {value!r}.")
@@ -143,6 +150,9 @@ class ModelAverage:
         self._has_moved = self._has_left_buffers = False
         self._skip_nonfinite = skip_nonfinite
         self._share_frozen = share_frozen
+        self._flatten = flatten
+        if flatten:
+            refuse_unflattable(self.model)
         self._rounding = StochasticRounding() if stochastic_rounding else None
         self.num_skipped = 0
         self._num_updates = 0
@@ -174,6 +184,8 @@ class ModelAverage:
         if ema_model is not None:
             self.reset()
         self._norms_when_made = kernels.norms(self._parameters())
+        if flatten:
+            self._flat.steps(self._pairing.read())
 
     def _paired(self) -> Pairing:
         structure = Structure(self.model, self.module, self._share_frozen)
@@ -188,9 +200,13 @@ class ModelAverage:
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
 
+    @cached_property
+    def _flat(self) -> Flat:
+        return Flat(self._pairing)
+
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the pairing, which knows where tensors lie in this process."""
-        return {name: value for name, value in vars(self).items() if name != "_pairing"}
+        """Everything but the pairing and the layout, which know where tensors lie in this process."""
+        return {name: value for name, value in vars(self).items() if name not in ("_pairing", "_flat")}
 
     def __repr__(self) -> str:
         return one_line(
@@ -257,7 +273,8 @@ class ModelAverage:
             tensors = self._pairing.read()
             if swap.any_swapped():
                 swap.refuse_while_swapped(self._pairing.structure, "updated")
-            if self._skip_nonfinite and (path := self._pairing.first_nonfinite(tensors)) is not None:
+            find = self._flat.first_nonfinite if self._flatten else self._pairing.first_nonfinite
+            if self._skip_nonfinite and (path := find(tensors)) is not None:
                 self._skip(path)
                 return False
             if momentum < self._pairing.resolution:
@@ -266,19 +283,26 @@ class ModelAverage:
                 self._has_moved = True
             if self._rounding is not None:
                 self._rounding.num_updates = self._num_updates
-            for group in self._pairing.groups:
+            for group, averaged, online in self._steps(tensors):
                 if self._skip_nonfinite and group.are_buffers and (path := self._pairing.nonfinite_in(group, tensors)):
                     self._leave_buffers(path)
                 else:
-                    group.kernel(tensors[group.averaged], tensors[group.online], momentum)
+                    group.kernel(averaged, online, momentum)
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
         finally:
             torch._C._set_grad_enabled(gradients)
             swap.end_move()
+        if self._flatten:
+            self._flat.note_writes()
         self._num_updates += 1
         self._initial_share *= 1.0 - momentum
         return True
+
+    def _steps(self, tensors: list[Tensor]) -> list[Step]:
+        if self._flatten:
+            return self._flat.steps(tensors)
+        return [Step(group, tensors[group.averaged], tensors[group.online]) for group in self._pairing.groups]
 
     def _next_momentum(self) -> float:
         if self.schedule is None:
@@ -324,7 +348,14 @@ class ModelAverage:
             >>> model.weight.item()
             7.0
         """
-        return swap.Swapped(partial(self._current, "swapped"))
+        return swap.Swapped(self._swappable)
+
+    def _swappable(self) -> tuple[Structure, list[Block]]:
+        structure = self._current("swapped")
+        if not self._flatten:
+            return structure, []
+        self._flat.steps(self._pairing.read())
+        return self._pairing.structure, self._flat.blocks
 
     def is_swapped(self) -> bool:
         """Whether the model holds averaged weights now, those of this average or of another of the same model."""

@@ -88,6 +88,11 @@ class Pairing:
         self._known: tuple[Any, ...] | None = None
         self._arrange(structure)
 
+    @property
+    def known(self) -> object:
+        """Another object where :meth:`read` has found, or the pairing has made, a tensor to lie elsewhere."""
+        return self._known
+
     def read(self) -> Tensors:
         """The tensors that an update treats, as they are now: the online ones, then their counterparts in the twin.
 

@@ -82,8 +82,12 @@ def release(wrapped: list[tuple[int, Patient]]) -> None:
     """Puts back the handlers of before, but not where there is another one by now."""
     if threading.current_thread() is not _main:
         return
-    while wrapped:
-        number, patient = wrapped[-1]
-        if signal.getsignal(number) is patient:
-            signal.signal(number, patient.previous)
-        wrapped.pop()
+    try:
+        while wrapped:
+            number, patient = wrapped[-1]
+            if signal.getsignal(number) is patient:
+                signal.signal(number, patient.previous)
+            wrapped.pop()
+    except BaseException:  # from a handler that is back already
+        release(wrapped)
+        raise

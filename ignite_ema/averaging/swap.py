@@ -19,8 +19,10 @@ from types import MethodType, TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from . import kernels
+from .flat import Block
 from .held import HeldModule, HeldTensor, modules_of
 from .module_trees import Structure, overlaps_itself
 from .sharding import reshard
@@ -96,6 +98,7 @@ class _Held:
 
     Args:
         structure: the model and its twin.
+        blocks: what of them is laid out side by side.
         patient: the handlers of signals that are wrapped for as long.
 
     Attributes:
@@ -104,8 +107,9 @@ class _Held:
         abandoned: calls back where the block is never left, but forgotten.
     """
 
-    def __init__(self, structure: Structure, patient: list[tuple[int, Patient]]) -> None:
+    def __init__(self, structure: Structure, blocks: list[Block], patient: list[tuple[int, Patient]]) -> None:
         self._structure = structure
+        self._blocks = blocks
         self.patient = patient
         self.abandoned: object = None
         self.modules = [HeldModule.of(module) for module in modules_of(structure.roots[0])]
@@ -120,14 +124,23 @@ class _Held:
     def fill_from_twin(self) -> None:
         """Saves the values and replaces them by those of the twin."""
         self.is_filled = True
-        written = [(online, averaged) for online, averaged in self._pairs if not overlaps_itself(online)]
+        laid_out = {id(one) for block in self._blocks for one in block.online}
+        apart = [pair for pair in self._pairs if id(pair[0]) not in laid_out]
+        written = [(online, averaged) for online, averaged in apart if not overlaps_itself(online)]
+        written += [(block.online_memory, block.averaged_memory) for block in self._blocks]
         self._values = [(online, online.detach().clone()) for online, _ in written]
-        for online, averaged in self._pairs:
+        for online, averaged in apart:
             if overlaps_itself(online):  # it cannot be written to
                 online.data = averaged.detach().to(online.device, online.dtype, copy=True)
         _fill(written)
+        self._note_writes()
         watched = [one for one in (*self.tensors, *self.shared) if isinstance(one.tensor, nn.Parameter)]
         self._versions = [(one, one.version()) for one in watched]
+
+    def _note_writes(self) -> None:
+        """Lets autograd know of what it cannot see: writes into the memory of tensors that are laid out."""
+        for block in self._blocks:
+            increment_version(block.online)
 
     def changed(self) -> tuple[list[HeldTensor], list[HeldTensor]]:
         """The parameters that were written into since: those of which that is dropped, and those where it stays."""
@@ -140,6 +153,7 @@ class _Held:
         for step in self._steps():
             step()
         _fill(self._values)
+        self._note_writes()
 
     def give_back_piecewise(self) -> None:
         """Step by step, those that fail again, for as long as that gets further.
@@ -147,7 +161,11 @@ class _Held:
         Raises:
             RuntimeError: where nothing that is left can be done.
         """
-        left: list[Callable[[], None]] = [*self._steps(), *(partial(_fill, [pair]) for pair in self._values)]
+        left: list[Callable[[], None]] = [
+            *self._steps(),
+            *(partial(_fill, [pair]) for pair in self._values),
+            self._note_writes,
+        ]
         while left:
             failed = [(step, error) for step in left if (error := _error_in(step)) is not None]
             if len(failed) == len(left):
@@ -204,12 +222,13 @@ class Swapped(ContextDecorator):
     had, whatever was done to them inside. While it lasts it costs one copy of what is swapped.
 
     Args:
-        current: gives the model and its twin as they are, or raises RuntimeError where a part of the model is swapped.
+        current: gives the model and its twin as they are, and what of them is laid out side by side; raises
+            RuntimeError where a part of the model is swapped.
     """
 
     __exit__ = _WatchedExit()
 
-    def __init__(self, current: Callable[[], Structure]) -> None:
+    def __init__(self, current: Callable[[], tuple[Structure, list[Block]]]) -> None:
         self._current = current
         self._held: _Held | None = None
         self._watch: object = None
@@ -235,8 +254,8 @@ class Swapped(ContextDecorator):
 def _enter(swap: Swapped, patient: list[tuple[int, Patient]]) -> None:
     swap._held = None
     hold_back(patient)
-    structure = swap._current()
-    held = swap._held = _Held(structure, patient)
+    structure, blocks = swap._current()
+    held = swap._held = _Held(structure, blocks, patient)
     held.abandoned = weakref.ref(swap, partial(_end_abandoned, held))
     _swapped.add(held)
     refuse_while_swapped(structure, "swapped", but_by=held)  # in another thread, since

@@ -52,6 +52,9 @@ class EMAHandler:
             "keep".
         ema_model, dtype, device, share_frozen, skip_nonfinite, stochastic_rounding: a twin of your own, and how the
             average is held; see :class:`~ignite_ema.ModelAverage`, also for ``handle_buffers``.
+        flatten: lay the tensors of the model, and those of the twin, side by side in memory: one operation per update
+            instead of one per tensor, for models of many small tensors. It moves the model's memory now; see
+            :class:`~ignite_ema.ModelAverage`.
 
     Attributes:
         model: the online model, without wrappers.
@@ -95,6 +98,7 @@ class EMAHandler:
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
+        flatten: bool = False,
     ) -> None:
         self._momentum = momentum_of(momentum, momentum_warmup, warmup_iters)
         self._passed = momentum
@@ -108,6 +112,7 @@ class EMAHandler:
             share_frozen=share_frozen,
             skip_nonfinite=skip_nonfinite,
             stochastic_rounding=stochastic_rounding,
+            flatten=flatten,
         )
         self._guidance = Guidance(self._average)
         self._attachments = Attachments()

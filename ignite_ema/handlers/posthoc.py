@@ -46,7 +46,7 @@ class PostHocEMA:
             is rebuilt is off by that, times the norm of the coefficients where it is above 1: with 64 snapshots 2.3 for
             a width of 0.04, and 17 for 0.02.
         ema_models: twins of your own, one for each width, for models that cannot be deep-copied.
-        dtype, device, share_frozen, skip_nonfinite, stochastic_rounding: as for ``EMAHandler``.
+        dtype, device, share_frozen, skip_nonfinite, stochastic_rounding, flatten: as for ``EMAHandler``.
 
     Attributes:
         streams: an :class:`~ignite_ema.EMAHandler` for each width, with its ``ema_model`` and ``swapped()``.
@@ -95,6 +95,7 @@ class PostHocEMA:
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
+        flatten: bool = False,
     ) -> None:
         self.sigma_rels = checked_widths(sigma_rels)
         check_options(handle_buffers, samples, snapshot_dtype)
@@ -106,6 +107,7 @@ class PostHocEMA:
         options: dict[str, Any] = {"handle_buffers": handle_buffers, "dtype": dtype, "device": device}
         options |= {"share_frozen": share_frozen, "skip_nonfinite": skip_nonfinite}
         options["stochastic_rounding"] = stochastic_rounding
+        options["flatten"] = flatten
         schedule = PowerFunction if samples is None else PowerOfSamples
         self.streams = tuple(
             PowerAverage(model, schedule(sigma_rel), ema_model=twin, **options)

@@ -37,6 +37,7 @@ PRECISIONS = {
     "float16 in float32": (torch.float16, torch.float32, torch.float32),
     "complex64": (torch.complex64, None, torch.complex64),
 }
+MEMORY = {"apart": False, "flat": True}
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12, torch.complex64: 1e-6}
 
 
@@ -107,9 +108,10 @@ def plain_loop(history, momenta):
     return average
 
 
-@pytest.fixture(scope="module", params=pairwise(BUFFERS, MOMENTA, PRECISIONS, WRAPPERS), ids=", ".join)
+@pytest.fixture(scope="module", params=pairwise(BUFFERS, MOMENTA, PRECISIONS, WRAPPERS, MEMORY), ids=", ".join)
 def options(request):
-    options = SimpleNamespace(**dict(zip(("buffers", "momentum", "precision", "wrapper"), request.param, strict=True)))
+    names = "buffers", "momentum", "precision", "wrapper", "memory"
+    options = SimpleNamespace(**dict(zip(names, request.param, strict=True)))
     if "DDP" in options.wrapper:
         request.getfixturevalue("process_group")
     return options
@@ -126,7 +128,8 @@ def make(options):
         model = WRAPPERS[options.wrapper](plain)
         before = contents(plain)
         policy = MAPPING if options.buffers == "mapping" else options.buffers
-        handler = EMAHandler(model, MOMENTA[options.momentum], handle_buffers=policy, dtype=held_in)
+        flatten = MEMORY[options.memory]
+        handler = EMAHandler(model, MOMENTA[options.momentum], handle_buffers=policy, dtype=held_in, flatten=flatten)
 
         def step(engine, batch):
             for tensor in tensors(plain).values():
