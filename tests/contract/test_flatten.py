@@ -1,0 +1,384 @@
+"""flatten=True: the same averages, from tensors that lie side by side and look as they did before."""
+
+import copy
+import io
+import pickle
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from ignite_ema import EMAHandler, ModelAverage, PostHocEMA
+from ignite_ema.averaging import flat, swap
+
+
+class Everything(nn.Module):
+    """Tensors of many kinds, those that cannot be laid out among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm2d(4)
+        self.lstm = nn.LSTM(2, 2)
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.frozen = nn.Parameter(torch.rand(5), requires_grad=False)
+        self.narrow = nn.Parameter(torch.rand(7).bfloat16())
+        self.scalar, self.empty = nn.Parameter(torch.rand(())), nn.Parameter(torch.zeros(0, 3))
+        self.imaginary = nn.Parameter(torch.rand(3, dtype=torch.complex64))
+        self.turned = nn.Parameter(torch.rand(2, 3).T)
+        self.eight = nn.Parameter(torch.rand(4).to(torch.float8_e4m3fn), requires_grad=False)
+        storage = torch.rand(7)
+        self.left, self.right = nn.Parameter(storage[:4]), nn.Parameter(storage[4:])
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("expanded", torch.rand(1).expand(3))
+        self.register_buffer("flag", torch.tensor([True, False]), persistent=False)
+
+
+def named(module):
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+@torch.no_grad()
+def move(model, seed):
+    torch.manual_seed(seed)
+    for name, tensor in named(model).items():
+        if name == "expanded":
+            model.expanded = torch.rand(1).expand(3)
+        elif tensor.is_floating_point() and name != "mask":
+            tensor.copy_(torch.rand(tensor.shape))
+        elif tensor.is_complex():
+            tensor.copy_(torch.rand(tensor.shape, dtype=tensor.dtype))
+
+
+def assert_close(one, other):
+    for name, tensor in named(one).items():
+        wide = [
+            t.detach().to(torch.complex64 if t.is_complex() else torch.float32) for t in (tensor, named(other)[name])
+        ]
+        torch.testing.assert_close(*wide, msg=name)
+
+
+OPTIONS = {
+    "plain": {},
+    "update": {"handle_buffers": "update"},
+    "ema_train": {"handle_buffers": "ema_train"},
+    "mapping": {"handle_buffers": {"norm.*": "update", "mask": "keep"}},
+    "float32": {"dtype": torch.float32},
+    "float64": {"dtype": torch.float64, "handle_buffers": "update"},
+    "share_frozen": {"share_frozen": True},
+    "skip_nonfinite": {"skip_nonfinite": True},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_updates_and_swaps_are_those_of_an_average_that_is_not_flat(option):
+    models, averages = [], []
+    for flatten in (False, True):
+        torch.manual_seed(0)
+        models.append(Everything())
+        averages.append(ModelAverage(models[-1], flatten=flatten, **OPTIONS[option]))
+    assert averages[1]._flat.blocks
+    for k in range(4):
+        for model, average in zip(models, averages, strict=True):
+            move(model, k)
+            assert average.update(0.3)
+        assert_close(averages[1].module, averages[0].module)
+        before = copy.deepcopy(models[1].state_dict())
+        with averages[0].swapped(), averages[1].swapped():
+            assert_close(*models)
+        assert str(models[1].state_dict()) == str(before)
+    for average in averages:
+        average.reset()
+    assert_close(averages[1].module, averages[0].module)
+
+
+def test_each_tensor_keeps_its_identity_strides_and_a_storage_of_its_own():
+    model = Everything()
+    before = {name: (id(t), t.stride(), t.requires_grad, t.tolist()) for name, t in named(model).items()}
+    average = ModelAverage(model, flatten=True)
+    for module in (model, average.module):
+        for block in average._flat.blocks:
+            for tensor in (*block.online, *block.averaged):
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes
+                assert tensor.data_ptr() % 64 == 0 or tensor.element_size() > 1
+        strides = {name: t.stride() for name, t in named(module).items() if name != "expanded"}
+        assert strides == {name: values[1] for name, values in before.items() if name != "expanded"}
+    assert {name: (id(t), t.stride(), t.requires_grad, t.tolist()) for name, t in named(model).items()} == before
+    laid_out = {id(t) for block in average._flat.blocks for t in block.online}
+    apart = {name for name, t in named(model).items() if id(t) not in laid_out}
+    assert apart == {"left", "right", "expanded", "empty"}
+
+
+def test_files_copies_and_pickles_are_what_they_were():
+    def saved(thing):
+        file = io.BytesIO()
+        torch.save(thing, file)
+        return len(file.getvalue())
+
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100))
+    before = saved(model[0].state_dict()), saved(model[0].weight)
+    average = ModelAverage(model, flatten=True)
+    assert (saved(model[0].state_dict()), saved(model[0].weight)) == before
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_close(twin, model)
+    for other in (copy.deepcopy(average), pickle.loads(pickle.dumps(average))):
+        move(other.model, 1)
+        assert other.update(0.5)
+        assert_close(average.module, model)
+
+
+def test_a_model_that_is_laid_out_trains_as_before():
+    losses = []
+    for flatten in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+        average = ModelAverage(model, flatten=flatten)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for _ in range(5):
+            loss = model(torch.ones(4, 3).cumsum(0)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            average.update(0.1)
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+
+
+# What moves a tensor out
+
+
+def turn(model):
+    model.first.weight.data = model.first.weight.data.T
+
+
+def load_assigned(model):
+    state = {name: t + 1 if t.element_size() > 1 else t.clone() for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model.second.weight = model.first.weight
+
+
+MOVES = {
+    "double": lambda model: model.double(),
+    "channels last": lambda model: model.conv.to(memory_format=torch.contiguous_format),
+    "assign": load_assigned,
+    "data": lambda model: setattr(model.first.weight, "data", torch.rand(3, 3)),
+    "turned in place": turn,
+    "another parameter": lambda model: setattr(model.conv, "weight", nn.Parameter(torch.rand(4, 3, 3, 3))),
+    "another buffer": lambda model: setattr(model.norm, "running_mean", torch.rand(4)),
+    "shared memory": lambda model: model.share_memory(),
+    "the twin": None,
+}
+
+
+@pytest.mark.parametrize("moved", MOVES)
+def test_what_moves_a_tensor_out_is_noticed_at_the_next_update(moved):
+    models, averages = [], []
+    for flatten in (False, True):
+        torch.manual_seed(0)
+        model = Everything()
+        model.expanded = torch.rand(3)
+        average = ModelAverage(model, flatten=flatten, handle_buffers="update")
+        average.update(0.5)
+        torch.manual_seed(1)
+        if MOVES[moved] is None:
+            load_assigned(average.module)
+        else:
+            MOVES[moved](model)
+        models.append(model)
+        averages.append(average)
+    for _ in range(2):
+        for average in averages:
+            average.update(0.5)
+        assert_close(averages[1].module, averages[0].module)
+        with averages[0].swapped(), averages[1].swapped():
+            assert_close(*models)
+        assert_close(*models)
+    if moved == "shared memory":
+        assert all(t.is_shared() for t in models[1].parameters())
+
+
+def test_a_model_in_shared_memory_stays_there():
+    model = nn.Linear(3, 3).share_memory()
+    average = ModelAverage(model, flatten=True)
+    assert model.weight.is_shared()
+    assert average.update(0.5)
+
+
+# Several averages of one model
+
+
+def test_posthoc_averages_share_the_memory_of_the_model(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    ema = PostHocEMA(model, dirname=tmp_path, flatten=True)
+    first, second = (stream._average._flat for stream in ema.streams)
+    assert [block.online_memory.data_ptr() for block in first.blocks] == [
+        block.online_memory.data_ptr() for block in second.blocks
+    ]
+    model[0].weight.data = torch.ones(3, 3)
+    for _ in range(2):
+        for stream in ema.streams:
+            stream._average.update(1.0)
+            assert torch.equal(stream.ema_model[0].weight, torch.ones(3, 3))
+    assert {block.online_memory.data_ptr() for block in first.blocks} == {
+        block.online_memory.data_ptr() for block in second.blocks
+    }
+
+
+def test_averages_of_other_options_do_not_move_the_model_to_and_fro():
+    model = Everything()
+    averages = [
+        ModelAverage(model, flatten=True),
+        ModelAverage(model, flatten=True, handle_buffers="ema_train"),
+        ModelAverage(model[0] if isinstance(model, nn.Sequential) else model.norm, flatten=True),
+    ]
+    for average in averages:
+        average.update(0.5)
+    where = {name: t.data_ptr() for name, t in named(model).items()}
+    for average in averages:
+        average.update(0.5)
+        average.update(0.5)
+    assert {name: t.data_ptr() for name, t in named(model).items()} == where
+
+
+# What autograd sees
+
+
+def test_autograd_notices_a_swap_inside_a_graph():
+    model = nn.Linear(2, 2)
+    average = ModelAverage(model, flatten=True)
+    x = torch.ones(1, 2, requires_grad=True)
+    loss = model(x).square().sum()
+    with average.swapped():
+        pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_autograd_notices_an_update_of_the_twin_inside_a_graph():
+    model = nn.Linear(2, 2)
+    average = ModelAverage(model, flatten=True)
+    loss = average.module(torch.ones(1, 2, requires_grad=True)).square().sum()
+    average.update(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_training_in_a_swapped_block_is_warned_about():
+    model = nn.Linear(2, 2)
+    average = ModelAverage(model, flatten=True)
+    with pytest.warns(UserWarning, match="'weight' was changed while"), average.swapped(), torch.no_grad():
+        model.weight.add_(1.0)
+
+
+# Options
+
+
+@pytest.mark.parametrize("at", ["conv.weight", "narrow", "imaginary", "left"])
+def test_skip_nonfinite_names_the_tensor(at):
+    model = Everything()
+    average = ModelAverage(model, flatten=True, skip_nonfinite=True)
+    before = copy.deepcopy(average.module.state_dict())
+    weight = dict(model.named_parameters())[at].data
+    weight[(0,) * weight.ndim] = torch.nan
+    with pytest.warns(UserWarning, match=f"'{at}' holds a NaN"):
+        assert not average.update(0.5)
+    assert str(average.module.state_dict()) == str(before)
+
+
+def test_stochastic_rounding_moves_a_flat_average():
+    model = nn.Linear(50, 50, bias=False).bfloat16()
+    average = ModelAverage(model, flatten=True, stochastic_rounding=True)
+    model.weight.data.fill_(1.0)
+    average.module.weight.fill_(2.0)
+    for _ in range(100):
+        average.update(0.001)
+    assert 1.88 < average.module.weight.float().mean().item() < 1.93
+
+
+def test_one_block_at_a_time_is_laid_out(monkeypatch):
+    monkeypatch.setattr(flat, "_BLOCK", 2000)
+    model = nn.Sequential(*[nn.Linear(10, 10) for _ in range(20)])
+    average = ModelAverage(model, flatten=True)
+    assert len(average._flat.blocks) > 4
+    assert max(block.online_memory.nbytes for block in average._flat.blocks) < 4000
+    move(model, 0)
+    average.update(1.0)
+    assert_close(average.module, model)
+
+
+# What is refused
+
+
+class Own(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("make", [ModelAverage, lambda model, **o: EMAHandler(model, 0.5, **o)])
+def test_tensors_of_a_type_of_their_own_are_refused(make):
+    model = nn.Linear(2, 2)
+    model.register_buffer("own", torch.ones(2).as_subclass(Own))
+    where = model.weight.data_ptr()
+    with pytest.raises(TypeError, match="flatten should be False .*'own' is a Own; leave flatten out"):
+        make(model, flatten=True)
+    assert model.weight.data_ptr() == where
+
+
+def test_a_sharded_model_is_refused(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    model, twin = (fully_shard(nn.Linear(2, 2), mesh=mesh) for _ in range(2))
+    with pytest.raises(TypeError, match="flatten should be False for a model that is sharded.*'weight' is a DTensor"):
+        ModelAverage(model, ema_model=twin, flatten=True)
+
+
+def test_flatten_is_true_or_false():
+    with pytest.raises(TypeError, match="flatten should be True or False, got 1"):
+        ModelAverage(nn.Linear(1, 1), flatten=1)
+
+
+# Programs
+
+
+STEPS = {
+    **{name: change for name, change in MOVES.items() if change and name not in ("double", "shared memory")},
+    "float": lambda model: model.float(),
+    "values": lambda model: move(model, 3),
+    "swap two": lambda model: model.first.weight.data.copy_(torch.rand(3, 3)),
+    "freeze": lambda model: model.first.bias.requires_grad_(not model.first.bias.requires_grad),
+    "deleted": lambda model: setattr(model, "flag", None),
+    "data of another": lambda model: setattr(model.first.bias, "data", model.second.bias.data),
+    "freed": lambda model: model.first.bias.untyped_storage().resize_(0),
+}
+
+
+@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(n, marks=pytest.mark.slow) for n in range(20, 220))])
+def test_programs_that_change_the_model_between_updates(seed):
+    dice = random.Random(seed)
+    option, program = OPTIONS[dice.choice(list(OPTIONS))], [dice.choice(list(STEPS)) for _ in range(6)]
+    results = []
+    for flatten in (False, True):
+        torch.manual_seed(seed)
+        model = Everything()
+        average, said = ModelAverage(model, flatten=flatten, **option), []
+        for name in program:
+            torch.manual_seed(seed)
+            try:
+                STEPS[name](model)
+                average.update(0.3)
+                with average.swapped():
+                    pass
+            except RuntimeError as error:
+                said.append((name, type(error)))
+                break
+        results.append((model, average, said))
+    (model, average, said), (flat_model, flat_average, flat_said) = results
+    assert not swap.any_swapped()
+    if said == flat_said:
+        assert "freed" in program or str(flat_model.state_dict()) == str(model.state_dict())
+        assert_close(flat_average.module, average.module)
+    else:
+        assert flat_said or said  # refused by one of them: memory that is laid out cannot be freed
