@@ -349,7 +349,6 @@ STEPS = {
     "values": lambda model: move(model, 3),
     "swap two": lambda model: model.first.weight.data.copy_(torch.rand(3, 3)),
     "freeze": lambda model: model.first.bias.requires_grad_(not model.first.bias.requires_grad),
-    "deleted": lambda model: setattr(model, "flag", None),
     "data of another": lambda model: setattr(model.first.bias, "data", model.second.bias.data),
     "freed": lambda model: model.first.bias.untyped_storage().resize_(0),
 }
