@@ -438,7 +438,8 @@ class ModelAverage:
             check_loadable(own, tensors)
             self._has_moved = True
             if own:
-                self._part_memory(own)
+                self._part_memory(self._tensors())
+                own = self.averaged_tensors()
                 values = [like(tensors[path], own[path]) for path in own]
                 kernels.copy([local(tensor) for tensor in own.values()], values)
 
