@@ -231,7 +231,8 @@ def twin_to_double(model, twin, a, b, n):
 
 
 def twin_is_frozen_alias(model, twin, a, b, n):
-    twin[0].inner.bias = frozen(model[n % 4].inner.bias.detach())
+    if model[n % 4].inner.bias.isfinite().all():
+        twin[0].inner.bias = frozen(model[n % 4].inner.bias.detach())
 
 
 def twin_in_inference_mode(model, twin, a, b, n):
