@@ -40,7 +40,7 @@ def _reachable(roots: Iterable[Any]) -> Iterator[Any]:
 def _references(found: Any) -> list[Any]:
     if isinstance(found, types.FunctionType):
         cells = [cell.cell_contents for cell in found.__closure__ or () if cell != types.CellType()]  # not empty
-        is_library = found.__module__.partition(".")[0] in ("torch", "ignite")
+        is_library = (found.__module__ or "").partition(".")[0] in ("torch", "ignite")  # code of exec() has none
         names = () if is_library else (name for name in _names(found.__code__) if name in found.__globals__)
         defaults = *(found.__defaults__ or ()), *(found.__kwdefaults__ or {}).values()
         return [*cells, *(found.__globals__[name] for name in names), *defaults]
