@@ -78,6 +78,8 @@ class Flat:
         self._pairing = pairing
         self._seen: object = None
         self._steps: list[Step] = []
+        self._rows: list[int] = []  # the tensors that are contiguous, and those that are not, with their strides
+        self._turned: list[int] = []
         self._strides: list[tuple[int, ...]] = []
         self.blocks: list[Block] = []
 
@@ -97,13 +99,17 @@ class Flat:
         Raises:
             TypeError: as :func:`refuse_unflattable` does.
         """
-        if (
-            self._seen is None
-            or self._seen is not self._pairing.known
-            or list(map(Tensor.stride, tensors)) != self._strides
-        ):
+        if not self._lies_as_it_did(tensors):
             self._lay_out(tensors)
         return self._steps
+
+    def _lies_as_it_did(self, tensors: list[Tensor]) -> bool:
+        """Whether no tensor has other memory, which the pairing notices, or other strides in the same."""
+        if self._seen is None or self._seen is not self._pairing.known:
+            return False
+        rows = [tensors[index] for index in self._rows]
+        turned = [tensors[index].stride() for index in self._turned]
+        return all(map(Tensor.is_contiguous, rows)) and turned == self._strides
 
     def note_writes(self) -> None:
         """Lets autograd know that the twin was written to, as it would see by itself without this memory."""
@@ -120,7 +126,11 @@ class Flat:
             pairs = list(zip(tensors[group.online], tensors[group.averaged], strict=True))
             self._lay_out_group(group, pairs, several, own)
         self._pairing.pair_anew()  # which takes note of the addresses
-        self._strides = list(map(Tensor.stride, tensors))
+        laid_out = {id(one) for block in self.blocks for one in (*block.online, *block.averaged)}
+        indices = [index for index, tensor in enumerate(tensors) if id(tensor) in laid_out]
+        self._rows = [index for index in indices if tensors[index].is_contiguous()]
+        self._turned = [index for index in indices if not tensors[index].is_contiguous()]
+        self._strides = [tensors[index].stride() for index in self._turned]
         self._seen = self._pairing.known
 
     def _lay_out_group(

@@ -33,7 +33,7 @@ class HeldModule(NamedTuple):
     module: nn.Module
     kind: type[nn.Module]
     attributes: dict[str, Any]
-    tables: list[tuple[dict[str, Any], dict[str, Any]]]
+    tables: list[tuple[str, dict[str, Any], dict[str, Any]]]
     hooks: dict[str, dict[int, Any]]
     not_saved: set[str]
     flat_weights: list[Tensor] | None
@@ -41,7 +41,7 @@ class HeldModule(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module) -> "HeldModule":
         attributes = vars(module).copy()
-        tables = [(held, held.copy()) for name in _TABLES if isinstance(held := attributes.get(name), dict)]
+        tables = [(name, held, held.copy()) for name in _TABLES if isinstance(held := attributes.get(name), dict)]
         hooks = {name: held.copy() for name in _HOOKS if (held := attributes.get(name))}
         flat_weights = attributes.get("_flat_weights")  # the list that an LSTM keeps of its parameters
         not_saved = module._non_persistent_buffers_set.copy()
@@ -52,7 +52,7 @@ class HeldModule(NamedTuple):
         """Makes the module what it was; can be done again after it was cut short anywhere."""
         if self._is_rebuilt():
             self._put_back_attributes()
-        for table, contents in self.tables:
+        for _, table, contents in self.tables:
             if not _alike(table, contents):
                 table.clear()
                 table.update(contents)
@@ -64,11 +64,9 @@ class HeldModule(NamedTuple):
     def _is_rebuilt(self) -> bool:
         """Whether names, or the class, are others: pruning, a parametrization, a norm of weights, a list that grew."""
         now = vars(self.module)
-        return type(self.module) is not self.kind or not all(
-            any(now.get(name) is table for name in _TABLES)
-            and table.keys() == contents.keys()
-            and now.keys().isdisjoint(contents)
-            for table, contents in self.tables
+        return type(self.module) is not self.kind or any(
+            now.get(name) is not table or table.keys() != contents.keys() or not now.keys().isdisjoint(contents)
+            for name, table, contents in self.tables
         )
 
     def _put_back_attributes(self) -> None:
@@ -88,20 +86,19 @@ def _alike(table: dict[str, Any], contents: dict[str, Any]) -> bool:
 
 
 class HeldTensor(NamedTuple):
-    """A tensor of a model, the part that this rank has of it, its memory, and where that lies."""
+    """A tensor of a model, the part that this rank has of it, and its memory."""
 
     path: str
     tensor: Tensor
     part: Tensor
     memory: Tensor
-    place: tuple[Any, ...]
     size: int
     requires_grad: bool
 
     @classmethod
     def of(cls, pair: Pair, part: Tensor) -> "HeldTensor":
         owner, key = pair.slots()[0]
-        return cls(pair.path, owner[key], part, part.detach(), _place(part), _size(part), owner[key].requires_grad)
+        return cls(pair.path, owner[key], part, part.detach(), _size(part), owner[key].requires_grad)
 
     def version(self) -> int:
         """Counts what was written into the tensor in place."""
@@ -112,7 +109,7 @@ class HeldTensor(NamedTuple):
         if self.memory.layout is torch.strided:
             if _size(self.memory) < self.size:  # freed to save memory
                 self.memory.untyped_storage().resize_(self.size)
-            if _place(self.part) != self.place:
+            if self.part.dtype != self.memory.dtype or not self.part.is_set_to(self.memory):
                 self.part.data = self.memory
         if self.tensor.requires_grad != self.requires_grad and self.tensor.is_leaf:
             self.tensor.requires_grad_(self.requires_grad)
@@ -120,9 +117,3 @@ class HeldTensor(NamedTuple):
 
 def _size(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else 0
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    if tensor.layout is not torch.strided:
-        return ()
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -25,7 +25,7 @@ from . import kernels
 from .flat import Block
 from .held import HeldModule, HeldTensor, modules_of
 from .module_trees import Structure, overlaps_itself
-from .sharding import reshard
+from .sharding import local, reshard
 from .signals import Patient, deliver, delivers, hold_back, release, uninterrupted
 from .user_warnings import warn_user
 
@@ -113,9 +113,10 @@ class _Held:
         self.patient = patient
         self.abandoned: object = None
         self.modules = [HeldModule.of(module) for module in modules_of(structure.roots[0])]
-        self._pairs = [pair.tensors() for pair in structure.pairs]
+        slots = [pair.slots() for pair in structure.pairs]
+        self._pairs = [(local(ours[key]), local(theirs[name])) for (ours, key), (theirs, name) in slots]
         self.tensors = [HeldTensor.of(p, part) for p, (part, _) in zip(structure.pairs, self._pairs, strict=True)]
-        self.shared = [HeldTensor.of(pair, pair.tensors()[0]) for pair in structure.shared]
+        self.shared = [HeldTensor.of(pair, local(pair.slots()[0][0][pair.key])) for pair in structure.shared]
         self.parts = _parts(structure).union(id(one.module) for one in self.modules)
         self.is_filled = False
         self._values: list[tuple[Tensor, Tensor]] = []

@@ -169,6 +169,7 @@ def torch_ema(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype 
 
 PEERS: dict[str, Build] = {
     OURS: ignite_ema,
+    f"{OURS} flat": partial(ignite_ema, flatten=True),
     "ignite": ignite,
     "AveragedModel": averaged_model,
     "timm": timm,
