@@ -1,18 +1,20 @@
-"""What an engine's functions refer to is looked for in every function, wherever it was defined."""
+"""Engines that evaluate an average are found through functions, wherever those were defined."""
 
 import torch
 from ignite.engine import Engine
 
-from ignite_ema import EMAHandler
+from ignite_ema.handlers.references import evaluators_among
 
 
-def test_a_step_without_a_module_trains():
-    namespace = {}
-    exec("def step(engine, batch):\n    pass\n", namespace)
-    step = namespace["step"]
-    step.__module__ = None
-    trainer = Engine(step)
-    handler = EMAHandler(torch.nn.Linear(1, 1), momentum=0.45)
-    handler.attach(trainer)
-    trainer.run([0, 1, 2])
-    assert handler.num_updates == 3
+def test_functions_without_a_module_are_looked_into():
+    average = torch.nn.Linear(1, 1)
+
+    def process(engine, batch):
+        return average(batch)
+
+    def evaluate():
+        evaluator.run([torch.ones(1)])
+
+    evaluator = Engine(process)
+    process.__module__ = evaluate.__module__ = None  # as exec() leaves it where no name is given
+    assert evaluators_among([evaluate], lambda found: found is average) == [evaluator]
