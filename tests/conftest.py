@@ -18,7 +18,12 @@ settings.register_profile("nightly", settings(deadline=None, max_examples=2000, 
 own_warnings.mark_own_warnings()
 
 # Reasons to skip that nothing which can be installed takes away.
-UNAVOIDABLE = ("there is no CUDA device", "this torch gathers no weights on a CPU", "a defect of pytorch-ignite 0.5.5")
+UNAVOIDABLE = (
+    "there is no CUDA device",
+    "this torch gathers no weights on a CPU",
+    "a defect of pytorch-ignite 0.5.5",
+    "of torch 2.6",
+)
 
 
 def pytest_configure(config):

@@ -112,6 +112,8 @@ def plain_loop(history, momenta):
 def options(request):
     names = "buffers", "momentum", "precision", "wrapper", "memory"
     options = SimpleNamespace(**dict(zip(names, request.param, strict=True)))
+    if "DDP" in options.wrapper and options.precision == "complex64" and torch.__version__ < "2.7":
+        pytest.skip("gloo of torch 2.6 sends no complex numbers")
     if "DDP" in options.wrapper:
         request.getfixturevalue("process_group")
     return options
