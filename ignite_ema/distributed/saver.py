@@ -57,9 +57,12 @@ class ShardedSaver(BaseSaveHandler):
             the ranks have different arguments.
 
     Examples:
-        >>> import tempfile
+        >>> import os, tempfile, torch
         >>> from ignite.engine import Engine, Events
-        >>> model = nn.Linear(1, 1)
+        >>> from ignite.handlers import Checkpoint
+        >>> from ignite_ema import EMAHandler
+        >>> from ignite_ema.distributed import load_objects
+        >>> model = torch.nn.Linear(1, 1)
         >>> trainer = Engine(lambda engine, batch: None)
         >>> directory = tempfile.mkdtemp()
         >>> objects = {"model": model, "ema_handler": EMAHandler(model), "trainer": trainer}
