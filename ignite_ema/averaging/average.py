@@ -1,6 +1,6 @@
 """A model and its averaged twin, without an engine: for Ignite see :mod:`ignite_ema.handlers.ema`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -351,11 +351,11 @@ class ModelAverage:
         return swap.Swapped(self._swappable)
 
     def _swappable(self) -> tuple[Structure, list[Block]]:
-        structure = self._current("swapped")
         if not self._flatten:
-            return structure, []
+            return self._current("swapped"), []
+        swap.refuse_while_swapped(self._followed(), "swapped")
         self._flat.steps(self._pairing.read())
-        return self._pairing.structure, self._flat.blocks
+        return self._current("swapped", self._flat.laid_out()), self._flat.blocks
 
     def is_swapped(self) -> bool:
         """Whether the model holds averaged weights now, those of this average or of another of the same model."""
@@ -478,12 +478,16 @@ class ModelAverage:
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
 
-    def _current(self, what: str) -> Structure:
-        """Model and twin as they are now, kept buffers included; raises where nothing may be done with them."""
+    def _current(self, what: str, looked_at: Collection[int] = ()) -> Structure:
+        """Model and twin as they are now, kept buffers included; raises where nothing may be done with them.
+
+        Not looked at again are the tensors with the identities ``looked_at``.
+        """
         structure = self._followed()
         try:
             for pair in (*structure.pairs, *structure.shared):
-                pair.tensors()
+                if id(getattr(pair.online, pair.kind)[pair.key]) not in looked_at:
+                    pair.tensors()
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
         swap.refuse_while_swapped(structure, what)

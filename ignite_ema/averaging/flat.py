@@ -111,6 +111,10 @@ class Flat:
         turned = [tensors[index].stride() for index in self._turned]
         return all(map(Tensor.is_contiguous, rows)) and turned == self._strides
 
+    def laid_out(self) -> set[int]:
+        """The identities of the tensors in the blocks."""
+        return {id(one) for block in self.blocks for one in (*block.online, *block.averaged)}
+
     def note_writes(self) -> None:
         """Lets autograd know that the twin was written to, as it would see by itself without this memory."""
         increment_version([tensor for block in self.blocks for tensor in block.averaged])
@@ -126,7 +130,7 @@ class Flat:
             pairs = list(zip(tensors[group.online], tensors[group.averaged], strict=True))
             self._lay_out_group(group, pairs, several, own)
         self._pairing.pair_anew()  # which takes note of the addresses
-        laid_out = {id(one) for block in self.blocks for one in (*block.online, *block.averaged)}
+        laid_out = self.laid_out()
         indices = [index for index, tensor in enumerate(tensors) if id(tensor) in laid_out]
         self._rows = [index for index in indices if tensors[index].is_contiguous()]
         self._turned = [index for index in indices if not tensors[index].is_contiguous()]
@@ -151,8 +155,8 @@ class Flat:
 
 def _storages_of_several(structure: Structure) -> set[int]:
     """The addresses of the storages that more than one tensor of the model, or of the twin, uses."""
-    pairs = [pair.tensors() for pair in (*structure.pairs, *structure.shared)]
-    tensors = {id(one): one for pair in pairs for one in pair if one.layout is torch.strided}
+    slots = [slot for pair in (*structure.pairs, *structure.shared) for slot in pair.slots()]
+    tensors = {id(owner[key]): owner[key] for owner, key in slots if owner[key].layout is torch.strided}
     counts = Counter(one.untyped_storage().data_ptr() for one in tensors.values())
     return {address for address, count in counts.items() if count > 1}
 

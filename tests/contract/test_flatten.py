@@ -206,6 +206,17 @@ def test_a_model_in_shared_memory_stays_there():
     assert average.update(0.5)
 
 
+def test_a_kept_buffer_of_another_shape_is_no_matter_to_an_update():
+    model = nn.Linear(1, 1)
+    model.register_buffer("cache", torch.zeros(2))
+    average = ModelAverage(model, {"cache": "keep"}, flatten=True)
+    model.cache = torch.zeros(5)
+    assert average.update(0.5)
+    with pytest.raises(RuntimeError, match="'cache' has shape"), average.swapped():
+        pass
+    assert not swap.any_swapped()
+
+
 # Several averages of one model
 
 
