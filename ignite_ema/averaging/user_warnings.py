@@ -12,6 +12,6 @@ _PASSED_OVER = ("ignite_ema", "ignite", "torch", "contextlib")
 def warn_user(message: str) -> None:
     """Warns with a ``UserWarning`` at the innermost line that is in none of the libraries between."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _PASSED_OVER:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)

@@ -18,6 +18,14 @@ from ignite_ema.averaging import swap
 pytestmark = pytest.mark.filterwarnings("ignore:.*was changed while:UserWarning")
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """Also where the tests run in the background, for which a shell lets Ctrl-C be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Subject:
     """A model with a buffer, swapped in one of the ways that users swap in."""
 
