@@ -420,6 +420,8 @@ def run(options, steps, uses, momenta, seed):
     program = Program(options, seed)
     assert program.use("update", 0.5)
     for number, ((surgery, a, b, n), how, momentum) in enumerate(zip(steps, uses, momenta, strict=False)):
+        if not (has_all_values(program.model) and has_all_values(program.twin)):
+            return  # what has lost its memory cannot be operated on: torch would crash
         blocks = [program.model[i] for i in (a, b)]
         try:
             with torch.no_grad():
