@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .profiles import PowerProfile, Profile, Snapshot, UniformProfile, inner_products
+from .profiles import ExponentialProfile, PowerProfile, Profile, Snapshot, UniformProfile, inner_products
 
 __all__ = [
     "GOOD",
@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 _LENGTHS = [k / 100 for k in range(1, 29)]  # among which the reach of snapshots is looked for
+_HALF_LIVES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # among which one is looked for
 GOOD = 0.01  # a residual up to which an average is the one that was asked for
 _NEAR = 32  # windows of which each is tried
 
@@ -124,24 +125,29 @@ def reach(snapshots: Sequence[Snapshot], target: Profile, noise: Noise = _silent
         snapshots: the snapshots.
         target: the profile that was asked for.
         noise: says of coefficients, of shape (n,), how much they amplify the rounding of the snapshots.
-        max_residual: up to which windows are named, where none is good.
+        max_residual: how far the target may be; above 1 % windows and half-lives that are rough are named, too.
     """
     if isinstance(target, UniformProfile):
         windows = windows_at_snapshots(snapshots, target.window, noise, max_residual)
         if windows:
-            return f"let its window begin at a snapshot, such as {' or '.join(f'{x:.9g}' for x in windows)}"
+            named = (f"{x:.9g}{'' if off <= GOOD else f' ({off:.1%} off)'}" for x, off in windows.items())
+            return f"let its window begin at a snapshot, such as {' or '.join(named)}"
+    lengths = []
+    if isinstance(target, ExponentialProfile):
+        found = _nearest_half_life(snapshots, target.half_life, noise, max_residual)
+        lengths += [f"half_life is {'good' if off <= GOOD else f'{off:.1%} off'} at {x:g}" for x, off in found]
     distances = _distances(snapshots, PowerProfile, _LENGTHS, noise)
-    if good := [x for x, distance in zip(_LENGTHS, distances, strict=True) if distance <= GOOD]:
-        return f"choose another length (sigma_rel is good {_ranges(good)})"
-    return "take more snapshots next time"
+    if good := [x for x, distance in zip(_LENGTHS, distances, strict=True) if distance <= min(GOOD, max_residual)]:
+        lengths.append(f"sigma_rel is good {_ranges(good)}")
+    return f"choose another length ({', '.join(lengths)})" if lengths else "take more snapshots next time"
 
 
 def windows_at_snapshots(
     snapshots: Sequence[Snapshot], window: float, noise: Noise, max_residual: float, count: int = 2
-) -> list[float]:
-    """The windows of a ``UniformProfile`` that are nearest to ``window`` and can be had, sorted.
+) -> dict[float, float]:
+    """The windows of a ``UniformProfile`` within ``max_residual`` that are nearest to ``window``, the nearest first.
 
-    Each begins at a snapshot. They are good, or where none is, within ``max_residual``.
+    Each begins at a snapshot, and comes with how far what can be had is from it.
     """
     times = sorted({one.time for one in snapshots})
     windows = sorted((1 - time / times[-1] for time in [0, *times[:-1]]), key=lambda one: abs(one - window))
@@ -149,14 +155,40 @@ def windows_at_snapshots(
         [*range(_NEAR), *(round(_NEAR * 1.2**step) for step in range(50))]
     )  # and a few of the far ones
     tried = [windows[index] for index in near if index < len(windows)]
-    spelled = [[float(f"{one:.{digits}g}") for digits in (4, 6, 9)] for one in tried]  # the shortest that will do
+    spelled = [[float(f"{one:.{digits}g}") for digits in (4, 6, 9)] for one in tried]
     values = [*dict.fromkeys(chain.from_iterable(spelled))]
     distances = dict(zip(values, _distances(snapshots, UniformProfile, values, noise), strict=True))
-    for limit in (GOOD, max_residual):
-        accepted = [[value for value in one if distances[value] <= limit] for one in spelled]
-        if found := [one[0] for one in accepted if one]:
-            return sorted(found[:count])
-    return []
+    accepted: dict[float, float] = {}
+    for one in spelled:
+        best = min(distances[x] for x in one)
+        limits = [1.05 * best, *(limit for limit in (GOOD, max_residual) if best <= limit)]
+        shortest = next(x for x in one if distances[x] <= min(limits))
+        if best <= max_residual and len(accepted) < count:
+            accepted[shortest] = distances[shortest]
+    return accepted
+
+
+def _nearest_half_life(
+    snapshots: Sequence[Snapshot], half_life: float, noise: Noise, max_residual: float
+) -> list[tuple[float, float]]:
+    """A half-life within ``max_residual`` that is near to ``half_life``, and how far what can be had is from it.
+
+    One by one, from the nearest on, for each takes a quadrature; at most one, and none where none is found.
+    """
+
+    def first(lengths: Iterable[float]) -> list[tuple[float, float]]:
+        for x in lengths:
+            [distance] = _distances(snapshots, ExponentialProfile, [x], noise)
+            if distance <= max_residual:
+                return [(x, distance)]
+        return []
+
+    found = first(sorted(_HALF_LIVES, key=lambda x: abs(math.log(x / half_life))))
+    if not found:
+        return []
+    start = found[0][0]
+    gap = min(max(half_life / start, 0.4), 2.5)  # to the next of the list
+    return first(float(f"{start * gap ** (k / 8):.2g}") for k in range(7, 0, -1)) or found
 
 
 def _distances(

@@ -18,8 +18,10 @@ from ignite_ema.cli import checkpoints as cli_checkpoints
 from ignite_ema.cli import main
 from ignite_ema.cli import reconstruct as cli_reconstruct
 from ignite_ema.cli.arguments import parser
+from ignite_ema.posthoc import snapshot_files
 from tests.helpers.files import files_in
 from tests.helpers.peer_files import MAKERS, equal, made
+from tests.helpers.snapshots import make_snapshot
 
 EVERY = pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
 
@@ -414,10 +416,17 @@ class TestReconstruct:
         ]
         assert "  --half-life 0.05   residual   0.153%" in lines
         last = [line for line in lines if line.startswith("  --last")]
-        assert last
+        assert [float(line.split()[1]) for line in last] == [0.125, 0.1875, 0.5]
         assert not any(line.endswith("refused") for line in last)
         assert len({line.index("residual") for line in lines[22:]}) == 1
         assert len(lines) == 22 + 13 + 5 + len(last)
+
+    def test_list_names_the_windows_that_are_nearest_rough_ones_too(self, tmp_path, capsys):
+        for time in range(1, 25):
+            snapshot_files.write(make_snapshot(time), tmp_path)
+        assert main(["reconstruct", str(tmp_path), "--list"]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  --last")]
+        assert [(line[1], line[4:]) for line in lines] == [("0.0833333", []), ("0.208333", []), ("0.5", ["rough"])]
 
     def test_list_as_json(self, command, capsys):
         assert command("--list") == 0

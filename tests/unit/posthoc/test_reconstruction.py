@@ -250,7 +250,7 @@ def test_what_is_out_of_reach_is_refused_unless_asked_for(folder):
 
 
 def test_a_window_between_snapshots_is_told_where_to_begin(folder):
-    with pytest.warns(UserWarning, match=r"let its window begin at a snapshot, such as 0.1875 or 0.203125\.$"):
+    with pytest.warns(UserWarning, match=r"let its window begin at a snapshot, such as 0.203125 or 0.1875\.$"):
         reconstruct(folder, UniformProfile(0.2))
     assert reconstruct(folder, UniformProfile(0.1875))
 
