@@ -12,20 +12,20 @@ from . import kernels, swap
 from .average_state import VERSION, check_average_state
 from .buffers import BufferRule, check_patterns, check_rule, treatment_of
 from .flat import Block, Flat, Step, refuse_unflattable
-from .module_trees import Mismatch, Structure, names_of, tensors_of, unwrapped
+from .module_trees import LostValues, Mismatch, Structure, holds_values, names_of, tensors_of, unwrapped
 from .pairing import Pairing, part_memory, sharing_memory
 from .schedule_argument import described, schedule_of, scheduled
 from .sharding import local, reshard
-from .state_loading import by_path, check_loadable, like
+from .state_loading import check_loadable, part_for_rank, tensors_by_path
 from .stochastic_rounding import StochasticRounding
 from .summaries import counted, module_summary, momentum_summary, one_line
 from .twin import (
     check_own_twin,
+    check_tensors,
     checked_device,
     freeze,
     make_twin,
     materialise,
-    refuse_lazy,
     refuse_unsupported,
     stripped,
 )
@@ -130,7 +130,7 @@ class ModelAverage:
             if isinstance(module, nn.Module):
                 reshard(module)
         refuse_unsupported(model, ema_model is not None)
-        refuse_lazy("model", model)
+        check_tensors("model", model)
         self.model = stripped(model)
         check_rule(handle_buffers)
         self.handle_buffers = handle_buffers = (
@@ -363,6 +363,7 @@ class ModelAverage:
 
     def is_as_made(self) -> bool:
         """Whether the twin holds the weights that it was made with: nothing has moved or filled it since."""
+        self._check_filled()
         return kernels.norms(self._parameters()) == self._norms_when_made
 
     @torch.no_grad()
@@ -434,13 +435,14 @@ class ModelAverage:
         """
         with swap.moving():
             swap.refuse_while_swapped(self._pairing.structure, "loaded")
+            self._check_filled()
             own = self.averaged_tensors()
             check_loadable(own, tensors)
             self._has_moved = True
             if own:
                 self._part_memory(self._tensors())
                 own = self.averaged_tensors()
-                values = [like(tensors[path], own[path]) for path in own]
+                values = [part_for_rank(tensors[path], own[path]) for path in own]
                 kernels.copy([local(tensor) for tensor in own.values()], values)
 
     def load_plain(self, plain: Mapping[str, Tensor]) -> None:
@@ -456,7 +458,7 @@ class ModelAverage:
         frozen = {name: tensor for name, tensor in self._names() if tensor in self._pairing.once_shared}
         names = self.state_dict_names()
         plain = {name: plain[name] for name in plain if name in names or not name.endswith("_extra_state")}
-        self.load_averaged_tensors(by_path(plain, names, self._tensors(), frozen))
+        self.load_averaged_tensors(tensors_by_path(plain, names, self._tensors(), frozen))
         self._initial_share = 0.0
 
     def refresh(self) -> None:
@@ -507,6 +509,12 @@ class ModelAverage:
         shared = self._pairing.once_shared
         return {path: tensor for path, tensor in tensors_of(self.module).items() if tensor not in shared}
 
+    def _check_filled(self) -> None:
+        """Raises RuntimeError where there is no memory for a tensor of the twin: torch would write all the same."""
+        for path, tensor in self._tensors().items():
+            if not holds_values(local(tensor)):
+                raise _changed(LostValues(path, "twin"))
+
     def _names(self) -> Iterator[tuple[str, Tensor]]:
         return names_of(unwrapped(self.module))
 
@@ -550,6 +558,5 @@ class ModelAverage:
 
 def _changed(mismatch: Mismatch) -> RuntimeError:
     return RuntimeError(
-        f"The model should keep the structure that it had when its average was made, but {mismatch}; make the change "
-        "before the average, or make a new average and load the old weights into it."
+        f"The model should keep the structure that it had when its average was made, but {mismatch}; {mismatch.way_out}."
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from .validation import check_count, check_saved_mapping
+from .validation import check_count, check_saved_mapping, shown_integer
 
 __all__ = ["AVERAGE_STATE", "VERSION", "check_average_state"]
 
@@ -40,11 +40,8 @@ def check_average_state(
             f"The state of {what} should be what its state_dict() gave, but it misses 'ignite_ema_version'; the state "
             "of a model belongs into the averaged twin."
         )
-    if entries and entries["ignite_ema_version"] != VERSION:
-        raise ValueError(
-            f"'ignite_ema_version' of the state should be {VERSION}, got {entries['ignite_ema_version']}; load it with "
-            "the ignite_ema that wrote it."
-        )
+    if entries:
+        _check_version(entries["ignite_ema_version"])
     check_saved_mapping(state, kinds, what)
     for key in ("num_updates", "num_skipped"):
         check_count(entries[key], f"{key!r} of the state")
@@ -52,4 +49,13 @@ def check_average_state(
         raise ValueError(
             f"'initial_share' of the state should be in [0, 1], got {entries['initial_share']}; load what state_dict() "
             "gave, unchanged."
+        )
+
+
+def _check_version(version: object) -> None:
+    if type(version) is not int or version != VERSION:
+        got = shown_integer(version) if isinstance(version, int) else f"one of type {type(version).__name__}"
+        raise ValueError(
+            f"'ignite_ema_version' of the state should be {VERSION}, got {got}; load it with the ignite_ema that wrote "
+            "it."
         )

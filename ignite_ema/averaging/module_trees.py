@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .sharding import is_sharded, local, sharding
 
 __all__ = [
+    "LostValues",
     "Mismatch",
     "Pair",
     "Slot",
@@ -33,6 +34,17 @@ Slot = tuple[dict[str, Any], str]
 
 class Mismatch(RuntimeError):
     """The model and its averaged twin do not match; the text is a clause that says where."""
+
+    way_out = "make the change before the average, or make a new average and load the old weights into it"
+
+
+class LostValues(Mismatch):
+    """There is no memory for the values of the tensor ``path`` of the model or the twin, which ``where`` names."""
+
+    way_out = "give the tensor its values back (to_empty, then load_state_dict), or make a new average"
+
+    def __init__(self, path: str, where: str) -> None:
+        super().__init__(f"'{path}' has lost its values in the {where} (moved to meta, or its memory freed)")
 
 
 def unwrapped(module: nn.Module, *, keep: type[nn.Module] | tuple[()] = ()) -> nn.Module:
@@ -128,6 +140,7 @@ class Pair(NamedTuple):
             Mismatch: where they differ in that, or one of them cannot be read or written.
         """
         online, averaged = (owner[key] for owner, key in self.slots())
+        self.refuse_nested(online, averaged)
         if is_sharded(online) or is_sharded(averaged):
             if (ours := sharding(online)) != (theirs := sharding(averaged)):
                 raise Mismatch(f"'{self.path}' is {ours} in the model and {theirs} in the twin")
@@ -145,17 +158,23 @@ class Pair(NamedTuple):
             raise Mismatch(f"'{self.path}' has {online.dtype} in the model and {averaged.dtype} in the twin")
         for tensor, where in ((online, "model"), (averaged, "twin")):
             if not holds_values(tensor):
-                raise Mismatch(f"'{self.path}' has lost its values in the {where} (moved to meta, or its memory freed)")
+                raise LostValues(self.path, where)
         if averaged.is_inference():
             raise Mismatch(f"'{self.path}' of the twin was made inside torch.inference_mode() and cannot be written")
         return online, averaged
+
+    def refuse_nested(self, online: Tensor, averaged: Tensor) -> None:
+        """Raises Mismatch where one of the two tensors is nested, and has no one shape."""
+        if online.is_nested or averaged.is_nested:
+            where = "model" if online.is_nested else "twin"
+            raise Mismatch(f"'{self.path}' is a nested tensor in the {where}")
 
 
 def holds_values(tensor: Tensor) -> bool:
     """Whether there is memory for every element of ``tensor``."""
     if tensor.is_meta:
         return False
-    if tensor.layout is not torch.strided or tensor.numel() == 0:
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.numel() == 0:
         return True
     stop = (tensor.storage_offset() + extent(tensor)) * tensor.element_size()
     return tensor.untyped_storage().nbytes() >= stop
@@ -241,6 +260,7 @@ class Structure:
     def _add(self, pair: Pair, known: dict[int, Pair]) -> None:
         self.names.append(pair)
         ours, theirs = (owner[key] for owner, key in pair.slots())
+        pair.refuse_nested(ours, theirs)
         if theirs is not ours and theirs in self._once_shared:
             self._to_share.append(pair)
             theirs = ours

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .module_trees import holds_values
 from .sharding import is_sharded, local, sharding
 
-__all__ = ["by_path", "check_loadable", "like"]
+__all__ = ["check_loadable", "part_for_rank", "tensors_by_path"]
 
 
 def check_loadable(own: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
@@ -24,7 +25,7 @@ def check_loadable(own: Mapping[str, Tensor], state: Mapping[str, object]) -> No
         _check_one(path, held, state[path])
 
 
-def like(loaded: Tensor, held: Tensor) -> Tensor:
+def part_for_rank(loaded: Tensor, held: Tensor) -> Tensor:
     """The part of ``loaded`` for what this rank has of ``held``: of a full tensor its shard, without communication."""
     if is_sharded(held) and not is_sharded(loaded):
         from torch.distributed.tensor import DTensor, Replicate
@@ -36,7 +37,7 @@ def like(loaded: Tensor, held: Tensor) -> Tensor:
     return local(loaded)
 
 
-def by_path(
+def tensors_by_path(
     plain: Mapping[str, Tensor], names: Mapping[str, str], own: Mapping[str, Tensor], shared: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The tensors of a plain ``state_dict``, of parameters alone or with the buffers, by the paths of an average.
@@ -80,7 +81,9 @@ def by_path(
 
 
 def _equal(held: Tensor, loaded: object) -> bool:
-    if not isinstance(loaded, Tensor) or held.shape != loaded.shape:
+    if not isinstance(loaded, Tensor) or loaded.is_nested or held.shape != loaded.shape:
+        return False
+    if not holds_values(local(loaded)) or not holds_values(local(held)):
         return False
     held = held.to(loaded)
     return torch.equal(held, loaded) or bool(((held == loaded) | (held.isnan() & loaded.isnan())).all())
@@ -89,6 +92,10 @@ def _equal(held: Tensor, loaded: object) -> bool:
 def _check_one(path: str, held: Tensor, loaded: object) -> None:
     if not isinstance(loaded, Tensor):
         raise ValueError(f"'{path}' of the averaged tensors should be a tensor, got {type(loaded).__name__}.")
+    if loaded.is_nested:
+        raise ValueError(
+            f"'{path}' of the averaged tensors should have one shape, got a nested tensor; save it the way it is held."
+        )
     if is_sharded(loaded) and sharding(loaded) != sharding(held):
         raise ValueError(
             f"'{path}' of the averaged tensors should be sharded as it is held, got one that is {sharding(loaded)}; "
@@ -103,6 +110,10 @@ def _check_one(path: str, held: Tensor, loaded: object) -> None:
         raise ValueError(
             f"'{path}' of the averaged tensors should be {held.layout} and have values, got {loaded.layout} on "
             f"{loaded.device}; save it the way it is held."
+        )
+    if not holds_values(local(loaded)):
+        raise ValueError(
+            f"'{path}' of the averaged tensors should have values, got one whose memory was freed; load the state anew."
         )
     if not _fits(loaded, held):
         raise ValueError(

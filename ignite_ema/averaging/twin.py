@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
-from .module_trees import tensors_of, unwrapped
-from .sharding import is_sharded, sharding
+from .module_trees import holds_values, tensors_of, unwrapped
+from .sharding import is_sharded, local, sharding
 
 __all__ = [
     "check_own_twin",
+    "check_tensors",
     "checked_device",
     "freeze",
     "make_twin",
     "materialise",
-    "refuse_lazy",
     "refuse_unsupported",
     "stripped",
 ]
@@ -30,14 +30,26 @@ def stripped(module: nn.Module) -> nn.Module:
     return unwrapped(module, keep=DataParallel)
 
 
-def refuse_lazy(name: str, module: nn.Module, may_be_meta: bool = False) -> None:
-    """Raises RuntimeError where a tensor of ``module`` has no shape, or no values, yet."""
+def check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> None:
+    """Raises RuntimeError where a tensor of ``module`` has no shape, or several, or no memory for its values."""
     for path, tensor in tensors_of(module).items():
-        if is_lazy(tensor) or (tensor.is_meta and not may_be_meta):
-            lacks = "shape; run it on one batch first" if is_lazy(tensor) else "values; materialise it first"
+        if tensor.is_nested:
+            raise RuntimeError(
+                f"{name} should have tensors of one shape each, got one whose '{path}' is a nested tensor; hold it as "
+                "a padded tensor, or outside of the parameters and buffers."
+            )
+        if (lacks := _lacks(tensor, may_be_meta)) is not None:
             raise RuntimeError(
                 f"{name} should be initialised before it is averaged, got one whose '{path}' has no {lacks}."
             )
+
+
+def _lacks(tensor: Tensor, may_be_meta: bool) -> str | None:
+    if is_lazy(tensor):
+        return "shape; run it on one batch first"
+    if tensor.is_meta:
+        return None if may_be_meta else "values; materialise it first"
+    return None if holds_values(local(tensor)) else "memory for its values; load them first"
 
 
 def refuse_unsupported(model: nn.Module, has_own_twin: bool) -> None:
@@ -72,7 +84,7 @@ def check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen:
     """Raises TypeError, ValueError or RuntimeError where ``twin`` cannot be the averaged twin of a model."""
     if not isinstance(twin, nn.Module):
         raise TypeError(f"ema_model should be an nn.Module, got {type(twin).__name__}.")
-    refuse_lazy("ema_model", twin, may_be_meta=True)
+    check_tensors("ema_model", twin, may_be_meta=True)
     if dtype is not None or device is not None:
         raise ValueError(
             f"dtype and device should be None where ema_model brings its own, got {dtype} and {device}; move the "

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-__all__ = ["check_count", "check_saved_mapping", "checked_momentum"]
+__all__ = ["check_count", "check_saved_mapping", "checked_momentum", "shown_integer"]
+
+_LARGEST_COUNT = 2**63 - 1  # what files hold
 
 
 def checked_momentum(value: object, what: str) -> float:
@@ -28,8 +30,14 @@ def check_count(value: object, name: str = "num_updates") -> None:
     """Raises TypeError or ValueError unless ``value`` can be a number of updates."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} should be an integer, got {value!r}: it counts updates.")
-    if value < 0:
-        raise ValueError(f"{name} should be 0 or more, got {value!r}: it counts updates.")
+    if not 0 <= value <= _LARGEST_COUNT:
+        limit = "0 or more" if value < 0 else "2**63 - 1 or less"
+        raise ValueError(f"{name} should be {limit}, got {shown_integer(value)}: it counts updates.")
+
+
+def shown_integer(value: int) -> str:
+    """``value`` in words; of one with too many digits to read how many bits it has."""
+    return str(value) if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
 
 
 def check_saved_mapping(state: object, kinds: Mapping[str, type | tuple[type, ...]], what: str) -> None:

@@ -163,6 +163,9 @@ BAD_STATES = [
     (nn.Linear(2, 2).state_dict(), ValueError, "the state of a model belongs into the averaged twin"),
     ({"average": replaced()}, ValueError, "got a mapping that has one under 'average'; load that entry"),
     (replaced(ignite_ema_version=2), ValueError, "'ignite_ema_version' of the state should be 3, got 2"),
+    (replaced(ignite_ema_version=torch.ones(2)), ValueError, "should be 3, got one of type Tensor; load it with"),
+    (replaced(ignite_ema_version=3.0), ValueError, "should be 3, got one of type float; load it with"),
+    (replaced(ignite_ema_version=10**5000), ValueError, "should be 3, got an integer of 16610 bits; load it with"),
     (replaced(initial_share="left out"), ValueError, "but it misses 'initial_share'"),
     (replaced(num_skipped="left out"), ValueError, "but it misses 'num_skipped'"),
     (replaced(decay=0.9), ValueError, "but it should not have 'decay'"),
@@ -170,6 +173,10 @@ BAD_STATES = [
     (replaced(initial_share=float("nan")), ValueError, r"should be in \[0, 1\], got nan"),
     (replaced(initial_share=1), TypeError, "'initial_share' of the state should be of type float, got int"),
     (replaced(num_updates=-1), ValueError, "'num_updates' of the state should be 0 or more, got -1"),
+    (replaced(num_updates=2**63), ValueError, r"'num_updates' of the state should be 2\*\*63 - 1 or less, got 9223372"),
+    (replaced(num_updates=10**29), ValueError, r"should be 2\*\*63 - 1 or less, got an integer of 97 bits: it counts"),
+    (replaced(num_skipped=10**400), ValueError, "'num_skipped' of the state should be .* got an integer of 1329 bits"),
+    (replaced(num_skipped=-(10**5000)), ValueError, "should be 0 or more, got an integer of 16610 bits"),
     (replaced(averaged_tensors={}), ValueError, "the state misses 'weight'"),
     (replaced(averaged_tensors=[]), TypeError, "'averaged_tensors' of the state should be of type Mapping, got list"),
 ]
@@ -185,6 +192,50 @@ def test_a_bad_state_raises_and_changes_nothing(state, error, message):
     tensors = after.pop("averaged_tensors"), before.pop("averaged_tensors")
     assert after == before
     assert all(torch.equal(tensors[0][path], tensors[1][path]) for path in tensors[1])
+
+
+@pytest.mark.parametrize("schedule", [0.25, schedules.InverseGamma(), schedules.Cosine(0.1, 0.0, 5)], ids=str)
+def test_a_count_is_what_files_can_hold(schedule):
+    average = ModelAverage(nn.Linear(1, 1), momentum=schedule)
+    average.num_updates = 2**63 - 1
+    for count in (2**63, 10**400, -1):
+        with pytest.raises(ValueError, match="^num_updates should be .* it counts updates"):
+            average.num_updates = count
+    assert average.num_updates == 2**63 - 1
+    ModelAverage(nn.Linear(1, 1), momentum=schedule).load_state_dict(average.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_is_not_loaded(layout, is_shared):
+    average = ModelAverage(nn.Linear(2, 2).requires_grad_(not is_shared), share_frozen=is_shared)
+    tensor = torch.nested.nested_tensor([torch.ones(2), torch.ones(2)], layout=layout)
+    with pytest.raises(ValueError, match="^'weight' .* should be equal" if is_shared else "^'weight' .* got a nested"):
+        average.load_plain({**average.module.state_dict(), "weight": tensor})
+    if not is_shared:
+        with pytest.raises(ValueError, match="^'weight' of the averaged tensors should have one shape, got a nested"):
+            average.load_averaged_tensors({**average.averaged_tensors(), "weight": tensor})
+
+
+def test_what_has_no_memory_is_neither_loaded_nor_loaded_into():
+    average = ModelAverage(nn.Linear(2, 2))
+    state = copy.deepcopy(average.state_dict())
+    freed = torch.ones(2, 2)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="'weight' .* should have values, got one whose memory was freed; load"):
+        average.load_state_dict(replaced(averaged_tensors={**state["averaged_tensors"], "weight": freed}))
+    average.module.weight.untyped_storage().resize_(0)
+    message = (
+        r"'weight' has lost its values in the twin .*; give the tensor its values back \(to_empty, then load_state"
+    )
+    for use in (lambda: average.load_state_dict(state), average.is_as_made, lambda: average.update(0.5)):
+        with pytest.raises(RuntimeError, match=message):
+            use()
+    average.module.to_empty(device="cpu")
+    average.load_state_dict(state)
+    assert average.update(0.5)
+    assert torch.equal(average.module.weight, average.model.weight)
 
 
 def copies(average):

@@ -1,5 +1,7 @@
 """How the averaged twin is made, and of what none can be made."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -84,3 +86,65 @@ def test_a_type_of_tensor_that_cannot_be_averaged_is_named_and_may_be_shared():
     average = ModelAverage(model, share_frozen=True)
     assert average.update(0.5)
     assert average.module.base is model.base
+
+
+# Tensors without the memory for their values, and tensors without one shape.
+
+
+def freed(size=0):
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].weight.untyped_storage().resize_(size)
+    return model
+
+
+@pytest.mark.parametrize("size", [0, 8])
+@pytest.mark.parametrize("options", [{}, {"share_frozen": True}, {"flatten": True}, {"dtype": torch.float64}])
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_model_whose_memory_is_freed_is_refused(size, options, is_frozen):
+    model = freed(size).requires_grad_(not is_frozen)
+    message = r"^model should be initialised .* whose '0\.weight' has no memory for its values; load them first\.$"
+    with pytest.raises(RuntimeError, match=message):
+        ModelAverage(model, **options)
+
+
+@pytest.mark.parametrize("size", [0, 8])
+def test_a_twin_whose_memory_is_freed_is_refused(size):
+    with pytest.raises(RuntimeError, match=r"^ema_model should be .* whose '0\.weight' has no memory for its values"):
+        ModelAverage(nn.Sequential(nn.Linear(3, 3)), ema_model=freed(size))
+
+
+def test_a_view_of_a_part_of_a_large_memory_is_no_matter():
+    model = nn.Linear(3, 3, bias=False)
+    model.weight = nn.Parameter(torch.arange(100.0)[91:].view(3, 3))
+    assert ModelAverage(model).module.weight.tolist() == model.weight.tolist()
+
+
+def nested(layout):
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("handle_buffers", ["copy", "update", {"*": "keep"}])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_buffer_is_refused(layout, handle_buffers):
+    model = module(x=torch.ones(2))
+    average = ModelAverage(model, handle_buffers)
+    model.x = nested(layout)
+    moves = [average.reset, average.swapped().__enter__, partial(average.update, 0.5)]
+    for move in moves[: 3 if isinstance(handle_buffers, str) else 2]:  # no update looks at a buffer that is kept
+        with pytest.raises(RuntimeError, match=r"^The model should keep .* 'x' is a nested tensor in the model"):
+            move()
+    with pytest.raises(RuntimeError, match=r"^model should .* 'x' is a nested tensor; "):
+        ModelAverage(model, handle_buffers)
+    with pytest.raises(RuntimeError, match=r"^ema_model should .* 'x' is a nested tensor; "):
+        ModelAverage(module(x=torch.ones(2)), handle_buffers, ema_model=model)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("share_frozen", [False, True])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_parameter_is_refused(layout, share_frozen):
+    model = nn.Linear(1, 1)
+    model.weight = nn.Parameter(nested(layout), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"^model should .* 'weight' is a nested tensor; "):
+        ModelAverage(model, share_frozen=share_frozen)
