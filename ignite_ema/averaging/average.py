@@ -558,5 +558,6 @@ class ModelAverage:
 
 def _changed(mismatch: Mismatch) -> RuntimeError:
     return RuntimeError(
-        f"The model should keep the structure that it had when its average was made, but {mismatch}; {mismatch.way_out}."
+        f"The model should keep the structure that it had when its average was made, but {mismatch}; "
+        f"{mismatch.way_out}."
     )
