@@ -187,16 +187,16 @@ class _Archive:
         self._entries = {entry.filename: entry for entry in entries}
         self._unverified: dict[int, str] = {}
         self._memory: dict[str, Tensor] = {}
+        if any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in self._entries):
+            raise NotTorch("is a TorchScript archive, a program; save the state_dict() of the module instead")
         if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
             raise NotTorch("was compressed; unzip it, and zip it again without compression")
         if len(self._entries) < len(entries) or sum(entry.file_size for entry in entries) > len(content):
             raise ValueError("entries of a zip archive overlap")
         pickles = [name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise NotTorch("is a zip archive of another kind")
+            raise NotTorch("is a zip archive of another kind; unzip it, and name the file in it that holds the weights")
         self.root = pickles[0].removesuffix("data.pkl")
-        if f"{self.root}constants.pkl" in self._entries:
-            raise NotTorch("is a TorchScript archive, a program; save the state_dict() of the module instead")
         if (order := self._entries.get(f"{self.root}byteorder")) is not None:
             _check_byte_order(self.bytes_of(order.filename) == b"little")
 

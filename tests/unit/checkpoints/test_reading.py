@@ -664,7 +664,7 @@ def broken(kind):
         ("text", "is text; name the file that holds"),
         ("half", "is cut short: a zip archive without its end"),
         ("byte", "cannot be read as one; it is cut short or damaged"),
-        ("zip", "is a zip archive of another kind"),
+        ("zip", "is a zip archive of another kind; unzip it, and name the file in it that holds the weights"),
         ("script", "is a TorchScript archive, a program; save the state_dict"),
         ("pickle", "is a pickle that torch.save did not write"),
         ("damaged", "its entry 'archive/data.pkl' has changed since"),

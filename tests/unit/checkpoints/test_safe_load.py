@@ -214,6 +214,13 @@ def test_files_of_another_kind_are_told_as_what_they_are(content, message, tmp_p
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(1, 1))])
+def test_a_torchscript_file_is_told_though_torch_compresses_it(make, tmp_path):
+    make(nn.Linear(1, 1)).save(tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"is a TorchScript archive, a program; save the state_dict\(\) of the module"):
+        load_file(tmp_path / "file.pt")
+
+
 def test_safetensors_are_known_by_their_content(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file({"w": torch.ones(2)}, tmp_path / "model.bin")
