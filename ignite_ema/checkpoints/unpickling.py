@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
-__all__ = ["Builders", "ForeignObject", "Name", "Unpickler", "kind_of", "plain_builders"]
+__all__ = ["Builders", "ForeignObject", "Name", "Record", "Unpickler", "kind_of", "plain_builders"]
 
 _MOST_STEPS = 10_000_000  # some ten seconds; a checkpoint of 10,000 tensors takes 500,000
 _LARGEST_INTEGER = 2**1024
@@ -38,12 +38,33 @@ class ForeignObject(dict[Any, Any]):
         return id(self)
 
 
+class Record:
+    """What an object of a known class is made of, for a builder that keeps it: does nothing with it.
+
+    Attributes:
+        kind: the name of the class.
+        arguments: what the file calls the class with.
+        state: what the file fills the object with.
+    """
+
+    __slots__ = ("arguments", "kind", "state")
+
+    def __init__(self, kind: str, *arguments: Any) -> None:
+        self.kind = kind
+        self.arguments = arguments
+        self.state: Any = None
+
+
 Builders = Mapping[str, Callable[..., Any]]
 
 
 def kind_of(value: Any) -> str:
     """What a value is, for a message."""
-    return f"an object of the class {value.class_name!r}" if isinstance(value, ForeignObject) else type(value).__name__
+    if isinstance(value, Name):
+        return f"the object named {value.text!r}"
+    if isinstance(value, ForeignObject):
+        return f"an object of the class {value.class_name!r}"
+    return value.kind if isinstance(value, Record) else type(value).__name__
 
 
 def plain_builders() -> dict[str, Callable[..., Any]]:
@@ -103,12 +124,16 @@ class Unpickler:
         builders: what makes a value, by dotted name; called with the arguments that the file has.
         persistent: what makes a value of a persistent id, such as torch's storages.
         size: in bytes, of the file: builders copy no more items in all.
+        most_steps: that are taken; there are no more than bytes.
     """
 
-    def __init__(self, builders: Builders, persistent: Callable[[Any], Any], size: int) -> None:
+    def __init__(
+        self, builders: Builders, persistent: Callable[[Any], Any], size: int, most_steps: int = _MOST_STEPS
+    ) -> None:
         self._builders = builders
         self._persistent = persistent
         self._left_to_copy = size
+        self._most_steps = most_steps
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
@@ -120,8 +145,8 @@ class Unpickler:
         """
         argument: Any
         for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if step > _MOST_STEPS:
-                raise ValueError(f"a pickle has more than {_MOST_STEPS:,} steps")
+            if step > self._most_steps:
+                raise ValueError(f"a pickle has more than {self._most_steps:,} steps")
             if opcode.name == "STOP":
                 return self._stack.pop()
             _STEPS[opcode.name](self, argument)  # KeyError for what no file of tensors has
@@ -210,8 +235,10 @@ class Unpickler:
         self._call(self._stack.pop(), tuple(arguments))
 
     def _build(self, _: Any) -> None:
-        """Drops the attributes of an object, but for the versions of modules that torch keeps with a state dict."""
+        """Drops the attributes of an object, but of a record, and the versions that torch keeps with a state dict."""
         state, target = self._stack.pop(), self._stack[-1]
+        if isinstance(target, Record):
+            target.state = state
         if isinstance(target, OrderedDict) and isinstance(state, dict) and isinstance(state.get("_metadata"), dict):
             target._metadata = state["_metadata"]  # type: ignore[attr-defined]
 

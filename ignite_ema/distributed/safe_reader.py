@@ -1,15 +1,15 @@
 """Reading the files of :mod:`torch.distributed.checkpoint` without running or believing what they hold.
 
 A checkpoint is a table of contents, ``.metadata``, and files with chunks of tensors. The table is a pickle: it is read
-with stand-ins for all classes, which do nothing, and translated afterwards. What it says is checked before anything is
+as data, with a record for each object, and translated afterwards. What it says is checked before anything is
 loaded: all files lie in the directory, and each tensor is covered by its chunks exactly once.
 """
 
 import io
 import math
-import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan
+
+from ..checkpoints.unpickling import Name, Record, Unpickler, kind_of
 
 __all__ = ["DamagedError", "Planner", "Reader"]
 
@@ -110,75 +112,73 @@ class Planner(DefaultLoadPlanner):
 # The table of contents.
 
 
-class _StandIn:
-    """Takes the place of an object of a table of contents: holds what it is made of, and does nothing."""
-
-    args: tuple[Any, ...] = ()
-    state: Any = None
-
-    def __new__(cls, *args: Any) -> "_StandIn":
-        made = super().__new__(cls)
-        made.args = args
-        return made
-
-    def __init__(self, *args: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 _KNOWN = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    _FILES: {"_StorageInfo"},
-    _METADATA: {
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    },
+    "torch.Size",
+    f"{_FILES}._StorageInfo",
+    *(
+        f"{_METADATA}.{kind}"
+        for kind in (
+            *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+            *("TensorProperties", "TensorStorageMetadata"),
+        )
+    ),
 }
-_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_BUILDERS = {name: partial(Record, name.rpartition(".")[2]) for name in _KNOWN}
+_DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_MOST_DIMENSIONS = 64
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes stand-ins for the classes of a table of contents, and refuses all others."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        if name not in _KNOWN.get(module, ()) and not (module.startswith("pathlib") and name.endswith("Path")):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not loaded")
-        return type(name, (_StandIn,), {})  # a new one each time: what a pickle does to it, it does to nothing else
+class _Unreadable(ValueError):
+    """What is wrong with a table of contents."""
 
 
 def _contents(written: bytes) -> Metadata:
     try:
-        fields = _state(_Unpickler(io.BytesIO(written)).load(), "Metadata")
-        entries = {_name(name): _entry(entry) for name, entry in fields["state_dict_metadata"].items()}
-        places = {_index(index): _place(place) for index, place in fields["storage_data"].items()}
+        unpickler = Unpickler(_BUILDERS, lambda identity: None, len(written), len(written))
+        fields = _state(unpickler.load(io.BytesIO(written)), "Metadata")
+        entries, places = fields["state_dict_metadata"], fields["storage_data"]
+        _check_count(entries.values(), len(places))
+        return Metadata(
+            {_name(name): _entry(entry) for name, entry in entries.items()},
+            storage_data={_index(index): _place(place) for index, place in places.items()},
+            storage_meta=StorageMeta(),
+        )
     except Exception as error:  # damaged pickles raise whatever they come upon
-        reason = str(error) if isinstance(error, pickle.UnpicklingError) else type(error).__name__
+        reason = str(error) if isinstance(error, _Unreadable) else "it is damaged"
         raise DamagedError(f"its table of contents cannot be read ({reason})") from error
-    return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+
+
+_TENSOR = "TensorStorageMetadata"
+
+
+def _is_tensor(entry: Any) -> bool:
+    return not (isinstance(entry, Record) and entry.kind == "BytesStorageMetadata")
+
+
+def _check_count(entries: Iterable[Any], count: int) -> None:
+    """Each chunk has a place of its own; a small pickle can have the same chunks in many entries."""
+    if sum(len(_state(entry, _TENSOR)["chunks"]) for entry in entries if _is_tensor(entry)) > count:
+        raise _Unreadable("it has more chunks than places for them")
 
 
 def _state(value: Any, kind: str) -> Any:
-    """What a stand-in of this kind was filled with."""
-    if not isinstance(value, _StandIn) or type(value).__name__ != kind:
-        raise pickle.UnpicklingError(f"there should be a {kind}, got {type(value).__name__}")
+    """What a record of this kind was filled with."""
+    if not isinstance(value, Record) or value.kind != kind:
+        raise _Unreadable(f"there should be a {kind}, got {kind_of(value)}")
     return value.state
 
 
 def _entry(value: Any) -> BytesStorageMetadata | TensorStorageMetadata:
-    if type(value).__name__ == "BytesStorageMetadata":
+    if not _is_tensor(value):
         return BytesStorageMetadata()
-    fields = _state(value, "TensorStorageMetadata")
+    fields = _state(value, _TENSOR)
     dtype = _state(fields["properties"], "TensorProperties")[0]
-    if not isinstance(dtype, torch.dtype):
-        raise pickle.UnpicklingError("a type of number is none")
+    if not isinstance(dtype, Name) or dtype.text not in _DTYPES:
+        raise _Unreadable("a type of number is none")
     chunks = [_state(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
     return TensorStorageMetadata(
-        TensorProperties(dtype),
+        TensorProperties(_DTYPES[dtype.text]),
         _size(fields["size"]),
         [ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks],
     )
@@ -195,25 +195,28 @@ def _index(value: Any) -> MetadataIndex:
 def _place(value: Any) -> _StorageInfo:
     fields = _state(value, "_StorageInfo")
     if fields.get("transform_descriptors"):
-        raise pickle.UnpicklingError("its values are transformed")
+        raise _Unreadable("its values are transformed")
     return _StorageInfo(_name(fields["relative_path"]), _count(fields["offset"]), _count(fields["length"]))
 
 
 def _size(value: Any) -> torch.Size:
-    if not isinstance(value, _StandIn) or type(value).__name__ != "Size":
-        raise pickle.UnpicklingError("a size is none")
-    return torch.Size(map(_count, *value.args))
+    if not isinstance(value, Record) or value.kind != "Size":
+        raise _Unreadable("a size is none")
+    (sizes,) = value.arguments
+    if len(sizes) > _MOST_DIMENSIONS:
+        raise _Unreadable("a size has too many dimensions")
+    return torch.Size(map(_count, sizes))
 
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise pickle.UnpicklingError("a number is out of range")
+        raise _Unreadable("a number is out of range")
     return value
 
 
 def _name(value: Any) -> str:
     if type(value) is not str:
-        raise pickle.UnpicklingError("a name is none")
+        raise _Unreadable("a name is none")
     return value
 
 

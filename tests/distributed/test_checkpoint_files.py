@@ -4,16 +4,25 @@ import contextlib
 import io
 import pickle
 import pickletools
+import resource
 import shutil
+import time
 from pathlib import Path, PurePath
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from ignite_ema import EMAHandler
 from ignite_ema.distributed import ShardedSaver, load_objects
+from ignite_ema.distributed.safe_reader import DamagedError, Reader
 
 
 def objects(value):
@@ -90,6 +99,32 @@ def test_what_a_table_of_contents_may_not_ask_for_is_refused(tmp_path, stated):
     path = save(tmp_path)
     (path / ".metadata").write_bytes(stated)
     assert_refused(path, "its table of contents cannot be read")
+
+
+def with_shared_chunks(count):
+    """A table of contents of few bytes, in which many names have the same many chunks."""
+    size = torch.Size([1])
+    chunks = [ChunkStorageMetadata(size, size) for _ in range(count)]
+    entry = TensorStorageMetadata(TensorProperties(torch.float32), size, chunks)
+    return pickle.dumps(Metadata({f"w{at}": entry for at in range(count)}, storage_data={}))
+
+
+COSTLY = {
+    "a memo of many places": (lambda: b"\x80\x02}r\xff\xff\xff\x0f.", "there should be a Metadata, got dict"),
+    "a long array": (lambda: b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"abc.", "it is damaged"),
+    "shared chunks": (lambda: with_shared_chunks(1500), "it has more chunks than places for them"),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_table_of_contents_costs_what_it_weighs(tmp_path, name):
+    written, text = COSTLY[name]
+    (tmp_path / ".metadata").write_bytes(written())
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(DamagedError, match=text):
+        Reader(tmp_path)
+    assert time.process_time() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
 
 def test_a_path_stays_what_it_is(tmp_path):
@@ -178,7 +213,7 @@ LIES = {
     "out of bounds": (chunks(((0, 0), (2, 4))), "exactly once|not whole"),
     "fewer dimensions": (chunks(((0,), (6,))), "exactly once|not whole"),
     "no place": (without_its_place, "'model.0.weight' is not whole in its files"),
-    "no places": (without_places, "its table of contents cannot be read"),
+    "no places": (without_places, r"its table of contents cannot be read \(it is damaged\)"),
     "too short": (stored(length=8), "'model.0.weight' is not whole in its files"),
     "beyond the end": (stored(offset=2**40), "is cut short"),
     "a negative offset": (stored(offset=-1), "a number is out of range"),
