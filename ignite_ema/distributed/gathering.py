@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..averaging.collectives import first_difference, is_first_rank, on_all_ranks, raise_first_error
-from ..averaging.module_trees import overlaps_itself
+from ..averaging.module_trees import overlaps_itself, tensors_of
 from ..averaging.sharding import is_sharded, whole
 from ..handlers.ema import EMAHandler
 
@@ -15,7 +15,8 @@ __all__ = ["gathered_state_dict", "sync_buffers"]
 def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
     """The plain averaged ``state_dict``, whole, on the CPU of the first rank, and nothing on the others.
 
-    Gathers one tensor at a time. To be called on all ranks; ``checkpoints.save_file`` writes it on the first.
+    It has the frozen parameters that the average shares with the model, too (``share_frozen``). Gathers one tensor at
+    a time. To be called on all ranks; ``checkpoints.save_file`` writes it on the first.
 
     Raises:
         TypeError: where ``handler`` is none.
@@ -26,7 +27,8 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
             f"handler should be an EMAHandler, got {type(handler).__name__}; pass the one that averages it."
         )
     state = on_all_ranks(handler.state_dict)
-    described = {f"'{path}'": f"{tuple(one.shape)}" for path, one in state["averaged_tensors"].items()}
+    held = {**tensors_of(handler.ema_model), **state["averaged_tensors"]}  # the former have the frozen ones, too
+    described = {f"'{path}'": f"{tuple(one.shape)}" for path, one in held.items()}
     if difference := first_difference(described):
         raise ValueError(
             f"The average should have the same tensors on all ranks, got {difference}; make the handler on all ranks, "
@@ -34,7 +36,7 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
         )
     tensors: dict[str, Tensor] = {}
     failure: Exception | None = None
-    for path, tensor in state["averaged_tensors"].items():
+    for path, tensor in held.items():
         gathered = whole(tensor)
         try:
             if is_first_rank() and failure is None:

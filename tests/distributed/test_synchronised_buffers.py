@@ -1,4 +1,4 @@
-"""Buffers of one rank for all: expanded ones too, and what does not fit is told before anything changes."""
+"""Buffers of one rank for all, expanded ones too, and whole averages on one; what does not fit is told beforehand."""
 
 import pytest
 import torch
@@ -70,6 +70,41 @@ def test_buffers_that_do_not_fit_are_refused_on_all_ranks(tmp_path, what):
     first, second = run_world(tmp_path, 2, is_refused, what)
     assert first == second
     assert REFUSALS[what] in first
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a tied name, and what trains beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(4, 4).requires_grad_(False)
+        self.again = self.base
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(self.base(x))
+
+
+def gathers_what_is_shared():
+    model = Adapted()
+    handler = EMAHandler(model, share_frozen=True)
+    nn.init.constant_(handler.ema_model.norm.weight, 0.5)
+    state = gathered_state_dict(handler)
+    plain = Adapted()
+    plain.load_state_dict(state, strict=True)
+    assert torch.equal(plain.base.weight, model.base.weight)
+    assert state["base.weight"] is state["again.weight"]
+    assert state["base.weight"].data_ptr() != model.base.weight.data_ptr()
+    assert plain.norm.weight.tolist() == [0.5] * 4
+
+
+def test_the_whole_average_has_the_frozen_parameters_that_it_shares_without_a_group():
+    gathers_what_is_shared()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_the_whole_average_has_the_frozen_parameters_that_it_shares():
+    gathers_what_is_shared()
 
 
 def gathers_others(folder):
