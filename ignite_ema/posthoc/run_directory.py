@@ -1,6 +1,8 @@
 """Whether a run may write its snapshots to a directory: there is its own past, and nothing else."""
 
+import os
 from collections.abc import Collection, Mapping
+from itertools import chain, count
 from pathlib import Path
 
 from ..averaging.user_warnings import warn_user
@@ -63,9 +65,16 @@ def _warn_of_missing(dirname: Path, found: Collection[int], times: Collection[in
         )
 
 
+def _free_name(path: Path) -> Path:
+    """Where to set a snapshot aside, so that one of an earlier attempt stays."""
+    first = path.with_name(f"{path.name}.superseded")
+    others = (first.with_name(f"{first.name}.{number}") for number in count(2))
+    return next(name for name in chain([first], others) if not os.path.lexists(name))
+
+
 def _set_aside(dirname: Path, later: Mapping[int, Path], loaded_time: int | None) -> None:
     for path in later.values():
-        path.replace(path.with_name(f"{path.name}.superseded"))
+        path.rename(_free_name(path))
     if later:
         sync_directory(dirname)
     if lost := [path.name for time, path in later.items() if time != loaded_time]:

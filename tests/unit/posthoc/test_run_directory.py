@@ -134,6 +134,17 @@ def test_what_is_set_aside_is_on_the_disk_before_the_run_goes_on(tmp_path, monke
     assert synced == [["snapshot_5.pt.superseded"]]
 
 
+def test_what_was_set_aside_before_is_kept(tmp_path):
+    for attempt in (1.0, 2.0, 3.0):
+        snapshot_files.write(make_snapshot(5, attempt), tmp_path)
+        with pytest.warns(UserWarning, match="set aside as '….superseded'"):
+            run_directory.prepare(tmp_path, "run", [], 3)
+    names = ["snapshot_5.pt.superseded", "snapshot_5.pt.superseded.2", "snapshot_5.pt.superseded.3"]
+    assert names_in(tmp_path) == names
+    kept = [torch.load(tmp_path / name)["averaged"][0]["b"].item() for name in names]
+    assert kept == [-1.0, -2.0, -3.0]
+
+
 def test_repr_says_in_one_line_what_it_is_and_where_it_stands(tmp_path):
     ema = make(tmp_path / "run", 3)
     assert repr(ema) == (
