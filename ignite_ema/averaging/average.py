@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from .twin import (
     stripped,
 )
 from .user_warnings import warn_user
-from .validation import check_count, checked_momentum
+from .validation import check_count, checked_momentum, refuse_shallow_copy
 
 __all__ = ["ModelAverage"]
 
@@ -207,6 +207,10 @@ class ModelAverage:
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the pairing and the layout, which know where tensors lie in this process."""
         return {name: value for name, value in vars(self).items() if name not in ("_pairing", "_flat")}
+
+    def __copy__(self) -> NoReturn:
+        """Raises TypeError: two averages would move one twin."""
+        refuse_shallow_copy(self)
 
     def __repr__(self) -> str:
         return one_line(

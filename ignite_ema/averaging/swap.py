@@ -234,6 +234,9 @@ class Swapped(ContextDecorator):
         self._held: _Held | None = None
         self._watch: object = None
 
+    def __repr__(self) -> str:
+        return f"Swapped({'active' if self.is_active else 'not active'})"
+
     @property
     def is_active(self) -> bool:
         """Whether the model holds the averaged weights."""

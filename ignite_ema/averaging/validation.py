@@ -2,10 +2,11 @@
 
 import numbers
 from collections.abc import Mapping
+from typing import NoReturn
 
 from torch import Tensor
 
-__all__ = ["check_count", "check_saved_mapping", "checked_momentum", "shown_integer"]
+__all__ = ["check_count", "check_saved_mapping", "checked_momentum", "refuse_shallow_copy", "shown_integer"]
 
 _LARGEST_COUNT = 2**63 - 1  # what files hold
 
@@ -33,6 +34,14 @@ def check_count(value: object, name: str = "num_updates") -> None:
     if not 0 <= value <= _LARGEST_COUNT:
         limit = "0 or more" if value < 0 else "2**63 - 1 or less"
         raise ValueError(f"{name} should be {limit}, got {shown_integer(value)}: it counts updates.")
+
+
+def refuse_shallow_copy(thing: object) -> NoReturn:
+    """Raises TypeError: ``thing`` would share its averaged twin with the copy."""
+    raise TypeError(
+        f"{type(thing).__name__} should be copied with copy.deepcopy, got copy.copy, after which both would move the "
+        "same twin; deepcopy it, or make a new one of the same model."
+    )
 
 
 def shown_integer(value: int) -> str:

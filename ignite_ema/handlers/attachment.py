@@ -8,6 +8,7 @@ from weakref import finalize, ref
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
 
+from ..averaging.summaries import one_line
 from ..averaging.user_warnings import warn_user
 from ..averaging.validation import checked_momentum
 from .events import Event, members_of
@@ -98,6 +99,13 @@ class Attachment(RemovableEventHandle):
             self._undo.callback(finalize(engine, steps.remove).detach)  # the optimizer may outlive the engine
         vars(engine).setdefault(_ATTACHMENTS, []).append(self)
 
+    def __repr__(self) -> str:
+        return one_line(
+            type(self).__name__,
+            lambda: f"{type(self.owner).__name__} at {' or '.join(map(_word, self._members))} as '{self.name}'",
+            lambda: "" if self.is_attached else "removed",
+        )
+
     def call_at(self, engine: Engine, event: Events, function: Callable[[Engine], object]) -> None:
         """Calls ``function`` with the engine at one more event, until ``remove``."""
         self._held.append(function)
@@ -185,6 +193,10 @@ class Attachment(RemovableEventHandle):
             )
         else:
             self._calls_back._check_end(self.name, engine.state.iteration - self._first_iteration, self._updates)
+
+
+def _word(event: object) -> str:
+    return str(getattr(event, "value", event))
 
 
 class Attachments:

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from ignite.engine import Engine, Events
@@ -19,7 +19,7 @@ from ..averaging.schedule_argument import described
 from ..averaging.summaries import counted, module_summary, momentum_summary, one_line
 from ..averaging.swap import Swapped
 from ..averaging.user_warnings import warn_user
-from ..averaging.validation import check_count
+from ..averaging.validation import check_count, refuse_shallow_copy
 from ..checkpoints.reading import read_held
 from ..schedules import Schedule
 from .attachment import Attachment, Attachments, check_alone
@@ -121,14 +121,18 @@ class EMAHandler:
         """What a copy or a pickle goes on with; it is detached from the engines."""
         momentum = copy.copy(self._momentum)
         if isinstance(momentum, DrivenMomentum):
-            momentum.value = self._attachments.driven(momentum.value)
+            momentum.value = self._driven()
         return {**vars(self), "_momentum": momentum, "_attachments": copy.copy(self._attachments)}
+
+    def __copy__(self) -> NoReturn:
+        """Raises TypeError: two handlers would move one twin."""
+        refuse_shallow_copy(self)
 
     def __repr__(self) -> str:
         return one_line(
             type(self).__name__,
             lambda: module_summary(self.ema_model),
-            lambda: momentum_summary(self._average.momentum),
+            lambda: momentum_summary(self._driven() if self.momentum_scheduler is None else self.momentum_scheduler),
             lambda: counted(self.num_updates, "update"),
             lambda: " and ".join(f"attached to an Engine as '{one.name}'" for one in self._attachments),
         )
@@ -275,10 +279,9 @@ class EMAHandler:
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
-        momentum = self._momentum
         return {
             **self._average.state_dict(),
-            "current_momentum": None if momentum.schedule is not None else self._attachments.driven(momentum.at(0)),
+            "current_momentum": None if self.momentum_scheduler is not None else self._driven(),
             "optimizer_stepped": sorted(self._attachments.stepped()),
             "saved_while_swapped": self._average.is_swapped(),
         }
@@ -348,6 +351,10 @@ class EMAHandler:
         self.num_updates = count
         if found.system == "plain":
             warn_user("The checkpoint has no average; this one starts from the weights in it.")
+
+    def _driven(self) -> float:
+        """The plain momentum in force, to which it may have been driven."""
+        return self._attachments.driven(self._momentum.at(0))
 
     def _update(self, name: str, engine: Engine) -> None:
         self._average.update(self._momentum.take(engine.state, name, self._average.num_updates))

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from ignite.engine import Engine, Events
 from ignite.engine.events import State
 
+from ..averaging.summaries import one_line
 from ..averaging.swap import Swapped
 from .attachment import attachments
 
@@ -71,6 +72,13 @@ class EvaluationSwap:
         started = Events.STARTED, Events.ITERATION_STARTED
         self._handles = [engine.add_event_handler(event, self._check_start) for event in started]
         vars(engine).setdefault(_SWAPS, []).append(self)
+
+    def __repr__(self) -> str:
+        return one_line(
+            type(self).__name__,
+            lambda: f"{type(self.owner).__name__} during the runs of an Engine",
+            lambda: "" if self.is_active else "removed",
+        )
 
     def remove(self) -> None:
         """Lets the engine run on the model's own weights again; does nothing the second time."""

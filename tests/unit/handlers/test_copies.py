@@ -13,7 +13,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ignite_ema import EMAHandler, schedules
+from ignite_ema import EMAHandler, ModelAverage, schedules
 
 WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda handler: pickle.loads(pickle.dumps(handler))}
 
@@ -34,7 +34,7 @@ def test_a_copy_of_an_attached_handler_does_not_touch_its_engine(way):
     trainer.run([0] * 2)
     trainer.state.ema_momentum = 0.25
     copied = WAYS[way](handler)
-    assert repr(copied) == "EMAHandler(Linear: 3 parameters in float32 on cpu; momentum 0.5; 2 updates)"
+    assert repr(copied) == "EMAHandler(Linear: 3 parameters in float32 on cpu; momentum 0.25; 2 updates)"
     assert copied.state_dict()["current_momentum"] == 0.25
     copied.momentum = 0.125
     copied.reset()
@@ -42,6 +42,12 @@ def test_a_copy_of_an_attached_handler_does_not_touch_its_engine(way):
     assert (trainer.state.ema_momentum, handler.momentum, handler.num_updates) == (0.25, 0.5, 2)
     trainer.run([0])
     assert (handler.num_updates, copied.num_updates) == (3, 7)
+
+
+@pytest.mark.parametrize("thing", [EMAHandler(nn.Linear(2, 1)), ModelAverage(nn.Linear(2, 1))], ids=["handler", "average"])
+def test_a_shallow_copy_which_would_move_the_same_twin_is_refused(thing):
+    with pytest.raises(TypeError, match=rf"^{type(thing).__name__} should be copied with copy\.deepcopy, .* same twin"):
+        copy.copy(thing)
 
 
 @pytest.mark.parametrize("way", WAYS)

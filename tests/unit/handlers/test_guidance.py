@@ -235,9 +235,35 @@ def test_repr_says_what_by_which_schedule_how_far_and_attached_to_what():
     assert repr(handler) == f"{alone})"
 
 
+def test_repr_shows_the_momentum_in_force():
+    handler, trainer = set_up(0.5)
+    trainer.state.ema_momentum = 0.25
+    assert "; momentum 0.25; 0 updates;" in repr(handler)
+    handler.momentum = 0.125
+    assert "; momentum 0.125; 0 updates;" in repr(handler)
+    trainer.state.ema_momentum = "x"
+    assert "; <TypeError>; 0 updates;" in repr(handler)
+
+
+def test_handles_and_the_context_of_swapped_are_shown_in_a_line():
+    handler, trainer = EMAHandler(nn.Linear(1, 1), 0.5), Engine(lambda engine, batch: None)
+    every = Events.ITERATION_COMPLETED(every=2)
+    handle = handler.attach(trainer, event=every | Events.EPOCH_COMPLETED)
+    assert repr(handle) == "Attachment(EMAHandler at iteration_completed or epoch_completed as 'ema_momentum')"
+    handle.remove()
+    assert repr(handle).endswith(" as 'ema_momentum'; removed)")
+    with handler.swap_during(trainer) as handle:
+        assert repr(handle) == "EvaluationSwap(EMAHandler during the runs of an Engine)"
+    assert repr(handle) == "EvaluationSwap(EMAHandler during the runs of an Engine; removed)"
+    swap = handler.swapped()
+    assert repr(swap) == "Swapped(not active)"
+    with swap:
+        assert repr(swap) == "Swapped(active)"
+
+
 def test_repr_never_raises():
     handler, trainer = set_up(0.1)
     handler._average.module = None
     trainer.state = None
-    assert repr(handler).startswith("EMAHandler(<AttributeError>; momentum 0.1; 0 updates")
+    assert repr(handler).startswith("EMAHandler(<AttributeError>; <TypeError>; 0 updates")
     assert repr(EMAHandler.__new__(EMAHandler)).startswith("EMAHandler(<AttributeError>")
