@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..schedules import Schedule
 from . import kernels, swap
 from .average_state import VERSION, check_average_state
-from .buffers import BufferRule, check_patterns, check_rule, treatment_of
+from .buffers import BufferPolicy, check_patterns, check_policy, treatment_of
 from .flat import Block, Flat, Step, refuse_unflattable
 from .module_trees import LostValues, Mismatch, Structure, holds_values, names_of, tensors_of, unwrapped
 from .pairing import Pairing, part_memory, sharing_memory
@@ -108,7 +108,7 @@ class ModelAverage:
     def __init__(
         self,
         model: nn.Module,
-        handle_buffers: BufferRule = "copy",
+        handle_buffers: BufferPolicy = "copy",
         *,
         momentum: float | Schedule | None = None,
         ema_model: nn.Module | None = None,
@@ -132,7 +132,7 @@ class ModelAverage:
         refuse_unsupported(model, ema_model is not None)
         check_tensors("model", model)
         self.model = stripped(model)
-        check_rule(handle_buffers)
+        check_policy(handle_buffers)
         self.handle_buffers = handle_buffers = (
             dict(handle_buffers) if isinstance(handle_buffers, Mapping) else handle_buffers
         )

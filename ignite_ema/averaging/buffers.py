@@ -6,39 +6,39 @@ from typing import TypeAlias
 
 from .pairing import Treatment
 
-__all__ = ["BufferRule", "check_patterns", "check_rule", "treatment_of"]
+__all__ = ["BufferPolicy", "check_patterns", "check_policy", "treatment_of"]
 
-BufferRule: TypeAlias = str | Mapping[str, str]
+BufferPolicy: TypeAlias = str | Mapping[str, str]
 
 _MODES: dict[str, Treatment] = {"copy": "copy", "update": "average", "ema_train": "keep"}
 _PER_BUFFER: dict[str, Treatment] = {"copy": "copy", "update": "average", "keep": "keep"}
 
 
-def treatment_of(rule: BufferRule, path: str) -> Treatment:
-    """What ``rule`` says of the buffer ``path``: of a mapping the first pattern that matches, "copy" if none does."""
-    if isinstance(rule, str):
-        return _MODES[rule]
-    matches = (treatment for pattern, treatment in rule.items() if fnmatchcase(path, pattern))
+def treatment_of(policy: BufferPolicy, path: str) -> Treatment:
+    """What ``policy`` says of the buffer ``path``: of a mapping the first pattern that matches, "copy" if none does."""
+    if isinstance(policy, str):
+        return _MODES[policy]
+    matches = (treatment for pattern, treatment in policy.items() if fnmatchcase(path, pattern))
     return _PER_BUFFER[next(matches, "copy")]
 
 
-def check_rule(rule: BufferRule) -> None:
-    """Raises ValueError unless ``rule`` is one."""
-    if isinstance(rule, Mapping):
-        for pattern, treatment in rule.items():
+def check_policy(policy: BufferPolicy) -> None:
+    """Raises ValueError unless ``policy`` is one."""
+    if isinstance(policy, Mapping):
+        for pattern, treatment in policy.items():
             if not (isinstance(pattern, str) and isinstance(treatment, str) and treatment in _PER_BUFFER):
                 raise ValueError(
                     f"handle_buffers can only map to {_listed(_PER_BUFFER)}, but got {treatment!r} for {pattern!r}."
                 )
-    elif not isinstance(rule, str) or rule not in _MODES:
+    elif not isinstance(policy, str) or policy not in _MODES:
         raise ValueError(
-            f"handle_buffers can only be one of {_listed(_MODES)}, but got {rule}; a mapping decides by name pattern."
+            f"handle_buffers can only be one of {_listed(_MODES)}, but got {policy}; a mapping decides by name pattern."
         )
 
 
-def check_patterns(rule: BufferRule, names: list[str]) -> None:
-    """Raises ValueError where a pattern of ``rule`` matches none of the buffers ``names``."""
-    for pattern in () if isinstance(rule, str) else rule:
+def check_patterns(policy: BufferPolicy, names: list[str]) -> None:
+    """Raises ValueError where a pattern of ``policy`` matches none of the buffers ``names``."""
+    for pattern in () if isinstance(policy, str) else policy:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"handle_buffers should have patterns that match a buffer, but got {pattern!r}; the buffers are "

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..averaging.average import ModelAverage
 from ..averaging.average_state import AVERAGE_STATE
-from ..averaging.buffers import BufferRule
+from ..averaging.buffers import BufferPolicy
 from ..averaging.module_trees import unwrapped
 from ..averaging.schedule_argument import described
 from ..averaging.summaries import counted, module_summary, momentum_summary, one_line
@@ -90,7 +90,7 @@ class EMAHandler:
         momentum: float | Schedule = 0.0002,
         momentum_warmup: float | None = None,
         warmup_iters: int | None = None,
-        handle_buffers: BufferRule = "copy",
+        handle_buffers: BufferPolicy = "copy",
         *,
         ema_model: nn.Module | None = None,
         dtype: torch.dtype | None = None,
@@ -148,7 +148,7 @@ class EMAHandler:
         return self._average.module
 
     @property
-    def handle_buffers(self) -> BufferRule:
+    def handle_buffers(self) -> BufferPolicy:
         """What an update does with buffers."""
         return self._average.handle_buffers
 

@@ -11,7 +11,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 from torch.optim import Optimizer
 
-from ..averaging.buffers import BufferRule
+from ..averaging.buffers import BufferPolicy
 from ..averaging.collectives import first_difference, is_first_rank, on_first_rank
 from ..averaging.user_warnings import warn_user
 from ..posthoc.run_directory import prepare
@@ -86,7 +86,7 @@ class PostHocEMA:
         sigma_rels: Sequence[float] = (0.05, 0.10),
         *,
         dirname: str | os.PathLike[str],
-        handle_buffers: BufferRule = "update",
+        handle_buffers: BufferPolicy = "update",
         samples: Callable[[Engine], int] | None = None,
         snapshot_dtype: torch.dtype = torch.float32,
         ema_models: Sequence[nn.Module] | None = None,

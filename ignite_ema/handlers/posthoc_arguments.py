@@ -6,7 +6,7 @@ import torch
 from ignite.engine import Engine
 from torch import nn
 
-from ..averaging.buffers import BufferRule
+from ..averaging.buffers import BufferPolicy
 from ..schedules import PowerFunction
 from .attachment import attachments
 from .power_average import PowerAverage
@@ -26,7 +26,7 @@ def checked_widths(sigma_rels: Sequence[float]) -> tuple[float, ...]:
     return widths
 
 
-def check_options(handle_buffers: BufferRule, samples: object, snapshot_dtype: torch.dtype) -> None:
+def check_options(handle_buffers: BufferPolicy, samples: object, snapshot_dtype: torch.dtype) -> None:
     """Raises TypeError or ValueError, naming the argument, for an option that a ``PostHocEMA`` cannot have."""
     if handle_buffers == "ema_train":
         raise ValueError(

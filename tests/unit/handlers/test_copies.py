@@ -44,9 +44,10 @@ def test_a_copy_of_an_attached_handler_does_not_touch_its_engine(way):
     assert (handler.num_updates, copied.num_updates) == (3, 7)
 
 
-@pytest.mark.parametrize("thing", [EMAHandler(nn.Linear(2, 1)), ModelAverage(nn.Linear(2, 1))], ids=["handler", "average"])
-def test_a_shallow_copy_which_would_move_the_same_twin_is_refused(thing):
-    with pytest.raises(TypeError, match=rf"^{type(thing).__name__} should be copied with copy\.deepcopy, .* same twin"):
+@pytest.mark.parametrize("kind", [EMAHandler, ModelAverage])
+def test_a_shallow_copy_which_would_move_the_same_twin_is_refused(kind):
+    thing = kind(nn.Linear(2, 1))
+    with pytest.raises(TypeError, match=rf"^{kind.__name__} should be copied with copy\.deepcopy, .* same twin"):
         copy.copy(thing)
 
 
