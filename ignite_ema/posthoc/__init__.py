@@ -1,9 +1,9 @@
-"""The length of an average chosen after training: any averaging profile, rebuilt from the snapshots of a few.
+"""Choose the length of an average after training, by reconstructing it from stored snapshots of a few averages.
 
-:class:`~ignite_ema.PostHocEMA` keeps power-function averages of two widths while a model trains, and stores
-them from time to time. Each is a sum over the same weights of the model, with a known profile; which sum of them
-comes closest to a profile that is wanted is found by least squares, without the weights. Karras et al. 2024 (arXiv
-2312.02696), section 3 and appendix C.
+:class:`~ignite_ema.PostHocEMA` keeps power-function averages of two widths while a model trains, and stores snapshots
+of them. Each snapshot is a weighted sum of the model's weights over time, and its averaging profile is known. Least
+squares over the profiles finds the linear combination of snapshots that is closest to any other profile; the weights
+are not needed for that. Karras et al. 2024 (arXiv 2312.02696), section 3 and appendix C.
 """
 
 from .fitting import GOOD, coefficients, fitted, planned, residual, residuals

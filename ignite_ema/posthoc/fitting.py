@@ -35,29 +35,29 @@ def _silent(coefficients: Tensor) -> float:
 
 
 def coefficients(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> Tensor:
-    """How much each snapshot counts in the sum that comes closest to an average with the profile ``target``.
+    """The coefficients of the linear combination of snapshots whose profile is closest to ``target``.
 
-    Least squares over the run, in float64; the coefficients sum to 1, and some may be below 0.
+    Computed by least squares over the run, in float64. The coefficients sum to 1, and some may be negative.
 
     Args:
-        snapshots: n of them.
-        target: the profile, or the ``sigma_rel`` of a power function.
-        end: when the wanted average is taken; None: at the time of the last snapshot.
+        snapshots: n snapshots, as :func:`planned` makes them.
+        target: a profile, or the ``sigma_rel`` of a power function.
+        end: the time at which the average is taken; None: the time of the last snapshot.
 
     Returns:
         A float64 tensor of shape (n,).
 
     Raises:
-        TypeError, ValueError: without snapshots, or for what is no profile or no time.
+        TypeError, ValueError: if there are no snapshots, or an argument is not a profile or not a time.
     """
     return fitted(snapshots, [as_profile(target)], end)[0][0]
 
 
 def residual(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> float:
-    """How far the sum with these :func:`coefficients` is from what is wanted: the relative L2 distance of the profiles.
+    """The relative L2 distance between ``target`` and the closest combination of snapshots: ‖p - Σᵢ cᵢ pᵢ‖ / ‖p‖.
 
-    ‖p - Σᵢ cᵢ pᵢ‖ / ‖p‖: 0 is exact, and above a few percent the average is another one than the one asked for.
-    Arguments and errors as for :func:`coefficients`.
+    The cᵢ are the :func:`coefficients`. 0 means exact; above a few percent the result is a different average from the
+    one asked for. Arguments and errors are those of :func:`coefficients`.
 
     Examples:
         >>> f"{residual(planned(times=range(1, 65)), 0.15):.3%}"
@@ -69,12 +69,12 @@ def residual(snapshots: Sequence[Snapshot], target: Profile | float, end: float 
 def residuals(
     snapshots: Sequence[Snapshot], targets: Iterable[Profile | float], end: float | None = None
 ) -> list[float]:
-    """The :func:`residual` of each target; faster than one by one."""
+    """The :func:`residual` of each target; faster than calling it for each."""
     return fitted(snapshots, [as_profile(target) for target in targets], end)[1]
 
 
 def planned(times: Iterable[float], sigma_rels: Sequence[float] = (0.05, 0.10)) -> list[Snapshot]:
-    """The snapshots that a ``PostHocEMA`` with these widths would have at these times, to plan them."""
+    """The snapshots that a ``PostHocEMA`` with these widths would store at these times; for planning a run."""
     ordered = list(times)
     return [Snapshot(PowerProfile(sigma_rel), time) for time in ordered for sigma_rel in sigma_rels]
 
@@ -82,7 +82,7 @@ def planned(times: Iterable[float], sigma_rels: Sequence[float] = (0.05, 0.10)) 
 def fitted(
     snapshots: Sequence[Snapshot], targets: Sequence[Profile], end: float | None = None
 ) -> tuple[Tensor, list[float]]:
-    """The coefficients for each target, of shape (targets, n), and the residuals."""
+    """The :func:`coefficients` for each target, of shape (targets, n), and the residuals."""
     if not snapshots:
         raise ValueError("snapshots should be one or more, got none; without them nothing can be rebuilt.")
     for one in snapshots:

@@ -1,8 +1,8 @@
-"""Averaging profiles: how much the weights of each moment of a run count in an average.
+"""Averaging profiles: how much the weights at each moment of a run contribute to an average.
 
-A profile is a density over the run so far, p(x) for x in (0, 1], with integral 1: x = 0 is the start and x = 1 the
-moment at which the average is taken. At time t the weights of time τ count p(τ / t) / t. Lengths are thus fractions of
-the run; a length in updates is divided by the number of updates. All computations are in float64.
+A profile is a density p(x) over the run so far, for x in (0, 1], with integral 1: x = 0 is the start, and x = 1 is the
+moment at which the average is taken. In an average taken at time t, the weights of time τ have density p(τ / t) / t.
+Lengths are fractions of the run: divide a length in updates by the number of updates. All computations are in float64.
 """
 
 import math
@@ -32,7 +32,7 @@ _NODES = 16  # in each panel
 
 
 class Profile(ABC):
-    """One interface for all profiles: a density on (0, 1], and its integral from 0 on."""
+    """Base class of all profiles: a density on (0, 1], and its integral from 0."""
 
     @abstractmethod
     def density(self, x: Tensor) -> Tensor:
@@ -50,7 +50,8 @@ class PowerProfile(Profile):
     Args:
         sigma_rel: the standard deviation of the profile, as a fraction of the run, in (0, 1/√12); it determines γ.
 
-    Karras et al. 2024 (arXiv 2312.02696), section 3; :class:`ignite_ema.schedules.PowerFunction` is its rule.
+    Karras et al. 2024 (arXiv 2312.02696), section 3; :class:`ignite_ema.schedules.PowerFunction` is the schedule
+    whose averages have this profile.
     """
 
     sigma_rel: float
@@ -78,11 +79,11 @@ class PowerProfile(Profile):
 class ExponentialProfile(Profile):
     """p(x) ∝ ½^((1 - x) / half_life): the profile of an EMA with a constant momentum.
 
-    An EMA that starts from its initial weights still holds ½^(1 / half_life) of them at the end, where this profile
-    holds none: a millionth for a half-life of a twentieth of the run.
+    An EMA also keeps a share ½^(1 / half_life) of its initial weights at the end of the run; this profile does not. For
+    a half-life of a twentieth of the run that share is one millionth.
 
     Args:
-        half_life: how far back weights count half, as a fraction of the run; above 0.
+        half_life: the time after which the contribution of weights has halved, as a fraction of the run; above 0.
     """
 
     half_life: float
@@ -137,10 +138,10 @@ class _Steps(Profile):
 
 @dataclass(frozen=True)
 class UniformProfile(_Steps):
-    """p(x) = 1 / window for x in (1 - window, 1]: the mean of the last part of a run, as in SWA.
+    """p(x) = 1 / window for x in (1 - window, 1]: the mean over the last part of a run, as in SWA.
 
     Args:
-        window: the part of the run, in (0, 1].
+        window: the length of that part, as a fraction of the run, in (0, 1].
     """
 
     window: float
@@ -162,10 +163,10 @@ class UniformProfile(_Steps):
 
 @dataclass(frozen=True, repr=False)
 class SampledProfile(_Steps):
-    """A profile of your own: the run is cut into equal parts, and ``weights[k]`` says how much the k-th counts.
+    """A profile of your own: the run is divided into equal parts, and the k-th part has the weight ``weights[k]``.
 
     Args:
-        weights: numbers of at least 0, from the start of the run to its end; they are scaled to sum 1.
+        weights: numbers of at least 0, from the start of the run to its end; they are scaled to sum to 1.
     """
 
     weights: Sequence[float]
@@ -193,11 +194,11 @@ class SampledProfile(_Steps):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An average that is known: its profile, and when it was taken.
+    """The profile of a stored average, and the time at which it was taken.
 
     Args:
-        profile: how much the weights of each moment count.
-        time: from the start of the run, above 0, in whatever unit all times are in.
+        profile: its averaging profile.
+        time: measured from the start of the run, above 0, in the same unit for all snapshots.
     """
 
     profile: Profile
@@ -217,16 +218,16 @@ def _number(value: object) -> float:
 
 
 def inner_products(one: Profile, ends: Tensor, other: Profile, other_ends: Tensor) -> Tensor:
-    """∫ p(τ) q(τ) dτ for one profile at each of n times and another at each of m.
+    """∫ p(τ) q(τ) dτ for a profile p at each of n times, and a profile q at each of m times.
 
-    In closed form for two power functions, for two exponentials, and where one is constant in steps; else by
+    In closed form for two power functions, for two exponentials, and if one is piecewise constant; otherwise by
     Gauss-Legendre quadrature on panels that narrow towards both ends of the range.
 
     Args:
-        one: a profile.
+        one: the profile p.
         ends: the times at which its averages are taken, above 0; float64, of shape (n,).
-        other: another profile, or the same.
-        other_ends: its times; float64, of shape (m,).
+        other: the profile q, which may be the same.
+        other_ends: the times of its averages; float64, of shape (m,).
 
     Returns:
         A float64 tensor of shape (n, m).

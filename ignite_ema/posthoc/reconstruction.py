@@ -53,11 +53,12 @@ def stored(dirname: str | os.PathLike[str], step: int | None = None) -> list[Sto
 
     Args:
         dirname: the directory.
-        step: the time of the last one to take; None: all.
+        step: the time of the last snapshot to return; None: all are returned.
 
     Raises:
-        FileNotFoundError, ValueError: where there are none, or none at ``step``; where a file is damaged, or they are
-            not of one run.
+        FileNotFoundError, ValueError: if there is no snapshot, or none at ``step``; if a file is damaged; if the
+            snapshots are not all of one run.
+        TypeError: if ``step`` is not an integer.
     """
     snapshots = read_all(Path(dirname))
     if step is not None and type(step) is not int:
@@ -105,33 +106,35 @@ def reconstruct(
     progress: bool = False,
     base: Base = None,
 ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-    """The average with the profile ``target``, from the snapshots of a ``PostHocEMA``: a plain state dict.
+    """Reconstructs the average with the profile ``target`` from the snapshots of a ``PostHocEMA``.
 
-    Goes through the files once, a part of a tensor at a time: in memory are the results and little more, however many
-    snapshots there are. Computed in float64. Buffers that are not averaged are those of the snapshot at ``step``.
+    Reads the files once, a part of a tensor at a time, so that memory holds the results and little more, however many
+    snapshots there are. Computes in float64. Buffers that are not averaged come from the snapshot at ``step``.
 
     Args:
         dirname: where the snapshots are.
-        target: a profile, or the ``sigma_rel`` of a power function; or several, for which the files are read once.
-        step: the time at which the average is taken, that of a snapshot, in updates (or samples); None: the last.
+        target: a profile, or the ``sigma_rel`` of a power function; or a sequence of several, to read the files once
+            for all of them.
+        step: the time at which the average is taken, in updates (or samples): the time of a snapshot; None: the last.
             Later snapshots are not used.
-        max_residual: how far the profile of what can be had may be from the one asked for; see :func:`residual`.
-        progress: show a bar; needs the package tqdm.
-        base: where the averages share frozen parameters with the model (``share_frozen``) and the file with them,
-            ``snapshot_frozen.pt``, is not at hand: a plain state dict that has them, or a file of one.
+        max_residual: the largest :func:`residual` to accept.
+        progress: whether to show a progress bar; needs the package tqdm.
+        base: a plain state dict, or a file of one, with the frozen parameters that the averages share with the model
+            (``share_frozen``); needed only if the file ``snapshot_frozen.pt`` is missing.
 
     Returns:
-        The complete state dict, in float32 on the CPU, or in the type of the snapshots where that is wider; for several
-        targets a list. Frozen parameters are as they were, and the same tensors in all of the list.
+        A complete, plain state dict on the CPU, in float32, or in the type of the snapshots if that is wider; for
+        several targets a list of them. Frozen parameters keep their type, and all in the list share them.
 
     Raises:
-        FileNotFoundError, ValueError: where there are no snapshots, or they are not of one run; where there is none at
-            ``step``; where a residual is above ``max_residual``, or so is what rounding to 16 bits comes to; where a
-            tensor has changed since it was written, or frozen parameters are missing.
-        TypeError: for a target that is neither a profile nor a number.
+        FileNotFoundError, ValueError: if there are no snapshots, none at ``step``, or some of another run; if the
+            residual, or the error from rounding to 16 bits (:func:`rounding`), is above ``max_residual``; if a tensor
+            has changed since it was written; if frozen parameters are missing.
+        TypeError: if a target is neither a profile nor a number.
 
     Note:
-        Either above 1 % is warned about. Where a weight is infinite in a snapshot, that of the last one is taken.
+        Warns if the residual or the rounding error is above 1 %. A weight that is infinite or NaN in any snapshot is
+        taken from the last one.
     """
     is_several = isinstance(target, Sequence) and not isinstance(target, (str, bytes))
     wanted: Sequence[Any] = target if is_several else [target]  # type: ignore[assignment]
@@ -244,9 +247,10 @@ def _check(used: Sequence[StoredSnapshot], target: Profile, distance: float, max
 
 
 def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:
-    """How far a weight is off in the mean, as a part of it, because the snapshots were rounded to 16 bits.
+    """The mean relative error of a reconstructed weight that comes from rounding the snapshots to their type.
 
-    Each is off by 0.43 units of rounding; a sum amplifies that by the norm of its coefficients where it is above 1.
+    The mean error of one rounded weight is 0.43 units of rounding. A linear combination amplifies it by the norm of its
+    ``coefficients`` if that is above 1.
     """
     types = {tensor.dtype for tensor in snapshot.averaged[0].values()}
     coarsest = max(torch.finfo(dtype).eps for dtype in types)

@@ -1,6 +1,6 @@
-"""The files of a :class:`~ignite_ema.PostHocEMA`: one for each time, with all its averages at that time.
+"""The snapshot files of a :class:`~ignite_ema.PostHocEMA`: one for each time, with all its averages at that time.
 
-Frozen parameters that the averages share with the model lie in a file of their own beside them, once for all times.
+Frozen parameters that the averages share with the model are stored once for the run, in a file of their own.
 """
 
 import re
@@ -36,20 +36,20 @@ _NAME = re.compile(r"snapshot_(\d+)\.pt")
 
 @dataclass(frozen=True)
 class StoredSnapshot:
-    """What a file holds.
+    """The content of a snapshot file.
 
     Attributes:
-        time: when the averages were taken: the number of updates, or of samples, from the start of the run.
+        time: the time at which the averages were taken: updates, or samples, since the start of the run.
         time_unit: "updates" or "samples".
         num_updates: the number of updates of each average.
-        iteration: of the trainer, for information.
-        epoch: likewise.
+        iteration: the trainer's iteration, for information.
+        epoch: the trainer's epoch, for information.
         sigma_rels: the relative widths of the averages.
         averaged: for each width the averaged tensors by path.
         copied: the tensors that are not averaged, by path.
-        state_dict_names: for each name in the ``state_dict`` of the model the path; a frozen one stands for itself.
-        frozen_shapes: the names of the frozen parameters that are stored once for the run, with their shapes.
-        run_id: of the run that wrote it: drawn when a run starts from scratch, and kept where it resumes.
+        state_dict_names: the path of each name in the ``state_dict`` of the model; a frozen parameter's is its name.
+        frozen_shapes: the shapes, by name, of the frozen parameters that are stored once for the run.
+        run_id: the run that wrote the file: drawn when a run starts from scratch, and kept when it resumes.
     """
 
     time: int
@@ -69,7 +69,7 @@ class StoredSnapshot:
         """Compares the bytes of a tensor, in all averages, with the checksums of the file.
 
         Raises:
-            ValueError: where they have changed since the file was written.
+            ValueError: if they have changed since the file was written.
         """
         if self._file is not None:
             found = (one[path] for one in (*self.averaged, self.copied) if path in one)
@@ -77,7 +77,7 @@ class StoredSnapshot:
 
     @property
     def snapshots(self) -> list[Snapshot]:
-        """The profile and the time of each average."""
+        """The profile and the time of each average in the file."""
         return [Snapshot(PowerProfile(sigma_rel), self.time) for sigma_rel in self.sigma_rels]
 
 
