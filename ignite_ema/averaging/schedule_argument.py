@@ -5,14 +5,17 @@ from dataclasses import fields, is_dataclass
 
 from ..schedules import Constant, CopyUntil, Schedule
 from .user_warnings import warn_user
-from .validation import checked_momentum
+from .validation import as_float, checked_momentum, shown_integer
 
 __all__ = ["constant_of", "described", "schedule_of", "scheduled"]
 
 
 def scheduled(schedule: Schedule, n: int) -> float:
     """The momentum of the update after ``n`` updates, checked to be in [0, 1]."""
-    return checked_momentum(schedule(n), "the momentum that the schedule returns")
+    momentum = schedule(n)
+    if type(momentum) is float and 0 <= momentum <= 1:
+        return momentum
+    return checked_momentum(momentum, "the schedule", "return", f" after {n} updates")
 
 
 def schedule_of(momentum: float | Schedule) -> Schedule:
@@ -36,11 +39,13 @@ def constant_of(momentum: object) -> Constant:
     """A plain momentum as a schedule; raises TypeError or ValueError unless it is a number in (0, 1)."""
     if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
         raise TypeError(f"momentum should be a float in (0, 1) or a schedule, got {momentum!r}; 0.001 is usual.")
-    if not 0 < float(momentum) < 1:
+    value = as_float(momentum)
+    if not 0 < value < 1:
+        got = shown_integer(momentum) if isinstance(momentum, int) else momentum
         raise ValueError(
-            f"Invalid momentum: {momentum}; it should be in (0, 1), as the weight of the new weights (1 - decay)."
+            f"Invalid momentum: {got}; it should be in (0, 1), as the weight of the new weights (1 - decay)."
         )
-    return Constant(float(momentum))
+    return Constant(value)
 
 
 def described(value: object) -> str:

@@ -1,30 +1,48 @@
 """Checks of arguments that several modules take, made before anything changes."""
 
+import math
 import numbers
 from collections.abc import Mapping
 from typing import NoReturn
 
 from torch import Tensor
 
-__all__ = ["check_count", "check_saved_mapping", "checked_momentum", "refuse_shallow_copy", "shown_integer"]
+__all__ = ["as_float", "check_count", "check_saved_mapping", "checked_momentum", "refuse_shallow_copy", "shown_integer"]
 
 _LARGEST_COUNT = 2**63 - 1  # what files hold
 
 
-def checked_momentum(value: object, what: str) -> float:
-    """``value`` as a momentum; raises with ``what``, the name of where it was read from."""
+def checked_momentum(value: object, what: str, verb: str = "be", when: str = "") -> float:
+    """``value`` as a momentum; raises TypeError or ValueError unless it is one.
+
+    Args:
+        value: what should be a momentum.
+        what: where it was read from, such as "momentum".
+        verb: what that should do: "be" or "return" a momentum.
+        when: said after the value, such as " after 3 updates".
+    """
     if type(value) is float and 0 <= value <= 1:
         return value
     if isinstance(value, Tensor) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{what} should be a momentum, a number in [0, 1], got {value!r}; 0.001 is usual.")
-    momentum = float(value)
+        raise TypeError(f"{what} should {verb} a momentum, a number in [0, 1], got {value!r}{when}; 0.001 is usual.")
+    momentum = as_float(value)
     if not 0 <= momentum <= 1:
+        got = shown_integer(value) if isinstance(value, int) else repr(value)
         raise ValueError(
-            f"{what} should be a momentum in [0, 1], got {value!r}; it is the weight of the new weights, 1 - decay."
+            f"{what} should {verb} a momentum in [0, 1], got {got}{when}; it is the weight of the new weights, 1 - "
+            "decay."
         )
     return momentum
+
+
+def as_float(value: numbers.Real) -> float:
+    """``value``, or infinity where it is too large for a float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def check_count(value: object, name: str = "num_updates") -> None:

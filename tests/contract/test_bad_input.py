@@ -200,8 +200,8 @@ ROWS = [
         "a schedule that gives no momentum",
         lambda w: EMAHandler(w.model, lambda n: 1.5),
         ValueError,
-        "the momentum that the schedule returns should be a momentum in [0, 1], got 1.5; it is the weight of the "
-        "new weights, 1 - decay.",
+        "the schedule should return a momentum in [0, 1], got 1.5 after 0 updates; it is the weight of the new "
+        "weights, 1 - decay.",
     ),
     (
         "a warm-up without its length",
@@ -973,7 +973,7 @@ BY_PATTERN = [
     (
         "a schedule that gives nothing",
         lambda w: EMAHandler(w.model, lambda n: None),
-        r"the momentum that the schedule returns should be .*, got None; 0.001 is usual\.",
+        r"the schedule should return a momentum, .*, got None after 0 updates; 0.001 is usual\.",
     ),
     ("an unknown device", lambda w: EMAHandler(w.model, device="gpu"), r"device should be .*, got 'gpu'\."),
     (

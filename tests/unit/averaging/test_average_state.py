@@ -112,8 +112,12 @@ def test_update_without_any_momentum_says_where_to_pass_one():
         (float("nan"), ValueError, "Invalid momentum: nan"),
         ("x", TypeError, "momentum should be a float in .0, 1. or a schedule, got 'x'"),
         (True, TypeError, "got True"),
+        pytest.param(
+            10**400, ValueError, "Invalid momentum: an integer of 1329 bits; it should be in .0, 1.", id="huge"
+        ),
+        (lambda n: 10**5000, ValueError, "the schedule should return .* got an integer of 16610 bits after 0 updates"),
         (schedules.EqualWeight, TypeError, "should be a schedule, got the class EqualWeight; make one"),
-        (lambda n: 2, ValueError, "the momentum that the schedule returns should be"),
+        (lambda n: 2, ValueError, "the schedule should return a momentum in"),
     ],
 )
 def test_what_is_no_momentum_is_refused_when_the_average_is_made(momentum, error, message):
