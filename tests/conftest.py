@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.helpers import own_warnings
+from tests.helpers import documents, own_warnings
 
 # The same examples at each test run, and others every night: pytest --hypothesis-profile nightly
 settings.register_profile("default", settings(deadline=None, derandomize=True, database=None))
@@ -27,6 +27,7 @@ UNAVOIDABLE = (
 
 
 def pytest_configure(config):
+    config.pluginmanager.register(documents, "documents")
     config.addinivalue_line("filterwarnings", "error::tests.helpers.own_warnings.OwnWarning")
     # Runs of a few updates end with most of their start; what is said of that has tests of its own.
     config.addinivalue_line("filterwarnings", "ignore:After .* of the average of ")

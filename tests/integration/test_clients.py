@@ -192,6 +192,7 @@ class Monai:
         CheckpointLoader(load_path=str(path), load_dict=self.objects(), map_location="cpu").attach(self.trainer)
 
 
+@pytest.mark.slow
 @monai
 def test_monai_trainer_updates_the_average():
     run = Monai(momentum=EqualWeight())
@@ -204,6 +205,7 @@ def test_monai_trainer_updates_the_average():
         torch.testing.assert_close(one.double(), due, rtol=1e-5, atol=1e-6)  # four updates in float32
 
 
+@pytest.mark.slow
 @monai
 def test_monai_evaluator_sees_the_averaged_weights():
     run = Monai()
@@ -224,6 +226,7 @@ def test_monai_evaluator_sees_the_averaged_weights():
     assert error == pytest.approx(torch.stack(due).mean().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 @monai
 def test_monai_checkpoints_resume(tmp_path):
     whole = Monai(epochs=4, momentum=LinearWarmup(0.1, 0.9, 6))
@@ -239,6 +242,7 @@ def test_monai_checkpoints_resume(tmp_path):
     assert contents(second.model) == contents(whole.model)
 
 
+@pytest.mark.slow
 @monai
 def test_monai_amp_trainer_updates_the_average():
     run = Monai(amp=True, amp_kwargs={"dtype": torch.bfloat16})
@@ -247,6 +251,7 @@ def test_monai_amp_trainer_updates_the_average():
     assert {one.dtype for one in run.handler.ema_model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 @monai
 def test_monai_shows_the_momentum():
     run = Monai(momentum=LinearWarmup(0.1, 0.9, 3))
@@ -260,6 +265,7 @@ def test_monai_shows_the_momentum():
     assert run.trainer.state.ema_momentum == 0.1
 
 
+@pytest.mark.slow
 @monai
 def test_monai_checkpoint_is_exported(tmp_path):
     from ignite_ema.checkpoints import read

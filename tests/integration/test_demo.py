@@ -31,7 +31,7 @@ def test_the_command_trains_resumes_and_reports(tmp_path: Path) -> None:
 
     out = tmp_path / "new" / "out"
     assert sorted(path.name for path in out.iterdir()) == ["best_seed0.pt", "demo.png", "resume_seed0.pt"]
-    assert image.imread(out / "demo.png").shape[:2] == (450, 900)
+    assert image.imread(out / "demo.png").shape[:2] == (900, 1800)
 
     best = demo.network()
     best.load_state_dict(torch.load(out / "best_seed0.pt", weights_only=True))
@@ -116,5 +116,5 @@ def test_force_writes_over_an_earlier_demo_and_leaves_the_rest(tmp_path: Path) -
     for name in ("demo.png", "best_seed0.pt", "mine.pt"):
         (tmp_path / name).write_text("mine")
     assert command.main([*QUICK, "--force", "--out", str(tmp_path)]) == 0
-    assert image.imread(tmp_path / "demo.png").shape[:2] == (450, 900)
+    assert image.imread(tmp_path / "demo.png").shape[:2] == (900, 1800)
     assert (tmp_path / "mine.pt").read_text() == "mine"

@@ -713,7 +713,13 @@ def test_the_average_is_theirs(case):
                 assert torch.equal(tensor, online[name])
 
 
-@pytest.mark.parametrize("case", named(case for case in CASES if case.real))
+@pytest.mark.slow  # timm is there for the slow tests alone: what it requires would bring another torch
+@pytest.mark.parametrize("case", named(case for case in CASES if case.real and case.id.startswith("timm")))
+def test_the_average_is_that_of_timm(case):
+    test_the_average_is_that_of_the_system_itself(case)
+
+
+@pytest.mark.parametrize("case", named(case for case in CASES if case.real and not case.id.startswith("timm")))
 def test_the_average_is_that_of_the_system_itself(case):
     model = Net()
     after = case.real(model)
@@ -828,6 +834,7 @@ def test_device_is_where_the_average_is_held():
         EMAHandler(Net(), device="meta")
 
 
+@pytest.mark.slow
 def test_dtype_holds_the_average_of_a_bfloat16_model_as_timms_does():
     model, theirs = Net().bfloat16(), Net().bfloat16()
     handler = EMAHandler(model, CopyUntil(1, Constant(1 - 0.9)), handle_buffers="update", dtype=torch.float32)

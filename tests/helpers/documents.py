@@ -1,4 +1,4 @@
-"""The Python blocks of README.md and of the documentation run as tests: a namespace and a directory for each page.
+"""A plugin: the Python blocks of README.md and of the documentation run as tests, each page in a directory of its own.
 
 The blocks of a page build on each other: ``--dist loadfile`` lets one process run them all, in their order.
 """
@@ -9,8 +9,6 @@ from pathlib import Path
 
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
-
-collect_ignore_glob = ["docs/*.py", "docs/*/*.py"]  # the configuration of the site, and scripts
 
 
 def _enter(namespace):
@@ -25,6 +23,7 @@ def _leave(namespace):
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
+    path=str(Path(__file__).parents[2]),
     patterns=["README.md", "docs/**/*.md"],
     setup=_enter,
     teardown=_leave,
