@@ -156,6 +156,7 @@ def read_part(
     source: Source, key: str | None, names: Names, base: Base, strip_prefix: str | None
 ) -> tuple[Averaged, list[str]]:
     """As `read_mapped`, and the frozen tensors that neither the source nor the base has."""
+    _check_prefix(strip_prefix)
     averaged, frozen = read_held(source, key, names)
     where = _named_source(source)
     averaged = _stripped(averaged, strip_prefix, where)
@@ -254,6 +255,18 @@ def _based(averaged: Averaged, lacks: Sequence[str], base: nn.Module | Source, w
     held, _ = read_held(base.state_dict() if isinstance(base, nn.Module) else base, None, None, "base")
     tensors = completed(averaged.tensors, held.online or held.tensors, lacks, where)
     return replace(averaged, tensors=tensors, online=None)
+
+
+def _check_prefix(prefix: object) -> None:
+    if prefix is None:
+        return
+    if not isinstance(prefix, str):
+        raise TypeError(f"strip_prefix should be text such as 'module.', got {kind_of(prefix)}; leave it out for none.")
+    if not prefix.endswith("."):
+        raise ValueError(
+            f"strip_prefix should be whole parts of the names, each with its dot, such as 'module.', got "
+            f"{quoted(prefix)}; add the dot (--strip-prefix)."
+        )
 
 
 def _stripped(averaged: Averaged, prefix: str | None, where: str) -> Averaged:

@@ -74,17 +74,19 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
 def check_target(path: Path, *, force: bool) -> None:
     """Raises as :func:`save_file` does where ``path`` cannot be its target."""
     if path.suffix not in _SUFFIXES:
-        raise ValueError(f"'{path}' should end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; choose one of them.")
+        raise ValueError(
+            f"{str(path)!r} should end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; choose one of them."
+        )
     _check_place(path, force)
 
 
 def _check_place(path: Path, force: bool) -> None:
     if path.is_dir():
-        raise ValueError(f"'{path}' should be a file, got a directory; name a file in it.")
+        raise ValueError(f"{str(path)!r} should be a file, got a directory; name a file in it.")
     if path.resolve().exists() and not force:
         raise _exists(path)
     if not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"'{path}' should be in a folder that exists, but there is none; make it first.")
+        raise FileNotFoundError(f"{str(path)!r} should be in a folder that exists, but there is none; make it first.")
 
 
 @contextmanager
@@ -200,14 +202,15 @@ def _told(error: Exception, path: Path) -> OSError:
     cause = _system_error(error)
     if cause is None or cause.errno is None:
         reason = str(error).partition("\n")[0].removesuffix(".") or type(error).__name__
-        return OSError(f"'{path}' should be written, but it could not be: {reason}.")
+        return OSError(f"{str(path)!r} should be written, but it could not be: {reason}.")
     reason = os.strerror(cause.errno)
     if cause.errno in _FULL:
         told = OSError(
-            f"'{path}' should be written, but the disk is full ({reason}); make room there, or choose another place."
+            f"{str(path)!r} should be written, but the disk is full ({reason}); make room there, or choose another "
+            "place."
         )
     else:
-        told = type(cause)(f"'{path}' should be written, but the system says: {reason}; choose another place.")
+        told = type(cause)(f"{str(path)!r} should be written, but the system says: {reason}; choose another place.")
     told.errno = cause.errno
     return told
 
@@ -237,7 +240,7 @@ def _put(temporary: Path, target: Path, path: Path, force: bool) -> None:
 
 
 def _exists(path: Path) -> FileExistsError:
-    return FileExistsError(f"'{path}' exists already; choose another name, or overwrite it with force (--force).")
+    return FileExistsError(f"{str(path)!r} exists already; choose another name, or overwrite it with force (--force).")
 
 
 def _alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.formats import Found
-from ..checkpoints.memory import is_dense, mebibytes
+from ..checkpoints.memory import REPEATED, is_dense, mebibytes
 from ..checkpoints.naming import listed, quoted
 from ..checkpoints.reading import Averaged, SeveralAverages, choices, read_mapped, read_part
 from ..checkpoints.safe_load import load_file
@@ -153,7 +153,7 @@ def _block() -> str:
 def export(arguments: argparse.Namespace) -> None:
     """Writes the averages as plain state dicts; nothing is written where one of them cannot be."""
     keys: list[str | None] = arguments.key or [None]
-    outs = [arguments.out.with_name(arguments.out.name.replace("{}", key or "average")) for key in keys]
+    outs = [_out(arguments, key) for key in keys]
     if len(set(outs)) < len(outs):
         arguments.usage_error(f"OUT should have {{}} in its name for {len(outs)} keys, got {quoted(arguments.out)}.")
     for out in outs:
@@ -163,8 +163,40 @@ def export(arguments: argparse.Namespace) -> None:
     names, base, prefix = _names(arguments.names), arguments.base, arguments.strip_prefix
     averages = [read_mapped(arguments.file, key, names, base, prefix) for key in keys]
     for found, out in zip(averages, outs, strict=True):
+        _check_copies(found.tensors, out)
+    for found, out in zip(averages, outs, strict=True):
         save_file(found.tensors, out, force=arguments.force)
         origin = "plain weights: the file has no average" if found.system == "plain" else f"averaged by {found.system}"
-        print(f"{out}: {len(found.tensors)} tensors, {mebibytes(found.tensors)} MiB, {origin}")
+        print(f"{str(out)!r}: {len(found.tensors)} tensors, {mebibytes(found.tensors)} MiB, {origin}")
         if all(name.startswith(_WRAPPER) for name in found.tensors):
             print(f"all names begin with {_WRAPPER!r}, as a wrapped model's do; --strip-prefix {_WRAPPER} takes it off")
+
+
+def _out(arguments: argparse.Namespace, key: str | None) -> Path:
+    """What to write for a key; exits where that is no name of a file."""
+    out: Path = arguments.out
+    if not out.name:
+        arguments.usage_error(f"OUT should name a file, got {quoted(out)}.")
+    try:
+        return out.with_name(out.name.replace("{}", key or "average"))
+    except ValueError:
+        arguments.usage_error(
+            f"OUT should give a file name for each key, but {quoted(key)} cannot be in one; name OUT without {{}}, and "
+            "export each key by itself."
+        )
+        raise
+
+
+def _check_copies(tensors: Mapping[str, Tensor], out: Path) -> None:
+    """Refuses to make a large file of a small one, in which many names have the same memory."""
+    if out.suffix != ".safetensors":
+        return
+    dense = [tensor for tensor in tensors.values() if is_dense(tensor)]
+    storages = [tensor.untyped_storage() for tensor in dense]
+    held = sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+    if sum(tensor.nbytes for tensor in dense) > 2 * held + REPEATED:
+        raise ValueError(
+            f"{quoted(out)} should be about as large as what its tensors have in memory, {held / 2**20:.3f} MiB, but "
+            f"they share it, and safetensors has a copy for each name, {mebibytes(tensors)} MiB in all; write a .pt "
+            "file, which keeps them shared."
+        )

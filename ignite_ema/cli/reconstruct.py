@@ -44,7 +44,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     for out in outs:
         check_target(out, force=arguments.force)  # before minutes of work
         if out.resolve().parent == arguments.file.resolve() and is_snapshot_name(out):
-            raise ValueError(f"OUT should not be the name of a snapshot in DIR, got '{out}'; choose another.")
+            raise ValueError(f"OUT should not be the name of a snapshot in DIR, got {str(out)!r}; choose another.")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         progress = sys.stderr.isatty() and find_spec("tqdm") is not None
@@ -57,7 +57,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     for out, state, target, residual in zip(outs, states, targets.values(), residuals, strict=True):
         save_file(state, out, force=arguments.force)
         print(
-            f"{out}: {target} at {last.time} {last.time_unit} (iteration {last.iteration}, epoch {last.epoch}), "
+            f"{str(out)!r}: {target} at {last.time} {last.time_unit} (iteration {last.iteration}, epoch {last.epoch}), "
             f"residual {residual:.2%}, {len(state)} tensors, {mebibytes(state)} MiB"
         )
 
@@ -85,9 +85,9 @@ def _problem(arguments: argparse.Namespace, given: Sequence[tuple[str, float]]) 
     if not given or not arguments.out:
         return "reconstruct should have a length, such as --sigma-rel 0.15, and --out; --list says which are good."
     if not arguments.out.name:
-        return f"--out should name a file, got '{arguments.out}'."
+        return f"--out should name a file, got {str(arguments.out)!r}."
     if len(given) > 1 and "{}" not in arguments.out.name:
-        return f"--out should have {{}} in its name for {len(given)} lengths, got '{arguments.out}'."
+        return f"--out should have {{}} in its name for {len(given)} lengths, got {str(arguments.out)!r}."
     return None
 
 

@@ -66,7 +66,7 @@ def test_export_bit_for_bit(maker, suffix, tmp_path, capsys):
     assert main(["export", *arguments_for(peer, tmp_path), str(out)]) == 0
     assert equal(load_file(out), peer.tensors)
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"{out}: {len(peer.tensors)} tensors, 0.0")
+    assert printed.out.startswith(f"'{out}': {len(peer.tensors)} tensors, 0.0")
     assert printed.out.endswith(f" MiB, averaged by {peer.system}\n")
     assert printed.err == ""
     assert files_in(tmp_path) in ([out.name], ["names.pt", out.name])
@@ -146,7 +146,7 @@ def test_inspect_a_plain_file(tmp_path, capsys):
 def test_export_of_a_plain_file_says_so(tmp_path, capsys):
     torch.save({"model": {"w": torch.zeros(1)}, "epoch": 3}, tmp_path / "file.pt")
     assert main(["export", str(tmp_path / "file.pt"), str(tmp_path / "out.pt")]) == 0
-    said = f"{tmp_path / 'out.pt'}: 1 tensors, 0.000 MiB, plain weights: the file has no average\n"
+    said = f"'{tmp_path / 'out.pt'}': 1 tensors, 0.000 MiB, plain weights: the file has no average\n"
     assert capsys.readouterr() == (said, "")
     assert equal(load_file(tmp_path / "out.pt"), {"w": torch.zeros(1)})
 
@@ -342,7 +342,7 @@ def test_as_a_module(file, tmp_path):
     assert b"distance  5.000e-01  'a'     " + b"#" * 40 in shown.stdout.splitlines()
     written = run("export", file, tmp_path / "out.pt")
     assert (written.returncode, written.stderr) == (0, b"")
-    assert written.stdout.decode().startswith(f"{tmp_path / 'out.pt'}: 5 tensors")
+    assert written.stdout.decode().startswith(f"'{tmp_path / 'out.pt'}': 5 tensors")
     assert len(load_file(tmp_path / "out.pt")) == 5
 
 
@@ -472,10 +472,8 @@ class TestReconstruct:
         if suffix == ".safetensors":
             pytest.importorskip("safetensors")
         assert command("--sigma-rel", "0.1", "--out", f"out{suffix}") == 0
-        said = (
-            f"out{suffix}: PowerProfile(sigma_rel=0.1) at 64 updates (iteration 64, epoch 1), residual 0.00%, 2 tensors"
-        )
-        assert capsys.readouterr() == (f"{said}, 0.344 MiB\n", "")
+        said = f"'out{suffix}': PowerProfile(sigma_rel=0.1) at 64 updates (iteration 64, epoch 1), residual 0.00%"
+        assert capsys.readouterr() == (f"{said}, 2 tensors, 0.344 MiB\n", "")
         assert equal(load_file(Path(f"out{suffix}")), posthoc.reconstruct(written, 0.1))
         assert files_in(Path()) == [f"out{suffix}"]
 
@@ -485,7 +483,7 @@ class TestReconstruct:
         names = ["sigma_rel_0.1", "sigma_rel_0.075", "half_life_0.05", "last_0.5"]
         printed = capsys.readouterr()
         lines = printed.out.splitlines()
-        assert [line.partition(": ")[0] for line in lines] == [f"run_{name}.pt" for name in names]
+        assert [line.partition(": ")[0] for line in lines] == [f"'run_{name}.pt'" for name in names]
         assert "UniformProfile(window=0.5) at 56 updates (iteration 56, epoch 1), residual " in lines[3]
         assert printed.err.startswith("ignite-ema: warning: The snapshots give UniformProfile(window=0.5) roughly")
         assert printed.err.count("\n") == 1
@@ -604,7 +602,7 @@ class TestReconstruct:
     def test_as_a_module(self, written, tmp_path):
         done = run("reconstruct", written, "--last", "0.5", "--out", "out.pt", cwd=tmp_path)
         assert done.returncode == 0
-        assert done.stdout.startswith(b"out.pt: UniformProfile(window=0.5) at 64 updates")
+        assert done.stdout.startswith(b"'out.pt': UniformProfile(window=0.5) at 64 updates")
         assert done.stderr.startswith(b"ignite-ema: warning: The snapshots give UniformProfile")
         assert done.stderr.count(b"\n") == 1  # and no bar, where stderr is no terminal
         missing = run("reconstruct", "nowhere", "--list", cwd=tmp_path)

@@ -147,7 +147,10 @@ def test_inspect_of_an_average_that_lacks_frozen_tensors(file, capsys):
 def test_several_averages_in_one_export(file, capsys):
     file({"state_dict": gan()})
     assert main(["export", "file.pt", "out_{}.pt", "--key", "g_ema", "--key", "d_ema"]) == 0
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["out_g_ema.pt", "out_d_ema.pt"]
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "'out_g_ema.pt'",
+        "'out_d_ema.pt'",
+    ]
     assert equal(load_file("out_g_ema.pt"), state(2.0))
     assert equal(load_file("out_d_ema.pt"), state(4.0))
 
@@ -171,6 +174,49 @@ def test_several_averages_need_names_of_their_own(keys, file, capsys):
         main(["export", "file.pt", out, "--key", keys[0], "--key", keys[1]])
     assert info.value.code == 2
     assert "OUT should have {} in its name for 2 keys" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("o_{}.pt", "OUT should give a file name for each key, but 'a/b.ema' cannot be in one; name OUT without {}"),
+        (".", "OUT should name a file, got '.'."),
+    ],
+)
+def test_what_is_no_name_of_a_file_is_wrong_usage(out, message, file, capsys):
+    file({"a/b": {"ema": state(2.0)}})
+    with pytest.raises(SystemExit) as info:
+        main(["export", "file.pt", out, "--key", "a/b.ema"])
+    assert info.value.code == 2
+    assert message in capsys.readouterr().err
+    assert main(["export", "file.pt", "o.pt", "--key", "a/b.ema"]) == 0
+
+
+def test_the_name_of_what_is_written_forges_no_lines(file, capsys):
+    file({"ema": state(2.0)})
+    out = "a\nb\x1b[31m.pt"
+    for code in (0, 1):
+        assert main(["export", "file.pt", out]) == code
+        printed = capsys.readouterr()
+        assert all(line.isprintable() for line in (printed.out + printed.err).splitlines())
+        assert r"'a\nb\x1b[31m.pt'" in printed.out + printed.err
+
+
+def test_a_small_file_with_shared_memory_makes_no_large_one(file, capsys):
+    pytest.importorskip("safetensors")
+    shared = torch.ones(2**18)
+    file({"ema": {f"w{at}": shared for at in range(40)}})
+    assert main(["export", "file.pt", "out.safetensors"]) == 1
+    assert capsys.readouterr().err == (
+        "ignite-ema: 'out.safetensors' should be about as large as what its tensors have in memory, 1.000 MiB, but "
+        "they share it, and safetensors has a copy for each name, 40.000 MiB in all; write a .pt file, which keeps "
+        "them shared.\n"
+    )
+    assert files() == ["file.pt"]
+    assert main(["export", "file.pt", "out.pt"]) == 0
+    assert Path("out.pt").stat().st_size < 2**21
+    file({"ema": {f"w{at}": shared for at in range(16)}})
+    assert main(["export", "file.pt", "out.safetensors"]) == 0
 
 
 def test_a_prefix_is_suggested_and_taken_off(file, capsys):

@@ -98,10 +98,21 @@ def test_a_prefix_is_taken_off():
     model.load_state_dict(averaged_state_dict(file, strip_prefix="module."))
 
 
-@pytest.mark.parametrize("prefix", ["model.", "module.weight"])
+@pytest.mark.parametrize("prefix", ["model.", "module.weight."])
 def test_a_prefix_that_some_names_lack_is_refused(prefix):
     with pytest.raises(ValueError, match=f"strip_prefix should begin all names .*, got '{prefix}', which does not beg"):
         read(wrapped()[1], strip_prefix=prefix)
+
+
+@pytest.mark.parametrize("prefix", ["", "module", "modul", "."])
+def test_a_prefix_of_part_of_a_component_is_refused(prefix):
+    with pytest.raises(ValueError, match=r"^strip_prefix should [^\n]*, got '.*; "):
+        read(wrapped()[1], strip_prefix=prefix)
+
+
+def test_a_prefix_that_is_no_text_is_refused():
+    with pytest.raises(TypeError, match="strip_prefix should be text such as 'module.', got int; leave it out"):
+        read(wrapped()[1], strip_prefix=3)
 
 
 # --- values ---
