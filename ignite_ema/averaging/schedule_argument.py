@@ -15,7 +15,7 @@ def scheduled(schedule: Schedule, n: int) -> float:
     momentum = schedule(n)
     if type(momentum) is float and 0 <= momentum <= 1:
         return momentum
-    return checked_momentum(momentum, "the schedule", "return", f" after {n} updates")
+    return checked_momentum(momentum, "the schedule", "return", f" after {n} update{'' if n == 1 else 's'}")
 
 
 def schedule_of(momentum: float | Schedule) -> Schedule:

@@ -199,13 +199,13 @@ def test_an_average_in_another_type_is_guarded_too():
     assert contents(average.module) == before
 
 
-@pytest.mark.parametrize("rule", ["copy", "ema_train", {"mask": "keep"}], ids=["copied", "left alone", "kept"])
-def test_buffers_that_are_not_averaged_are_not_looked_at(rule):
+@pytest.mark.parametrize("policy", ["copy", "ema_train", {"mask": "keep"}], ids=["copied", "left alone", "kept"])
+def test_buffers_that_are_not_averaged_are_not_looked_at(policy):
     model = module(weight=nn.Parameter(torch.zeros(2)), mask=torch.zeros(2))
-    average = ModelAverage(model, rule, skip_nonfinite=True)
+    average = ModelAverage(model, policy, skip_nonfinite=True)
     model.mask.fill_(torch.nan)
     assert average.update(0.5)
-    assert average.module.mask.isnan().all() == (rule == "copy")
+    assert average.module.mask.isnan().all() == (policy == "copy")
 
 
 def test_tensors_that_are_not_averaged_stay_too_where_one_is_left_out():

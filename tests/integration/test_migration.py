@@ -418,7 +418,7 @@ CASES = [
         ITERATION(every=3, after=0),
         lambda: mmcv(0.6, 3, 10),
     ),
-    # mmdetection 2: BaseEMAHook and its two rules
+    # mmdetection 2: BaseEMAHook and its two schedules
     Case(
         "mmdet2-interval",
         0.1,
@@ -780,9 +780,9 @@ def test_buffers_that_follow_between_the_updates_are_one_line():
 
 
 def test_a_pattern_decides_whether_a_buffer_is_averaged_copied_or_kept():
-    rule = {"norm.running_mean": "update", "norm.running_var": "keep"}
+    policy = {"norm.running_mean": "update", "norm.running_var": "keep"}
     model, before = Net(), Net().state_dict()
-    handler = EMAHandler(model, 0.1, handle_buffers=rule)
+    handler = EMAHandler(model, 0.1, handle_buffers=policy)
     trainer = trainer_of(model)
     handler.attach(trainer)
     mean = before["norm.running_mean"].double()

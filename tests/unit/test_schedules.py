@@ -1,4 +1,4 @@
-"""Every averaging rule: one row in RULES, against a formula written down independently of ours."""
+"""Every schedule: one row in FORMULAS, against a formula written down independently of ours."""
 
 import math
 import pickle
@@ -26,15 +26,15 @@ from ignite_ema.schedules import (
 
 
 def ignites_linear(momentum, warmup, iters):
-    def rule(n):
+    def formula(n):
         current = warmup + (momentum - warmup) * n / max(1, iters - 1)
         return min(momentum, current) if momentum >= warmup else max(momentum, current)
 
-    return rule
+    return formula
 
 
 # The schedule, and its decay or momentum as the system that it comes from writes it.
-RULES = [
+FORMULAS = [
     (Constant(0.25), lambda n: 0.25),
     (LinearWarmup(0.5, 0.0, 10), ignites_linear(0.5, 0.0, 10)),
     (LinearWarmup(0.002, 0.2, 100), ignites_linear(0.002, 0.2, 100)),
@@ -59,7 +59,7 @@ RULES = [
     (Rescaled(Constant(0.1), 3), lambda n: 1 - 0.9**3),
     (Rescaled(LinearWarmup(0.5, 0.0, 10), 0.5), lambda n: 1 - math.sqrt(1 - min(0.5, 0.5 * n / 9))),
 ]
-SCHEDULES = [schedule for schedule, _ in RULES]
+SCHEDULES = [schedule for schedule, _ in FORMULAS]
 
 
 def test_every_schedule_has_a_row():
@@ -67,17 +67,17 @@ def test_every_schedule_has_a_row():
     assert {type(schedule).__name__ for schedule in SCHEDULES} == classes
 
 
-@pytest.mark.parametrize(("schedule", "rule"), RULES, ids=map(repr, SCHEDULES))
-def test_a_schedule_follows_its_formula(schedule, rule):
+@pytest.mark.parametrize(("schedule", "formula"), FORMULAS, ids=map(repr, SCHEDULES))
+def test_a_schedule_follows_its_formula(schedule, formula):
     for n in [*range(1000), 30_000]:
-        assert schedule(n) == pytest.approx(rule(n), rel=1e-10, abs=1e-16)
+        assert schedule(n) == pytest.approx(formula(n), rel=1e-10, abs=1e-16)
         assert type(schedule(n)) is float
         assert 0 <= schedule(n) <= 1
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize(("schedule", "rule"), RULES, ids=map(repr, SCHEDULES))
-def test_the_handler_averages_by_the_rule(schedule, rule, every):
+@pytest.mark.parametrize(("schedule", "formula"), FORMULAS, ids=map(repr, SCHEDULES))
+def test_the_handler_averages_by_the_formula(schedule, formula, every):
     """1,000 updates of weights on a random walk, in float32 against a float64 loop: rounding alone makes under 1e-6."""
     torch.manual_seed(0)
     model = nn.Linear(64, 1, bias=False)
@@ -92,7 +92,7 @@ def test_the_handler_averages_by_the_rule(schedule, rule, every):
     handler.attach(trainer, event=Events.ITERATION_COMPLETED(every=every))
     trainer.run(max_epochs=1, epoch_length=1000 * every)
     for n in range(1000):
-        reference = (1 - rule(n)) * reference + rule(n) * walk[(n + 1) * every].double()
+        reference = (1 - formula(n)) * reference + formula(n) * walk[(n + 1) * every].double()
     assert handler.num_updates == 1000
     error = (handler.ema_model.weight[0].double() - reference).norm() / reference.norm()
     assert error < 1e-6

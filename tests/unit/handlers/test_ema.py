@@ -134,7 +134,7 @@ def test_a_decay_passed_as_momentum_is_warned_about():
 
 
 @pytest.mark.parametrize(
-    "rule",
+    "schedule",
     [
         schedules.Constant(0.999),
         schedules.CopyUntil(1, schedules.Constant(0.9998)),
@@ -144,18 +144,18 @@ def test_a_decay_passed_as_momentum_is_warned_about():
         schedules.InverseGamma(min_momentum=0.9999),
         schedules.Cosine(0.996, 1.0, 100),
     ],
-    ids=lambda rule: type(rule).__name__,
+    ids=lambda schedule: type(schedule).__name__,
 )
-def test_a_decay_in_a_schedule_is_warned_about(rule):
+def test_a_decay_in_a_schedule_is_warned_about(schedule):
     with pytest.warns(UserWarning, match="the last momentum of the schedule is the weight of the new weights.*decay"):
-        EMAHandler(nn.Linear(1, 1), rule)
+        EMAHandler(nn.Linear(1, 1), schedule)
 
 
 @pytest.mark.parametrize(
-    "rule", [schedules.EqualWeight(), schedules.Rescaled(schedules.Constant(0.1), 30), lambda n: 0.9]
+    "schedule", [schedules.EqualWeight(), schedules.Rescaled(schedules.Constant(0.1), 30), lambda n: 0.9]
 )
-def test_a_schedule_that_is_no_decay_is_not_warned_about(rule):
-    EMAHandler(nn.Linear(1, 1), rule)
+def test_a_schedule_that_is_no_decay_is_not_warned_about(schedule):
+    EMAHandler(nn.Linear(1, 1), schedule)
 
 
 def test_a_class_in_the_place_of_a_schedule_is_refused():

@@ -43,9 +43,11 @@ def test_the_count_stays_where_nobody_says_it():
     assert handler.num_updates == 5
 
 
-@pytest.mark.parametrize("rule", [schedules.EqualWeight(), schedules.ExponentialWarmup(0.001)], ids=["mean", "warm-up"])
-def test_a_schedule_that_does_not_know_where_to_go_on_is_refused(rule):
-    handler = EMAHandler(net(), momentum=rule)
+@pytest.mark.parametrize(
+    "schedule", [schedules.EqualWeight(), schedules.ExponentialWarmup(0.001)], ids=["mean", "warm-up"]
+)
+def test_a_schedule_that_does_not_know_where_to_go_on_is_refused(schedule):
+    handler = EMAHandler(net(), momentum=schedule)
     state = {"ema_model": net(4).state_dict(), "model": net(5).state_dict()}
     with pytest.raises(
         ValueError, match=r"num_updates should be .* would go on with a momentum of 0?\.?[19].*num_updates="
