@@ -4,9 +4,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
 from .comparison import Comparison
 from .formats import FORMATS, Found, State
 from .naming import quoted
+from .unpickling import ForeignObject, kind_of
 
 __all__ = ["Detection"]
 
@@ -95,6 +98,18 @@ class Detection:
                 found.append(Found("plain", entry, None, None, path, parent, label, rank=rank, note=note))
         return found
 
+    def fault(self, state: State) -> str | None:
+        """What is wrong in a mapping in which nothing was found, if it looks like a state dict, or one lies in it."""
+        if self.comparison.has_tensors(state):
+            return f"in it, {_wrong_in(state)}"
+        for name, entry in state.items():
+            is_model = str(name) in _MODEL_NAMES or _WORDS.intersection(_words(str(name)))
+            if is_model and (isinstance(entry, (list, tuple)) or (isinstance(entry, ForeignObject) and not entry)):
+                return f"its {quoted(name)} is no state dict, but {kind_of(entry)}"
+            if isinstance(entry, Mapping) and (is_model or self.comparison.has_tensors(entry)):
+                return f"in its {quoted(name)}, {_wrong_in(entry)}"
+        return None
+
     def _state_dicts(self, state: State, seen: set[int], depth: int = 2) -> Iterator[tuple[tuple[str, ...], State]]:
         """The state dicts in a mapping, and the keys that lead to them."""
         for name, entry in state.items():
@@ -135,6 +150,16 @@ class Detection:
             if model in fitting:
                 return fitting[model]
         return next(iter(fitting.values())) if len(fitting) == 1 else None
+
+
+def _wrong_in(state: State) -> str:
+    """Why a mapping is no state dict."""
+    for name, value in state.items():
+        if not isinstance(name, str):
+            return f"the name {quoted(name)} is no text, but {kind_of(name)}"
+        if not isinstance(value, Tensor) and not name.endswith("_extra_state"):
+            return f"{quoted(name)} is no tensor, but {kind_of(value)}"
+    return "there are no tensors"
 
 
 def _words(name: str) -> list[str]:

@@ -11,7 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..averaging.average_state import VERSION
 from .naming import listed, quoted
+from .unpickling import kind_of
 
 __all__ = ["FORMATS", "Found", "Names", "State", "Tensors", "within"]
 
@@ -63,19 +65,41 @@ def _ignite_ema(state: State) -> Iterator[Found]:
     """
     if "ignite_ema_version" not in state or "averaged_tensors" not in state:
         return
-    tensors, paths = state["averaged_tensors"], state.get("state_dict_names")
-    if not isinstance(tensors, Mapping) or not isinstance(paths, Mapping) or not _is_text(paths):
-        raise ValueError(
-            "The state of an EMAHandler should have the mappings 'averaged_tensors' and 'state_dict_names', got "
-            f"{listed(state)}; save it again with this version of ignite_ema."
-        )
+    _check_ignite_ema(state)
+    tensors, paths = state["averaged_tensors"], state["state_dict_names"]
     named = {name: tensors[path] for name, path in paths.items() if path in tensors}
+    if tensors and paths and not named:
+        raise ValueError(
+            f"'state_dict_names' of the state of an EMAHandler should name averaged tensors, got "
+            f"{quoted(next(iter(paths.values())))}, which is none; take another checkpoint."
+        )
     frozen = tuple(name for name in paths if name not in named)
     yield Found("ignite_ema", named, None, _count(state, "num_updates"), frozen=frozen)
 
 
-def _is_text(mapping: State) -> bool:
-    return all(isinstance(text, str) for text in [*mapping, *mapping.values()])
+def _check_ignite_ema(state: State) -> None:
+    """Raises ValueError, naming the entry, where the state of a handler is not of the form that it saves."""
+    version, whose = state["ignite_ema_version"], "of the state of an EMAHandler"
+    if type(version) is not int or version != VERSION:
+        got = quoted(version) if type(version) in (int, str) else kind_of(version)
+        raise ValueError(
+            f"'ignite_ema_version' {whose} should be {VERSION}, got {got}; read it with the ignite_ema that wrote it."
+        )
+    for key in ("num_updates", "num_skipped"):
+        if type(count := state.get(key, 0)) is not int:
+            raise ValueError(f"{key!r} {whose} should be an integer, got {kind_of(count)}; take another checkpoint.")
+        _count(state, key)
+    for key in ("averaged_tensors", "state_dict_names"):
+        if not isinstance(state.get(key), Mapping):
+            got = f"is {kind_of(state[key])}" if key in state else "is missing"
+            raise ValueError(f"{key!r} {whose} should be a mapping, but {got}; take another checkpoint.")
+    for name, path in state["state_dict_names"].items():
+        if not isinstance(name, str) or not isinstance(path, str):
+            wrong = path if isinstance(name, str) else name
+            raise ValueError(
+                f"'state_dict_names' {whose} should have text alone, got {kind_of(wrong)} for {quoted(name)}; take "
+                "another checkpoint."
+            )
 
 
 def _mmengine(state: State) -> Iterator[Found]:

@@ -196,8 +196,17 @@ def _found(content: Any, detection: Detection, where: str) -> list[Found]:
             f"{where} should hold an average by itself, but it is a snapshot of a PostHocEMA; rebuild an average "
             "from its directory with posthoc.reconstruct (ignite-ema reconstruct DIR)."
         )
+    if not content:
+        raise ValueError(
+            f"{where} should hold averaged weights or a state dict, but is empty; take another checkpoint."
+        )
     found = detection.find(content)
     if not found:
+        if fault := detection.fault(content):
+            raise ValueError(
+                f"{where} should hold averaged weights or a state dict, but {fault}; load it, correct that, and pass "
+                "the mapping."
+            )
         raise ValueError(
             f"{where} should hold averaged weights or a state dict, but has the keys {listed(content)}, none of "
             f"which is known; known are the files of {', '.join(FORMATS)} and Ignite. Load it and pass the part that "

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.memory import copied
+from ..checkpoints.naming import listed, quoted
 from ..checkpoints.safe_load import load_file
+from ..checkpoints.unpickling import kind_of
 from ..schedules import PowerFunction
 from .fitting import GOOD, as_profile, fitted, reach
 from .profiles import Profile
@@ -219,12 +221,18 @@ def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Te
     for name, shape in shapes.items():
         found = tensors.get(name)
         if not isinstance(found, Tensor) or list(found.shape) != list(shape) or found.is_meta:
-            got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "none"
+            has = f"it has {listed(tensors)}" if name not in tensors else f"it is {_described(found)} there"
             raise ValueError(
-                f"{source} should have the frozen '{name}' of shape {tuple(shape)}, got {got}; pass the plain state "
-                "dict of the model that was trained."
+                f"{source} should have the frozen {quoted(name)} of shape {tuple(shape)}, but {has}; pass the plain "
+                "state dict of the model that was trained."
             )
     return copied({name: tensors[name] for name in shapes})
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return kind_of(value)
+    return "on the meta device" if value.is_meta else f"of shape {tuple(value.shape)}"
 
 
 def _check(used: Sequence[StoredSnapshot], target: Profile, distance: float, max_residual: float) -> None:

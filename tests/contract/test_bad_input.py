@@ -844,10 +844,7 @@ ROWS = [
         "reading nothing",
         lambda w: checkpoints.read({}),
         ValueError,
-        "source should hold averaged weights or a state dict, but has the keys none, none of "
-        "which is known; known are the files of ignite_ema, mmengine, timm, Lightning, torch AveragedModel, "
-        "ema-pytorch, diffusers, torch_ema, mmcv, mmagic and Ignite. Load it and pass the part that is a state "
-        "dict.",
+        "source should hold averaged weights or a state dict, but is empty; take another checkpoint.",
     ),
     (
         "reading logs",

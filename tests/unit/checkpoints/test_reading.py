@@ -412,7 +412,7 @@ def test_plain_weights_are_no_average_unless_a_key_says_so(tmp_path):
         {"state_dict_ema": {}, "state_dict": state()},
         {"state_dict_ema": {"_extra_state": 3}},
         {"shadow_params": [], "optimization_step": 3},
-        {"ignite_ema_version": 1, "averaged_tensors": {}, "state_dict_names": {}},
+        {"ignite_ema_version": 3, "averaged_tensors": {}, "state_dict_names": {}},
     ],
 )
 def test_empty_average(file):
@@ -471,7 +471,7 @@ def test_lightnings_swa_is_not_silently_the_raw_weights():
     assert read(file).system == "plain"
 
 
-@pytest.mark.parametrize("source", [{}, {"epoch": 3}, {f"k{i}": {} for i in range(20)}, {"model": state() | {"n": 1}}])
+@pytest.mark.parametrize("source", [{"epoch": 3}, {f"k{i}": {} for i in range(20)}])
 def test_nothing_recognised(source):
     with pytest.raises(ValueError, match="source should hold averaged weights.*keys.*mmengine.*pass the part") as info:
         read(source)
@@ -485,14 +485,69 @@ def test_not_a_mapping(source, kind):
         read(source)
 
 
-def test_our_state_of_another_version():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"ignite_ema_version": torch.tensor(3)},
+            "'ignite_ema_version' of the state .* should be 3, got Tensor; read it",
+        ),
+        ({"ignite_ema_version": [1]}, "should be 3, got list"),
+        ({"ignite_ema_version": True}, "should be 3, got bool"),
+        ({"ignite_ema_version": 2}, "should be 3, got '2'"),
+        ({"num_updates": True}, "'num_updates' of the state of an EMAHandler should be an integer, got bool"),
+        ({"num_skipped": torch.tensor(1)}, "'num_skipped' .* should be an integer, got Tensor"),
+        ({"num_updates": -1}, "'num_updates' should be a number of updates, from 0"),
+        ({"averaged_tensors": [1]}, "'averaged_tensors' .* should be a mapping, but is list"),
+        ({"state_dict_names": None}, "'state_dict_names' .* should be a mapping, but is NoneType"),
+        ({"state_dict_names": {"weight": ["weight"]}}, "should have text alone, got list for 'weight'"),
+        ({"state_dict_names": {3: "weight"}}, "should have text alone, got int for '3'"),
+        ({"state_dict_names": {"a": "x", "b": "x"}}, "should name averaged tensors, got 'x', which is none; take"),
+    ],
+)
+def test_our_state_is_checked(change, message):
+    with pytest.raises(ValueError, match=message) as info:
+        read({"ema_handler": EMAHandler(nn.Linear(1, 1)).state_dict() | change})
+    assert "\n" not in str(info.value)
+
+
+def test_our_state_without_names():
     handler_state = EMAHandler(nn.Linear(1, 1)).state_dict()
     del handler_state["state_dict_names"]
-    with pytest.raises(ValueError, match="'averaged_tensors' and 'state_dict_names', got 'ignite_ema_version'"):
+    with pytest.raises(ValueError, match="'state_dict_names' .* should be a mapping, but is missing"):
         read(handler_state)
-    for names in ({"weight": ["weight"]}, {"weight": 3}):
-        with pytest.raises(ValueError, match="'averaged_tensors' and 'state_dict_names', got 'ignite_ema_version'"):
-            read(handler_state | {"state_dict_names": names})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "but is empty; take another"),
+        ({"state_dict": {1: torch.zeros(1)}}, "but in its 'state_dict', the name '1' is no text, but int; load it"),
+        ({"state_dict": {"w": torch.zeros(1), "x": 3}}, "but in its 'state_dict', 'x' is no tensor, but int"),
+        ({"state_dict": [torch.zeros(1)]}, "but its 'state_dict' is no state dict, but list"),
+        ({"epoch": 3, "state_dict": {}}, "but in its 'state_dict', there are no tensors"),
+        ({"ema": {"w": [torch.zeros(1)]}}, "but in its 'ema', 'w' is no tensor, but list"),
+        ({"generator": {"w": torch.zeros(1), "x": "y"}}, "but in its 'generator', 'x' is no tensor, but str"),
+        ({1: torch.zeros(1)}, "but in it, the name '1' is no text, but int"),
+        ({"w": torch.zeros(1), "epoch": 3}, "but in it, 'epoch' is no tensor, but int"),
+    ],
+)
+def test_what_is_wrong_with_a_state_dict_is_said(content, message):
+    with pytest.raises(ValueError, match=f"source should hold averaged weights or a state dict, {message}"):
+        read(content)
+
+
+def test_a_whole_module_in_a_checkpoint_is_told(tmp_path):
+    torch.save({"epoch": 3, "model": nn.Linear(1, 1)}, tmp_path / "file.pt")
+    message = "its 'model' is no state dict, but an object of the class 'torch.nn.modules.linear.Linear'; load"
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "file.pt")
+
+
+def test_a_class_in_place_of_a_tensor_is_named(tmp_path):
+    torch.save({"state_dict_ema": {"w": argparse.Namespace}}, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match="should be a tensor, got the object named 'argparse.Namespace'"):
+        read(tmp_path / "file.pt")
 
 
 # --- reading files ---

@@ -125,12 +125,13 @@ def test_what_is_missing_is_said_or_taken_from_a_base(lacking, tmp_path):
     ("base", "error", "message"),
     [
         (
-            {},
+            {"a": torch.zeros(2), "b": torch.zeros(2)},
             ValueError,
-            r"base should have the frozen 'embedding.weight' of shape \(100, 50\), got none; pass the plain",
+            r"base should have the frozen 'embedding.weight' of shape \(100, 50\), but it has 'a', 'b'; pass the plain",
         ),
-        ({"embedding.weight": torch.zeros(2)}, ValueError, r"shape \(100, 50\), got shape \(2,\); pass"),
-        ({"embedding.weight": 3}, ValueError, "got none"),
+        ({"embedding.weight": torch.zeros(2)}, ValueError, r"shape \(100, 50\), but it is of shape \(2,\) there; pass"),
+        ({"embedding.weight": 3}, ValueError, "but it is int there; pass"),
+        ({"embedding.weight": torch.zeros(100, 50, device="meta")}, ValueError, "but it is on the meta device there"),
         (3.5, TypeError, "base should be a state dict, got float; pass one of the model"),
     ],
 )
