@@ -253,9 +253,19 @@ class _Removable(Protocol):
 class Handles(ExitStack):
     """Several handles as one: ``remove()`` takes everything off an engine again, as does leaving it as a context."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._attached: list[Attachment] = []
+        self.callback(self._attached.clear)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({'; '.join(map(repr, self._attached)) or 'removed'})"
+
     def add(self, handle: _Removable) -> None:
         """Takes on one more."""
         self.callback(handle.remove)
+        if isinstance(handle, Attachment):
+            self._attached.append(handle)
 
     def remove(self) -> None:
         """Takes everything off the engine again; does nothing the second time."""

@@ -11,7 +11,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers.state_param_scheduler import LambdaStateScheduler
 from torch import nn
 
-from ignite_ema import EMAHandler, schedules
+from ignite_ema import EMAHandler, PostHocEMA, schedules
 
 
 @contextmanager
@@ -245,7 +245,7 @@ def test_repr_shows_the_momentum_in_force():
     assert "; <TypeError>; 0 updates;" in repr(handler)
 
 
-def test_handles_and_the_context_of_swapped_are_shown_in_a_line():
+def test_handles_and_the_context_of_swapped_are_shown_in_a_line(tmp_path):
     handler, trainer = EMAHandler(nn.Linear(1, 1), 0.5), Engine(lambda engine, batch: None)
     every = Events.ITERATION_COMPLETED(every=2)
     handle = handler.attach(trainer, event=every | Events.EPOCH_COMPLETED)
@@ -255,6 +255,12 @@ def test_handles_and_the_context_of_swapped_are_shown_in_a_line():
     with handler.swap_during(trainer) as handle:
         assert repr(handle) == "EvaluationSwap(EMAHandler during the runs of an Engine)"
     assert repr(handle) == "EvaluationSwap(EMAHandler during the runs of an Engine; removed)"
+    with PostHocEMA(handler.model, dirname=tmp_path / "snapshots").attach(trainer) as handle:
+        one, other = (
+            f"Attachment(PowerAverage at iteration_completed as 'posthoc_momentum_{index}')" for index in (0, 1)
+        )
+        assert repr(handle) == f"Handles({one}; {other})"
+    assert repr(handle) == "Handles(removed)"
     swap = handler.swapped()
     assert repr(swap) == "Swapped(not active)"
     with swap:
