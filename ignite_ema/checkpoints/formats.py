@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..averaging.average_state import VERSION
+from ..averaging.validation import shown_integer
 from .naming import listed, quoted
 from .unpickling import kind_of
 
@@ -81,7 +82,7 @@ def _check_ignite_ema(state: State) -> None:
     """Raises ValueError, naming the entry, where the state of a handler is not of the form that it saves."""
     version, whose = state["ignite_ema_version"], "of the state of an EMAHandler"
     if type(version) is not int or version != VERSION:
-        got = quoted(version) if type(version) in (int, str) else kind_of(version)
+        got = shown_integer(version) if type(version) is int else kind_of(version)
         raise ValueError(
             f"'ignite_ema_version' {whose} should be {VERSION}, got {got}; read it with the ignite_ema that wrote it."
         )
@@ -262,5 +263,7 @@ def _count(state: State, name: str) -> int | None:
     if not isinstance(value, int):
         return None
     if not 0 <= value < 2**63:
-        raise ValueError(f"'{name}' should be a number of updates, from 0 to 2**63 - 1, got {value:.3g}; correct it.")
+        raise ValueError(
+            f"'{name}' should be a number of updates, from 0 to 2**63 - 1, got {shown_integer(value)}; correct it."
+        )
     return value

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.formats import Found
-from ..checkpoints.memory import REPEATED, is_dense, mebibytes
+from ..checkpoints.memory import REPEATED, is_dense, mebibytes, view_of
 from ..checkpoints.naming import listed, quoted
 from ..checkpoints.reading import Averaged, SeveralAverages, choices, read_mapped, read_part
 from ..checkpoints.safe_load import load_file
@@ -87,11 +87,15 @@ def _facts(file: Path, found: Averaged, lacks: list[str]) -> dict[str, Any]:
 def _distances(averaged: Mapping[str, Tensor], online: Mapping[str, Tensor]) -> dict[str | None, float]:
     """The distance of each layer, the names without their last parts, and of all floating-point tensors under None."""
     squares: dict[str | None, tuple[float, float]] = {None: (0.0, 0.0)}
+    known: dict[Any, tuple[float, float]] = {}  # of tied tensors, which a small file can have many of
     for name, tensor in averaged.items():
         if not (is_dense(tensor) and is_dense(online[name])):
             continue
         if tensor.is_floating_point() or tensor.is_complex():
-            apart, norm = _square(tensor, online[name]), _square(online[name])
+            pair = view_of(tensor), view_of(online[name])
+            if pair not in known:
+                known[pair] = _square(tensor, online[name]), _square(online[name])
+            apart, norm = known[pair]
             for key in (None, name.rpartition(".")[0]):
                 before = squares.get(key, (0.0, 0.0))
                 squares[key] = before[0] + apart, before[1] + norm

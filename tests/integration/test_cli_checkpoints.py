@@ -110,6 +110,18 @@ def test_names_from_a_file_forge_no_lines(file, capsys):
         assert r"x\ndistance" in printed.out + printed.err
 
 
+def test_tied_tensors_are_compared_once(file, capsys, monkeypatch):
+    from ignite_ema.cli import checkpoints
+
+    compared, square = [], checkpoints._square
+    monkeypatch.setattr(checkpoints, "_square", lambda *tensors: compared.append(tensors) or square(*tensors))
+    one, other = torch.ones(4), torch.zeros(4)
+    file({"model": {f"a{at}.w": one for at in range(9)}, "ema": {f"a{at}.w": other for at in range(9)}})
+    assert main(["inspect", "file.pt"]) == 0
+    assert capsys.readouterr().out.count("distance  1.000e+00") == 10
+    assert len(compared) == 2
+
+
 def test_a_layer_called_all_is_not_the_whole(file, capsys):
     file({"model": {"all.w": torch.ones(1)}, "ema": {"all.w": torch.ones(1)}})
     main(["inspect", "file.pt"])
