@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..schedules import Schedule
 from . import kernels, swap
+from .announcement import announced
 from .average_state import VERSION, check_average_state
 from .buffers import BufferPolicy, check_patterns, check_policy, treatment_of
 from .flat import Block, Flat, Step, refuse_unflattable
@@ -179,6 +180,7 @@ class ModelAverage:
                 "stochastic_rounding should find parameters whose average is held in bfloat16 or float16, but there "
                 "are none, and it does nothing; leave it out."
             )
+        self._announcement = announced(skip_nonfinite, self.model)
         self.module.train(handle_buffers == "ema_train")
         freeze(self.module)
         if ema_model is not None:
@@ -205,8 +207,9 @@ class ModelAverage:
         return Flat(self._pairing)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the pairing and the layout, which know where tensors lie in this process."""
-        return {name: value for name, value in vars(self).items() if name not in ("_pairing", "_flat")}
+        """Everything but the pairing and the layout, which know where tensors lie in this process, and its ranks."""
+        kept = {name: value for name, value in vars(self).items() if name not in ("_pairing", "_flat")}
+        return {**kept, "_announcement": None}
 
     def __copy__(self) -> NoReturn:
         """Raises TypeError: two averages would move one twin."""
@@ -277,6 +280,9 @@ class ModelAverage:
             tensors = self._pairing.read()
             if swap.any_swapped():
                 swap.refuse_while_swapped(self._pairing.structure, "updated")
+            if self._announcement is not None:
+                self._announcement.check()
+                self._announcement = None
             find = self._flat.first_nonfinite if self._flatten else self._pairing.first_nonfinite
             if self._skip_nonfinite and (path := find(tensors)) is not None:
                 self._skip(path)
