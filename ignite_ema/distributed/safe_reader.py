@@ -126,6 +126,17 @@ _KNOWN = {
 }
 _BUILDERS = {name: partial(Record, name.rpartition(".")[2]) for name in _KNOWN}
 _DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+# What a table has besides, of which nothing is needed.
+_IGNORED = {
+    "collections.OrderedDict",
+    "torch.serialization._get_layout",
+    *(f"{_METADATA}.{kind}" for kind in ("StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *(
+        f"pathlib.{kind}"
+        for kind in ("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
+    ),
+}
+_ALLOWED = {*_KNOWN, *_DTYPES, *_IGNORED}
 _MOST_DIMENSIONS = 64
 
 
@@ -133,9 +144,18 @@ class _Unreadable(ValueError):
     """What is wrong with a table of contents."""
 
 
+class _TableUnpickler(Unpickler):
+    """Refuses a table with anything else than tables have; what it is read into would be harmless all the same."""
+
+    def _push_name(self, module: str, name: str) -> None:
+        if f"{module}.{name}" not in _ALLOWED:
+            raise _Unreadable(f"it asks for {f'{module}.{name}'!r}, which no table has")
+        super()._push_name(module, name)
+
+
 def _contents(written: bytes) -> Metadata:
     try:
-        unpickler = Unpickler(_BUILDERS, lambda identity: None, len(written), len(written))
+        unpickler = _TableUnpickler(_BUILDERS, lambda identity: None, len(written), len(written))
         fields = _state(unpickler.load(io.BytesIO(written)), "Metadata")
         entries, places = fields["state_dict_metadata"], fields["storage_data"]
         _check_count(entries.values(), len(places))
