@@ -31,7 +31,7 @@ def check_posthoc_state(state: Mapping[str, Any], own: Mapping[str, Any], averag
         averages: its averages.
     """
     for key in ("ignite_ema_posthoc_version", "sigma_rels", "time_unit"):
-        if isinstance(state, Mapping) and key in state and state[key] != own[key]:
+        if isinstance(state, Mapping) and key in state and repr(state[key]) != repr(own[key]):
             raise ValueError(
                 f"{key!r} of the state should be {own[key]!r}, got {state[key]!r}; make the PostHocEMA as it was made "
                 "when the state was saved."

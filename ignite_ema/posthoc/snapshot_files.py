@@ -187,7 +187,8 @@ def read(path: Path) -> StoredSnapshot:
     content = opened.content
     if not isinstance(content, dict) or "ignite_ema_snapshot" not in content:
         raise ValueError(f"'{path}' should be a snapshot of a PostHocEMA, but it is another file; move it elsewhere.")
-    if content.pop("ignite_ema_snapshot") != _VERSION:
+    version = content.pop("ignite_ema_snapshot")
+    if type(version) is not int or version != _VERSION:
         raise ValueError(
             f"'{path}' should be of version {_VERSION}; read it with the ignite_ema that wrote it, or newer."
         )

@@ -877,6 +877,8 @@ BAD_STATES = [
     (lambda state: {}, ValueError, "but it misses 'ignite_ema_posthoc_version'"),
     (lambda state: state["stream_0"], ValueError, "but it misses 'ignite_ema_posthoc_version'"),
     (changed(ignite_ema_posthoc_version=1), ValueError, "'ignite_ema_posthoc_version' of the state should be 2, got 1"),
+    (changed(ignite_ema_posthoc_version=torch.ones(2)), ValueError, "'ignite_ema_posthoc_version' of the state should"),
+    (changed(sigma_rels=[torch.ones(2), 0.1]), ValueError, "'sigma_rels' of the state should be"),
     (
         changed(sigma_rels=[0.05, 0.2]),
         ValueError,
