@@ -83,6 +83,8 @@ def averaged_weights(handler):
 
 
 WAYS = ["with", "stack", "context manager", "decorator", "evaluator"]
+# A generator of the user's, suspended in its block, learns of no exception that a debugger puts into contextlib.
+INJECTABLE = ["with", "decorator", "evaluator"]
 
 
 class AtInstruction:
@@ -146,15 +148,17 @@ def test_ctrl_c_at_an_instruction_of_a_swap(way):
     interrupt(way, "Ctrl-C", random.Random(0).sample(range(1, count), 12))
 
 
-@pytest.mark.parametrize("way", ["with", "context manager", "decorator", "evaluator"])
+@pytest.mark.parametrize("way", INJECTABLE)
 def test_an_exception_injected_at_an_instruction_of_a_swap(way):
     count = instructions(Subject(way))
     interrupt(way, "injected", random.Random(0).sample(range(1, count), 60))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("way", ["with", "context manager", "decorator", "evaluator"])
+@pytest.mark.parametrize(
+    ("way", "source"),
+    [*((way, "Ctrl-C") for way in (*INJECTABLE, "context manager")), *((way, "injected") for way in INJECTABLE)],
+)
 def test_an_interruption_at_any_instruction_of_a_swap(way, source):
     interrupt(way, source, range(1, instructions(Subject(way)), 1 if source == "injected" else 10))
 
@@ -195,8 +199,8 @@ def test_a_signal_handler_that_raises_at_any_time_leaves_the_weights():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_100_000_interruptions_lose_no_weights(way):
-    assert storm(way, 20_000) == 20_000
+def test_10_000_interruptions_lose_no_weights(way):
+    assert storm(way, 2_000) == 2_000
 
 
 def test_ctrl_c_in_the_block_is_not_held_back():
