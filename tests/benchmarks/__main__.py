@@ -6,9 +6,7 @@ bytes. Times are medians; ``× ours`` compares those of the same round.
 
 import argparse
 import json
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .measure import Call, machine, ratios, summary, timed, write
+from .measure import Call, busy, machine, ratios, summary, timed, write
 from .models import AVERAGED_IN, MODELS
 from .peers import LIMIT, OURS, PEERS, Peer, built, event, limit, update_of
 from .report import draw, show
@@ -60,24 +58,6 @@ def _swap(peer: Peer) -> None:
     assert peer.swapped is not None
     with peer.swapped():
         pass
-
-
-@contextmanager
-def busy() -> Iterator[None]:
-    """Inside, another process computes on the same cores, as it often is on a shared machine."""
-    other = multiprocessing.get_context("spawn").Process(target=_compute, daemon=True)
-    other.start()
-    try:
-        yield
-    finally:
-        other.terminate()
-        other.join()
-
-
-def _compute() -> None:
-    matrix = torch.ones(1024, 1024)
-    while True:
-        matrix @ matrix
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

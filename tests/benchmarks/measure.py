@@ -1,10 +1,12 @@
 """Timing in turns, so that whatever else slows the machine down slows all of them down."""
 
 import json
+import multiprocessing
 import os
 import platform
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import distributions
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.benchmark import Timer
 
-__all__ = ["Call", "machine", "ratios", "summary", "timed", "write"]
+__all__ = ["Call", "busy", "machine", "ratios", "summary", "timed", "write"]
 
 Call: TypeAlias = Callable[[], object]
 
@@ -53,6 +55,24 @@ def summary(values: Iterable[float], scale: float = 1) -> dict[str, float]:
     """Median and quartiles of the values, each ``scale`` times as large."""
     first, median, third = quantiles([scale * value for value in values], n=4, method="inclusive")
     return {"q1": first, "median": median, "q3": third}
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """Inside, another process computes on the same cores, as it often is on a shared machine."""
+    other = multiprocessing.get_context("spawn").Process(target=_compute, daemon=True)
+    other.start()
+    try:
+        yield
+    finally:
+        other.terminate()
+        other.join()
+
+
+def _compute() -> None:
+    matrix = torch.ones(1024, 1024)
+    while True:
+        matrix @ matrix
 
 
 def machine(device: str) -> dict[str, Any]:
