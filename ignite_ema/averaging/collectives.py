@@ -47,7 +47,7 @@ def is_first_rank() -> bool:
 
 def new_group() -> "Group | None":
     """A gloo group of all ranks, which have to call this; None where this process is alone."""
-    return Group(dist.new_group(backend="gloo")) if dist.is_initialized() else None
+    return _made() if dist.is_initialized() else None
 
 
 def shared_group() -> "Group | None":
@@ -55,7 +55,7 @@ def shared_group() -> "Group | None":
     if not dist.is_initialized():
         return None
     if dist.group.WORLD not in _shared:
-        _shared[dist.group.WORLD] = Group(dist.new_group(backend="gloo"))
+        _shared[dist.group.WORLD] = _made()
     return _shared[dist.group.WORLD]
 
 
@@ -89,6 +89,11 @@ class Group:
 
 
 _shared: WeakKeyDictionary[Any, Group] = WeakKeyDictionary()
+
+
+def _made() -> Group:
+    group: Any = dist.new_group(backend="gloo")  # of which not every torch says that it is a group
+    return Group(group)
 
 
 def _of(group: Group | None) -> dist.ProcessGroup | None:
