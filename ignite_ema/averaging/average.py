@@ -377,10 +377,8 @@ class ModelAverage:
         return kernels.norms(self._parameters()) == self._norms_when_made
 
     @torch.no_grad()
-    def is_stale(self) -> bool:
-        """Whether the twin is as it was made while the model's weights are no longer: :meth:`reset` was forgotten."""
-        if not self.is_as_made():
-            return False
+    def differs_from_model(self) -> bool:
+        """Whether an averaged weight differs from that of the model, in the type that holds it."""
         pairs = (pair.tensors() for pair in self._followed().pairs if pair.kind == "_parameters")
         return any(not torch.equal(online.to(averaged.device, averaged.dtype), averaged) for online, averaged in pairs)
 

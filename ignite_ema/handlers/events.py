@@ -28,7 +28,7 @@ def members_of(event: Event, engine: Engine) -> list[str | CallableEventWithFilt
         raise TypeError(f"engine should be an ignite Engine, the trainer, got {type(engine).__name__}.")
     members: list[str | CallableEventWithFilter] = list(event) if isinstance(event, EventsList) else [event]
     for member in members:
-        # Engine.has_registered_events() says the same, but Ignite 0.4 has none
+        # Engine.has_registered_events() says the same, but Ignite 0.5.1 has none
         known = isinstance(member, (str, CallableEventWithFilter)) and member in engine._allowed_events
         if not known or member in _NOT_FOR_UPDATES:
             raise ValueError(

@@ -30,7 +30,8 @@ class Guidance:
         if self.start_is_known:
             return
         self.start_is_known = True
-        is_as_made, is_stale = self._average.is_as_made(), self._average.is_stale()
+        is_as_made = self._average.is_as_made()
+        is_stale = is_as_made and self._average.differs_from_model()  # reset() was forgotten
         self.has_past = self.has_past or not is_as_made
         if iteration > 0 and (is_as_made or momentum.counts):
             weights = "the weights that it was made with" if is_stale else "the weights of now"

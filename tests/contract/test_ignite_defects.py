@@ -12,6 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from ignite_ema import EMAHandler, schedules
 from tests.helpers.models import constant
@@ -427,12 +428,9 @@ def test_ignite_takes_the_iteration_for_the_momentum():
 
 
 def test_a_sharded_model_is_told_to_bring_its_twin(process_group):
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    if not hasattr(fsdp, "fully_shard"):
-        pytest.skip("fully_shard is not public yet")
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     with pytest.raises(RuntimeError, match="sharded as the model is, got None.*pass it as ema_model="):
-        EMAHandler(fsdp.fully_shard(chain(1.0), mesh=mesh))
+        EMAHandler(fully_shard(chain(1.0), mesh=mesh))
 
 
 def weight_normed():
