@@ -1,7 +1,9 @@
 """Files of tensors are read as torch reads them, verified, and cost what they weigh."""
 
+import argparse
 import copyreg
 import io
+import os
 import pickle
 import resource
 import struct
@@ -11,14 +13,16 @@ import tarfile
 import time
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from ignite_ema.checkpoints import load_file, read
+from ignite_ema.checkpoints import load_file, read, save_file
 from ignite_ema.checkpoints.safe_load import open_file
+from tests.helpers.files import Evil, files_in
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 with warnings.catch_warnings():
@@ -70,35 +74,12 @@ def test_tensors_are_those_that_were_saved(name, zipped, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", TENSORS)
-def test_tensors_are_those_that_torch_loads(name, tmp_path):
-    path = saved({"w": TENSORS[name]}, tmp_path / "file.pt")
-    loaded, due = load_file(path)["w"], torch.load(path, weights_only=True)["w"]
-    assert (loaded.shape, loaded.dtype, loaded.layout, loaded.device) == (due.shape, due.dtype, due.layout, due.device)
-
-
 @FORMATS
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_values_of_every_protocol(protocol, zipped, tmp_path):
-    content = {
-        "plain": [
-            1,
-            -2,
-            2**70,
-            0.5,
-            True,
-            None,
-            "ä",
-            b"\x00\xff",
-            (1, (2,)),
-            {3, 4},
-            frozenset("a"),
-            1j,
-            bytearray(b"x"),
-        ],
-        "ordered": OrderedDict(b=1, a=2),
-        (1, "a"): {},
-    }
+    numbers = [1, -2, 2**70, 0.5, True, None, 1j]
+    others = ["ä", b"\x00\xff", (1, (2,)), {3, 4}, frozenset("a"), bytearray(b"x")]
+    content = {"plain": numbers + others, "ordered": OrderedDict(b=1, a=2), (1, "a"): {}}
     options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
     assert load_file(saved(content, tmp_path / "file.pt", **options)) == content
 
@@ -120,25 +101,81 @@ def test_writing_into_what_was_loaded_leaves_the_file_alone(tmp_path):
     assert not load_file(path)["w"].any()
 
 
-@pytest.mark.parametrize("layout", ["coo", "csr", "csc", "bsr"])
-def test_sparse_tensors_are_read_where_warnings_are_errors(layout, tmp_path):
+def test_sparse_tensors_are_read_where_warnings_are_errors(tmp_path):
     """In a process of its own: torch warns once in each."""
-    make = {"csc": "to_sparse_csc()", "csr": "to_sparse_csr()", "coo": "to_sparse()", "bsr": "to_sparse_bsr((2, 2))"}
-    path = tmp_path / "file.pt"
+    whole = torch.eye(4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.save({"w": eval(f"torch.eye(4).{make[layout]}")}, path)
+        made = [whole.to_sparse(), whole.to_sparse_csr(), whole.to_sparse_csc(), whole.to_sparse_bsr((2, 2))]
+    path = saved(made, tmp_path / "file.pt")
     code = (
-        f"import sys, torch, warnings; warnings.simplefilter('error'); from ignite_ema.checkpoints import load_file; "
-        f"assert torch.equal(load_file({str(path)!r})['w'].to_dense(), torch.eye(4))"
+        f"import torch, warnings; warnings.simplefilter('error'); from ignite_ema.checkpoints import load_file; "
+        f"assert all(torch.equal(one.to_dense(), torch.eye(4)) for one in load_file({str(path)!r}))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_whole_module_is_told(tmp_path):
-    path = saved(nn.Linear(1, 1), tmp_path / "file.pt")
-    with pytest.raises(TypeError, match=r"got an object of the class 'torch.nn.modules.linear.Linear'"):
-        read(path)
+# --- what a file asks for is not run ---
+
+TRACE = "import pathlib; pathlib.Path('trace').touch()"
+ATTACKS = {
+    "os.system": lambda: Evil(os.system, ("touch trace",)),
+    "exec": lambda: Evil(exec, (TRACE,)),
+    "eval": lambda: Evil(eval, ("__import__('pathlib').Path('trace').touch()",)),
+    "subprocess": lambda: Evil(subprocess.run, (["touch", "trace"],)),
+    "getattr": lambda: Evil(getattr, (Path("trace"), "touch")),
+    "open": lambda: Evil(open, ("trace", "w")),
+    "torch.save": lambda: Evil(torch.save, (1, "trace")),
+    "state": lambda: Evil(Evil, (), {"call": Evil(exec, (TRACE,))}),
+}
+
+
+@FORMATS
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_nothing_is_run(attack, zipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = {"ema": {"w": torch.ones(1)}, "args": ATTACKS[attack]()}
+    torch.save(content, "evil.pt", _use_new_zipfile_serialization=zipped)
+    assert read("evil.pt").tensors == {"w": torch.ones(1)}
+    assert files_in(tmp_path) == ["evil.pt"]
+
+
+def test_modules_of_foreign_objects_are_not_imported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("foreign.py").write_text("class Thing: ...\n")
+    import foreign
+
+    torch.save({"thing": foreign.Thing()}, "file.pt")
+    del sys.modules["foreign"]
+    Path("foreign.py").write_text(TRACE)
+    load_file("file.pt")
+    assert "foreign" not in sys.modules
+    assert not Path("trace").exists()
+
+
+class Settings(dict):
+    """A dictionary of a class of its own."""
+
+
+@FORMATS
+def test_harmless_foreign_objects(zipped, tmp_path):
+    import numpy as np
+
+    content = {
+        "args": argparse.Namespace(path=Path("x"), nested=argparse.Namespace()),
+        "metric": np.float64(0.5),
+        "history": np.arange(3),
+        "queue": deque([1, 2], maxlen=3),
+        "counts": defaultdict(int, a=1),
+        "counter": Counter("aab"),
+        "kinds": {argparse.Namespace, int},
+        "log": [Settings(a=1)],
+    }
+    loaded = load_file(saved(content, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped))
+    assert list(loaded) == list(content)
+    assert (loaded["queue"], loaded["counts"], loaded["log"]) == ([1, 2], {"a": 1}, [{"a": 1}])
+    assert not hasattr(loaded["args"], "path")
 
 
 # --- damage ---
@@ -150,26 +187,18 @@ def flipped(path, old, new):
     path.write_bytes(content.replace(old, new))
 
 
-def test_a_flipped_bit_is_told_with_the_file_and_the_tensor(tmp_path):
-    path = saved(
-        {"model": {"a": torch.zeros(9)}, "ema": {"x": torch.ones(9), "big": torch.arange(5000.0)}}, tmp_path / "f.pt"
-    )
-    whole = path.read_bytes()
-    place = whole.index(torch.arange(5000.0).numpy().tobytes()) + 7
-    path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
-    for call in (load_file, read):
-        with pytest.raises(ValueError, match=r"f.pt' should hold what was written, but the bytes of '(ema.)?big' have"):
+def test_a_flipped_bit_is_told_with_the_file_and_the_tensor_where_it_is_asked_for(tmp_path):
+    big = torch.arange(5000.0)
+    content = {"optimizer": {"m": -big}, "model": {"a": torch.zeros(9)}, "ema": {"x": torch.ones(9), "big": big}}
+    path = saved(content, tmp_path / "f.pt")
+    flipped(path, (-big).numpy().tobytes(), (-big).index_fill(0, torch.tensor([7]), 0.0).numpy().tobytes())
+    assert torch.equal(read(path).tensors["x"], torch.ones(9))  # what is not asked for is not verified
+    flipped(path, big.numpy().tobytes(), big.index_fill(0, torch.tensor([7]), 0.0).numpy().tobytes())
+    for call, name in ((load_file, "(optimizer.m|ema.big)"), (read, "big")):
+        with pytest.raises(ValueError, match=rf"f.pt' should hold what was written, but the bytes of '{name}' have"):
             call(path)
     opened = open_file(path)
     opened.verify([("x", opened.content["ema"]["x"])])
-
-
-def test_what_is_not_asked_for_is_not_verified(tmp_path):
-    path = saved({"optimizer": {"m": torch.arange(5000.0)}, "ema": {"x": torch.ones(9)}}, tmp_path / "f.pt")
-    whole = path.read_bytes()
-    place = whole.index(torch.arange(5000.0).numpy().tobytes()) + 7
-    path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
-    assert torch.equal(read(path).tensors["x"], torch.ones(9))
 
 
 def test_a_flipped_bit_in_a_count_is_told(tmp_path):
@@ -177,6 +206,17 @@ def test_a_flipped_bit_in_a_count_is_told(tmp_path):
     flipped(path, struct.pack("<q", 0x1234567), struct.pack("<q", 0x1234566))
     with pytest.raises(ValueError, match=r"its entry 'file/data/1' has changed since"):
         read(path)
+
+
+def test_what_was_read_outlives_the_file(tmp_path):
+    """But not what has not been looked at."""
+    path = saved({"ema": {"w": torch.zeros(100_000)}, "model": {"w": torch.ones(100_000)}}, tmp_path / "file.pt")
+    found, unread = read(path), load_file(path)["ema"]["w"]
+    with path.open("r+b") as file:  # in place
+        file.write(path.read_bytes().replace(bytes(400_000), b"\x00\x00\x80?" * 100_000))
+    assert torch.equal(unread, torch.ones(100_000))
+    assert not found.tensors["w"].any()
+    assert torch.equal(found.online["w"], torch.ones(100_000))
 
 
 # --- files of another kind ---
@@ -189,19 +229,44 @@ def tar():
     return buffer.getvalue()
 
 
+def zipped(**entries):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def torchscript():
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), buffer)
+    return buffer.getvalue()
+
+
+def written(content=TENSORS["float32"]):
+    buffer = io.BytesIO()
+    torch.save({"w": content}, buffer)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"", "should hold weights, but it is empty"),
         (bytes(4096), "begins with zeros"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "a pointer of Git LFS; get the file"),
         (b"<!DOCTYPE html><html>", "is an HTML page"),
         (b"  <html lang=en>", "is an HTML page"),
-        ("größe,loss\n1,0.5\n".encode() * 100, "is text"),
+        ("größe,loss\n1,0.5\n".encode() * 100, "is text; name the file that holds"),
         (b"\x1f\x8b\x08" + bytes(600), "was compressed; decompress it"),
         (tar(), "is a tar archive; unpack it"),
         (b"\x89HDF\r\n\x1a\n" + bytes(9), "is an HDF5 file"),
         (pickle.dumps({"a": 1}), "is a pickle that torch.save did not write"),
-        (b"PK\3\4" + bytes(99), "a zip archive without its end"),
+        (zipped(readme=b"nothing"), "is a zip archive of another kind; unzip it, and name the file in it that holds"),
+        (torchscript(), r"is a TorchScript archive, a program; save the state_dict\(\) of the module"),
+        (written()[:300], "is cut short: a zip archive without its end"),
+        (written().replace(b"\x80\x02}", b"\x80\x02\xff"), "its entry 'archive/data.pkl' has changed since"),
+        (b"\x80", "cannot be read as one; it is cut short or damaged"),
         (b"\xca\xfe" * 300, "cannot be read as one; it is cut short or damaged"),
     ],
 )
@@ -210,15 +275,51 @@ def test_files_of_another_kind_are_told_as_what_they_are(content, message, tmp_p
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as info:
         load_file(path)
+    assert str(info.value).startswith(f"'{path}' should")
+    assert len(str(info.value)) < 350 + len(str(path))
     assert "weights_only" not in str(info.value)
     assert "\n" not in str(info.value)
 
 
-@pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(1, 1))])
-def test_a_torchscript_file_is_told_though_torch_compresses_it(make, tmp_path):
-    make(nn.Linear(1, 1)).save(tmp_path / "file.pt")
-    with pytest.raises(ValueError, match=r"is a TorchScript archive, a program; save the state_dict\(\) of the module"):
-        load_file(tmp_path / "file.pt")
+def test_no_file_at_all(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.pt' should be a file, but there is none"):
+        load_file(tmp_path / "nowhere.pt")
+    with pytest.raises(ValueError, match="should be a file, got a directory; name the file in it"):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"no header", (10**12).to_bytes(8, "little") + b"{}"])
+def test_broken_safetensors(content, tmp_path):
+    pytest.importorskip("safetensors")
+    file = tmp_path / "broken.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="should be a file that torch.save or safetensors wrote, but it cannot be"):
+        load_file(file)
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    file = tmp_path / "file.safetensors"
+    with pytest.raises(ImportError, match="file.safetensors' needs the package safetensors; pip install"):
+        save_file({"w": CSR}, file)
+    assert not files_in(tmp_path)
+    file.write_bytes(b"x")
+    with pytest.raises(ImportError, match="needs the package safetensors"):
+        load_file(file)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+def test_zipped_again(compression, tmp_path):
+    torch.save({"w": torch.ones(9)}, tmp_path / "file.pt")
+    with zipfile.ZipFile(tmp_path / "file.pt") as old, zipfile.ZipFile(tmp_path / "again.pt", "w", compression) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    if compression == zipfile.ZIP_STORED:
+        assert torch.equal(load_file(tmp_path / "again.pt")["w"], torch.ones(9))
+        return
+    with pytest.raises(ValueError, match="again.pt' should be a file that torch.save .* wrote, but it was compressed"):
+        load_file(tmp_path / "again.pt")
 
 
 def test_safetensors_are_known_by_their_content(tmp_path):
