@@ -323,6 +323,16 @@ def prefixed(prefix, state):
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
+def state(fill=0.0):
+    return {"a.weight": torch.full((2, 2), float(fill)), "a.bias": torch.full((2,), float(fill))}
+
+
+def gan():
+    """Two models and their averages, as mmagic has them."""
+    names = ("g.", "g_ema.", "d.", "d_ema.")
+    return {name: one for fill, prefix in enumerate(names, 1) for name, one in prefixed(prefix, state(fill)).items()}
+
+
 def mmgen():
     """From the definition of mmgen's ExponentialMovingAverageHook: plain twins, never swapped."""
     raw, averaged = averages_of(net())

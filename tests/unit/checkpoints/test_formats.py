@@ -1,0 +1,178 @@
+"""The average of every system is found in its file bit for bit, with its count, and the raw weights beside it."""
+
+import pytest
+import torch
+from torch import nn
+
+from ignite_ema import EMAHandler
+from ignite_ema.checkpoints import averaged_state_dict, load_file, read
+from tests.helpers.peer_files import MAKERS, equal, made, mmcv_state, net, prefixed, state, tied
+
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
+def test_peer_bit_for_bit(maker):
+    peer = made(maker)
+    for source in (peer.path, {"epoch": 1, "checkpoint": load_file(peer.path)}):  # or one level inside
+        found = read(source, key=peer.key, names=peer.names)
+        assert found.system == peer.system
+        assert equal(found.tensors, peer.tensors)
+        assert not any(tensor.requires_grad for tensor in found.tensors.values())
+        assert found.num_updates == peer.num_updates
+        assert (found.online is None) == (peer.online is None)
+        if peer.online is not None:
+            assert equal(found.online, peer.online)
+            assert not equal(found.online, found.tensors)
+
+
+@pytest.mark.parametrize(
+    ("count", "due"),
+    [
+        *((count, 7) for count in (7, torch.tensor(7), torch.tensor([7]))),
+        *((count, None) for count in (float("nan"), torch.tensor(float("nan")), torch.tensor(3, device="meta"), "3")),
+    ],
+)
+def test_count_of_an_averaged_model(count, due):
+    assert read({"module.weight": ONE, "n_averaged": count}).num_updates == due
+
+
+@pytest.mark.parametrize("count", [10**29, -1, torch.tensor(-3)])
+def test_counts_that_cannot_be(count):
+    with pytest.raises(ValueError, match="'n_averaged' should be a number of updates, from 0 to 2..63 - 1, got"):
+        read({"module.w": ONE, "n_averaged": count})
+
+
+@pytest.mark.parametrize(("collected", "online"), [([2 * ONE], {"x": 2 * ONE}), (None, None), ([], None)])
+def test_torch_ema_has_the_raw_weights_put_by_or_not(collected, online):
+    found = read({"shadow_params": [ONE], "collected_params": collected, "num_updates": None}, names={"x": ONE})
+    assert (found.online, found.num_updates) == (online, None)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"module.weight": ONE, "n_averaged": torch.tensor(7), "head.weight": ONE},
+        prefixed("g_ema.", state()) | {"g.a.weight": torch.zeros(2, 2)},
+        {"ema.x_ema": ONE, "ema.x": ONE},
+        state() | {"ema_decay": ONE},
+        state() | {"ema_a_bias": torch.zeros(3)},
+    ],
+)
+def test_names_that_are_like_those_of_a_system_are_none(file):
+    assert read(file).system == "plain"
+
+
+@pytest.mark.parametrize("twin", [{"module.a": torch.ones(1), "b": torch.ones(2)}, {"module.a": torch.ones(1)}])
+def test_mmgen_keeps_a_module_of_the_models_own(twin):
+    assert equal(read(prefixed("g_ema.", twin) | prefixed("g.", twin)).tensors, twin)
+
+
+def test_ema_field_of_a_script_that_does_not_swap():
+    file = {"state_dict": state(1), "ema_state_dict": state(2)}
+    for ema in (state(2), prefixed("module.", state(2)), state(2) | {"steps": torch.tensor(3)}):
+        found = read(file | {"ema_state_dict": ema})
+        assert found.system == "Ignite"
+        assert torch.equal(found.tensors["a.bias"], torch.full((2,), 2.0))
+    swapped = prefixed("module.", state(1)) | {"steps": torch.tensor(3)}
+    found = read({"state_dict": state(2), "ema_state_dict": swapped})
+    assert found.system == "mmengine"
+    assert equal(found.tensors, state(2))
+    assert equal(found.online, state(1))
+
+
+def test_mmcv_names_that_collide():
+    file = {"a.b_c": torch.zeros(2), "a_b.c": torch.zeros(2), "ema_a_b_c": torch.zeros(2)}
+    with pytest.raises(ValueError, match="'ema_a_b_c' should belong to one tensor.*got 'a.b_c', 'a_b.c'"):
+        read({"state_dict": file})
+
+
+@pytest.mark.parametrize("meta", [{"epoch": 3, "iter": 12, "config": "runner = dict(type='EpochBasedRunner')"}, None])
+def test_mmcv_needs_a_key(meta):
+    own, raw, buffers = mmcv_state(net(), dict(net().named_parameters()))
+    file = {"meta": meta, "state_dict": own | buffers}
+    with pytest.raises(ValueError, match="model' .mmcv; .* at the end of an epoch., .*ema_' .mmcv; .*IterBasedRunner"):
+        read(file)
+    for key, averaged, online in (("model", own, raw), ("ema_", raw, own)):
+        found = read(file, key=key)
+        assert equal(found.tensors, averaged)
+        assert equal(found.online, online)
+
+
+def test_lightnings_swa_is_not_silently_the_raw_weights():
+    callback = {"n_averaged": 3, "latest_update_epoch": 5, "scheduler_state": {}, "average_model_state": state(2)}
+    file = {"state_dict": state(1), "callbacks": {"Other": {}, "Log": 3, "StochasticWeightAveraging": callback}}
+    with pytest.raises(ValueError, match="average_model_state' .Lightning; .*running_mean.*'state_dict' .plain; raw"):
+        read(file)
+    found = read(file, key="average_model_state")
+    assert (found.system, found.num_updates) == ("Lightning", 3)
+    assert equal(found.tensors, state(2))
+    assert equal(found.online, state(1))
+    callback["n_averaged"] = 0  # not begun: a copy of the first weights
+    assert read(file).system == "plain"
+
+
+# --- ours ---
+
+
+def test_our_state_is_what_load_state_dict_takes():
+    file = {"trainer": {}, "ema_handler": EMAHandler(tied()).state_dict()}
+    tensors = averaged_state_dict(file)
+    tied().load_state_dict(tensors)
+    assert tensors["tied.first.weight"].data_ptr() == tensors["tied.second.weight"].data_ptr()
+
+
+def test_the_twin_beside_the_state_of_our_handler_is_the_same_average():
+    handler = EMAHandler(nn.Linear(2, 2))
+    file = {"ema_model": handler.ema_model.state_dict(), "ema_handler": handler.state_dict()}
+    assert read(file).system == "ignite_ema"
+    assert read(file, key="ema_model").system == "Ignite"
+    file["ema_model"] = nn.Linear(2, 2).state_dict()
+    with pytest.raises(ValueError, match="'ema_handler' .ignite_ema., 'ema_model' .Ignite."):
+        read(file)
+
+
+@pytest.mark.parametrize("raw", ["raw_model", "net"])
+def test_the_raw_weights_of_a_checkpoint_for_deployment_are_not_the_average_once_more(raw):
+    model = nn.Linear(2, 1)
+    handler = EMAHandler(model)
+    model.weight.data.add_(1.0)
+    file = {"model": handler.ema_model.state_dict(), raw: model.state_dict(), "ema_handler": handler.state_dict()}
+    assert torch.equal(read(file).online["weight"], model.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ignite_ema_version": torch.tensor(3)}, "'ignite_ema_version' of the state .* should be 3, got Tensor; read"),
+        ({"ignite_ema_version": [1]}, "should be 3, got list"),
+        ({"ignite_ema_version": True}, "should be 3, got bool"),
+        ({"ignite_ema_version": 2}, "should be 3, got 2; read it"),
+        ({"ignite_ema_version": "3"}, "should be 3, got str; read it"),
+        ({"ignite_ema_version": 10**5000}, "should be 3, got an integer of 16610 bits; read it"),
+        ({"num_updates": 10**5000}, "'num_updates' should be a number of updates, .* got an integer of 16610 bits"),
+        ({"num_updates": True}, "'num_updates' of the state of an EMAHandler should be an integer, got bool"),
+        ({"num_skipped": torch.tensor(1)}, "'num_skipped' .* should be an integer, got Tensor"),
+        ({"num_updates": -1}, "'num_updates' should be a number of updates, from 0"),
+        ({"averaged_tensors": [1]}, "'averaged_tensors' .* should be a mapping, but is list"),
+        (
+            {"averaged_tensors": {}, "state_dict_names": {}},
+            "The average in source should have tensors, but it is empty",
+        ),
+        ({"state_dict_names": None}, "'state_dict_names' .* should be a mapping, but is NoneType"),
+        ({"state_dict_names": ...}, "'state_dict_names' .* should be a mapping, but is missing"),
+        ({"state_dict_names": {"weight": ["weight"]}}, "should have text alone, got list for 'weight'"),
+        ({"state_dict_names": {3: "weight"}}, "should have text alone, got int for '3'"),
+        ({"state_dict_names": {"a": "x", "b": "x"}}, "should name averaged tensors, got 'x', which is none; take"),
+    ],
+)
+def test_our_state_is_checked(change, message):
+    content = EMAHandler(nn.Linear(1, 1)).state_dict() | change
+    with pytest.raises(ValueError, match=message) as info:
+        read({"ema_handler": {name: value for name, value in content.items() if value is not ...}})
+    assert "\n" not in str(info.value)
+
+
+def test_a_snapshot_of_a_posthoc_ema_is_no_average_by_itself():
+    with pytest.raises(ValueError, match=r"is a snapshot of a PostHocEMA; rebuild .*ignite-ema reconstruct DIR"):
+        read({"ignite_ema_snapshot": 1, "copied": {"weight": torch.zeros(1)}})
