@@ -35,7 +35,7 @@ FOUND = [
     (THREE, "state_dict_ema", "timm", B, A),
     (THREE, "model_ema", "Ignite", C, A),
     ({"model": A, "ema_a": B, "ema_b": state(2)}, None, "Ignite", B, A),  # equal averages are one
-    ({"ema_a": NAN, "ema_b": {"w": NAN["w"].clone()}}, None, "Ignite", ..., None),
+    ({"ema_a": NAN, "ema_b": {"w": NAN["w"].clone()}}, None, "Ignite", ..., ...),
     ({"model": A, "best": state(1)}, None, "plain", A, ...),
     # Raw weights are those of the same name, or of a model's usual one, if they match.
     (TWO, "ema_d", "Ignite", D, B),

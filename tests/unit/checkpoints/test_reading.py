@@ -238,7 +238,7 @@ LINEAR = "an object of the class 'torch.nn.modules.linear.Linear'"
         ({"epoch": 3, "model": nn.Linear(1, 1)}, ValueError, f"its 'model' is no state dict, but {LINEAR}; load"),
         (nn.Linear(1, 1), TypeError, f"got {LINEAR}"),
         (
-            {"ema": {"w": argparse.Namespace}},
+            {"state_dict_ema": {"w": argparse.Namespace}},
             ValueError,
             "should be a tensor, got the object named 'argparse.Namespace'",
         ),
