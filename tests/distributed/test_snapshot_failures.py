@@ -14,7 +14,7 @@ from tests.distributed.test_snapshots import Run
 from tests.distributed.worker import Net
 from tests.helpers.worlds import run_world
 
-cases = pytest.mark.parametrize("case", ["plain", "DDP", "FSDP2"])
+cases = pytest.mark.parametrize("case", ["DDP", "FSDP2"])
 
 
 @pytest.fixture

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from ignite_ema import EMAHandler
 from ignite_ema.distributed import gathered_state_dict, sync_buffers
+from tests.distributed.worker import mesh
 from tests.helpers.worlds import run_world
 
 
@@ -17,20 +19,37 @@ def holder(*buffers):
     return module
 
 
-def synchronises_expanded_buffers(folder):
+def synchronises(folder):
+    """Buffers that a broadcast does not take as they are, and one that is sharded."""
     rank = float(dist.get_rank())
     column, scalar = torch.tensor([[rank], [rank + 10]]), torch.tensor(rank)
-    module = holder(column.expand(2, 3), scalar.expand(4), torch.full((2,), rank))
+    sharded = distribute_tensor(torch.arange(4.0), mesh(), [Shard(0)])
+    before = sharded.to_local().clone()
+    module = holder(
+        *(column.expand(2, 3), scalar.expand(4), torch.full((2, 3), rank).t(), torch.tensor(dist.get_rank())),
+        *(torch.tensor([rank == 1, True]), torch.full((2,), rank, dtype=torch.bfloat16), torch.empty(0), sharded),
+    )
+    module.weight = nn.Parameter(torch.full((2,), rank))
+    module.register_buffer("unsaved", torch.tensor(rank), persistent=False)
     sync_buffers(module, source=1)
-    assert module.buffer0.tolist() == [[1.0] * 3, [11.0] * 3]
-    assert module.buffer1.tolist() == [1.0] * 4
-    assert module.buffer2.tolist() == [1.0] * 2
+    due = [[[1.0] * 3, [11.0] * 3], [1.0] * 4, [[1.0] * 2] * 3, 1, [True, True], [1.0] * 2, []]
+    assert [getattr(module, f"buffer{index}").tolist() for index in range(7)] == due
+    assert module.unsaved.item() == 1
     assert module.buffer0.stride() == (1, 0)
     assert column.tolist() == [[1.0], [11.0]]
+    assert torch.equal(sharded.to_local(), before)
+    assert module.weight.tolist() == [rank] * 2
 
 
-def test_expanded_buffers_are_synchronised_and_stay_expanded(tmp_path):
-    run_world(tmp_path, 2, synchronises_expanded_buffers)
+def test_buffers_of_any_kind_are_synchronised_and_stay_expanded(world):
+    world(2, synchronises)
+
+
+def test_one_process_has_nothing_to_synchronise():
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(3)
+    sync_buffers(norm)
+    assert norm.running_mean.tolist() == [3, 3]
 
 
 def is_refused(folder, what):
@@ -85,7 +104,7 @@ class Adapted(nn.Module):
         return self.norm(self.base(x))
 
 
-def gathers_what_is_shared():
+def test_the_whole_average_has_the_frozen_parameters_that_it_shares():
     model = Adapted()
     handler = EMAHandler(model, share_frozen=True)
     nn.init.constant_(handler.ema_model.norm.weight, 0.5)
@@ -98,13 +117,9 @@ def gathers_what_is_shared():
     assert plain.norm.weight.tolist() == [0.5] * 4
 
 
-def test_the_whole_average_has_the_frozen_parameters_that_it_shares_without_a_group():
-    gathers_what_is_shared()
-
-
 @pytest.mark.usefixtures("process_group")
-def test_the_whole_average_has_the_frozen_parameters_that_it_shares():
-    gathers_what_is_shared()
+def test_so_it_has_in_a_group():
+    test_the_whole_average_has_the_frozen_parameters_that_it_shares()
 
 
 def gathers_others(folder):
