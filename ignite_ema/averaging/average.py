@@ -12,7 +12,7 @@ from . import kernels, swap
 from .announcement import announced
 from .average_state import VERSION, check_average_state
 from .buffers import BufferPolicy, check_patterns, check_policy, treatment_of
-from .flat import Block, Flat, Step, refuse_unflattable
+from .flat import Block, Flat, refuse_unflattable
 from .module_trees import LostValues, Mismatch, Structure, holds_values, names_of, tensors_of, unwrapped
 from .pairing import Pairing, part_memory, sharing_memory
 from .schedule_argument import described, schedule_of, scheduled
@@ -271,48 +271,50 @@ class ModelAverage:
             momentum = self._next_momentum()
         elif type(momentum) is not float or not 0 <= momentum <= 1:
             momentum = checked_momentum(momentum, "momentum")
-        if self.handle_buffers == "ema_train" and not self.module.training:
-            self.module.train()  # an evaluator has put it into eval mode
         gradients = torch.is_grad_enabled()
         swap.begin_move()
         torch._C._set_grad_enabled(False)  # what torch.no_grad() does, at a fifth of its cost
         try:
-            tensors = self._pairing.read()
-            if swap.any_swapped():
-                swap.refuse_while_swapped(self._pairing.structure, "updated")
-            if self._announcement is not None:
-                self._announcement.check()
-                self._announcement = None
-            find = self._flat.first_nonfinite if self._flatten else self._pairing.first_nonfinite
-            if self._skip_nonfinite and (path := find(tensors)) is not None:
-                self._skip(path)
+            if not self._moves(momentum):
                 return False
-            if momentum < self._pairing.resolution:
-                self._warn_of_rounding(momentum)
-            else:
-                self._has_moved = True
-            if self._rounding is not None:
-                self._rounding.num_updates = self._num_updates
-            for group, averaged, online in self._steps(tensors):
-                if self._skip_nonfinite and group.are_buffers and (path := self._pairing.nonfinite_in(group, tensors)):
-                    self._leave_buffers(path)
-                else:
-                    group.kernel(averaged, online, momentum)
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
         finally:
             torch._C._set_grad_enabled(gradients)
             swap.end_move()
-        if self._flatten:
-            self._flat.note_writes()
         self._num_updates += 1
         self._initial_share *= 1.0 - momentum
         return True
 
-    def _steps(self, tensors: list[Tensor]) -> list[Step]:
+    def _moves(self, momentum: float) -> bool:
+        """Moves the twin, unless ``skip_nonfinite`` leaves that out."""
+        pairing = self._pairing
+        tensors = pairing.read()
+        if swap.any_swapped():
+            swap.refuse_while_swapped(pairing.structure, "updated")
+        if self._announcement is not None:
+            self._announcement.check()
+            self._announcement = None
+        layout = self._flat if self._flatten else pairing
+        if self._skip_nonfinite and (path := layout.first_nonfinite(tensors)) is not None:
+            self._skip(path)
+            return False
+        if momentum < pairing.resolution:
+            self._warn_of_rounding(momentum)
+        else:
+            self._has_moved = True
+        if self._rounding is not None:
+            self._rounding.num_updates = self._num_updates
+        if self.handle_buffers == "ema_train" and not self.module.training:
+            self.module.train()  # an evaluator has put it into eval mode
+        for group, averaged, online in layout.steps(tensors):
+            if self._skip_nonfinite and group.are_buffers and (path := pairing.nonfinite_in(group, tensors)):
+                self._leave_buffers(path)
+            else:
+                group.kernel(averaged, online, momentum)
         if self._flatten:
-            return self._flat.steps(tensors)
-        return [Step(group, tensors[group.averaged], tensors[group.online]) for group in self._pairing.groups]
+            self._flat.note_writes()
+        return True
 
     def _next_momentum(self) -> float:
         if self.schedule is None:

@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
+from operator import eq
 from typing import NamedTuple
 
 import torch
@@ -22,22 +23,14 @@ from torch.utils.dlpack import from_dlpack
 
 from . import kernels
 from .module_trees import Structure, overlaps_itself
-from .pairing import Group, Pairing
+from .pairing import Group, Pairing, Step
 from .sharding import is_sharded
 
-__all__ = ["Block", "Flat", "Step", "refuse_unflattable"]
+__all__ = ["Block", "Flat", "refuse_unflattable"]
 
 _PLACE = 64  # elements: so many bytes at least, in every type
 _BLOCK = 2**28  # bytes: what the model needs twice while it is laid out
 _memories: "weakref.WeakValueDictionary[int, Tensor]" = weakref.WeakValueDictionary()  # by address
-
-
-class Step(NamedTuple):
-    """A group, and what its kernel is called with: its tensors, or memory in which they lie side by side."""
-
-    group: Group
-    averaged: kernels.Tensors
-    online: kernels.Tensors
 
 
 class Block(NamedTuple):
@@ -78,20 +71,24 @@ class Flat:
         self._pairing = pairing
         self._seen: object = None
         self._steps: list[Step] = []
-        self._rows: list[int] = []  # the tensors that are contiguous, and those that are not, with their strides
+        self._rows: list[int] = []  # the model's tensors that are contiguous, and those that are not, with strides
         self._turned: list[int] = []
         self._strides: list[tuple[int, ...]] = []
+        self._written: list[Tensor] = []  # those of the twin
         self.blocks: list[Block] = []
 
     def first_nonfinite(self, tensors: list[Tensor]) -> str | None:
         """As ``pairing.first_nonfinite`` says, which looks closer where one operation for each step finds something."""
-        looked_at = [one for one in self.steps(tensors) if one.group.averages and not one.group.are_buffers]
-        if all(kernels.is_finite(step.online, step.averaged[0].dtype) for step in looked_at):
+        if all(
+            kernels.is_finite(online, averaged[0].dtype)
+            for group, averaged, online in self.steps(tensors)
+            if group.averages and not group.are_buffers
+        ):
             return None
         return self._pairing.first_nonfinite(tensors)
 
     def steps(self, tensors: list[Tensor]) -> list[Step]:
-        """What an update has to do.
+        """As ``pairing.steps`` says, with the memory of those that lie side by side in their place.
 
         Args:
             tensors: what ``pairing.read()`` gave.
@@ -104,12 +101,13 @@ class Flat:
         return self._steps
 
     def _lies_as_it_did(self, tensors: list[Tensor]) -> bool:
-        """Whether no tensor has other memory, which the pairing notices, or other strides in the same."""
-        if self._seen is None or self._seen is not self._pairing.known:
-            return False
-        rows = [tensors[index] for index in self._rows]
-        turned = [tensors[index].stride() for index in self._turned]
-        return all(map(Tensor.is_contiguous, rows)) and turned == self._strides
+        """Whether no tensor has other memory or another shape, which the pairing notices, or is turned in its place."""
+        return (
+            self._seen is not None
+            and self._seen is self._pairing.noted
+            and all(map(eq, map(Tensor.stride, map(tensors.__getitem__, self._turned)), self._strides))
+            and all(map(Tensor.is_contiguous, map(tensors.__getitem__, self._rows)))
+        )
 
     def laid_out(self) -> set[int]:
         """The identities of the tensors in the blocks."""
@@ -117,7 +115,7 @@ class Flat:
 
     def note_writes(self) -> None:
         """Lets autograd know that the twin was written to, as it would see by itself without this memory."""
-        increment_version([tensor for block in self.blocks for tensor in block.averaged])
+        increment_version(self._written)
 
     @torch.no_grad()
     def _lay_out(self, tensors: list[Tensor]) -> None:
@@ -130,12 +128,13 @@ class Flat:
             pairs = list(zip(tensors[group.online], tensors[group.averaged], strict=True))
             self._lay_out_group(group, pairs, several, own)
         self._pairing.pair_anew()  # which takes note of the addresses
-        laid_out = self.laid_out()
+        laid_out = {id(one) for block in self.blocks for one in block.online}
         indices = [index for index, tensor in enumerate(tensors) if id(tensor) in laid_out]
         self._rows = [index for index in indices if tensors[index].is_contiguous()]
         self._turned = [index for index in indices if not tensors[index].is_contiguous()]
         self._strides = [tensors[index].stride() for index in self._turned]
-        self._seen = self._pairing.known
+        self._written = [tensor for block in self.blocks for tensor in block.averaged]
+        self._seen = self._pairing.noted
 
     def _lay_out_group(
         self, group: Group, pairs: list[tuple[Tensor, Tensor]], several: set[int], own: set[int]
@@ -146,11 +145,11 @@ class Flat:
             memory, held = _side_by_side(online, online, own), _side_by_side(averaged, online, own)
             if memory is not None and held is not None:
                 self.blocks.append(Block(online, averaged, memory, held))
-                self._steps.append(Step(group, [held], [memory]))
+                self._steps.append((group, [held], [memory]))
                 laid_out.update(map(id, online))
         if rest := [pair for pair in pairs if id(pair[0]) not in laid_out]:
             online, averaged = [one for one, _ in rest], [one for _, one in rest]
-            self._steps.append(Step(group, averaged, online))
+            self._steps.append((group, averaged, online))
 
 
 def _storages_of_several(structure: Structure) -> set[int]:

@@ -5,7 +5,7 @@ what ``torch.compile`` returns) are looked through. What does not match raises :
 """
 
 from collections.abc import Container, Iterator
-from operator import attrgetter, is_
+from operator import getitem, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -286,7 +286,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class TreeWatch:
-    """Tells at every update, in microseconds, whether two module trees have the structure that they had.
+    """Reads tensors out of two module trees, in microseconds, as long as these have the structure that they had.
 
     That is: each module has the tables that it had (``_parameters``, ``_buffers`` and ``_modules``; of those without
     entries one stands for all), of as many entries, with the same modules in them; what was tied, or shared, still is.
@@ -294,38 +294,41 @@ class TreeWatch:
 
     Args:
         structure: the two trees.
+        slots: where the tensors are, all of them in tables of the two trees.
     """
 
-    def __init__(self, structure: "Structure") -> None:
-        modules = structure.modules
-        tables = [getattr(module, name) for module in modules for name in _TABLES]
-        self._empty = [table for table in tables if not table]
-        self._filled = [table for table in tables if table]
+    def __init__(self, structure: Structure, slots: list[Slot]) -> None:
+        tables = [(module, name, getattr(module, name)) for module in structure.modules for name in _TABLES]
+        self._empty = [table for _, _, table in tables if not table]
+        self._filled = [table for _, _, table in tables if table]
         self._sizes = list(map(len, self._filled))
-        self._owners = []
-        for name in _TABLES:
-            watched = [module for module in modules if getattr(module, name) or name == _shown_by(module)]
-            getter = attrgetter(name)
-            self._owners.append((getter, watched, list(map(getter, watched))))
-        self._fixed = [
-            (table, key) for table in self._filled for key, value in table.items() if not isinstance(value, Tensor)
+        fixed: list[tuple[Slot, object]] = [
+            ((vars(module), name), table) for module, name, table in tables if table or name == _shown_by(module)
         ]
-        self._held = [table[key] for table, key in self._fixed]
-        slots = [slot for pair in structure.names for slot in pair.slots()]
-        first = {id(table[key]): (table, key) for table, key in reversed(slots)}
-        alike = [(slot, first[id(slot[0][slot[1]])]) for slot in slots]
+        for table in self._filled:
+            fixed += [((table, key), value) for key, value in table.items() if not isinstance(value, Tensor)]
+        self._tables, self._keys = map(list, zip(*slots, *(place for place, _ in fixed), strict=True))
+        self._fixed = slice(len(slots), None)
+        self._held = [value for _, value in fixed]
+        named = [slot for pair in structure.names for slot in pair.slots()]
+        first = {id(table[key]): (table, key) for table, key in reversed(named)}
+        alike = [(slot, first[id(slot[0][slot[1]])]) for slot in named]
         self._ties = [(*one, *other) for one, other in alike if one[0] is not other[0] or one[1] != other[1]]
 
-    def is_intact(self) -> bool:
-        """Whether all that is so; KeyError where a name is gone."""
+    def read(self) -> list[Any] | None:
+        """What is in the slots now, and other things after it; None where the structure has changed.
+
+        Raises:
+            KeyError: where a name is gone.
+        """
+        found = list(map(getitem, self._tables, self._keys))
         if any(self._empty) or list(map(len, self._filled)) != self._sizes:
-            return False
-        for getter, modules, tables in self._owners:
-            if not all(map(is_, map(getter, modules), tables)):
-                return False
-        return all(map(is_, [table[key] for table, key in self._fixed], self._held)) and not (
-            self._ties and any(a[i] is not b[j] for a, i, b, j in self._ties)
-        )
+            return None
+        if not all(map(is_, found[self._fixed], self._held)):
+            return None
+        if self._ties and any(a[i] is not b[j] for a, i, b, j in self._ties):
+            return None
+        return found
 
 
 def _shown_by(module: nn.Module) -> str | None:

@@ -6,10 +6,11 @@ before anything is changed.
 
 What is checked, and when:
 
-- At every update, of both trees: each module has the tables of tensors and modules that it had, with the same names and
-  the same objects in them, so that no name, tie, wrapper or shared parameter has come, gone or changed; each averaged
-  tensor has the address, the size of storage, the shape and the type that it had, and requires gradients as it did;
-  each part that FSDP2 has sharded holds its shards. Where only tensors of the model have moved, these are checked.
+- At every update, of both trees: each module has the tables of tensors and modules that it had, with as many names and
+  the same modules in them, so that no name, tie, wrapper or shared parameter has come, gone or changed; each averaged
+  tensor has the address that it had, and in the model the shape and the type; it requires gradients as it did where
+  that matters; each part that FSDP2 has sharded holds its shards. Where only tensors of the model have moved, these are
+  checked.
 - Where any of this has changed, when a run starts and when the average is made, everything: names, ties, shapes,
   layouts, types, sharding; that there is memory for every element; and that nothing that an update writes to shares
   memory with the model, with a parameter that was ever shared, or with another tensor of the twin.
@@ -19,8 +20,8 @@ What is checked, and when:
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from operator import attrgetter, eq
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,12 @@ from . import kernels
 from .module_trees import Mismatch, Pair, Structure, TreeWatch, extent, holds_values, overlaps_itself
 from .sharding import is_at_rest, is_sharded, local, on_any_rank, reshard, sharded_parts
 
-__all__ = ["Group", "Pairing", "Treatment", "part_memory", "sharing_memory"]
+__all__ = ["Group", "Pairing", "Step", "Treatment", "part_memory", "sharing_memory"]
 
 Treatment = Literal["average", "copy", "keep"]
 Tensors = list[Tensor]
 
-_dtype, _requires_grad, _nbytes = attrgetter("dtype"), attrgetter("requires_grad"), torch.UntypedStorage.nbytes
+_shape, _dtype, _requires_grad = attrgetter("shape"), attrgetter("dtype"), attrgetter("requires_grad")
 
 
 class Group(NamedTuple):
@@ -48,6 +49,9 @@ class Group(NamedTuple):
     are_buffers: bool
 
 
+Step: TypeAlias = tuple[Group, kernels.Tensors, kernels.Tensors]
+
+
 class _Kind(NamedTuple):
     """What the tensors of a group have in common."""
 
@@ -55,7 +59,16 @@ class _Kind(NamedTuple):
     averages: bool
     are_buffers: bool
     resolution: float
-    types: tuple[Any, ...]
+    types: tuple[torch.dtype, torch.device, torch.dtype, torch.device]
+
+
+class _Noted(NamedTuple):
+    """What :meth:`Pairing.read` compares with: addresses of all tensors, the rest of those of the model."""
+
+    addresses: list[int]
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    gradients: tuple[list[bool], bool]
 
 
 class Pairing:
@@ -73,6 +86,7 @@ class Pairing:
         groups: what to do with the tensors that :meth:`read` gives.
         resolution: the largest relative rounding step (``torch.finfo(dtype).eps``) among the averaged tensors that
             are trained; of those that ``narrow`` treats, that of float32.
+        noted: where the tensors lie; another object once one of them lies elsewhere.
 
     Raises:
         Mismatch: where shapes, layouts or kinds of number differ.
@@ -85,13 +99,8 @@ class Pairing:
         self._treat_buffer = treat_buffer
         self._narrow = narrow
         self.once_shared = WeakIdKeyDictionary()
-        self._known: tuple[Any, ...] | None = None
+        self.noted: _Noted | None = None
         self._arrange(structure)
-
-    @property
-    def known(self) -> object:
-        """Another object where :meth:`read` has found, or the pairing has made, a tensor to lie elsewhere."""
-        return self._known
 
     def read(self) -> Tensors:
         """The tensors that an update treats, as they are now: the online ones, then their counterparts in the twin.
@@ -100,10 +109,10 @@ class Pairing:
             Mismatch: where the model no longer matches its twin.
         """
         try:
-            if self._watch.is_intact() and all(map(is_at_rest, self._parts)):
-                slots = [owner[key] for owner, key in self._slots]
-                tensors = self._local(slots)
-                if self._facts(slots, tensors) == self._known or self._follows(slots, tensors):
+            found = self._watch.read()
+            if found is not None and (not self._parts or all(map(is_at_rest, self._parts))):
+                tensors = self._local(found)
+                if self._lie_as_they_did(tensors, found) or self._follows(tensors, found):
                     return tensors
         except (AttributeError, KeyError, TypeError, RuntimeError):
             pass  # a name is gone, holds None, a tensor without memory, or one that is gathered from its shards
@@ -119,13 +128,21 @@ class Pairing:
         old = self.structure
         for root in old.roots:
             reshard(root)
-        self._known = None  # until it matches again, every update looks at everything
+        self.noted = None  # until it matches again, every update looks at everything
         try:
             self._arrange(Structure(*old.roots, old.share_frozen, self.once_shared))
         except Mismatch as mismatch:
             if not self._sharded and any(map(is_sharded, old.roots[0].parameters())):
                 raise Mismatch(f"{mismatch} (call fully_shard before the handler is made)") from None
             raise
+
+    def steps(self, tensors: Tensors) -> list[Step]:
+        """What an update has to do: each group with its averaged and its online tensors.
+
+        Args:
+            tensors: what :meth:`read` gave.
+        """
+        return [(group, tensors[group.averaged], tensors[group.online]) for group in self.groups]
 
     def first_nonfinite(self, tensors: Tensors) -> str | None:
         """Path of the first parameter whose NaN or infinity would come into the average, or None.
@@ -158,37 +175,44 @@ class Pairing:
             tensors[index] = tensors[index].to_local()  # type: ignore[attr-defined]
         return tensors
 
-    def _facts(self, slots: Tensors, tensors: Tensors) -> tuple[Any, ...]:
-        """What changes when a tensor gets other memory, or another shape or type in the same; not its values."""
-        count, online = self._count, tensors[: self._count]
+    def _lie_as_they_did(self, tensors: Tensors, found: Tensors) -> bool:
+        """Whether each tensor has the address, and those of the model the shapes and types, that were noted."""
+        noted = self.noted
         return (
-            list(map(self._address, tensors)),
-            list(map(_nbytes, map(Tensor.untyped_storage, online))) if self._all_strided else None,
-            [tensor.shape for tensor in online],
-            list(map(_dtype, online)),
-            list(map(_requires_grad, slots[:count])) if self._narrow else None,
-            any(map(_requires_grad, slots[2 * count :])),  # of those that are shared
+            noted is not None
+            and list(map(self._address, tensors)) == noted.addresses
+            and all(map(eq, map(_shape, tensors), noted.shapes))  # no list of shapes: the collector would count them
+            and list(map(_dtype, tensors[: self._count])) == noted.dtypes
+            and (not self._watches_gradients or self._gradients(found) == noted.gradients)
         )
 
-    def _follows(self, slots: Tensors, tensors: Tensors) -> bool:
+    def _gradients(self, found: Tensors) -> tuple[list[bool], bool]:
+        """Which tensors of the model are trained, where kernels depend on it, and whether one that is shared is."""
+        count = self._count
+        trained = list(map(_requires_grad, found[:count])) if self._narrow else []
+        return trained, any(map(_requires_grad, found[2 * count : len(self._slots)]))
+
+    def _noted(self, tensors: Tensors, found: Tensors) -> _Noted:
+        online = tensors[: self._count]
+        addresses = list(map(self._address, tensors))
+        return _Noted(addresses, list(map(_shape, online)), list(map(_dtype, online)), self._gradients(found))
+
+    def _follows(self, tensors: Tensors, found: Tensors) -> bool:
         """Whether only tensors of the model have been replaced by their likes, or moved; takes note of it then.
 
         As happens at each iteration where a module registers its buffers anew.
         """
-        facts, count = self._facts(slots, tensors), self._count
-        if not self._known or not self._all_strided or facts[2:] != self._known[2:]:
+        old, new, count = self.noted, self._noted(tensors, found), self._count
+        if old is None or not self._all_strided or old[1:] != new[1:]:
             return False
-        (addresses, sizes, *_), (known, known_sizes, *_) = facts, self._known
-        moved = [
-            index for index in range(count) if (addresses[index], sizes[index]) != (known[index], known_sizes[index])
-        ]
+        moved = [index for index in range(count) if old.addresses[index] != new.addresses[index]]
         follows = (
-            addresses[count:] == known[count:]
+            old.addresses[count:] == new.addresses[count:]
             and all(_is_like(tensors[index], self._kinds[index], self._written) for index in moved)
             and self._number_of_tensors() == self._distinct
         )
         if follows:
-            self._known = facts
+            self.noted = new
         return follows
 
     def _number_of_tensors(self) -> int:
@@ -237,16 +261,17 @@ class Pairing:
         """Remembers what :meth:`read` compares with."""
         structure, count = self.structure, self._count
         self._parts = [part for root in structure.roots for part in sharded_parts(root)]
-        self._watch = TreeWatch(structure)
+        self._watch = TreeWatch(structure, self._slots)
+        self._watches_gradients = self._narrow is not None or bool(structure.shared)
         self._distinct = self._number_of_tensors()
-        self._sharded = [index for index, (owner, key) in enumerate(self._slots[: 2 * count]) if is_sharded(owner[key])]
-        slots = [owner[key] for owner, key in self._slots]
-        tensors = self._local(slots)
+        found = [owner[key] for owner, key in self._slots]
+        self._sharded = [index for index, tensor in enumerate(found[: 2 * count]) if is_sharded(tensor)]
+        tensors = self._local(found)
         self._all_strided = all(tensor.layout is torch.strided for tensor in tensors)
         self._address: Callable[[Tensor], int] = Tensor.data_ptr if self._all_strided else _address
-        self._known = self._facts(slots, tensors)
         self._kinds = [(type(tensor), tensor.device) for tensor in tensors[:count]]
         self._written = {_storage(tensor) for tensor in tensors[count:]}
+        self.noted = self._noted(tensors, found)
 
     def _kind_of(self, pair: Pair, treatment: Treatment) -> _Kind:
         online, averaged = pair.tensors()
@@ -318,7 +343,7 @@ def part_memory(tensors: Tensors) -> None:
 
 
 def _is_like(tensor: Tensor, kind: tuple[type, torch.device], written: set[int]) -> bool:
-    """Whether it is of that type and on that device, and has memory, which nothing is written to."""
+    """Whether it is of that class and on that device, and has memory, which nothing is written to."""
     return (type(tensor), tensor.device) == kind and holds_values(tensor) and _storage(tensor) not in written
 
 

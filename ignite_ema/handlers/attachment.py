@@ -149,7 +149,11 @@ class Attachment(RemovableEventHandle):
         iteration = engine.state.iteration
         if self._last is not None and self._last[0] == iteration and self._last[1] != member:
             return
-        if self._read_at == (iteration, engine.last_event_name) and not self._was_read_late:
+        if (
+            self._read_at is not None
+            and self._read_at == (iteration, engine.last_event_name)
+            and not self._was_read_late
+        ):
             self._was_read_late = True
             warn_user(
                 f"The average of '{self.name}' should be updated before it is evaluated or saved, but at this event "

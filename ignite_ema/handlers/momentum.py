@@ -56,8 +56,11 @@ class DrivenMomentum:
 
     def take(self, state: Any, name: str, n: int) -> float:
         """λ as ``state.<name>`` shows it; raises TypeError or ValueError, naming the attribute, unless in [0, 1]."""
-        self.value = checked_momentum(getattr(state, name, None), f"engine.state.{name}")
-        return self.value
+        value = getattr(state, name, None)
+        if type(value) is not float or not 0 <= value <= 1:
+            value = checked_momentum(value, f"engine.state.{name}")
+        self.value = value
+        return value
 
 
 Momentum: TypeAlias = ScheduledMomentum | DrivenMomentum
