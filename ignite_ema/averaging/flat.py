@@ -200,7 +200,7 @@ def _side_by_side(tensors: list[Tensor], models: list[Tensor], own: set[int]) ->
     now = [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
     known = _memories.get(addresses[0])
     due = list(zip(addresses, [model.stride() for model in models], strict=True))
-    if known is not None and known.numel() == starts[-1] and now == due:
+    if known is not None and (known.dtype, known.numel()) == (dtype, starts[-1]) and now == due:
         return known
     for memory in list(_memories.values()):
         start, stop = memory.data_ptr(), memory.data_ptr() + memory.nbytes

@@ -186,3 +186,15 @@ def test_a_submodule_that_is_compiled_later_is_followed():
     nn.init.constant_(model[0].weight, 4.0)
     average.update(0.25)
     assert average.module[0].weight.item() == 1.0
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_another_type_in_the_same_memory_is_followed(flatten):
+    model = nn.Linear(4, 4, dtype=torch.float16)
+    average = ModelAverage(model, flatten=flatten)
+    average.update(0.5)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.view(torch.bfloat16)  # what .double() and then .half() may do by chance
+        nn.init.constant_(parameter, 3.0)
+    average.update(1.0)
+    assert average.module.weight.unique().tolist() == [3.0]
