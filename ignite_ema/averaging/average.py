@@ -1,6 +1,6 @@
 """A model and its averaged twin, without an engine: for Ignite see :mod:`ignite_ema.handlers.ema`."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 from typing import Any, NoReturn
 
@@ -13,13 +13,15 @@ from .announcement import announced
 from .average_state import VERSION, check_average_state
 from .buffers import BufferPolicy, check_patterns, check_policy, treatment_of
 from .flat import Block, Flat, refuse_unflattable
-from .module_trees import LostValues, Mismatch, Structure, holds_values, names_of, tensors_of, unwrapped
+from .memory import holds_values
+from .module_trees import LostValues, Mismatch, Structure
 from .pairing import Pairing, part_memory, sharing_memory
 from .schedule_argument import described, schedule_of, scheduled
 from .sharding import local, reshard
 from .state_loading import check_loadable, part_for_rank, tensors_by_path
 from .stochastic_rounding import StochasticRounding
 from .summaries import counted, module_summary, momentum_summary, one_line
+from .traversal import names_of, tensors_of, unwrapped
 from .twin import (
     check_own_twin,
     check_tensors,
@@ -365,9 +367,10 @@ class ModelAverage:
     def _swappable(self) -> tuple[Structure, list[Block]]:
         if not self._flatten:
             return self._current("swapped"), []
-        swap.refuse_while_swapped(self._followed(), "swapped")
-        self._flat.steps(self._pairing.read())
-        return self._current("swapped", self._flat.laid_out()), self._flat.blocks
+        tensors = self._read()
+        swap.refuse_while_swapped(self._pairing.structure, "swapped")
+        self._flat.steps(tensors)
+        return self._checked("swapped", self._flat.laid_out()), self._flat.blocks
 
     def is_swapped(self) -> bool:
         """Whether the model holds averaged weights now, those of this average or of another of the same model."""
@@ -381,7 +384,8 @@ class ModelAverage:
     @torch.no_grad()
     def differs_from_model(self) -> bool:
         """Whether an averaged weight differs from that of the model, in the type that holds it."""
-        pairs = (pair.tensors() for pair in self._followed().pairs if pair.kind == "_parameters")
+        self._read()
+        pairs = (pair.tensors() for pair in self._pairing.structure.pairs if pair.kind == "_parameters")
         return any(not torch.equal(online.to(averaged.device, averaged.dtype), averaged) for online, averaged in pairs)
 
     def averaged_tensors(self) -> dict[str, Tensor]:
@@ -393,24 +397,24 @@ class ModelAverage:
 
     def state_dict_names(self) -> dict[str, str]:
         """For each name in the twin's own ``state_dict``, tied ones too, the path in :meth:`averaged_tensors`."""
-        paths = {id(tensor): path for path, tensor in self._tensors().items()}
-        return {name: paths[id(tensor)] for name, tensor in self._names() if id(tensor) in paths}
+        return self._names_in(self._tensors())
 
-    def _all_names(self) -> dict[str, str]:
-        """As :meth:`state_dict_names`, with the frozen tensors that are shared: so a state says what it lacks."""
-        paths = {id(tensor): path for path, tensor in tensors_of(self.module).items()}
-        return {name: paths[id(tensor)] for name, tensor in self._names()}
+    def _names_in(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """For each name in the twin's own ``state_dict`` the path in ``tensors``, where it is there."""
+        paths = {id(tensor): path for path, tensor in tensors.items()}
+        return {name: paths[id(tensor)] for name, tensor in self._names() if id(tensor) in paths}
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), counts and share; tensors and plain values only."""
+        tensors = self._all_tensors()
         return {
             "ignite_ema_version": VERSION,
             "num_updates": self._num_updates,
             "num_skipped": self.num_skipped,
             "initial_share": self._initial_share,
             "momentum_schedule": None if self.schedule is None else described(self.schedule),
-            "averaged_tensors": self.averaged_tensors(),
-            "state_dict_names": self._all_names(),
+            "averaged_tensors": {path: one.detach() for path, one in self._without_shared(tensors).items()},
+            "state_dict_names": self._names_in(tensors),  # of those that are shared, too: what the state lacks
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -490,12 +494,14 @@ class ModelAverage:
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
 
-    def _current(self, what: str, looked_at: Collection[int] = ()) -> Structure:
-        """Model and twin as they are now, kept buffers included; raises where nothing may be done with them.
+    def _current(self, what: str) -> Structure:
+        """Model and twin as they are now, kept buffers included; raises where nothing may be done with them."""
+        self._read()
+        return self._checked(what)
 
-        Not looked at again are the tensors with the identities ``looked_at``.
-        """
-        structure = self._followed()
+    def _checked(self, what: str, looked_at: Collection[int] = ()) -> Structure:
+        """As :meth:`_current` says, once they have been read; but for the tensors with the identities ``looked_at``."""
+        structure = self._pairing.structure
         try:
             for pair in (*structure.pairs, *structure.shared):
                 if id(getattr(pair.online, pair.kind)[pair.key]) not in looked_at:
@@ -505,19 +511,26 @@ class ModelAverage:
         swap.refuse_while_swapped(structure, what)
         return structure
 
-    def _followed(self) -> Structure:
-        """Model and twin as they are now, held by their shards; raises RuntimeError where they no longer match."""
+    def _read(self) -> list[Tensor]:
+        """What an update treats, held by its shards; raises RuntimeError where model and twin no longer match."""
         try:
-            self._pairing.read()
+            return self._pairing.read()
         except Mismatch as mismatch:
             raise _changed(mismatch) from None
-        return self._pairing.structure
+
+    def _all_tensors(self) -> dict[str, Tensor]:
+        """What the twin holds, by path, shared tensors included."""
+        reshard(self.module)
+        return tensors_of(self.module)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What the twin holds, by path."""
-        reshard(self.module)
-        shared = self._pairing.once_shared
-        return {path: tensor for path, tensor in tensors_of(self.module).items() if tensor not in shared}
+        """What the twin holds and the model does not, by path."""
+        return self._without_shared(self._all_tensors())
+
+    def _without_shared(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not (shared := self._pairing.once_shared):
+            return tensors
+        return {path: tensor for path, tensor in tensors.items() if tensor not in shared}
 
     def _check_filled(self) -> None:
         """Raises RuntimeError where there is no memory for a tensor of the twin: torch would write all the same."""
@@ -525,7 +538,7 @@ class ModelAverage:
             if not holds_values(local(tensor)):
                 raise _changed(LostValues(path, "twin"))
 
-    def _names(self) -> Iterator[tuple[str, Tensor]]:
+    def _names(self) -> list[tuple[str, Tensor]]:
         return names_of(unwrapped(self.module))
 
     def _parameters(self) -> list[Tensor]:

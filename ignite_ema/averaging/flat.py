@@ -22,7 +22,8 @@ from torch.autograd.graph import increment_version
 from torch.utils.dlpack import from_dlpack
 
 from . import kernels
-from .module_trees import Structure, overlaps_itself
+from .memory import overlaps_itself
+from .module_trees import Structure
 from .pairing import Group, Pairing, Step
 from .sharding import is_sharded
 
@@ -127,7 +128,7 @@ class Flat:
         for group in self._pairing.groups:
             pairs = list(zip(tensors[group.online], tensors[group.averaged], strict=True))
             self._lay_out_group(group, pairs, several, own)
-        self._pairing.pair_anew()  # which takes note of the addresses
+        self._pairing.note_memory()
         laid_out = {id(one) for block in self.blocks for one in block.online}
         indices = [index for index, tensor in enumerate(tensors) if id(tensor) in laid_out]
         self._rows = [index for index in indices if tensors[index].is_contiguous()]
@@ -206,10 +207,12 @@ def _side_by_side(tensors: list[Tensor], models: list[Tensor], own: set[int]) ->
         start, stop = memory.data_ptr(), memory.data_ptr() + memory.nbytes
         if start not in own and any(start <= tensor.data_ptr() < stop for tensor in tensors):
             return None
-    raw = torch.zeros(starts[-1] * size, dtype=torch.uint8, device=tensors[0].device)
-    for tensor, model, start in zip(tensors, models, starts[:-1], strict=True):
-        part = from_dlpack(raw[start * size : start * size + tensor.nbytes]).view(dtype)
+    raw = torch.empty(starts[-1] * size, dtype=torch.uint8, device=tensors[0].device)
+    for tensor, model, start, next_start in zip(tensors, models, starts[:-1], starts[1:], strict=True):
+        stop = start * size + tensor.nbytes
+        part = from_dlpack(raw[start * size : stop]).view(dtype)
         tensor.data = part.as_strided(model.shape, model.stride()).copy_(tensor)
+        raw[stop : next_start * size].zero_()  # what lies between must be finite
     memory = raw.view(dtype)
     _memories[memory.data_ptr()] = memory
     return memory

@@ -4,30 +4,17 @@ Tensors are paired by owner and name, never by position, and wrappers (``Distrib
 what ``torch.compile`` returns) are looked through. What does not match raises :class:`Mismatch` and names the path.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from operator import getitem, is_
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .memory import holds_values
 from .sharding import is_sharded, local, sharding
+from .traversal import inside
 
-__all__ = [
-    "LostValues",
-    "Mismatch",
-    "Pair",
-    "Slot",
-    "Structure",
-    "TreeWatch",
-    "extent",
-    "holds_values",
-    "names_of",
-    "overlaps_itself",
-    "tensors_of",
-    "unwrapped",
-]
+__all__ = ["LostValues", "Mismatch", "Pair", "Slot", "Structure", "TreeWatch"]
 
 Slot = tuple[dict[str, Any], str]
 
@@ -45,69 +32,6 @@ class LostValues(Mismatch):
 
     def __init__(self, path: str, where: str) -> None:
         super().__init__(f"'{path}' has lost its values in the {where} (moved to meta, or its memory freed)")
-
-
-def unwrapped(module: nn.Module, *, keep: type[nn.Module] | tuple[()] = ()) -> nn.Module:
-    """The module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, in any nesting.
-
-    Args:
-        module: the module, wrapped or not.
-        keep: a wrapper that is not looked into.
-    """
-    while not isinstance(module, keep) and (wrapped := _inside(module)) is not None:
-        module = wrapped
-    return module
-
-
-def _inside(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, (DistributedDataParallel, DataParallel)):
-        wrapped: nn.Module = module.module
-        return wrapped
-    # What torch.compile returns, by name: importing the class would cost a second.
-    return module._modules["_orig_mod"] if type(module).__name__ == "OptimizedModule" else None
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of ``module`` by its path without wrappers, each tied tensor once, by its first."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    _collect(unwrapped(module), "", found, set())
-    return dict(found.values())
-
-
-def _collect(module: nn.Module, prefix: str, found: dict[int, tuple[str, Tensor]], visited: set[int]) -> None:
-    if id(module) in visited:
-        return
-    visited.add(id(module))
-    for owner in (module._parameters, module._buffers):
-        for key, tensor in owner.items():
-            if tensor is not None:
-                found.setdefault(id(tensor), (prefix + key, tensor))
-    for key, child in module._modules.items():
-        if child is not None:
-            _collect(unwrapped(child), f"{prefix}{key}.", found, visited)
-
-
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether elements of a strided tensor lie in the same place, as those of an expanded one do."""
-    if tensor.layout is not torch.strided or tensor.is_contiguous():
-        return False
-    reach = 0
-    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and step <= reach:
-            return True
-        reach += (size - 1) * step
-    return False
-
-
-def names_of(module: nn.Module, prefix: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, Tensor]]:
-    """The names that ``module.state_dict()`` has for tensors, for tied ones and shared modules all, and the tensors."""
-    for owner, left_out in ((module._parameters, ()), (module._buffers, module._non_persistent_buffers_set)):
-        for key, tensor in owner.items():
-            if tensor is not None and key not in left_out:
-                yield prefix + key, tensor
-    for key, child in module._modules.items():
-        if child is not None and not any(child is one for one in (*above, module)):
-            yield from names_of(child, f"{prefix}{key}.", (*above, module))
 
 
 class Pair(NamedTuple):
@@ -168,21 +92,6 @@ class Pair(NamedTuple):
         if online.is_nested or averaged.is_nested:
             where = "model" if online.is_nested else "twin"
             raise Mismatch(f"'{self.path}' is a nested tensor in the {where}")
-
-
-def holds_values(tensor: Tensor) -> bool:
-    """Whether there is memory for every element of ``tensor``."""
-    if tensor.is_meta:
-        return False
-    if tensor.layout is not torch.strided or tensor.is_nested or tensor.numel() == 0:
-        return True
-    stop = (tensor.storage_offset() + extent(tensor)) * tensor.element_size()
-    return tensor.untyped_storage().nbytes() >= stop
-
-
-def extent(tensor: Tensor) -> int:
-    """How many elements lie between the first and the last of a strided tensor, both included."""
-    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 class Structure:
@@ -252,7 +161,7 @@ class Structure:
                     self._add(Pair(prefix + name, online, averaged, kind, name), known)
 
     def _unwrapped(self, module: nn.Module) -> nn.Module:
-        while (wrapped := _inside(module)) is not None:
+        while (wrapped := inside(module)) is not None:
             self.modules.append(module)
             module = wrapped
         return module
@@ -298,18 +207,23 @@ class TreeWatch:
     """
 
     def __init__(self, structure: Structure, slots: list[Slot]) -> None:
-        tables = [(module, name, getattr(module, name)) for module in structure.modules for name in _TABLES]
-        self._empty = [table for _, _, table in tables if not table]
-        self._filled = [table for _, _, table in tables if table]
+        self._empty: list[Any] = []
+        self._filled: list[Any] = []
+        fixed: list[tuple[Any, str, object]] = []
+        for module in structure.modules:
+            tables = [getattr(module, name) for name in _TABLES]
+            shown = [(name, table) for name, table in zip(_TABLES, tables, strict=True) if table]
+            self._filled += [table for _, table in shown]
+            self._empty += [table for table in tables if not table]
+            fixed += [(vars(module), name, table) for name, table in shown or [("_parameters", tables[0])]]
+            for _, table in shown:
+                fixed += [(table, key, held) for key, held in table.items() if not isinstance(held, Tensor)]
         self._sizes = list(map(len, self._filled))
-        fixed: list[tuple[Slot, object]] = [
-            ((vars(module), name), table) for module, name, table in tables if table or name == _shown_by(module)
-        ]
-        for table in self._filled:
-            fixed += [((table, key), value) for key, value in table.items() if not isinstance(value, Tensor)]
-        self._tables, self._keys = map(list, zip(*slots, *(place for place, _ in fixed), strict=True))
+        self._tables, self._keys = [table for table, _ in slots], [key for _, key in slots]
+        self._tables += [table for table, _, _ in fixed]
+        self._keys += [key for _, key, _ in fixed]
         self._fixed = slice(len(slots), None)
-        self._held = [value for _, value in fixed]
+        self._held = [value for _, _, value in fixed]
         named = [slot for pair in structure.names for slot in pair.slots()]
         first = {id(table[key]): (table, key) for table, key in reversed(named)}
         alike = [(slot, first[id(slot[0][slot[1]])]) for slot in named]
@@ -329,8 +243,3 @@ class TreeWatch:
         if self._ties and any(a[i] is not b[j] for a, i, b, j in self._ties):
             return None
         return found
-
-
-def _shown_by(module: nn.Module) -> str | None:
-    """The table that stands for all three where they have no entries."""
-    return None if any(getattr(module, name) for name in _TABLES) else "_parameters"

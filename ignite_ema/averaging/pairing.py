@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import kernels
-from .module_trees import Mismatch, Pair, Structure, TreeWatch, extent, holds_values, overlaps_itself
+from .memory import extent, holds_values, overlaps_itself
+from .module_trees import Mismatch, Pair, Structure, TreeWatch
 from .sharding import is_at_rest, is_sharded, local, on_any_rank, reshard, sharded_parts
 
 __all__ = ["Group", "Pairing", "Step", "Treatment", "part_memory", "sharing_memory"]
@@ -237,7 +238,7 @@ class Pairing:
         for pair in structure.shared:
             self.once_shared[pair.slots()[0][0][pair.key]] = None
         self._group(by_kind)
-        self._take_note()
+        self._watch_over(structure)
 
     def _group(self, by_kind: dict[_Kind, list[Pair]]) -> None:
         pairs = [pair for pairs in by_kind.values() for pair in pairs]
@@ -257,20 +258,25 @@ class Pairing:
             start = stop
         self.resolution = max((kind.resolution for kind in by_kind), default=0.0)
 
-    def _take_note(self) -> None:
+    def _watch_over(self, structure: Structure) -> None:
         """Remembers what :meth:`read` compares with."""
-        structure, count = self.structure, self._count
         self._parts = [part for root in structure.roots for part in sharded_parts(root)]
         self._watch = TreeWatch(structure, self._slots)
         self._watches_gradients = self._narrow is not None or bool(structure.shared)
         self._distinct = self._number_of_tensors()
         found = [owner[key] for owner, key in self._slots]
-        self._sharded = [index for index, tensor in enumerate(found[: 2 * count]) if is_sharded(tensor)]
+        self._sharded = [index for index, tensor in enumerate(found[: 2 * self._count]) if is_sharded(tensor)]
         tensors = self._local(found)
         self._all_strided = all(tensor.layout is torch.strided for tensor in tensors)
         self._address: Callable[[Tensor], int] = Tensor.data_ptr if self._all_strided else _address
-        self._kinds = [(type(tensor), tensor.device) for tensor in tensors[:count]]
-        self._written = {_storage(tensor) for tensor in tensors[count:]}
+        self._kinds = [(type(tensor), tensor.device) for tensor in tensors[: self._count]]
+        self.note_memory()
+
+    def note_memory(self) -> None:
+        """Remembers where the tensors lie now."""
+        found = [owner[key] for owner, key in self._slots]
+        tensors = self._local(found)
+        self._written = {_storage(tensor) for tensor in tensors[self._count :]}
         self.noted = self._noted(tensors, found)
 
     def _kind_of(self, pair: Pair, treatment: Treatment) -> _Kind:

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .traversal import modules_of
+
 __all__ = ["is_at_rest", "is_sharded", "local", "on_any_rank", "reshard", "sharded_parts", "sharding", "whole"]
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a ``DTensor``; told by a method, for the class is slow to import."""
-    return hasattr(tensor, "to_local")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -36,7 +40,7 @@ def sharding(tensor: Any) -> str:
 def sharded_parts(module: nn.Module) -> list[nn.Module]:
     """The modules inside ``module``, itself included, that ``fully_shard`` has wrapped."""
     # Asked of the class, which is faster than to ask a module.
-    return [part for part in module.modules() if hasattr(type(part), "set_requires_gradient_sync")]
+    return [part for part in modules_of(module) if hasattr(type(part), "set_requires_gradient_sync")]
 
 
 def reshard(module: nn.Module) -> None:

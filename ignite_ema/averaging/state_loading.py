@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .module_trees import holds_values
+from .memory import holds_values
 from .sharding import is_sharded, local, sharding
 
 __all__ = ["check_loadable", "part_for_rank", "tensors_by_path"]

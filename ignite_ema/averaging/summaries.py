@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .module_trees import unwrapped
 from .schedule_argument import described
+from .traversal import unwrapped
 
 __all__ = ["counted", "module_summary", "momentum_summary", "one_line"]
 

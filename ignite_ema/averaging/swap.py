@@ -23,16 +23,19 @@ from torch.autograd.graph import increment_version
 
 from . import kernels
 from .flat import Block
-from .held import HeldModule, HeldTensor, modules_of
-from .module_trees import Structure, overlaps_itself
+from .held import HeldModule, HeldTensor
+from .memory import overlaps_itself
+from .module_trees import Structure
 from .sharding import local, reshard
 from .signals import Patient, deliver, delivers, hold_back, release, uninterrupted
+from .traversal import modules_of
 from .user_warnings import warn_user
 
 __all__ = ["Swapped", "any_swapped", "begin_move", "end_move", "is_swapped", "moving", "refuse_while_swapped"]
 
 _swapped: "set[_Held]" = set()  # what is swapped now, of all averages: models may have parts in common
 _moving: list[int] = []  # the threads that move an average now
+_PART = 2**21  # elements
 
 
 def begin_move() -> None:
@@ -128,7 +131,10 @@ class _Held:
         laid_out = {id(one) for block in self._blocks for one in block.online}
         apart = [pair for pair in self._pairs if id(pair[0]) not in laid_out]
         written = [(online, averaged) for online, averaged in apart if not overlaps_itself(online)]
-        written += [(block.online_memory, block.averaged_memory) for block in self._blocks]
+        for block in self._blocks:  # in parts that the allocator keeps and gives again, instead of asking the system
+            written += zip(
+                torch.split(block.online_memory, _PART), torch.split(block.averaged_memory, _PART), strict=True
+            )
         self._values = [(online, online.detach().clone()) for online, _ in written]
         for online, averaged in apart:
             if overlaps_itself(online):  # it cannot be written to

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
-from .module_trees import holds_values, tensors_of, unwrapped
+from .memory import holds_values
 from .sharding import is_sharded, local, sharding
+from .traversal import tensors_of, unwrapped
 
 __all__ = [
     "check_own_twin",

@@ -5,8 +5,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..averaging.collectives import first_difference, is_first_rank, on_all_ranks, raise_first_error
-from ..averaging.module_trees import overlaps_itself, tensors_of
+from ..averaging.memory import overlaps_itself
 from ..averaging.sharding import is_sharded, whole
+from ..averaging.traversal import tensors_of
 from ..handlers.ema import EMAHandler
 
 __all__ = ["gathered_state_dict", "sync_buffers"]

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from ..averaging.average import ModelAverage
 from ..averaging.average_state import AVERAGE_STATE
 from ..averaging.buffers import BufferPolicy
-from ..averaging.module_trees import unwrapped
 from ..averaging.schedule_argument import described
 from ..averaging.summaries import counted, module_summary, momentum_summary, one_line
 from ..averaging.swap import Swapped
+from ..averaging.traversal import unwrapped
 from ..averaging.user_warnings import warn_user
 from ..averaging.validation import check_count, refuse_shallow_copy
 from ..checkpoints.reading import read_held
