@@ -1,56 +1,80 @@
-"""``inspect`` and ``export``: JSON, several averages, prefixes, names that would forge lines; help without torch."""
+"""``inspect`` and ``export``: what they print, what they write, and what they refuse."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from ignite_ema import EMAHandler, __version__
+from ignite_ema import EMAHandler
 from ignite_ema.checkpoints import load_file
-from ignite_ema.cli import main
-from tests.helpers.peer_files import equal, prefixed
-
-ROOT = Path(__file__).parents[2]
-
-
-def state(fill):
-    return {"a.weight": torch.full((2,), fill), "b.c.bias": torch.full((2,), fill)}
+from ignite_ema.cli import checkpoints as cli_checkpoints
+from tests.helpers.files import files_in
+from tests.helpers.peer_files import diffusers, equal, gan, ignite_ema, made, mmagic, prefixed, state
 
 
-@pytest.fixture
-def file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def save(content):
-        torch.save(content, "file.pt")
-
-    return save
+def layers(fill):
+    return {"a.weight": torch.full((2,), float(fill)), "b.c.bias": torch.full((2,), float(fill))}
 
 
-def files():
-    return sorted(path.name for path in Path().iterdir())
+# A distance of 0.5 in one layer, 0.25 in another, and none in a third.
+MODEL = {
+    "a.weight": torch.tensor([2.0, 0.0]),
+    "a.bias": torch.tensor([0.0]),
+    "b.c.weight": torch.tensor([4.0, 0.0], dtype=torch.bfloat16),
+    "d": torch.tensor([1.0 + 0.0j]),
+    "e.count": torch.tensor(3),
+}
+AVERAGED = {
+    "a.weight": torch.tensor([2.0, 1.0]),
+    "b.c.weight": torch.tensor([4.0, 1.0], dtype=torch.bfloat16),
+    "e.count": torch.tensor(99),
+}
+FILE = {"model": MODEL, "ema_model": MODEL | AVERAGED, "trainer": {"iteration": 3}}
 
 
-def gan():
-    return (
-        prefixed("g.", state(1.0))
-        | prefixed("g_ema.", state(2.0))
-        | prefixed("d.", state(3.0))
-        | prefixed("d_ema.", state(4.0))
-    )
+@pytest.mark.parametrize("maker", [ignite_ema, diffusers, mmagic], ids=lambda maker: maker.__name__)
+def test_files_of_other_systems(maker, command):
+    peer = made(maker)
+    arguments = [
+        peer.path,
+        *(["--key", peer.key] if peer.key else []),
+        *(["--names", "names.pt"] if peer.names else []),
+    ]
+    torch.save(peer.names, "names.pt")
+    code, out, err = command("inspect", *arguments)
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if "distance" not in line)
+    assert (code, err, lines["file"], lines["format"]) == (0, "", repr(str(peer.path)), peer.system)
+    assert lines["tensors"].startswith(f"{len(peer.tensors)} (")
+    assert lines["updates"] == ("not stated" if peer.num_updates is None else str(peer.num_updates))
+    code, out, err = command("export", *arguments, "out.pt")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"'out.pt': {len(peer.tensors)} tensors, 0.0")
+    assert out.endswith(f" MiB, averaged by {peer.system}\n")
+    assert equal(load_file("out.pt"), peer.tensors)
+    assert files_in(Path()) == ["names.pt", "out.pt"]
 
 
 # --- inspect ---
 
 
-def test_inspect_as_json(file, capsys):
-    file({"model": state(1.0) | {"n": torch.tensor(2)}, "ema": state(2.0) | {"n": torch.tensor(3)}})
-    assert main(["inspect", "file.pt", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {
+def test_inspect(command):
+    assert command("inspect", "file.pt", file=FILE)[1].splitlines() == [
+        "file      'file.pt'",
+        "format    Ignite",
+        "tensors   5 (2 float32, 1 bfloat16, 1 complex64, 1 int64)",
+        "size      0.000 MiB",
+        "updates   not stated",
+        "distance  3.086e-01  all",  # sqrt((1 + 1) / (4 + 16 + 1))
+        f"distance  5.000e-01  'a'     {'█' * 40}",
+        f"distance  2.500e-01  'b.c'   {'█' * 20}",
+        "distance  0.000e+00  (root)",
+    ]
+
+
+def test_inspect_as_json(command):
+    file = {"model": layers(1) | {"n": torch.tensor(2)}, "ema": layers(2) | {"n": torch.tensor(3)}}
+    assert json.loads(command("inspect", "file.pt", "--json", file=file)[1]) == {
         "file": "file.pt",
         "format": "Ignite",
         "tensors": 3,
@@ -64,202 +88,249 @@ def test_inspect_as_json(file, capsys):
     }
 
 
-@pytest.mark.parametrize("fill", [float("nan"), float("inf")])
-def test_json_has_no_infinities(fill, file, capsys):
-    file({"model": state(1.0), "ema": state(2.0) | {"a.weight": torch.full((2,), fill)}})
-    assert main(["inspect", "file.pt", "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert (shown["distance"], shown["layers"]) == (None, {"a": None, "b.c": 1.0})
+NAN, INF = float("nan"), float("inf")
 
 
-def test_json_without_raw_weights(file, capsys):
-    file(state(1.0))
-    assert main(["inspect", "file.pt", "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
+@pytest.mark.parametrize(
+    ("raw", "averaged", "shown"),
+    [(0.0, 1.0, "inf"), (0.0, 0.0, "0.000e+00"), (1.0, NAN, "nan"), (1.0, 1e30, "1.000e+30")],
+)
+def test_distances_without_a_ratio(raw, averaged, shown, command):
+    file = {"model": {"a.w": torch.tensor([raw])}, "ema": {"a.w": torch.tensor([averaged])}}
+    lines = command("inspect", "file.pt", file=file)[1].splitlines()
+    assert lines[-2] == f"distance  {shown}  all"
+    assert lines[-1].split()[:3] == ["distance", shown, "'a'"]
+    assert ("█" in lines[-1]) == (shown == "1.000e+30")
+
+
+def test_bars_and_json_beside_distances_without_a_ratio(command):
+    model = {"a.w": torch.zeros(1), "b.w": torch.ones(1), "c.w": torch.ones(1)}
+    ema = {"a.w": torch.ones(1), "b.w": torch.tensor([NAN]), "c.w": torch.tensor([2.0])}
+    lines = command("inspect", "file.pt", file={"model": model, "ema": ema})[1].splitlines()
+    assert [line.count("█") for line in lines[-3:]] == [0, 0, 40]
+    shown = json.loads(command("inspect", "file.pt", "--json")[1])
+    assert (shown["distance"], shown["layers"]) == (None, {"a": None, "b": None, "c": 1.0})
+
+
+def test_distance_is_computed_in_float64(command):
+    raw = {"a.w": torch.full((1000,), 300.0, dtype=torch.float16)}  # the square of 300 is no float16
+    averaged = {"a.w": torch.full((1000,), 303.0, dtype=torch.float16)}
+    assert "distance  1.000e-02  all" in command("inspect", "file.pt", file={"model": raw, "ema": averaged})[1]
+
+
+def test_a_plain_file_has_no_average_and_is_exported_all_the_same(command):
+    weights = {"w": torch.zeros(2**20)}
+    out = command("inspect", "file.pt", file=weights)[1]
+    assert "format    plain (no average)\n" in out
+    assert "size      4.000 MiB\n" in out
+    assert out.endswith("distance  not known: the file has no averaged and raw weights side by side\n")
+    shown = json.loads(command("inspect", "file.pt", "--json")[1])
     assert (shown["format"], shown["distance"], shown["layers"]) == ("plain", None, None)
+    said = "'out.pt': 1 tensors, 4.000 MiB, plain weights: the file has no average\n"
+    assert command("export", "file.pt", "out.pt") == (0, said, "")
+    assert equal(load_file("out.pt"), weights)
 
 
-def test_several_averages_as_json(file, capsys):
-    file({"state_dict": gan()})
-    assert main(["inspect", "file.pt", "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["file"] == "file.pt"
+def test_inspect_lists_several_averages(command):
+    file = {"model": layers(1), "ema_a": layers(1), "ema_b": layers(0), "shadow": layers(0)}
+    assert command("inspect", "file.pt", file=file) == (
+        0,
+        "file      'file.pt'\naverage   'ema_a'  (Ignite, 2 tensors)\naverage   'ema_b'  (Ignite, 2 tensors)\n"
+        "choose one by its key: --key, or its last part\n",
+        "",
+    )
+    assert command("inspect", "file.pt", file={"model": layers(1), "shadow": layers(0)})[1].splitlines()[1:3] == [
+        "average   'model'  (plain, 2 tensors)",
+        "average   'shadow'  (plain, 2 tensors; of the names and shapes of 'model')",
+    ]
+    assert "distance  1.000e+00  all" in command("inspect", "file.pt", "--key", "shadow")[1]
+    shown = json.loads(command("inspect", "file.pt", "--json", file={"state_dict": gan()})[1])
     assert [(one["key"], one["format"], one["tensors"]) for one in shown["averages"]] == [
         ("state_dict.g_ema", "mmagic", 2),
         ("state_dict.d_ema", "mmagic", 2),
     ]
     for one in shown["averages"]:
-        assert main(["inspect", "file.pt", "--key", one["key"]]) == 0
+        assert command("inspect", "file.pt", "--key", one["key"])[0] == 0
+
+
+def test_sparse_tensors_are_counted_and_not_measured(command):
+    model = {"a": torch.eye(2).to_sparse(), "b": torch.ones(1)}
+    file = {"model": model, "ema": model | {"b": torch.zeros(1)}}
+    assert command("inspect", "file.pt", file=file)[1].splitlines()[2:] == [
+        "tensors   2 (2 float32)",
+        "size      0.000 MiB",
+        "updates   not stated",
+        "sparse    1 of the tensors, in neither the size nor the distance",
+        "distance  1.000e+00  all",
+        f"distance  1.000e+00  (root)  {'█' * 40}",
+    ]
+    assert command("export", "file.pt", "out.pt")[0] == 0
+    assert torch.equal(load_file("out.pt")["a"].to_dense(), torch.eye(2))
+
+
+def test_tied_tensors_are_compared_once(command, monkeypatch):
+    compared, square = [], cli_checkpoints._square
+    monkeypatch.setattr(cli_checkpoints, "_square", lambda *tensors: compared.append(tensors) or square(*tensors))
+    one, other = torch.ones(4), torch.zeros(4)
+    file = {"model": {f"a{at}.w": one for at in range(9)}, "ema": {f"a{at}.w": other for at in range(9)}}
+    assert command("inspect", "file.pt", file=file)[1].count("distance  1.000e+00") == 10
+    assert len(compared) == 2
+
+
+def test_inspect_of_an_average_that_lacks_frozen_tensors(command):
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    model[0].requires_grad_(False)
+    out = command("inspect", "file.pt", file=EMAHandler(model, share_frozen=True).state_dict())[1]
+    assert "lacks     '0.weight', '0.bias': frozen, and shared with the model; --base has them\n" in out
+    assert json.loads(command("inspect", "file.pt", "--json")[1])["lacks"] == ["0.weight", "0.bias"]
+    torch.save(model.state_dict(), "base.pt")
+    out = command("inspect", "file.pt", "--base", "base.pt")[1]
+    assert "lacks" not in out
+    assert "tensors   4 (4 float32)\n" in out
 
 
 FORGED = "x\ndistance  0.000e+00  all\x1b[31m"
 
 
-def test_names_from_a_file_forge_no_lines(file, capsys):
-    layer = {FORGED + ".w": torch.ones(1)}
-    file({"model": layer, "ema": layer})
-    assert main(["inspect", "file.pt"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_names_from_a_file_forge_no_lines(command):
+    layer = {FORGED + ".w": torch.ones(1), "all.w": torch.ones(1)}  # a layer called all is not the whole, either
+    lines = command("inspect", "file.pt", file={"model": layer, "ema": layer})[1].splitlines()
     assert all(line.isprintable() for line in lines)
-    assert lines[-1] == r"distance  0.000e+00  'x\ndistance  0.000e+00  all\x1b[31m'"
-    file({"ema " + FORGED: layer, "ema": {FORGED + ".w": torch.zeros(1)}})
-    for arguments in (["inspect", "file.pt"], ["export", "file.pt", "out.pt"], ["inspect", "file.pt", "--key", FORGED]):
-        main(arguments)
-        printed = capsys.readouterr()
-        assert all(line.isprintable() for line in (printed.out + printed.err).splitlines())
-        assert r"x\ndistance" in printed.out + printed.err
-
-
-def test_tied_tensors_are_compared_once(file, capsys, monkeypatch):
-    from ignite_ema.cli import checkpoints
-
-    compared, square = [], checkpoints._square
-    monkeypatch.setattr(checkpoints, "_square", lambda *tensors: compared.append(tensors) or square(*tensors))
-    one, other = torch.ones(4), torch.zeros(4)
-    file({"model": {f"a{at}.w": one for at in range(9)}, "ema": {f"a{at}.w": other for at in range(9)}})
-    assert main(["inspect", "file.pt"]) == 0
-    assert capsys.readouterr().out.count("distance  1.000e+00") == 10
-    assert len(compared) == 2
-
-
-def test_a_layer_called_all_is_not_the_whole(file, capsys):
-    file({"model": {"all.w": torch.ones(1)}, "ema": {"all.w": torch.ones(1)}})
-    main(["inspect", "file.pt"])
-    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[-2:]] == ["all", "'all'"]
-
-
-def test_letters_that_the_terminal_cannot_show(tmp_path):
-    torch.save({"model": {"größe.w": torch.ones(1)}, "ema": {"größe.w": torch.ones(1)}}, tmp_path / "file.pt")
-    shown = run("inspect", "file.pt", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
-    assert (shown.returncode, shown.stderr) == (0, b"")
-    assert rb"'gr\xf6\xdfe'" in shown.stdout
-
-
-def test_inspect_of_an_average_that_lacks_frozen_tensors(file, capsys):
-    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
-    model[0].requires_grad_(False)
-    file(EMAHandler(model, share_frozen=True).state_dict())
-    assert main(["inspect", "file.pt"]) == 0
-    assert (
-        "lacks     '0.weight', '0.bias': frozen, and shared with the model; --base has them\n"
-        in capsys.readouterr().out
-    )
-    assert main(["inspect", "file.pt", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["lacks"] == ["0.weight", "0.bias"]
-    torch.save(model.state_dict(), "base.pt")
-    assert main(["inspect", "file.pt", "--base", "base.pt"]) == 0
-    printed = capsys.readouterr().out
-    assert "lacks" not in printed
-    assert "tensors   4 (4 float32)\n" in printed
+    shown = [line.split(maxsplit=2)[2].rstrip() for line in lines[-3:]]
+    assert shown == ["all", r"'x\ndistance  0.000e+00  all\x1b[31m'", "'all'"]
+    torch.save({"ema " + FORGED: layer, "ema": {FORGED + ".w": torch.zeros(1)}}, "file.pt")
+    for arguments in (["inspect"], ["export", "out.pt"], ["inspect", "--key", FORGED]):
+        _, out, err = command(arguments[0], "file.pt", *arguments[1:])
+        assert all(line.isprintable() for line in (out + err).splitlines())
+        assert r"x\ndistance" in out + err
 
 
 # --- export ---
 
 
-def test_several_averages_in_one_export(file, capsys):
-    file({"state_dict": gan()})
-    assert main(["export", "file.pt", "out_{}.pt", "--key", "g_ema", "--key", "d_ema"]) == 0
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "'out_g_ema.pt'",
-        "'out_d_ema.pt'",
-    ]
-    assert equal(load_file("out_g_ema.pt"), state(2.0))
-    assert equal(load_file("out_d_ema.pt"), state(4.0))
+def test_no_overwriting_without_force(command):
+    Path("out.pt").write_bytes(b"precious")
+    said = "ignite-ema: 'out.pt' exists already; choose another name, or overwrite it with force (--force).\n"
+    assert command("export", "file.pt", "out.pt", file=FILE) == (1, "", said)
+    assert Path("out.pt").read_bytes() == b"precious"
+    assert command("export", "file.pt", "out.pt", "--force")[0] == 0
+    assert load_file("out.pt")["e.count"] == 99
 
 
-def test_nothing_is_written_where_one_average_is_missing(file, capsys):
-    file({"state_dict": gan()})
-    assert main(["export", "file.pt", "out_{}.pt", "--key", "g_ema", "--key", "x_ema"]) == 1
-    assert "key should be one of" in capsys.readouterr().err
-    assert files() == ["file.pt"]
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["plain", "forced"])
+def test_a_checkpoint_is_never_written_over_itself(force, command):
+    torch.save(FILE, "file.pt")
+    before = Path("file.pt").read_bytes()
+    code, _, err = command("export", "file.pt", Path().resolve() / "." / "file.pt", *force)
+    assert code == 1
+    assert "OUT should be another file than FILE" in err
+    assert Path("file.pt").read_bytes() == before
+
+
+def test_several_averages_in_one_export_or_none(command):
+    torch.save({"state_dict": gan()}, "file.pt")
+    code, _, err = command("export", "file.pt", "out_{}.pt", "--key", "g_ema", "--key", "x_ema")
+    assert (code, "key should be one of" in err, files_in(Path())) == (1, True, ["file.pt"])
     Path("out_d_ema.pt").touch()
-    assert main(["export", "file.pt", "out_{}.pt", "--key", "g_ema", "--key", "d_ema"]) == 1
-    assert "'out_d_ema.pt' exists already" in capsys.readouterr().err
-    assert files() == ["file.pt", "out_d_ema.pt"]
-
-
-@pytest.mark.parametrize("keys", [["g_ema", "d_ema"], ["g_ema", "g_ema"]])
-def test_several_averages_need_names_of_their_own(keys, file, capsys):
-    file({"state_dict": gan()})
-    out = "out.pt" if keys[0] != keys[1] else "out_{}.pt"
-    with pytest.raises(SystemExit) as info:
-        main(["export", "file.pt", out, "--key", keys[0], "--key", keys[1]])
-    assert info.value.code == 2
-    assert "OUT should have {} in its name for 2 keys" in capsys.readouterr().err
+    arguments = ["export", "file.pt", "out_{}.pt", "--key", "g_ema", "--key", "d_ema"]
+    code, _, err = command(*arguments)
+    assert (code, "'out_d_ema.pt' exists already" in err, files_in(Path())) == (1, True, ["file.pt", "out_d_ema.pt"])
+    _, out, _ = command(*arguments, "--force")
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["'out_g_ema.pt'", "'out_d_ema.pt'"]
+    assert equal(load_file("out_g_ema.pt"), state(2))
+    assert equal(load_file("out_d_ema.pt"), state(4))
 
 
 @pytest.mark.parametrize(
-    ("out", "message"),
+    ("out", "keys", "message"),
     [
-        ("o_{}.pt", "OUT should give a file name for each key, but 'a/b.ema' cannot be in one; name OUT without {}"),
-        (".", "OUT should name a file, got '.'."),
+        ("out.pt", ["g_ema", "d_ema"], "OUT should have {} in its name for 2 keys"),
+        ("out_{}.pt", ["g_ema", "g_ema"], "OUT should have {} in its name for 2 keys"),
+        ("o_{}.pt", ["a/b"], "OUT should give a file name for each key, but 'a/b' cannot be in one; name OUT without"),
+        (".", ["g_ema"], "OUT should name a file, got '.'."),
     ],
 )
-def test_what_is_no_name_of_a_file_is_wrong_usage(out, message, file, capsys):
-    file({"a/b": {"ema": state(2.0)}})
-    with pytest.raises(SystemExit) as info:
-        main(["export", "file.pt", out, "--key", "a/b.ema"])
-    assert info.value.code == 2
-    assert message in capsys.readouterr().err
-    assert main(["export", "file.pt", "o.pt", "--key", "a/b.ema"]) == 0
+def test_names_that_are_wrong_usage(out, keys, message, command):
+    code, _, err = command("export", "file.pt", out, *(part for key in keys for part in ("--key", key)), file=gan())
+    assert code == 2
+    assert message in err
 
 
-def test_the_name_of_what_is_written_forges_no_lines(file, capsys):
-    file({"ema": state(2.0)})
-    out = "a\nb\x1b[31m.pt"
+def test_the_name_of_what_is_written_forges_no_lines(command):
+    torch.save({"ema": state(2)}, "file.pt")
     for code in (0, 1):
-        assert main(["export", "file.pt", out]) == code
-        printed = capsys.readouterr()
-        assert all(line.isprintable() for line in (printed.out + printed.err).splitlines())
-        assert r"'a\nb\x1b[31m.pt'" in printed.out + printed.err
+        done, out, err = command("export", "file.pt", "a\nb\x1b[31m.pt")
+        assert done == code
+        assert all(line.isprintable() for line in (out + err).splitlines())
+        assert r"'a\nb\x1b[31m.pt'" in out + err
 
 
-def test_a_small_file_with_shared_memory_makes_no_large_one(file, capsys):
+def test_a_small_file_with_shared_memory_makes_no_large_one(command):
     pytest.importorskip("safetensors")
     shared = torch.ones(2**18)
-    file({"ema": {f"w{at}": shared for at in range(40)}})
-    assert main(["export", "file.pt", "out.safetensors"]) == 1
-    assert capsys.readouterr().err == (
+    file = {"ema": {f"w{at}": shared for at in range(40)}}
+    assert command("export", "file.pt", "out.safetensors", file=file) == (
+        1,
+        "",
         "ignite-ema: 'out.safetensors' should be about as large as what its tensors have in memory, 1.000 MiB, but "
         "they share it, and safetensors has a copy for each name, 40.000 MiB in all; write a .pt file, which keeps "
-        "them shared.\n"
+        "them shared.\n",
     )
-    assert files() == ["file.pt"]
-    assert main(["export", "file.pt", "out.pt"]) == 0
+    assert files_in(Path()) == ["file.pt"]
+    assert command("export", "file.pt", "out.pt")[0] == 0
     assert Path("out.pt").stat().st_size < 2**21
-    file({"ema": {f"w{at}": shared for at in range(16)}})
-    assert main(["export", "file.pt", "out.safetensors"]) == 0
+    file = {"ema": {f"w{at}": shared for at in range(16)}}
+    assert command("export", "file.pt", "out.safetensors", file=file)[0] == 0
 
 
-def test_a_prefix_is_suggested_and_taken_off(file, capsys):
-    file({"ema": prefixed("module.", state(2.0))})
-    assert main(["export", "file.pt", "out.pt"]) == 0
-    assert (
-        "all names begin with 'module.', as a wrapped model's do; --strip-prefix module. takes"
-        in capsys.readouterr().out
-    )
-    assert main(["export", "file.pt", "out.pt", "--strip-prefix", "module.", "--force"]) == 0
-    assert "module." not in capsys.readouterr().out
-    assert equal(load_file("out.pt"), state(2.0))
+def test_a_prefix_is_suggested_and_taken_off(command):
+    out = command("export", "file.pt", "out.pt", file={"ema": prefixed("module.", state(2))})[1]
+    assert "all names begin with 'module.', as a wrapped model's do; --strip-prefix module. takes" in out
+    assert "module." not in command("export", "file.pt", "out.pt", "--strip-prefix", "module.", "--force")[1]
+    assert equal(load_file("out.pt"), state(2))
 
 
-# --- the command ---
+# --- what cannot be done ---
 
 
-def run(*arguments, env, **kwargs):
-    command = [sys.executable, "-m", "ignite_ema", *arguments]
-    return subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)} | env, **kwargs)
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(MemoryError(), "out of memory"), (RuntimeError("not implemented\nfor this"), "not implemented")],
+)
+def test_what_torch_cannot_compute_is_one_sentence(error, reason, command, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(cli_checkpoints, "_square", fail)
+    said = f"ignite-ema: 'file.pt' cannot be worked on: {reason}\n"
+    assert command("inspect", "file.pt", file=FILE) == (1, "", said)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "--help"], ["reconstruct", "--help"]])
-def test_help_does_not_import_torch(arguments, tmp_path):
-    """From a checkout that is not installed."""
-    without = "import sys; sys.modules['torch'] = sys.modules['ignite'] = None"
-    code = f"{without}; from ignite_ema.cli import main; main({arguments})"
-    shown = subprocess.run(
-        [sys.executable, "-S", "-c", code], capture_output=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
-    )
-    assert (shown.returncode, shown.stderr) == (0, b"")
-    assert shown.stdout.startswith(
-        b"usage: ignite-ema" if "--help" in arguments else f"ignite-ema {__version__}".encode()
-    )
+HUGE = "should have memory for its shape, (10000000000000,), got 4 bytes that are repeated"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere.pt"], "'nowhere.pt' should be a file, but there is none"),
+        (["inspect", "."], "should be a file, got a directory"),
+        (["export", "file.pt", "out.bin"], "'out.bin' should end in .pt, .pth or .safetensors"),
+        (["inspect", "file.pt", "--key", "x"], "key should be one of 'ema_model' (Ignite) in 'file.pt', got 'x'"),
+        (["inspect", "list.pt"], "list of 1 tensors without names, as torch_ema saves them"),
+        (["inspect", "list.pt", "--names", "file.safetensors"], "keep the order of the parameters, but .safetensors"),
+        (["inspect", "list.pt", "--names", "number.pt"], "names should be a model, or a mapping"),
+        (["inspect", "list.pt", "--names", "file.pt"], "names should be of 1 tensors"),
+        (["inspect", "number.pt"], "'number.pt' should be, or hold, a mapping such as a state dict, got int"),
+        (["inspect", "huge.pt"], HUGE),
+        (["export", "huge.pt", "out.pt"], HUGE),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(arguments, message, command):
+    torch.save({"shadow_params": [torch.zeros(1)], "num_updates": 2}, "list.pt")
+    torch.save(3, "number.pt")
+    torch.save({"ema": {"w": torch.zeros(1).expand(10**13)}}, "huge.pt")
+    code, out, err = command(*arguments, file=FILE)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("ignite-ema: ")
+    assert message in err
+    assert not Path("out.pt").exists()

@@ -124,7 +124,7 @@ def write_again_and_again(sender, path):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_that_is_written_when_its_writer_is_killed_is_whole(suffix, tmp_path):
     path, chosen = tmp_path / f"file{suffix}", random.Random(0)
-    for _ in range(8):
+    for _ in range(5):
         Killed(write_again_and_again, path).kill_after(chosen.uniform(0, 0.05))
         loaded = load_file(path)
         assert loaded["a"].shape == (20000,)
@@ -163,8 +163,7 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("room", [0, 100, 2000, 100_000])
-@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(("old", "room"), [(True, 0), (False, 100), (True, 2000), (False, 100_000)])
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_full_disk_is_said_and_leaves_the_old_file(suffix, old, room, tmp_path):
     path = tmp_path / f"file{suffix}"
@@ -178,8 +177,7 @@ def test_a_full_disk_is_said_and_leaves_the_old_file(suffix, old, room, tmp_path
     assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize("room", [0, 2000, 20_000])
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(("suffix", "room"), [(".pt", 2000), (".safetensors", 0)])
 def test_export_to_a_full_disk_is_one_sentence(suffix, room, tmp_path, capsys):
     file = tmp_path / "checkpoint.pt"
     torch.save({"model": net(0, width=4000).state_dict(), "ema_model": net(1, width=4000).state_dict()}, file)
@@ -276,27 +274,17 @@ EVERY_ENTRANCE = pytest.mark.parametrize("entrance", ENTRANCES)
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @EVERY_ENTRANCE
-def test_a_file_that_is_cut_short_is_one_sentence(entrance, suffix, tmp_path):
+def test_what_a_file_ought_not_to_be_is_one_sentence(entrance, suffix, tmp_path):
+    """Cut short, something else, or damaged: where numbers are, nobody can tell."""
     path = checkpoint_file(tmp_path / f"file{suffix}")
-    whole = path.read_bytes()
-    for part in range(16):
-        path.write_bytes(whole[: len(whole) * part // 16])
+    whole, chosen, said = path.read_bytes(), random.Random(0), []
+    others = [b"epoch,loss\n1,0.5\n", b"\x89PNG\r\n\x1a\n" + bytes(100), b"<!DOCTYPE html><html><body>404: Not Found"]
+    for content in [*(whole[: len(whole) * part // 8] for part in range(8)), whole[:-1], *others]:
+        path.write_bytes(content)
         with pytest.raises(ValueError, match=f"file{suffix}' should") as info:
             ENTRANCES[entrance](path)
-        assert "\n" not in str(info.value)
-    path.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=f"file{suffix}' should"):
-        ENTRANCES[entrance](path)
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@EVERY_ENTRANCE
-def test_damage_is_one_sentence_or_is_in_the_numbers_alone(entrance, suffix, tmp_path):
-    """Bytes anywhere in the file turn into others; where numbers are, nobody can tell."""
-    path = checkpoint_file(tmp_path / f"file{suffix}")
-    whole, chosen = path.read_bytes(), random.Random(0)
-    said = []
-    for _ in range(60):
+        said.append(str(info.value))
+    for _ in range(20):
         damaged = bytearray(whole)
         for _ in range(chosen.choice([1, 1, 8])):
             start = chosen.choice([0, 0, len(damaged) - 2000])
@@ -306,24 +294,15 @@ def test_damage_is_one_sentence_or_is_in_the_numbers_alone(entrance, suffix, tmp
             ENTRANCES[entrance](path)
         except (ValueError, TypeError, OSError) as error:
             said.append(str(error))
-    assert said
     assert not any("\n" in text for text in said)
     assert max(map(len, said)) < 1500
 
 
-ATTACKS = {
-    "exec": lambda: Evil(exec, ("import pathlib; pathlib.Path('trace').touch()",)),
-    "os.system": lambda: Evil(os.system, ("touch trace",)),
-    "torch.save": lambda: Evil(torch.save, (1, "trace")),
-}
-
-
 @pytest.mark.parametrize("kind", ["inside", "whole", "bare pickle", "old format"])
-@pytest.mark.parametrize("attack", ATTACKS)
 @EVERY_ENTRANCE
-def test_no_entrance_runs_what_a_file_holds(entrance, attack, kind, tmp_path, monkeypatch):
+def test_no_entrance_runs_what_a_file_holds(entrance, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    evil, path = ATTACKS[attack](), tmp_path / "file.pt"
+    evil, path = Evil(os.system, ("touch trace",)), tmp_path / "file.pt"
     if kind == "bare pickle":
         path.write_bytes(pickle.dumps({"ema_model": evil}))
     else:
@@ -334,35 +313,8 @@ def test_no_entrance_runs_what_a_file_holds(entrance, attack, kind, tmp_path, mo
     assert not Path("trace").exists()
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors", ""])
-@EVERY_ENTRANCE
-def test_a_foreign_file_is_one_sentence(entrance, suffix, tmp_path):
-    import numpy as np
-
-    path = tmp_path / f"file{suffix}"
-    foreign = {
-        "text": b"epoch,loss\n1,0.5\n",
-        "picture": b"\x89PNG\r\n\x1a\n" + bytes(100),
-        "html": b"<!DOCTYPE html><html><body>404: Not Found</body></html>",  # a download that failed
-        "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n",
-    }
-    for kind in foreign:
-        path.write_bytes(foreign[kind])
-        with pytest.raises(ValueError, match=f"file{suffix}' should"):
-            ENTRANCES[entrance](path)
-    with path.open("wb") as file:
-        np.savez(file, weight=np.zeros(3))
-    with pytest.raises(ValueError, match=f"file{suffix}' should"):
-        ENTRANCES[entrance](path)
-
-
-@pytest.mark.parametrize(
-    ("part", "fault"),
-    [
-        *((".metadata", fault) for fault in ("cut", "damaged", "empty", "text")),
-        *(("__0_0.distcp", fault) for fault in ("cut", "damaged", "empty", "text")),
-    ],
-)
+@pytest.mark.parametrize("fault", ["cut", "damaged", "empty", "text"])
+@pytest.mark.parametrize("part", [".metadata", "__0_0.distcp"])
 def test_a_damaged_sharded_checkpoint_is_one_sentence_and_loads_nothing(part, fault, tmp_path):
     model = net()
     objects = {"model": model, "ema_handler": EMAHandler(model), "trainer": Engine(lambda engine, batch: None)}
@@ -373,7 +325,7 @@ def test_a_damaged_sharded_checkpoint_is_one_sentence_and_loads_nothing(part, fa
     loaded = {"model": other, "ema_handler": EMAHandler(other), "trainer": Engine(lambda engine, batch: None)}
     before = state_of(loaded["ema_handler"])
     said = []
-    for number in range(12):
+    for number in range(12 if fault in ("cut", "damaged") else 1):
         damaged = bytearray(whole)
         if fault == "cut":
             del damaged[len(whole) * number // 12 :]

@@ -1,0 +1,226 @@
+"""``reconstruct``: what it lists, writes and refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+
+from ignite_ema import PostHocEMA, posthoc
+from ignite_ema.checkpoints import load_file
+from ignite_ema.cli import main
+from ignite_ema.cli import reconstruct as cli_reconstruct
+from ignite_ema.posthoc import snapshot_files
+from tests.helpers.files import files_in
+from tests.helpers.peer_files import equal
+from tests.helpers.snapshots import make_snapshot
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """16 snapshots of a run."""
+    folder = tmp_path_factory.mktemp("snapshots")
+    model = torch.nn.Linear(300, 300)
+    trainer = Engine(lambda engine, batch: model.weight.data.fill_(engine.state.iteration))
+    PostHocEMA(model, dirname=folder).attach(trainer, snapshot_event=Events.ITERATION_COMPLETED(every=4))
+    trainer.run(range(64))
+    return folder
+
+
+@pytest.fixture
+def command(written, tmp_path, monkeypatch):
+    """Runs it with the snapshots as DIR, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: main(["reconstruct", str(written), *arguments])
+
+
+def test_list(command, capsys):
+    assert command("--list") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    assert lines[:5] == [
+        "16 snapshots of averages of sigma_rel 0.05 and 0.1",
+        "2 averaged tensors in float32, 0.689 MiB in each snapshot",
+        "",
+        "updates  iteration  epoch",
+        "      4          4      1",
+    ]
+    assert lines[19:22] == ["     64         64      1", "", "what can be rebuilt at 64 updates:"]
+    assert lines[22:27] == [
+        "  --sigma-rel 0.02   residual  11.956%  refused",
+        "  --sigma-rel 0.03   residual   3.864%  rough",
+        "  --sigma-rel 0.04   residual   1.027%  rough",
+        "  --sigma-rel 0.05   residual   0.000%",
+        "  --sigma-rel 0.075  residual   0.348%",
+    ]
+    assert "  --half-life 0.05   residual   0.153%" in lines
+    last = [line for line in lines if line.startswith("  --last")]
+    assert [float(line.split()[1]) for line in last] == [0.125, 0.1875, 0.5]
+    assert not any(line.endswith("refused") for line in last)
+    assert len({line.index("residual") for line in lines[22:]}) == 1
+    assert len(lines) == 22 + 13 + 5 + len(last)
+
+
+def test_list_names_the_windows_that_are_nearest_rough_ones_too(tmp_path, capsys):
+    for time in range(1, 25):
+        snapshot_files.write(make_snapshot(time), tmp_path)
+    assert main(["reconstruct", str(tmp_path), "--list"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  --last")]
+    assert [(line[1], line[4:]) for line in lines] == [("0.0833333", []), ("0.208333", []), ("0.5", ["rough"])]
+
+
+def test_list_as_json(command, capsys):
+    assert command("--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert command("--list", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["time_unit"], shown["sigma_rels"], shown["tensors"], shown["types"]) == (
+        "updates",
+        [0.05, 0.1],
+        2,
+        ["float32"],
+    )
+    assert shown["snapshots"][0] == {"time": 4, "iteration": 4, "epoch": 1}
+    assert len(shown["snapshots"]) == 16
+    rows = [line.split() for line in lines if line.startswith("  --")]
+    assert len(rows) == len(shown["lengths"])
+    for row, one in zip(rows, shown["lengths"], strict=True):
+        assert row[0] == f"--{one['length'].replace('_', '-')}"
+        assert float(row[1]) == pytest.approx(one["value"])
+        assert row[3] == f"{one['residual']:.3%}"
+        assert (row[-1] if row[-1] in ("rough", "refused") else "good") == one["verdict"]
+
+
+def test_list_at_a_step(command, capsys):
+    assert command("--list", "--step", "32") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("8 snapshots of")
+    assert "what can be rebuilt at 32 updates:" in out
+
+
+def test_what_the_list_promises_is_kept(command, capsys):
+    command("--list")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert rows
+    for flag, x, _, percent, *verdict in rows[::3]:
+        out = f"{flag.strip('-')}_{x}.pt"
+        code = command(flag, x, "--out", out)
+        printed = capsys.readouterr()
+        assert (code, Path(out).exists()) == ((1, False) if verdict == ["refused"] else (0, True))
+        assert ("differs" in printed.err) == bool(verdict)
+        assert not verdict or f"by {float(percent[:-1]):.1f}%" in printed.err
+
+
+def test_one_length(command, written, capsys):
+    assert command("--sigma-rel", "0.1", "--out", "out.pt") == 0
+    said = "'out.pt': PowerProfile(sigma_rel=0.1) at 64 updates (iteration 64, epoch 1), residual 0.00%"
+    assert capsys.readouterr() == (f"{said}, 2 tensors, 0.344 MiB\n", "")
+    assert equal(load_file(Path("out.pt")), posthoc.reconstruct(written, 0.1))
+    assert files_in(Path()) == ["out.pt"]
+
+
+def test_several_lengths_have_names_of_their_own(command, written, capsys):
+    arguments = ["--sigma-rel", "0.1", "0.075", "--half-life", "0.05", "--last", "0.5", "--step", "56"]
+    assert command(*arguments, "--out", "run_{}.pt") == 0
+    names = ["sigma_rel_0.1", "sigma_rel_0.075", "half_life_0.05", "last_0.5"]
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [f"'run_{name}.pt'" for name in names]
+    assert "UniformProfile(window=0.5) at 56 updates (iteration 56, epoch 1), residual " in lines[3]
+    assert printed.err.startswith("ignite-ema: warning: The snapshots give UniformProfile(window=0.5) roughly")
+    assert printed.err.count("\n") == 1
+    targets = [0.1, 0.075, posthoc.ExponentialProfile(0.05)]
+    for name, due in zip(names, posthoc.reconstruct(written, targets, 56), strict=False):
+        assert equal(load_file(Path(f"run_{name}.pt")), due)
+
+
+def test_lengths_that_look_alike_are_both_written(command):
+    assert command("--sigma-rel", "0.1", "0.1000000001", "--out", "{}.pt") == 0
+    assert files_in(Path()) == ["sigma_rel_0.1.pt", "sigma_rel_0.1000000001.pt"]
+
+
+def test_a_limit_of_ones_own(command, capsys):
+    assert command("--sigma-rel", "0.02", "--out", "out.pt") == 1
+    assert "accept it with max_residual=0.12 (--max-residual)" in capsys.readouterr().err
+    assert command("--sigma-rel", "0.02", "--out", "out.pt", "--max-residual", "0.12") == 0
+    assert "differs by 12.0%" in capsys.readouterr().err
+
+
+def test_what_is_there_is_kept_without_force(command, capsys, monkeypatch):
+    Path("run_last_0.5.pt").write_bytes(b"precious")
+    arguments = ["--sigma-rel", "0.1", "--last", "0.5", "--out", "run_{}.pt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli_reconstruct, "reconstruct_all", None)  # no work before
+        assert command(*arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("ignite-ema: 'run_last_0.5.pt' exists already; choose another name, or overwrite")
+    assert files_in(Path()) == ["run_last_0.5.pt"]
+    assert Path("run_last_0.5.pt").read_bytes() == b"precious"
+    assert command(*arguments, "--force") == 0
+    assert len(load_file(Path("run_last_0.5.pt"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--list", "--step", "63"], "step should be the time of a snapshot, in updates, got 63; nearest in"),
+        (["--sigma-rel", "0.1", "--step", "63", "--out", "out.pt"], ": 60 and 64."),
+        (["--sigma-rel", "0.1", "--out", "out.bin"], "'out.bin' should end in .pt, .pth or .safetensors"),
+        (
+            ["--sigma-rel", "0.1", "--out", "nowhere/out.pt"],
+            "'nowhere/out.pt' should be in a folder that exists, bu",
+        ),
+        (["--sigma-rel", "0.1", "--out", "out.pt", "--max-residual", "nan"], "max_residual should be a number of"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(arguments, message, command, capsys):
+    assert command(*arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("ignite-ema: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert files_in(Path()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sigma-rel"], "expected at least one argument"),
+        (["--sigma-rel", "wide"], "invalid float value: 'wide'"),
+        (["--step", "1.5"], "invalid int value: '1.5'"),
+        ([], "reconstruct should have a length, such as --sigma-rel 0.15, and --out; --list says"),
+        (["--sigma-rel", "0.1"], "reconstruct should have a length, such as --sigma-rel 0.15, and --out"),
+        (["--out", "out.pt"], "reconstruct should have a length, such as --sigma-rel 0.15, and --out"),
+        (["--list", "--last", "0.1"], "--list should stand alone, or with --step or --json; leave it out to write"),
+        (["--list", "--out", "out.pt"], "--list should stand alone"),
+        (["--list", "--force"], "--list should stand alone"),
+        (["--sigma-rel", "0.1", "--out", "out.pt", "--json"], "--json should stand with --list"),
+        (["--sigma-rel", "nan", "--out", "out.pt"], "--sigma-rel: sigma_rel should be a number in (0, 1/√12 "),
+        (["--half-life", "0", "--out", "out.pt"], "--half-life: half_life of ExponentialProfile should be "),
+        (["--last", "1.5", "--out", "out.pt"], "--last: window of UniformProfile should be in (0, 1], the part of"),
+        (["--sigma-rel", "0.1", "--out", "."], "--out should name a file, got '.'"),
+        (
+            ["--sigma-rel", "0.1", "0.2", "--out", "out.pt"],
+            "--out should have {} in its name for 2 lengths, got 'ou",
+        ),
+    ],
+)
+def test_wrong_usage(arguments, message, command, capsys):
+    with pytest.raises(SystemExit) as info:
+        command(*arguments)
+    assert info.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: ignite-ema reconstruct")
+    assert message in said
+    assert files_in(Path()) == []
+
+
+def test_a_snapshot_is_not_written_over(command, written, capsys):
+    before = (written / "snapshot_64.pt").read_bytes()
+    out = str(written / "snapshot_64.pt")
+    assert command("--sigma-rel", "0.1", "--out", out, "--force") == 1
+    assert "OUT should not be the name of a snapshot in DIR" in capsys.readouterr().err
+    assert (written / "snapshot_64.pt").read_bytes() == before
