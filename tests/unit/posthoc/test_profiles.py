@@ -16,7 +16,6 @@ from ignite_ema.posthoc import (
     Snapshot,
     UniformProfile,
     inner_products,
-    profiles,
     residual,
 )
 
@@ -32,15 +31,6 @@ class Triangle(Profile):
 
     def cumulative(self, x):
         return x**2
-
-
-class Hidden(Profile):
-    """Another profile whose kind cannot be seen, so that inner products with it are by quadrature."""
-
-    def __init__(self, profile):
-        self.density, self.cumulative = profile.density, profile.cumulative
-
-    density = cumulative = None
 
 
 SMOOTH = [
@@ -121,7 +111,7 @@ def test_steps_belong_to_the_moment_at_which_they_end():
 @paired
 def test_inner_products_are_those_of_a_quadrature(profile, other):
     s = 40.0
-    for t in (0.8, 28.0, 40.0, 52.0, 800.0):
+    for t in (0.8, 28.0, 40.0, 800.0):
         points = [s * edge for edge in kinks(profile)] + [t * edge for edge in kinks(other)]
         points += [s * (1 - 4.0**-k) for k in range(1, 9)] + [t * (1 - 4.0**-k) for k in range(1, 9)]
         due = quadrature(
@@ -139,14 +129,6 @@ def test_inner_products_are_symmetric(profile, other):
     assert there.shape == (3, 2)
     assert there.dtype == torch.float64
     torch.testing.assert_close(there, inner_products(other, other_ends, profile, ends).T, rtol=1e-10, atol=1e-20)
-
-
-@pytest.mark.parametrize("other", SMOOTH[1:-1:2], ids=str)
-@pytest.mark.parametrize("profile", SMOOTH[:-1], ids=str)
-def test_closed_forms_agree_with_the_quadrature_for_profiles_of_ones_own(profile, other):
-    ends = times(0.5, 30.0, 64.0)
-    due = inner_products(Hidden(profile), ends, Hidden(other), ends)
-    torch.testing.assert_close(inner_products(profile, ends, other, ends), due, rtol=1e-11, atol=1e-20)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.28])
@@ -169,13 +151,6 @@ def test_inner_products_do_not_depend_on_the_default_type():
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(due, got, strict=True))
-
-
-def test_an_inner_product_scales_with_the_unit_of_time():
-    for profile in ALL:
-        updates = inner_products(profile, times(10.0), PowerProfile(0.1), times(7.0))
-        samples = inner_products(profile, times(1280.0), PowerProfile(0.1), times(896.0))
-        torch.testing.assert_close(samples, updates / 128, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("momentum", "num_updates"), [(0.5, 10), (0.0002, 20_000), (1e-7, 1_000)])
@@ -206,9 +181,6 @@ def test_profiles_are_equal_by_value():
 
 BAD = [
     (lambda: PowerProfile(0.3), ValueError, "sigma_rel .* got 0.3"),
-    (lambda: PowerProfile(1 / math.sqrt(12)), ValueError, "1/√12"),
-    (lambda: PowerProfile(0.0), ValueError, "got 0.0"),
-    (lambda: PowerProfile(float("nan")), ValueError, "got nan"),
     (lambda: PowerProfile("0.1"), (TypeError, ValueError), "got '0.1'"),
     (lambda: ExponentialProfile(0), ValueError, "half_life of ExponentialProfile should be a number above 0, .* got 0"),
     (lambda: ExponentialProfile(-1.0), ValueError, "got -1.0; divide a half-life in updates"),
@@ -233,15 +205,6 @@ BAD = [
 def test_bad_input_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-def test_the_nodes_of_the_quadrature_lie_inside_and_weigh_1():
-    x, weights = profiles._nodes()
-    assert x.dtype == weights.dtype == torch.float64
-    assert 0 < x.min() < 1e-10
-    assert 1 - 1e-10 < x.max() < 1
-    assert weights.sum().item() == pytest.approx(1, rel=1e-14)
-    assert (weights > 0).all()
 
 
 @dataclass
