@@ -142,7 +142,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     try:
         from monai.engines import SupervisedEvaluator, SupervisedTrainer
-        from monai.handlers import CheckpointLoader, CheckpointSaver, StatsHandler, ValidationHandler, from_engine
+        from monai.handlers import CheckpointLoader, CheckpointSaver, ValidationHandler, from_engine
         from monai.handlers import MeanSquaredError as MonaiError
     except ImportError:
         SupervisedTrainer = None
@@ -249,20 +249,6 @@ def test_monai_amp_trainer_updates_the_average():
     run.trainer.run()
     assert run.handler.num_updates == 4
     assert {one.dtype for one in run.handler.ema_model.parameters()} == {torch.float32}
-
-
-@pytest.mark.slow
-@monai
-def test_monai_shows_the_momentum():
-    run = Monai(momentum=LinearWarmup(0.1, 0.9, 3))
-    StatsHandler(
-        name="momentum",
-        tag_name="loss",
-        output_transform=from_engine(["loss"], first=True),
-        state_attributes=["ema_momentum"],
-    ).attach(run.trainer)
-    run.trainer.run()
-    assert run.trainer.state.ema_momentum == 0.1
 
 
 @pytest.mark.slow

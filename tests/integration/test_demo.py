@@ -84,21 +84,20 @@ def test_a_bad_option_is_refused(
     assert not out.exists()
 
 
-def test_a_directory_that_holds_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = tmp_path / "demo.png"
-    mine.write_text("mine")
-    assert "holds files; pass --force" in refusal(capsys, "--out", str(tmp_path))
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
-
-
-@pytest.mark.parametrize("below", ["", "below"])
-def test_a_file_in_place_of_the_directory_is_refused(
-    below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("out", "force", "message"),
+    [
+        ("", [], "holds files; pass --force"),
+        ("file", ["--force"], "--out should be a directory, got"),
+        ("file/below", ["--force"], "--out should be a directory, got"),
+    ],
+)
+def test_what_is_there_is_not_written_over(
+    out: str, force: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "file"
-    file.write_text("mine")
-    assert "--out should be a directory, got" in refusal(capsys, "--out", str(file / below), "--force")
-    assert file.read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    assert message in refusal(capsys, "--out", str(tmp_path / out), *force)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "rich", "sklearn", "tqdm"])

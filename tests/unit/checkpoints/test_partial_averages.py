@@ -51,27 +51,23 @@ def test_frozen_tensors_come_from_a_base(kind, model, handler, tmp_path):
     assert equal(averaged_state_dict(tmp_path / "file.pt", base=base), dict(handler.ema_model.state_dict()))
 
 
-def test_what_is_missing_is_said(handler, tmp_path, capsys):
+def test_what_is_missing_is_said_or_comes_from_the_base_of_an_export(model, handler, tmp_path, capsys):
     torch.save({"ema_handler": handler.state_dict()}, tmp_path / "file.pt")
+    torch.save(model.state_dict() | {"another.weight": torch.ones(1)}, tmp_path / "base.pt")
     with pytest.raises(ValueError, match=r"shared 2 frozen ones with it, '0.weight', '0.bias'; pass the model.*--base"):
         read(tmp_path / "file.pt")
-    assert main(["export", str(tmp_path / "file.pt"), str(tmp_path / "out.pt")]) == 1
+    arguments = ["export", *(str(tmp_path / name) for name in ("file.pt", "out.pt"))]
+    assert main(arguments) == 1
     assert "'0.weight', '0.bias'; pass the model, or its file, as base (--base FILE)." in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()
+    assert main([*arguments, "--base", str(tmp_path / "base.pt")]) == 0
+    assert equal(torch.load(tmp_path / "out.pt"), dict(handler.ema_model.state_dict()))
 
 
 def test_an_average_that_shares_the_same_tensors_starts_from_a_partial_one(handler):
     other = EMAHandler(net(), share_frozen=True)
     other.load_averaged(handler.state_dict())
     assert equal(dict(other.ema_model.state_dict()), dict(handler.ema_model.state_dict()))
-
-
-def test_export_with_a_base(model, handler, tmp_path):
-    torch.save({"ema_handler": handler.state_dict()}, tmp_path / "file.pt")
-    torch.save(model.state_dict(), tmp_path / "base.pt")
-    arguments = [str(tmp_path / name) for name in ("file.pt", "out.pt", "base.pt")]
-    assert main(["export", *arguments[:2], "--base", arguments[2]]) == 0
-    assert equal(torch.load(arguments[1]), dict(handler.ema_model.state_dict()))
 
 
 def test_buffers_of_a_list_of_parameters_come_from_a_base(model):
@@ -91,11 +87,6 @@ def test_buffers_of_a_list_of_parameters_come_from_a_base(model):
 def test_a_base_that_does_not_fit(base, message, handler):
     with pytest.raises((TypeError, ValueError), match=message):
         read(handler.state_dict(), base=base)
-
-
-def test_a_base_gives_what_is_missing_and_no_more(model, handler):
-    found = averaged_state_dict(handler.state_dict(), base=model.state_dict() | {"another.weight": torch.ones(1)})
-    assert equal(found, dict(handler.ema_model.state_dict()))
 
 
 def test_a_base_that_adds_nothing_is_refused(model):

@@ -82,13 +82,13 @@ GOOD = make_snapshot(65)
 BAD_FILES = [
     (
         of_bytes(lambda data: data[:-300]),
-        "'.*snapshot_65.pt' should be a file that torch.save or safetensors wrote, but it is cut short",
+        "'.*snapshot_65.pt' should be a file .*, but it is cut short",
     ),
     (of_bytes(damaged), "snapshot_65.pt' should hold what was written, but its entry 'archive/data.pkl' has changed"),
     (of_bytes(lambda data: b""), "snapshot_65.pt' should hold weights, but it is empty"),
     (
         of_bytes(lambda data: b"not found"),
-        "snapshot_65.pt' should be a file that torch.save or safetensors wrote, but it is text",
+        "snapshot_65.pt' should be a file .*, but it is text",
     ),
     (lambda folder: (folder / "snapshot_65.pt").mkdir(), "snapshot_65.pt' should be a file, got a directory"),
     (of_bytes(lambda data: pickle.dumps(EVIL)), "snapshot_65.pt' should"),
@@ -96,7 +96,7 @@ BAD_FILES = [
     (averages(EVIL, b=torch.zeros(())), "it has other things than tensors"),
     (
         saved(nn.Linear(1, 1).state_dict()),
-        "snapshot_65.pt' should be a snapshot of a PostHocEMA, but it is another file",
+        "should be a snapshot of a PostHocEMA, but it is another file",
     ),
     (renamed, "snapshot_65.pt' should be named 'snapshot_64.pt', after its time"),
     (numbered_otherwise, "snapshot_065.pt' should be named 'snapshot_65.pt', after its time"),
