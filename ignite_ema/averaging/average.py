@@ -16,24 +16,16 @@ from .flat import Block, Flat, refuse_unflattable
 from .memory import holds_values
 from .module_trees import LostValues, Mismatch, Structure
 from .pairing import Pairing, part_memory, sharing_memory
+from .precision import Precision
 from .schedule_argument import described, schedule_of, scheduled
 from .sharding import local, reshard
 from .state_loading import check_loadable, part_for_rank, tensors_by_path
 from .stochastic_rounding import StochasticRounding
 from .summaries import counted, module_summary, momentum_summary, one_line
 from .traversal import names_of, tensors_of, unwrapped
-from .twin import (
-    check_own_twin,
-    check_tensors,
-    checked_device,
-    freeze,
-    make_twin,
-    materialise,
-    refuse_unsupported,
-    stripped,
-)
+from .twin import check_model, check_tensors, freeze, refuse_unsupported, stripped, twin_of
 from .user_warnings import warn_user
-from .validation import check_count, checked_momentum, refuse_shallow_copy
+from .validation import check_count, check_flags, checked_momentum, refuse_shallow_copy
 
 __all__ = ["ModelAverage"]
 
@@ -122,13 +114,7 @@ class ModelAverage:
         stochastic_rounding: bool = False,
         flatten: bool = False,
     ) -> None:
-        if isinstance(model, type):
-            raise TypeError(f"model should be an nn.Module, got the class {model.__name__}; make one: call it.")
-        if not isinstance(model, nn.Module):
-            raise ValueError(
-                "model should be an instance of nn.Module or its subclasses, but got "
-                f"model: {type(model).__name__}; pass the module itself."
-            )
+        check_model(model)
         for module in (model, ema_model):
             if isinstance(module, nn.Module):
                 reshard(module)
@@ -136,43 +122,41 @@ class ModelAverage:
         check_tensors("model", model)
         self.model = stripped(model)
         check_policy(handle_buffers)
-        self.handle_buffers = handle_buffers = (
-            dict(handle_buffers) if isinstance(handle_buffers, Mapping) else handle_buffers
+        check_flags(
+            share_frozen=share_frozen,
+            skip_nonfinite=skip_nonfinite,
+            stochastic_rounding=stochastic_rounding,
+            flatten=flatten,
         )
-        for name, value in (
-            ("share_frozen", share_frozen),
-            ("skip_nonfinite", skip_nonfinite),
-            ("stochastic_rounding", stochastic_rounding),
-            ("flatten", flatten),
-        ):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} should be True or False, got {value!r}.")
+        self.handle_buffers = dict(handle_buffers) if isinstance(handle_buffers, Mapping) else handle_buffers
         self.momentum = momentum
-        self._dtype = dtype
-        self._warned = False
-        self._has_moved = self._has_left_buffers = False
-        self._skip_nonfinite = skip_nonfinite
-        self._share_frozen = share_frozen
-        self._flatten = flatten
+        self.num_skipped = self._num_updates = 0
+        self._initial_share = 1.0
+        self._skip_nonfinite, self._share_frozen, self._flatten = skip_nonfinite, share_frozen, flatten
+        self._has_left_buffers = False
+        self._rounding = StochasticRounding() if stochastic_rounding else None
+        self._precision = Precision(type_was_chosen=dtype is not None)
         if flatten:
             refuse_unflattable(self.model)
-        self._rounding = StochasticRounding() if stochastic_rounding else None
-        self.num_skipped = 0
-        self._num_updates = 0
-        self._initial_share = 1.0
-        if ema_model is None:
-            self.module = make_twin(self.model, dtype, checked_device(device), share_frozen)
-        else:
-            check_own_twin(ema_model, dtype, device, share_frozen)
-            materialise(ema_model, self.model)
-            self.module = ema_model
+        self.module = twin_of(self.model, ema_model, dtype, device, share_frozen)
         try:
             self._pairing = self._paired()
         except Mismatch as mismatch:
             raise RuntimeError(
                 f"ema_model should have the structure of the model, but {mismatch}; build and shard it as the model is."
             ) from None
-        if share_frozen and not self._pairing.structure.shared:
+        self._warn_of_options_without_effect()
+        self._announcement = announced(skip_nonfinite, self.model)
+        self.module.train(handle_buffers == "ema_train")
+        freeze(self.module)
+        if ema_model is not None:
+            self.reset()
+        self._norms_when_made = kernels.norms(self._parameters())
+        if flatten:
+            self._flat.steps(self._pairing.read())
+
+    def _warn_of_options_without_effect(self) -> None:
+        if self._share_frozen and not self._pairing.structure.shared:
             warn_user(
                 "share_frozen should find frozen parameters, but all require gradients and are copied; freeze before "
                 "the average is made."
@@ -182,14 +166,6 @@ class ModelAverage:
                 "stochastic_rounding should find parameters whose average is held in bfloat16 or float16, but there "
                 "are none, and it does nothing; leave it out."
             )
-        self._announcement = announced(skip_nonfinite, self.model)
-        self.module.train(handle_buffers == "ema_train")
-        freeze(self.module)
-        if ema_model is not None:
-            self.reset()
-        self._norms_when_made = kernels.norms(self._parameters())
-        if flatten:
-            self._flat.steps(self._pairing.read())
 
     def _paired(self) -> Pairing:
         structure = Structure(self.model, self.module, self._share_frozen)
@@ -302,9 +278,9 @@ class ModelAverage:
             self._skip(path)
             return False
         if momentum < pairing.resolution:
-            self._warn_of_rounding(momentum)
+            self._precision.check(momentum, pairing.resolution, self._can_round)
         else:
-            self._has_moved = True
+            self._precision.has_moved = True
         if self._rounding is not None:
             self._rounding.num_updates = self._num_updates
         if self.handle_buffers == "ema_train" and not self.module.training:
@@ -452,7 +428,7 @@ class ModelAverage:
             self._check_filled()
             own = self.averaged_tensors()
             check_loadable(own, tensors)
-            self._has_moved = True
+            self._precision.has_moved = True
             if own:
                 self._part_memory(self._tensors())
                 own = self.averaged_tensors()
@@ -560,23 +536,9 @@ class ModelAverage:
                 "on how often."
             )
 
-    def _warn_of_rounding(self, momentum: float) -> None:
-        if momentum == 0 or self._warned or self._dtype is not None:
-            return
-        if self._has_moved and self._pairing.resolution <= torch.finfo(torch.float32).eps:
-            return  # the end of a schedule that goes to 0; 16 bits stall long before
-        self._warned = True
-        needed = self._pairing.resolution / 2 / momentum
-        far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
-        wider = torch.float32 if self._pairing.resolution > torch.finfo(torch.float32).eps else torch.float64
-        narrow = any(parameter.dtype in kernels.NARROW for parameter in self._parameters())
-        or_rounded = ", or stochastic_rounding=True" if narrow and self._rounding is None else ""
-        warn_user(
-            f"A momentum of {momentum:g} is too small for the type that holds the average: a weight moves only where "
-            f"it differs from its average by about {far} its size, and is rounded back otherwise; pass "
-            f"dtype={wider} to hold the average in {str(wider).removeprefix('torch.')} (or an ema_model of that type)"
-            f"{or_rounded}."
-        )
+    def _can_round(self) -> bool:
+        """Whether ``stochastic_rounding`` would help, and is not in use."""
+        return self._rounding is None and any(one.dtype in kernels.NARROW for one in self._parameters())
 
 
 def _changed(mismatch: Mismatch) -> RuntimeError:

@@ -13,14 +13,12 @@ from .sharding import is_sharded, local, sharding
 from .traversal import tensors_of, unwrapped
 
 __all__ = [
-    "check_own_twin",
+    "check_model",
     "check_tensors",
-    "checked_device",
     "freeze",
-    "make_twin",
-    "materialise",
     "refuse_unsupported",
     "stripped",
+    "twin_of",
 ]
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -29,6 +27,17 @@ _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def stripped(module: nn.Module) -> nn.Module:
     """The model inside ``DistributedDataParallel`` and ``torch.compile``; a ``DataParallel`` stays as it is."""
     return unwrapped(module, keep=DataParallel)
+
+
+def check_model(model: object) -> None:
+    """Raises TypeError or ValueError unless ``model`` is a module."""
+    if isinstance(model, type):
+        raise TypeError(f"model should be an nn.Module, got the class {model.__name__}; make one: call it.")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            "model should be an instance of nn.Module or its subclasses, but got "
+            f"model: {type(model).__name__}; pass the module itself."
+        )
 
 
 def check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> None:
@@ -81,7 +90,22 @@ def freeze(module: nn.Module) -> None:
         tensor.requires_grad_(False)
 
 
-def check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen: bool) -> None:
+def twin_of(
+    model: nn.Module,
+    own: nn.Module | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    share_frozen: bool,
+) -> nn.Module:
+    """The averaged twin of ``model``: a copy as :func:`_make_twin` makes it, or ``own``, checked and with memory."""
+    if own is None:
+        return _make_twin(model, dtype, _checked_device(device), share_frozen)
+    _check_own_twin(own, dtype, device, share_frozen)
+    _materialise(own, model)
+    return own
+
+
+def _check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen: bool) -> None:
     """Raises TypeError, ValueError or RuntimeError where ``twin`` cannot be the averaged twin of a model."""
     if not isinstance(twin, nn.Module):
         raise TypeError(f"ema_model should be an nn.Module, got {type(twin).__name__}.")
@@ -103,7 +127,7 @@ def check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen:
             )
 
 
-def checked_device(device: torch.device | str | None) -> torch.device | None:
+def _checked_device(device: torch.device | str | None) -> torch.device | None:
     """The device that is meant; raises TypeError or ValueError unless there is such a one, and it holds values."""
     if device is None:
         return None
@@ -124,7 +148,7 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
     return found
 
 
-def materialise(twin: nn.Module, model: nn.Module) -> None:
+def _materialise(twin: nn.Module, model: nn.Module) -> None:
     """Gives memory to a twin on the meta device, where the tensors of ``model`` live; its ties stay."""
     if not any(tensor.is_meta for tensor in tensors_of(twin).values()):
         return
@@ -145,7 +169,7 @@ def materialise(twin: nn.Module, model: nn.Module) -> None:
             owner[key] = first[name]
 
 
-def make_twin(
+def _make_twin(
     model: nn.Module, dtype: torch.dtype | None, device: torch.device | None, share_frozen: bool = False
 ) -> nn.Module:
     """A deep copy of ``model`` that shares no memory with it, but for frozen parameters if asked.

@@ -7,7 +7,15 @@ from typing import NoReturn
 
 from torch import Tensor
 
-__all__ = ["as_float", "check_count", "check_saved_mapping", "checked_momentum", "refuse_shallow_copy", "shown_integer"]
+__all__ = [
+    "as_float",
+    "check_count",
+    "check_flags",
+    "check_saved_mapping",
+    "checked_momentum",
+    "refuse_shallow_copy",
+    "shown_integer",
+]
 
 _LARGEST_COUNT = 2**63 - 1  # what files hold
 
@@ -43,6 +51,13 @@ def as_float(value: numbers.Real) -> float:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def check_flags(**flags: object) -> None:
+    """Raises TypeError, naming the argument, unless each of them is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} should be True or False, got {value!r}.")
 
 
 def check_count(value: object, name: str = "num_updates") -> None:
