@@ -53,6 +53,10 @@ class Subject:
         with averaged_weights(self.handler):
             self.weight.item()
 
+    def by_changes(self):
+        with self.handler.swapped():
+            self.model.half()
+
     def by_decorator(self):
         self.handler.swapped()(self.weight.item)()
 
@@ -84,7 +88,7 @@ def averaged_weights(handler):
 
 WAYS = ["with", "stack", "context manager", "decorator", "evaluator"]
 # A generator of the user's, suspended in its block, learns of no exception that a debugger puts into contextlib.
-INJECTABLE = ["with", "decorator", "evaluator"]
+INJECTABLE = ["with", "changes", "decorator", "evaluator"]
 
 
 class AtInstruction:
@@ -151,16 +155,16 @@ def test_ctrl_c_at_an_instruction_of_a_swap(way):
 @pytest.mark.parametrize("way", INJECTABLE)
 def test_an_exception_injected_at_an_instruction_of_a_swap(way):
     count = instructions(Subject(way))
-    interrupt(way, "injected", random.Random(0).sample(range(1, count), 60))
+    interrupt(way, "injected", random.Random(0).sample(range(1, count), 40))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "source"),
-    [*((way, "Ctrl-C") for way in (*INJECTABLE, "context manager")), *((way, "injected") for way in INJECTABLE)],
+    [*((way, "Ctrl-C") for way in ("with", "context manager")), *((way, "injected") for way in INJECTABLE)],
 )
 def test_an_interruption_at_any_instruction_of_a_swap(way, source):
-    interrupt(way, source, range(1, instructions(Subject(way)), 1 if source == "injected" else 10))
+    interrupt(way, source, range(1, instructions(Subject(way)), 3 if source == "injected" else 10))
 
 
 class Late(Exception):
@@ -194,13 +198,13 @@ def storm(way, swaps):
 
 
 def test_a_signal_handler_that_raises_at_any_time_leaves_the_weights():
-    assert storm("with", 100) == 100
+    assert storm("with", 50) == 50
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_10_000_interruptions_lose_no_weights(way):
-    assert storm(way, 2_000) == 2_000
+def test_500_interruptions_lose_no_weights(way):
+    assert storm(way, 500) == 500
 
 
 def test_ctrl_c_in_the_block_is_not_held_back():

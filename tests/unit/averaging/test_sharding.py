@@ -5,20 +5,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from ignite_ema import ModelAverage
 
 
-def test_a_parameter_of_zero_3_is_refused():
-    model = nn.Linear(1, 1)
-    model.weight.ds_id = 0
-    with pytest.raises(RuntimeError, match="'weight' is partitioned by DeepSpeed ZeRO-3; use its stage 1 or 2"):
-        ModelAverage(model)
-
-
 def test_fsdp1_is_refused(process_group):
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -27,3 +20,13 @@ def test_fsdp1_is_refused(process_group):
             pytest.skip(f"FullyShardedDataParallel cannot be made here: {error}")
     with pytest.raises(RuntimeError, match=r"got one with FullyShardedDataParallel \(FSDP1\).*; use fully_shard"):
         ModelAverage(model)
+
+
+def test_a_sharded_model_brings_its_twin_and_is_not_flattened(process_group):
+    mesh = init_device_mesh("cpu", (1,))
+    model, twin = (fully_shard(nn.Linear(2, 2), mesh=mesh) for _ in range(2))
+    with pytest.raises(RuntimeError, match="sharded as the model is, got None.*pass it as ema_model="):
+        ModelAverage(model)
+    with pytest.raises(TypeError, match="flatten should be False for a model that is sharded.*'weight' is a DTensor"):
+        ModelAverage(model, ema_model=twin, flatten=True)
+    assert ModelAverage(model, ema_model=twin).update(0.5)

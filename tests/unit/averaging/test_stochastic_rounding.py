@@ -9,18 +9,15 @@ from ignite.handlers import Checkpoint
 from torch import nn
 
 from ignite_ema import EMAHandler, ModelAverage, PostHocEMA
-from ignite_ema.averaging import kernels
 from ignite_ema.averaging import stochastic_rounding as rounding
+from tests.helpers.models import module
 
 NARROW = [torch.bfloat16, torch.float16]
 
 
-class Weights(nn.Module):
+def weights(values, dtype=torch.float32):
     """A model of one parameter."""
-
-    def __init__(self, values, dtype=None):
-        super().__init__()
-        self.values = nn.Parameter(torch.as_tensor(values).to(dtype or torch.float32))
+    return module(values=nn.Parameter(values.to(dtype)))
 
 
 def magnitudes(count, seed=0):
@@ -37,11 +34,11 @@ def spacing(values, dtype):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("momentum", [0.01, 1e-3, 1e-5])
+@pytest.mark.parametrize("momentum", [0.01, 1e-5])
 def test_small_updates_are_right_in_the_mean(dtype, momentum):
     """Weights 5 % away: 200 updates move a weight by less than 13 steps at .01, and by a fiftieth of one at 1e-5."""
     start = magnitudes(4096).to(dtype)
-    model = Weights(start, dtype)
+    model = weights(start, dtype)
     average = ModelAverage(model, stochastic_rounding=True)
     model.values.data = (start.double() * 1.05).to(dtype)
     target = model.values.detach().double()
@@ -53,7 +50,7 @@ def test_small_updates_are_right_in_the_mean(dtype, momentum):
     assert error.abs().max() < 4  # and this up to 17
     assert error.mean().abs() < 0.06
     if momentum < 1e-4:
-        nearest = ModelAverage(Weights(start, dtype))
+        nearest = ModelAverage(weights(start, dtype))
         nearest.model.values.data = model.values.data
         with pytest.warns(UserWarning, match="stochastic_rounding=True"):
             nearest.update(momentum)
@@ -61,7 +58,7 @@ def test_small_updates_are_right_in_the_mean(dtype, momentum):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("weight", [1e-4, 0.03, 0.5, 0.97])
+@pytest.mark.parametrize("weight", [1e-4, 0.5, 0.97])
 def test_an_update_goes_to_a_neighbour_of_the_exact_result(dtype, weight):
     before, after = magnitudes(20_000).to(dtype), magnitudes(20_000, seed=1).to(dtype)
     exact = torch.lerp(before.double(), after.double(), weight)
@@ -91,7 +88,7 @@ def test_the_mean_is_right_across_powers_of_two(before, after, weight, dtype):
     assert error.abs() < 1e-3
 
 
-@pytest.mark.parametrize("period", [2, 13, 144])
+@pytest.mark.parametrize("period", [13, 144])
 def test_weights_with_a_period_are_right_in_the_mean(period):
     """With one golden ratio for all of them the mean would be off by a step at 13 and at 144."""
     generator = torch.Generator().manual_seed(0)
@@ -110,7 +107,7 @@ def test_weights_with_a_period_are_right_in_the_mean(period):
 
 
 def test_the_first_update_may_be_where_another_device_is_the_default():
-    average = ModelAverage(Weights(magnitudes(3), torch.bfloat16), stochastic_rounding=True)
+    average = ModelAverage(weights(magnitudes(3), torch.bfloat16), stochastic_rounding=True)
     rounding._sequences.cache_clear()
     with torch.device("meta"):
         average.update(0.1)
@@ -162,7 +159,7 @@ def test_weights_of_any_layout_and_size_are_treated_alike(dtype, monkeypatch):
 
 
 def test_wider_weights_are_averaged_in_16_bits():
-    model = Weights(magnitudes(20_000))
+    model = weights(magnitudes(20_000))
     average = ModelAverage(model, dtype=torch.bfloat16, stochastic_rounding=True)
     start = average.module.values.double()
     for _ in range(50):
@@ -176,31 +173,21 @@ def test_wider_weights_are_averaged_in_16_bits():
     assert moved.mean().item() == pytest.approx(1 - 0.9999**100, rel=0.1)
 
 
-def test_momenta_of_0_and_1_do_nothing_and_copy():
-    model = Weights(magnitudes(10), torch.bfloat16)
-    average = ModelAverage(model, stochastic_rounding=True)
-    before = average.module.values.clone()
-    model.values.data *= 3
-    average.update(0.0)
-    assert torch.equal(average.module.values, before)
-    average.update(1.0)
-    assert torch.equal(average.module.values, model.values)
-
-
-def test_only_what_is_held_in_16_bits_is_rounded_so():
-    model = nn.ModuleDict({"narrow": Weights(magnitudes(100), torch.bfloat16), "wide": Weights(magnitudes(100))})
+def test_momenta_of_0_and_1_and_wider_weights_are_as_without():
+    model = nn.ModuleDict({"narrow": weights(magnitudes(100), torch.bfloat16), "wide": weights(magnitudes(100))})
     average, plain = ModelAverage(model, stochastic_rounding=True), ModelAverage(model)
-    for parameter in model.parameters():
-        parameter.data *= 2
-    for one in (average, plain):
-        one.update(0.1)
-    assert torch.equal(average.module["wide"].values, plain.module["wide"].values)
-    assert not torch.equal(average.module["narrow"].values, plain.module["narrow"].values)
+    for momentum, is_same in ((0.0, True), (0.1, False), (1.0, True)):
+        for parameter in model.parameters():
+            parameter.data *= 2
+        for one in (average, plain):
+            one.update(momentum)
+        assert torch.equal(average.module["wide"].values, plain.module["wide"].values)
+        assert torch.equal(average.module["narrow"].values, plain.module["narrow"].values) == is_same
 
 
 def test_a_resumed_average_goes_on_with_the_same_bits():
     def made():
-        model = Weights(magnitudes(1000), torch.bfloat16)
+        model = weights(magnitudes(1000), torch.bfloat16)
         handler = EMAHandler(model, momentum=1e-3, stochastic_rounding=True)
 
         def step(engine, batch):
@@ -227,20 +214,12 @@ def test_a_resumed_average_goes_on_with_the_same_bits():
     assert not torch.equal(lost["handler"].ema_model.values, whole["handler"].ema_model.values)
 
 
-@pytest.mark.parametrize(("count", "error"), [("x", TypeError), (1.5, TypeError), (-1, ValueError)])
-def test_a_count_that_is_none_is_refused(count, error):
-    average = ModelAverage(nn.Linear(1, 1))
-    with pytest.raises(error, match="num_updates should be"):
-        average.num_updates = count
-    assert average.num_updates == 0
-
-
 def test_a_post_hoc_average_is_rounded_so_too(tmp_path):
-    model = Weights(magnitudes(1000), torch.bfloat16)
+    model = weights(magnitudes(1000), torch.bfloat16)
     post_hoc = PostHocEMA(model, sigma_rels=(0.05, 0.1), dirname=tmp_path, stochastic_rounding=True)
     trainer = Engine(lambda engine, batch: model.values.data.mul_(1.004 if engine.state.iteration % 2 else 1))
     post_hoc.attach(trainer, snapshot_event=Events.COMPLETED)
-    exact, handler = Weights(magnitudes(1000), torch.bfloat16), post_hoc.streams[0]
+    exact, handler = weights(magnitudes(1000), torch.bfloat16), post_hoc.streams[0]
     wide = EMAHandler(model, momentum=handler.momentum_scheduler, dtype=torch.float32)
     wide.attach(trainer, name="wide")
     trainer.run([0] * 200, max_epochs=1)
@@ -260,33 +239,7 @@ def test_the_warning_offers_it_where_it_helps(model, buffers, offered):
     assert ["stochastic_rounding=True" in str(one.message) for one in seen] == [offered]
 
 
-def test_reset_starts_the_count_again():
-    average = ModelAverage(nn.Linear(2, 2))
-    average.update(0.1), average.update(0.1)
-    assert average.num_updates == 2
-    average.reset(buffers_only=True)
-    assert average.num_updates == 2
-    average.reset()
-    assert average.num_updates == 0
-
-
 @pytest.mark.parametrize(("model", "held"), [(nn.Linear(2, 2), None), (nn.Linear(2, 2).bfloat16(), torch.float32)])
 def test_where_nothing_is_held_in_16_bits_it_says_so(model, held):
     with pytest.warns(UserWarning, match="stochastic_rounding should find parameters whose average is held in bfl"):
         ModelAverage(model, dtype=held, stochastic_rounding=True)
-
-
-def test_large_tensors_are_converted_in_parts(monkeypatch):
-    """What is held wider than the weights are, in parts as a whole, bit for bit."""
-    online = torch.randn(7, 50, 60, generator=torch.Generator().manual_seed(0)).bfloat16()
-    online = [online, online.transpose(0, 2), online[:, ::2], online[0, 0, 0], online[:0]]
-    start = [torch.ones_like(value, dtype=torch.float32) for value in online]
-    due = [torch.lerp(one, value.float(), 0.1) for one, value in zip(start, online, strict=True)]
-    sizes = []
-    lerp = torch.Tensor.lerp_
-    monkeypatch.setattr(kernels, "_CACHED", 500)
-    monkeypatch.setattr(torch.Tensor, "lerp_", lambda a, b, w: (sizes.append(a.numel()), lerp(a, b, w))[1])
-    kernels._lerp_converted(start, online, 0.1)
-    assert all(map(torch.equal, start, due))
-    assert 300 < max(sizes) <= 500
-    assert sum(sizes) == sum(value.numel() for value in online)

@@ -7,6 +7,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers.state_param_scheduler import LambdaStateScheduler
 
 from ignite_ema import EMAHandler
+from ignite_ema.schedules import Constant
 from tests.helpers.models import constant
 from tests.helpers.runs import averaged, trainer_for
 
@@ -20,106 +21,72 @@ def momenta(trainer, *names):
     return seen
 
 
-# The momentum
+def attached(momentum, *arguments, **options):
+    model = constant()
+    trainer, handler = trainer_for(model), EMAHandler(model, momentum, *arguments)
+    handler.attach(trainer, **options)
+    return handler, trainer
 
 
-def test_average_is_that_of_ignites_handler():
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
+def test_warm_up_is_published_as_it_is_used_and_averages_as_ignites_handler_does(warmup):
     ours, theirs = constant(), constant()
     trainer = trainer_for(ours, theirs)
-    handler, reference = EMAHandler(ours, 0.25, 0.5, 3), ignite.handlers.EMAHandler(theirs, 0.25, 0.5, 3)
+    handler, reference = EMAHandler(ours, 0.25, warmup, 3), ignite.handlers.EMAHandler(theirs, 0.25, warmup, 3)
     handler.attach(trainer, "ours")
     reference.attach(trainer, "ema_momentum")
+    assert trainer.state.ours == warmup
     seen = momenta(trainer, "ours", "ema_momentum")
     trainer.run([0] * 6)
     assert averaged(handler) == pytest.approx(reference.ema_model.weight.item(), rel=1e-6)
     assert all(ours == theirs for ours, theirs in seen)
-
-
-@pytest.mark.parametrize(("warmup", "expected"), [(0.0, [0, 0.25, 0.5, 0.5]), (1.0, [1, 0.75, 0.5, 0.5])])
-def test_warm_up_is_published_as_it_is_used(warmup, expected):
-    model = constant()
-    trainer = trainer_for(model)
-    handler = EMAHandler(model, 0.5, warmup, 3)
-    handler.attach(trainer)
-    assert trainer.state.ema_momentum == warmup
-    seen = momenta(trainer, "ema_momentum")
-    trainer.run([0] * 4)
-    assert [m for (m,) in seen] == expected
-    reference = 0.0
-    for weight, momentum in zip(range(1, 5), expected, strict=True):
-        reference += momentum * (weight - reference)
-    assert averaged(handler) == pytest.approx(reference, rel=1e-6)
-    assert handler.num_updates == 4
+    assert [ours for ours, _ in seen] == [warmup, (warmup + 0.25) / 2, *[0.25] * 4]
 
 
 def test_count_advances_with_updates_not_iterations():
-    model = constant()
-    trainer = trainer_for(model)
-    handler = EMAHandler(model, lambda n: 1 / (n + 1))
-    handler.attach(trainer, event=Events.ITERATION_COMPLETED(every=3))
+    handler, trainer = attached(lambda n: 1 / (n + 1), event=Events.ITERATION_COMPLETED(every=3))
     trainer.run([0] * 9)
     assert handler.num_updates == 3
     assert averaged(handler) == pytest.approx((3 + 6 + 9) / 3)
 
 
-def test_plain_momentum_is_read_from_the_engine():
-    model = constant()
-    trainer = trainer_for(model)
-    handler = EMAHandler(model, 0.25)
-    handler.attach(trainer)
-    trainer.state.ema_momentum = 1.0
-    trainer.run([0] * 2)
-    assert averaged(handler) == 2.0
-
-
 def test_a_state_param_scheduler_drives_a_plain_momentum():
     model = constant()
-    trainer = trainer_for(model)
+    trainer, handler = trainer_for(model), EMAHandler(model, 0.25)
     scheduler = LambdaStateScheduler(lambda event_index: 1 / event_index, param_name="ema_momentum", create_new=True)
     scheduler.attach(trainer, Events.ITERATION_COMPLETED)
-    handler = EMAHandler(model, 0.25)
     handler.attach(trainer, warn_if_exists=False)
     trainer.run([0] * 4)
     assert averaged(handler) == pytest.approx((1 + 2 + 3 + 4) / 4)
 
 
-@pytest.mark.parametrize(
-    ("value", "error"),
-    [(-0.1, ValueError), (1.1, ValueError), (float("nan"), ValueError), (None, TypeError), ("x", TypeError)],
-)
-def test_a_driven_momentum_outside_0_to_1_raises_and_names_the_attribute(value, error):
-    model = constant(3.0)
-    trainer = Engine(lambda engine, batch: None)
-    handler = EMAHandler(model, 0.25)
-    handler.attach(trainer, "generator_momentum")
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), None, "x"])
+def test_a_driven_momentum_outside_0_to_1_raises_and_names_the_attribute(value):
+    handler, trainer = attached(0.25, name="generator_momentum")
     trainer.state.generator_momentum = value
-    with pytest.raises(error, match=r"engine\.state\.generator_momentum should be a momentum"):
+    with pytest.raises((TypeError, ValueError), match=r"engine\.state\.generator_momentum should be a momentum"):
         trainer.run([0])
-    assert averaged(handler) == 3.0
-    assert handler.num_updates == 0
+    assert (averaged(handler), handler.num_updates) == (0.0, 0)
 
 
 @pytest.mark.parametrize("value", [torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64), 1, 0])
 def test_a_driven_momentum_may_be_any_number(value):
-    model = constant()
-    trainer = trainer_for(model)
-    handler = EMAHandler(model, 0.25)
-    handler.attach(trainer)
+    handler, trainer = attached(0.25)
     trainer.state.ema_momentum = value
     trainer.run([0])
     assert averaged(handler) == float(value)
 
 
-def test_a_schedule_that_returns_no_momentum_raises():
-    with pytest.raises(
-        ValueError, match=r"^the schedule should return a momentum in \[0, 1\], got 2 after 0 updates; it"
-    ):
-        EMAHandler(constant(), lambda n: 2)
-    model = constant()
-    trainer = trainer_for(model)
-    EMAHandler(model, lambda n: 0.5 + n / 4).attach(trainer)
+def test_a_schedule_that_returns_no_momentum_in_a_run_raises():
+    _, trainer = attached(lambda n: 0.5 + n / 4)
     with pytest.raises(ValueError, match=r"^the schedule should return .* got 1.25 after 3 updates; it is"):
         trainer.run([0] * 9)
+
+
+def test_a_schedule_may_end_with_the_run():
+    handler, trainer = attached([0.5, 0.4, 0.3].__getitem__)
+    trainer.run([0] * 3)
+    assert handler.state_dict()["num_updates"] == 3
 
 
 def test_two_handlers_never_touch_each_others_momentum():
@@ -132,3 +99,39 @@ def test_two_handlers_never_touch_each_others_momentum():
     trainer.run([0] * 4)
     assert seen == [(0.0, 0.25), (0.125, 0.25), (0.25, 0.25), (0.375, 0.25)]
     assert averaged(second) == 0.25 * 4 + 0.75 * 0.25 * 2
+
+
+# An attribute that is there already, and setting the momentum
+
+
+@pytest.mark.parametrize(
+    ("momentum", "there", "message", "used"),
+    [
+        (0.5, 0.125, r"goes on from its value 0.125, and the momentum of 0.5 .* is ignored", 0.125),
+        (Constant(0.5), "anything", "its value 'anything' is overwritten", 0.5),
+    ],
+    ids=["driven", "scheduled"],
+)
+@pytest.mark.parametrize("warns", [True, False])
+def test_an_attribute_that_is_there_is_warned_about_and_used_or_overwritten(momentum, there, message, used, warns):
+    trainer, handler = Engine(lambda engine, batch: None), EMAHandler(constant(), momentum)
+    trainer.state.ema_momentum = there
+    if warns:
+        with pytest.warns(
+            UserWarning, match=f"Attribute 'ema_momentum' already exists in Engine.state.*{message}"
+        ) as one:
+            handler.attach(trainer)
+        assert [warning.filename for warning in one] == [__file__]
+    else:
+        handler.attach(trainer, warn_if_exists=False)
+    assert trainer.state.ema_momentum == used
+
+
+def test_a_plain_momentum_is_settable_before_and_after_attach():
+    model = constant()
+    trainer, handler = trainer_for(model), EMAHandler(model, 0.5)
+    handler.momentum = 0.25
+    handler.attach(trainer)
+    assert (handler.momentum, trainer.state.ema_momentum) == (0.25, 0.25)
+    handler.momentum = 0.125
+    assert (handler.momentum, trainer.state.ema_momentum) == (0.125, 0.125)
