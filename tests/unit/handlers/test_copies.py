@@ -15,7 +15,9 @@ from torch import nn
 
 from ignite_ema import EMAHandler, ModelAverage, schedules
 
-WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda handler: pickle.loads(pickle.dumps(handler))}
+each_way = pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda handler: pickle.loads(pickle.dumps(handler))], ids=["deepcopy", "pickle"]
+)
 
 
 def step(engine, batch):
@@ -28,20 +30,20 @@ def attached(*arguments, **options):
     return handler, trainer
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_copy_of_an_attached_handler_does_not_touch_its_engine(way):
+@each_way
+def test_a_copy_of_an_attached_handler_does_not_touch_its_engine(copied):
     handler, trainer = attached(0.5)
     trainer.run([0] * 2)
     trainer.state.ema_momentum = 0.25
-    copied = WAYS[way](handler)
-    assert repr(copied) == "EMAHandler(Linear: 3 parameters in float32 on cpu; momentum 0.25; 2 updates)"
-    assert copied.state_dict()["current_momentum"] == 0.25
-    copied.momentum = 0.125
-    copied.reset()
-    copied.num_updates = 7
+    other = copied(handler)
+    assert repr(other) == "EMAHandler(Linear: 3 parameters in float32 on cpu; momentum 0.25; 2 updates)"
+    assert other.state_dict()["current_momentum"] == 0.25
+    other.momentum = 0.125
+    other.reset()
+    other.num_updates = 7
     assert (trainer.state.ema_momentum, handler.momentum, handler.num_updates) == (0.25, 0.5, 2)
     trainer.run([0])
-    assert (handler.num_updates, copied.num_updates) == (3, 7)
+    assert (handler.num_updates, other.num_updates) == (3, 7)
 
 
 @pytest.mark.parametrize("kind", [EMAHandler, ModelAverage])
@@ -51,36 +53,33 @@ def test_a_shallow_copy_which_would_move_the_same_twin_is_refused(kind):
         copy.copy(thing)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_copy_goes_on_in_a_training_of_its_own(way):
+@each_way
+def test_a_copy_goes_on_in_a_training_of_its_own(copied):
     handler, trainer = attached(schedules.LinearWarmup(0.1, 0.9, 5))
     trainer.run([0] * 2)
     handler.ema_model.weight.fill_(3.0)
-    copied = WAYS[way](handler)
-    assert (copied.num_updates, copied.initial_share) == (2, handler.initial_share)
-    assert torch.equal(copied.ema_model.weight, handler.ema_model.weight)
-    other = Engine(step)
-    copied.attach(other)
-    assert other.state.ema_momentum == schedules.LinearWarmup(0.1, 0.9, 5)(2)
-    with torch.no_grad():
-        copied.model.weight.fill_(8.0)
-    other.run([0])
-    assert copied.num_updates == 3
-    assert (copied.ema_model.weight == 3 + 0.5 * 5).all()
+    other, engine = copied(handler), Engine(step)
+    assert (other.num_updates, other.initial_share) == (2, handler.initial_share)
+    other.attach(engine)
+    assert engine.state.ema_momentum == schedules.LinearWarmup(0.1, 0.9, 5)(2)
+    other.model.weight.data.fill_(8.0)
+    engine.run([0])
+    assert other.num_updates == 3
+    assert (other.ema_model.weight == 3 + 0.5 * 5).all()
     assert (handler.ema_model.weight == 3).all()
     assert handler.model.weight.ne(8).all()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_step_that_waits_for_its_update_is_copied(way):
+@each_way
+def test_a_step_that_waits_for_its_update_is_copied(copied):
     model = nn.Linear(2, 1)
     handler, trainer, optimizer = EMAHandler(model, 0.5), Engine(step), torch.optim.SGD(model.parameters(), 0.1)
     handler.attach(trainer, optimizer=optimizer)
     optimizer.step()
-    copied, other = WAYS[way](handler), Engine(step)
-    copied.attach(other, optimizer=torch.optim.SGD(copied.model.parameters(), 0.1))
-    other.run([0])
-    assert (copied.num_updates, handler.num_updates) == (1, 0)
+    other, engine = copied(handler), Engine(step)
+    other.attach(engine, optimizer=torch.optim.SGD(other.model.parameters(), 0.1))
+    engine.run([0])
+    assert (other.num_updates, handler.num_updates) == (1, 0)
 
 
 def _count_in_worker(handler, queue):
@@ -112,12 +111,7 @@ def test_a_module_that_holds_its_handler_can_be_copied():
     assert trainer.state.ema_momentum == 0.5
 
 
-def cycle(handler, trainer, optimizer):
-    event = Events.ITERATION_COMPLETED(every=2) | Events.EPOCH_COMPLETED
-    handler.attach(trainer, event=event, optimizer=optimizer).remove()
-
-
-def growth(action, count, rounds=4):
+def growth(action, count=20, rounds=4):
     """Bytes that stay per call: the least of some rounds, as a dictionary grows now and then."""
     sizes = []
     tracemalloc.start()
@@ -131,28 +125,25 @@ def growth(action, count, rounds=4):
 
 
 @pytest.mark.parametrize("buffers", ["copy", "ema_train"])
-def test_attaching_and_removing_leaves_nothing_behind(buffers):
+def test_attaching_swapping_and_removing_leave_nothing_behind(buffers):
     model = nn.Linear(2, 1)
-    handler, trainer = EMAHandler(model, 0.5, handle_buffers=buffers), Engine(step)
+    handler, trainer, evaluator = EMAHandler(model, 0.5, handle_buffers=buffers), Engine(step), Engine(step)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    assert growth(lambda: cycle(handler, trainer, optimizer), 50) < 4
+    event = Events.ITERATION_COMPLETED(every=2) | Events.EPOCH_COMPLETED
+
+    def cycle():
+        handler.attach(trainer, event=event, optimizer=optimizer).remove()
+        handler.swap_during(evaluator).remove()
+
+    assert growth(cycle) < 4
     assert not any(finalizer.peek()[0] is trainer for finalizer in list(weakref.finalize._registry))
     assert not any(trainer._event_handlers.values())
     assert not optimizer._optimizer_step_post_hooks
     assert len(handler._attachments._references) <= 1
     assert not hasattr(trainer.state, "ema_momentum")
-
-
-def test_swapping_during_evaluations_and_removing_leaves_nothing_behind():
-    handler, evaluator = EMAHandler(nn.Linear(2, 1), 0.5), Engine(step)
-    assert growth(lambda: handler.swap_during(evaluator).remove(), 50) < 4
     assert "run" not in vars(evaluator)
 
 
 def test_engines_that_come_and_go_leave_nothing_in_a_handler_that_stays():
     handler = EMAHandler(nn.Linear(2, 1), 0.5)
-
-    def train():
-        handler.attach(Engine(step))
-
-    assert growth(train, 20) < 4
+    assert growth(lambda: handler.attach(Engine(step)) and None) < 4
