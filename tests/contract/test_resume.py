@@ -36,23 +36,14 @@ def saved(run):
 
 
 @pytest.mark.parametrize("attach_first", [True, False])
-@pytest.mark.parametrize("stop", [1, 7, 10, 20, 33])
+@pytest.mark.parametrize("stop", [1, 10, 33])
 def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, stop, attach_first):
-    first = runs.Run()
+    first, second = runs.Run(), runs.Run(attach=attach_first)
     first.train(stop)
-    second = runs.Run(attach=attach_first)
-    Checkpoint.load_objects(second.objects(), saved(first))
+    in_memory = {name: thing.state_dict() for name, thing in first.objects().items()}
+    Checkpoint.load_objects(second.objects(), in_memory if stop == 10 else saved(first))
     if not attach_first:
         second.attach()
-    second.train(LAST)
-    assert_same_bits(second.states(), uninterrupted)
-
-
-def test_a_state_that_was_never_written_to_a_file_resumes_too(uninterrupted):
-    first = runs.Run()
-    first.train(8)
-    second = runs.Run()
-    Checkpoint.load_objects(second.objects(), {name: thing.state_dict() for name, thing in first.objects().items()})
     second.train(LAST)
     assert_same_bits(second.states(), uninterrupted)
 
@@ -66,10 +57,10 @@ def test_a_loaded_state_is_not_shared():
 
 @pytest.mark.slow
 def test_a_killed_process_resumes_with_the_same_bits(tmp_path, uninterrupted):
-    """SIGKILL at six random places of the run, each time resumed from the newest checkpoint on disk."""
+    """SIGKILL at three random places of the run, each time resumed from the newest checkpoint on disk."""
     chosen = random.Random(0)
     script = [sys.executable, runs.__file__, str(tmp_path), str(LAST)]
-    iterations = sorted(chosen.sample(range(2, LAST), 6))
+    iterations = sorted(chosen.sample(range(2, LAST), 3))
     for iteration in iterations:
         event = chosen.choice(["ITERATION_STARTED", "ITERATION_COMPLETED"])
         killed = subprocess.run([*script, str(iteration), event], cwd=Path(__file__).parents[2], check=False)
@@ -138,106 +129,3 @@ def test_a_file_holds_the_average_once():
     handler = EMAHandler(nn.Linear(300, 300))
     alone = size_of(handler.ema_model.state_dict())
     assert size_of(handler.ema_model.state_dict(), handler.state_dict()) < 1.01 * alone
-
-
-def test_a_driven_momentum_is_resumed():
-    trainer = Engine(lambda engine, batch: None)
-    handler = EMAHandler(nn.Linear(1, 1), 0.25)
-    handler.attach(trainer)
-    trainer.state.ema_momentum = 0.125
-    state = handler.state_dict()
-    before, after = EMAHandler(nn.Linear(1, 1), 0.25), EMAHandler(nn.Linear(1, 1), 0.25)
-    for resumed, steps in ((before, ("load", "attach")), (after, ("attach", "load"))):
-        trainer = Engine(lambda engine, batch: None)
-        for step in steps:
-            resumed.load_state_dict(state) if step == "load" else resumed.attach(trainer)
-        assert trainer.state.ema_momentum == 0.125
-
-
-def test_another_rule_than_the_saved_one_is_warned_about():
-    state = EMAHandler(nn.Linear(1, 1), 0.25, 0.5, 10).state_dict()
-    other = EMAHandler(nn.Linear(1, 1), 0.25)
-    other.attach(trainer := Engine(lambda engine, batch: None))
-    with pytest.warns(UserWarning, match=r"saved with LinearWarmup\(.*\) and goes on with Constant\(momentum=0.25\)"):
-        other.load_state_dict(state)
-    assert trainer.state.ema_momentum == 0.25
-
-
-# A resumed trainer whose handler was not restored
-
-
-def resumed_trainer():
-    trainer = Engine(lambda engine, batch: None)
-    trainer.load_state_dict({"iteration": 4, "epoch_length": 4, "max_epochs": 2})
-    return trainer
-
-
-def test_a_trainer_that_resumes_without_its_handler_is_warned_about():
-    trainer = resumed_trainer()
-    EMAHandler(nn.Linear(1, 1), 0.5, 0.1, 10).attach(trainer, "g_momentum")
-    with pytest.warns(UserWarning, match=r"resumes at iteration 4, .* 'g_momentum' was not restored") as record:
-        trainer.run([0] * 4)
-    assert len(record) == 1
-
-
-def test_a_trainer_whose_average_was_not_restored_is_warned_about_at_any_momentum():
-    model = nn.Linear(1, 1)
-    trainer = resumed_trainer()
-    EMAHandler(model).attach(trainer)
-    model.load_state_dict(nn.Linear(1, 1).state_dict())
-    with pytest.warns(UserWarning, match="starts from the weights that it was made with; put the handler into"):
-        trainer.run([0] * 4)
-
-
-def test_a_restored_ema_model_is_enough_for_a_constant_momentum():
-    model = nn.Linear(1, 1)
-    trainer = resumed_trainer()
-    handler = EMAHandler(model)
-    handler.attach(trainer)
-    model.load_state_dict(nn.Linear(1, 1).state_dict())
-    handler.ema_model.load_state_dict(nn.Linear(1, 1).state_dict())
-    trainer.run([0] * 4)
-
-
-def test_setting_the_count_says_that_the_handler_is_meant_to_start_there():
-    trainer = resumed_trainer()
-    handler = EMAHandler(nn.Linear(1, 1), 0.5, 0.1, 10)
-    handler.attach(trainer)
-    handler.num_updates = 0
-    trainer.run([0] * 4)
-
-
-def test_a_run_that_goes_on_after_terminate_is_not_warned_about():
-    trainer = Engine(lambda engine, batch: None)
-    EMAHandler(nn.Linear(1, 1), 0.5, 0.1, 10).attach(trainer, event=Events.ITERATION_COMPLETED(after=6))
-    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), trainer.terminate)
-    trainer.run([0] * 4, max_epochs=3)
-    trainer.run([0] * 4, max_epochs=3)
-
-
-def loaded_afterwards(momentum=0.25):
-    model = nn.Linear(1, 1)
-    handler = EMAHandler(model, momentum)
-    trainer = Engine(lambda engine, batch: None)
-    handler.attach(trainer)
-    model.load_state_dict({"weight": torch.ones(1, 1), "bias": torch.ones(1)})
-    return handler, trainer
-
-
-def test_weights_that_were_loaded_after_the_handler_was_made_are_warned_about_once():
-    _, trainer = loaded_afterwards()
-    with pytest.warns(UserWarning, match="The model has other weights than when .*call handler.reset"):
-        trainer.run([0])
-    trainer.run([0])
-
-
-def test_weights_that_were_loaded_are_started_from_after_reset():
-    handler, trainer = loaded_afterwards()
-    handler.reset()
-    trainer.run([0])
-    assert handler.ema_model.weight == 1
-
-
-def test_weights_that_are_copied_at_the_first_update_may_be_others():
-    _, trainer = loaded_afterwards(lambda n: 1 / (n + 1))
-    trainer.run([0])

@@ -3,6 +3,7 @@
 The oracle knows nothing of the library. It computes in float64, by name, and looks after every tensor that the model
 has ever had: no update may write to one of them.
 """
+# ruff: noqa: F401, the surgery uses these names
 
 import copy
 
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 
 from ignite_ema import ModelAverage
 from tests.helpers.bits import bits
-from tests.helpers.models import frozen
+from tests.helpers.models import compiled, frozen
 
 
 class Block(nn.Module):
@@ -38,138 +39,70 @@ def base():
     return model
 
 
-# Surgery. Each is given the model, its twin, two of the first four blocks, and a number to choose by.
+# Surgery: a statement about the model, its twin, two of the first four blocks (a, b), and a number to choose by (n).
+
+FOLLOWED = """
+train(model)
+a.inner.weight.data = torch.randn(2, 2)
+a.inner.weight.data = a.inner.weight.data.t()
+restore_storage(b)
+copy_tables(a)
+a.mean, a.count = torch.randn(2), a.count + 1
+a.mean = torch.tensor(3.0).expand(2)
+model[5] = compiled(nn.ReLU())
+""".strip().splitlines()
+
+OTHERS = """
+model[n % 4], model[(n + 2) % 4] = model[(n + 2) % 4], model[n % 4]
+model[n % 3], model[n % 3 + 1] = model[n % 3 + 1], model[n % 3]
+a.inner, b.inner = b.inner, a.inner
+a.inner.weight, b.inner.weight = b.inner.weight, a.inner.weight
+model[n % 4] = Block(n % 2)
+a.inner = nn.Linear(2, 2).requires_grad_(bool(n % 2))
+a.inner.weight = nn.Parameter(torch.randn(2, 2), bool(n % 2))
+a.inner.bias = nn.Parameter(torch.randn(2), a.inner.bias is not None and a.inner.bias.requires_grad)
+a.inner.bias = b.inner.bias
+a.inner.weight = nn.Parameter(b.inner.weight.detach(), a.inner.weight.requires_grad)
+del a.inner.bias
+a.inner.bias = None
+a.inner._parameters["shift"] = a.inner._parameters.pop("bias")
+a.requires_grad_(bool(n % 2) and bool(a.inner.bias.isfinite().all()))  # what trains is not exact if infinite
+model.load_state_dict({k: torch.randn(v.shape).to(v.dtype) for k, v in named(model)}, assign=True)
+twin.load_state_dict(model.state_dict(), assign=True)
+model.load_state_dict(twin.state_dict(), assign=True)
+a.inner.weight.data = b.inner.weight.data
+a.inner.bias.data = a.inner.bias.data[:1]
+a.inner.bias.data = a.inner.bias.data.view(1, 2)
+a.inner.bias.data = a.inner.bias.data.view(torch.int32)
+a.double()
+b.bfloat16()
+b.to("meta")
+b.inner.weight.untyped_storage().resize_(0)
+b.mean.untyped_storage().resize_(4)
+b.inner.weight.untyped_storage().resize_(0), b.inner.weight.untyped_storage().resize_(4)
+a.inner.__dict__.update(changed(a.inner).__dict__)
+a.__setstate__(copy.deepcopy(a.__dict__))
+a.cache = torch.randn(4)
+a.mean = b.inner.bias.detach()
+del a.cache
+parametrizations.weight_norm(a.inner)
+prune.l1_unstructured(a.inner, "weight", 1)
+twin[n % 4].inner.bias.data = torch.randn(2)
+twin[n % 4].mean = twin[n % 4].mean.double()
+twin[0].inner.bias = frozen(model[n % 4 & 2].inner.bias.detach())  # of a block without infinities
+twin[0].mean.untyped_storage().resize_(0)
+twin[n % 4].mean = made_in_inference_mode()
+""".strip().splitlines()
 
 
-def train(model, twin, a, b, n):
+def train(model):
     for tensor in model.parameters():
         if tensor.requires_grad and has_values(tensor):
             tensor.add_(0.1)
 
 
-def swap_blocks(model, twin, a, b, n):
-    model[n % 4], model[(n + 2) % 4] = model[(n + 2) % 4], model[n % 4]
-
-
-def swap_neighbours(model, twin, a, b, n):
-    model[n % 3], model[n % 3 + 1] = model[n % 3 + 1], model[n % 3]
-
-
-def swap_inner(model, twin, a, b, n):
-    a.inner, b.inner = b.inner, a.inner
-
-
-def swap_weights(model, twin, a, b, n):
-    a.inner.weight, b.inner.weight = b.inner.weight, a.inner.weight
-
-
-def new_block(model, twin, a, b, n):
-    model[n % 4] = Block(n % 2)
-
-
-def new_inner(model, twin, a, b, n):
-    a.inner = nn.Linear(2, 2)
-    a.inner.requires_grad_(bool(n % 2))
-
-
-def new_weight(model, twin, a, b, n):
-    a.inner.weight = nn.Parameter(torch.randn(2, 2), requires_grad=bool(n % 2))
-
-
-def new_bias(model, twin, a, b, n):
-    a.inner.bias = nn.Parameter(torch.randn(2), requires_grad=a.inner.bias is not None and a.inner.bias.requires_grad)
-
-
-def tie_biases(model, twin, a, b, n):
-    a.inner.bias = b.inner.bias
-
-
-def alias_of_another(model, twin, a, b, n):
-    a.inner.weight = nn.Parameter(b.inner.weight.detach(), requires_grad=a.inner.weight.requires_grad)
-
-
-def delete_bias(model, twin, a, b, n):
-    del a.inner.bias
-
-
-def no_bias(model, twin, a, b, n):
-    a.inner.bias = None
-
-
-def rename_bias(model, twin, a, b, n):
-    a.inner._parameters["shift"] = a.inner._parameters.pop("bias")
-
-
-def freeze(model, twin, a, b, n):
-    if a.inner.bias.isfinite().all():  # what trains is not exact where it is infinite
-        a.requires_grad_(bool(n % 2))
-
-
-def assign_new(model, twin, a, b, n):
-    model.load_state_dict(
-        {k: torch.randn_like(v) if v.is_floating_point() else v + 1 for k, v in named(model)}, assign=True
-    )
-
-
-def assign_model_to_twin(model, twin, a, b, n):
-    twin.load_state_dict(model.state_dict(), assign=True)
-
-
-def assign_twin_to_model(model, twin, a, b, n):
-    model.load_state_dict(twin.state_dict(), assign=True)
-
-
-def move_data(model, twin, a, b, n):
-    a.inner.weight.data = torch.randn(2, 2)
-
-
-def share_data(model, twin, a, b, n):
-    a.inner.weight.data = b.inner.weight.data
-
-
-def transpose_data(model, twin, a, b, n):
-    a.inner.weight.data = a.inner.weight.data.t()
-
-
-def cut_data(model, twin, a, b, n):
-    a.inner.bias.data = a.inner.bias.data[:1]
-
-
-def reshape_data(model, twin, a, b, n):
-    a.inner.bias.data = a.inner.bias.data.view(1, 2)
-
-
-def reinterpret_data(model, twin, a, b, n):
-    a.inner.bias.data = a.inner.bias.data.view(torch.int32)
-
-
-def to_double(model, twin, a, b, n):
-    a.double()
-
-
-def to_bfloat16(model, twin, a, b, n):
-    b.bfloat16()
-
-
-def to_meta(model, twin, a, b, n):
-    b.to("meta")
-
-
-def free_storage(model, twin, a, b, n):
-    b.inner.weight.untyped_storage().resize_(0)
-
-
-def shorten_storage(model, twin, a, b, n):
-    b.mean.untyped_storage().resize_(4)
-
-
-def shorten_storage_twice(model, twin, a, b, n):
-    for size in (0, 4):
-        b.inner.weight.untyped_storage().resize_(size)
-
-
-def restore_storage(model, twin, a, b, n):
-    for tensor in b.parameters():
+def restore_storage(block):
+    for tensor in block.parameters():
         if not tensor.is_meta:
             size = tensor.untyped_storage().nbytes()
             tensor.untyped_storage().resize_(0)
@@ -177,86 +110,24 @@ def restore_storage(model, twin, a, b, n):
             tensor.fill_(1.0)
 
 
-def take_dictionary(model, twin, a, b, n):
-    other = copy.deepcopy(a.inner)
-    for tensor in other.parameters():
-        if has_values(tensor):
-            tensor.add_(1)
-    a.inner.__dict__.update(other.__dict__)
-
-
-def set_state(model, twin, a, b, n):
-    a.__setstate__(copy.deepcopy(a.__dict__))
-
-
-def copy_tables(model, twin, a, b, n):
-    for part in a.modules():
+def copy_tables(block):
+    for part in block.modules():
         part._parameters, part._buffers, part._modules = map(dict, (part._parameters, part._buffers, part._modules))
 
 
-def buffers_anew(model, twin, a, b, n):
-    a.mean, a.count = torch.randn(2), a.count + 1
+def changed(layer):
+    other = copy.deepcopy(layer)
+    for tensor in other.parameters():
+        if has_values(tensor):
+            tensor.add_(1)
+    return other
 
 
-def buffer_of_another_shape(model, twin, a, b, n):
-    a.cache = torch.randn(4)
-
-
-def expanded_buffer(model, twin, a, b, n):
-    a.mean = torch.tensor(3.0).expand(2)
-
-
-def buffer_is_a_weight(model, twin, a, b, n):
-    a.mean = b.inner.bias.detach()
-
-
-def delete_buffer(model, twin, a, b, n):
-    del a.cache
-
-
-def parametrise(model, twin, a, b, n):
-    parametrizations.weight_norm(a.inner)
-
-
-def prune_weight(model, twin, a, b, n):
-    prune.l1_unstructured(a.inner, "weight", 1)
-
-
-def twin_moves(model, twin, a, b, n):
-    twin[n % 4].inner.bias.data = torch.randn(2)
-
-
-def twin_to_double(model, twin, a, b, n):
-    twin[n % 4].mean = twin[n % 4].mean.double()
-
-
-def twin_is_frozen_alias(model, twin, a, b, n):
-    if model[n % 4].inner.bias.isfinite().all():
-        twin[0].inner.bias = frozen(model[n % 4].inner.bias.detach())
-
-
-def twin_in_inference_mode(model, twin, a, b, n):
+def made_in_inference_mode():
     with torch.inference_mode():
-        twin[n % 4].mean = torch.randn(2)
+        return torch.randn(2)
 
 
-def twin_loses_memory(model, twin, a, b, n):
-    twin[0].mean.untyped_storage().resize_(0)
-
-
-def wrap(model, twin, a, b, n):
-    model[5] = torch.compile(nn.ReLU(), backend="eager")
-
-
-FOLLOWED = [train, move_data, transpose_data, restore_storage, copy_tables, buffers_anew, expanded_buffer, wrap]
-OTHERS = [
-    *(swap_blocks, swap_neighbours, swap_inner, swap_weights, new_block, new_inner, new_weight, new_bias, tie_biases),
-    *(alias_of_another, delete_bias, no_bias, rename_bias, freeze, assign_new, assign_model_to_twin, share_data),
-    *(assign_twin_to_model, cut_data, reshape_data, reinterpret_data, to_double, to_bfloat16, to_meta, free_storage),
-    *(shorten_storage, shorten_storage_twice, take_dictionary, set_state, buffer_of_another_shape, buffer_is_a_weight),
-    *(delete_buffer, parametrise, prune_weight, twin_moves, twin_to_double, twin_is_frozen_alias, twin_loses_memory),
-    twin_in_inference_mode,
-]
 OPTIONS = st.fixed_dictionaries(
     {
         "handle_buffers": st.sampled_from(["copy", "update", "ema_train", {"*cache": "keep", "*": "update"}]),
@@ -350,13 +221,14 @@ class Program:
         self.average = ModelAverage(self.model, **options)
         self.twin = self.average.module
         self.shares = options["share_frozen"]
-        self.ever = {}
+        self.ever, self.kept = {}, []
         self.watch()
 
     def watch(self):
         theirs = {id(t) for _, t in named(self.twin)}
         ours = {id(t): t for _, t in named(self.model) if not (id(t) in theirs and t.requires_grad)}
         self.ever.update(ours)
+        self.kept += [tensor for _, tensor in named(self.twin)]  # so that no other comes to lie where one was
 
     def use(self, how, momentum):
         """Whether it was accepted; nothing has changed where it was not, and the model never has."""
@@ -419,13 +291,13 @@ def has_all_values(module):
 def run(options, steps, uses, momenta, seed):
     program = Program(options, seed)
     assert program.use("update", 0.5)
-    for number, ((surgery, a, b, n), how, momentum) in enumerate(zip(steps, uses, momenta, strict=False)):
+    for number, ((surgery, first, second, n), how, momentum) in enumerate(zip(steps, uses, momenta, strict=False)):
         if not (has_all_values(program.model) and has_all_values(program.twin)):
             return  # what has lost its memory cannot be operated on: torch would crash
-        blocks = [program.model[i] for i in (a, b)]
+        a, b = program.model[first], program.model[second]
         try:
             with torch.no_grad():
-                surgery(program.model, program.twin, *blocks, n)
+                exec(surgery, {**globals(), "model": program.model, "twin": program.twin, "a": a, "b": b, "n": n})
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError):
             return  # what an earlier one has left cannot be operated on
         accepted = program.use(how, momentum)
@@ -447,7 +319,7 @@ QUIET = pytest.mark.filterwarnings("ignore:.* holds a NaN or an infinity", "igno
 
 @QUIET
 @given(**PROGRAMS)
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 def test_surgery_between_updates_is_followed_or_refused(options, steps, uses, momenta, seed):
     run(options, steps, uses, momenta, seed)
 
@@ -455,19 +327,18 @@ def test_surgery_between_updates_is_followed_or_refused(options, steps, uses, mo
 @pytest.mark.slow
 @QUIET
 @given(**PROGRAMS)
-@settings(max_examples=2_000, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, suppress_health_check=[HealthCheck.too_slow])
 def test_more_surgery_between_updates_is_followed_or_refused(options, steps, uses, momenta, seed):
     run(options, steps, uses, momenta, seed)
 
 
 @QUIET
 @pytest.mark.parametrize("share_frozen", [False, True])
-@pytest.mark.parametrize("surgery", [*FOLLOWED, *OTHERS], ids=lambda surgery: surgery.__name__)
+@pytest.mark.parametrize("surgery", [*FOLLOWED, *OTHERS])
 def test_each_surgery_is_followed_or_refused(surgery, share_frozen):
     options = {"handle_buffers": "update", "dtype": None, "share_frozen": share_frozen, "skip_nonfinite": False}
-    for n in range(2):
-        for uses in (["update", "update"], ["load", "update"]):
-            run(options, [(surgery, n % 4, (n + 1) % 4, n)] * len(uses), uses, [0.5] * 2, seed=0)
+    for n, uses in enumerate([["update", "update"], ["load", "update"]]):
+        run(options, [(surgery, n, n + 1, n)] * 2, uses, [0.5] * 2, seed=0)
 
 
 def test_loading_into_a_twin_that_was_assigned_the_weights_leaves_the_model_alone():

@@ -125,7 +125,7 @@ def test_types_are_stored_as_asked_for_and_rebuilt(dtype, options, stored_in, re
     got, due = reconstruct(tmp_path, 0.1)["w"], ema.streams[1].ema_model.w
     assert (stored(tmp_path)[0].averaged[0]["w"].dtype, got.dtype) == (stored_in, rebuilt_in)
     assert due.abs().ne(due.to(dtype).abs().bfloat16()).all()  # held in more than 16 bits
-    torch.testing.assert_close(got, due.data, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.to(due.dtype), due.data, rtol=1e-6, atol=0)
 
 
 def test_twins_of_ones_own_and_parts_of_a_larger_tensor_are_stored_alone(tmp_path):

@@ -1,0 +1,400 @@
+"""share_frozen: the twin holds what trains and shares the rest."""
+
+import copy
+import io
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, DiskSaver
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ignite_ema import EMAHandler, ModelAverage
+from tests.helpers.bits import bits, contents, copied
+from tests.helpers.models import Tied, compiled, frozen, move
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer, and what trains beside it, as LoRA has it."""
+
+    def __init__(self, width=4, rank=2, base=torch.float32):
+        super().__init__()
+        self.base = nn.Linear(width, width).to(base).requires_grad_(False)
+        self.down = nn.Parameter(torch.rand(rank, width))
+        self.up = nn.Parameter(torch.rand(width, rank))
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x):
+        return self.norm(self.base(x.to(self.base.weight.dtype)).to(x) + x @ self.down.T @ self.up.T)
+
+
+FROZEN = ["base.weight", "base.bias"]
+HELD = ["down", "up", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
+WRAPPERS = {"DataParallel": DataParallel, "DDP": DistributedDataParallel, "compiled": compiled}
+
+
+def named(module):
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def sharing(model, *arguments, **options):
+    average = ModelAverage(model, *arguments, share_frozen=True, **options)
+    move(model)
+    average.update(0.25)
+    move(model)
+    return average
+
+
+@pytest.fixture
+def pair():
+    """A model, and an average that shares with it."""
+    model = Adapted()
+    return model, sharing(model)
+
+
+def shared_names(model, twin):
+    theirs = named(twin)
+    return [name for name, tensor in named(model).items() if theirs[name] is tensor]
+
+
+def bytes_of(tensors):
+    """The memory of tensors, each storage once and whole."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+# What is shared
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=str)
+def test_the_twin_takes_the_bytes_of_what_trains_and_of_the_buffers(dtype):
+    model = Adapted(width=64, base=torch.bfloat16)
+    twin = sharing(model, dtype=dtype).module
+    assert shared_names(model, twin) == FROZEN
+    assert twin.base.weight.dtype is torch.bfloat16
+    assert {twin.up.dtype, twin.norm.running_mean.dtype} == {dtype or torch.float32}
+    own = [tensor for name, tensor in named(twin).items() if name not in FROZEN]
+    wider = 1 if dtype is None else 2
+    assert bytes_of(own) == (2 * 2 * 64 + 4 * 64) * 4 * wider + 8  # two adapters, four tensors and a count of the norm
+    both = bytes_of([*named(model).values(), *named(twin).values()])
+    assert both == bytes_of(named(model).values()) + bytes_of(own)
+
+
+def test_without_it_nothing_is_shared():
+    model = Adapted()
+    assert shared_names(model, ModelAverage(model).module) == []
+
+
+class Uncopyable(nn.Parameter):
+    """A weight that nobody has the memory for twice."""
+
+    def __deepcopy__(self, memo):
+        raise MemoryError
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, compiled], ids=["plain", "compiled"])
+def test_the_frozen_part_is_never_copied(wrap):
+    adapted = Adapted()
+    adapted.base.weight = Uncopyable(adapted.base.weight.detach(), requires_grad=False)
+    model = nn.Sequential(wrap(adapted), nn.Linear(4, 4))
+    average = sharing(model)
+    assert average.module[0].base.weight is adapted.base.weight
+    with average.swapped():
+        pass
+    average.load_averaged_tensors(copy.deepcopy(average.averaged_tensors()))
+    average.reset()
+    with pytest.raises(RuntimeError, match="copy.deepcopy can copy"):
+        ModelAverage(model)
+
+
+@pytest.mark.parametrize("handle_buffers", ["copy", "update", "ema_train"])
+def test_an_update_is_that_of_an_average_that_shares_nothing(handle_buffers):
+    model, reference = Adapted(), Adapted()
+    reference.load_state_dict(model.state_dict())
+    base = contents(model.base)
+    average, plain = (
+        ModelAverage(one, handle_buffers, share_frozen=share) for one, share in ((model, True), (reference, False))
+    )
+    for _ in range(3):
+        move(model)
+        reference.load_state_dict(model.state_dict())
+        assert average.update(0.25) == plain.update(0.25)
+    assert contents(average.module) == contents(plain.module)
+    assert contents(model.base) == base
+    assert shared_names(model, average.module) == FROZEN
+    assert not any(parameter.requires_grad for parameter in average.module.parameters())
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == HELD[:4]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_models_share_too(wrapper, process_group):
+    plain = Adapted()
+    average = ModelAverage(WRAPPERS[wrapper](plain), share_frozen=True)
+    move(plain)
+    average.update(0.5)
+    assert len({id(p) for p in average.module.parameters()} & {id(p) for p in plain.parameters()}) == 2
+    assert list(average.averaged_tensors()) == HELD
+
+
+def test_a_model_that_is_frozen_throughout_can_be_averaged():
+    model = nn.Linear(2, 2).requires_grad_(False)
+    average = ModelAverage(model, share_frozen=True, skip_nonfinite=True)
+    assert average.update(0.5)
+    average.reset()
+    with average.swapped():
+        assert average.averaged_tensors() == {}
+    average.load_averaged_tensors({})
+    average.load_plain(model.state_dict())
+
+
+def test_nothing_to_share_is_warned_about():
+    with pytest.warns(UserWarning, match="share_frozen should find frozen parameters, but all require gradients"):
+        ModelAverage(nn.Linear(1, 1), share_frozen=True)
+
+
+def test_what_is_wrong_with_the_base_is_no_business_of_the_average():
+    model = Adapted(base=torch.bfloat16)
+    average = ModelAverage(model, share_frozen=True, skip_nonfinite=True)
+    model.base.weight.fill_(torch.nan)
+    assert average.update(1e-4)  # and of low precision is the base alone
+
+
+# What is saved
+
+
+def test_the_state_holds_what_is_held_and_nothing_else():
+    model = Adapted(width=64)
+    state = EMAHandler(model, 0.25, share_frozen=True).state_dict()
+    assert list(state["averaged_tensors"]) == HELD
+    assert set(state["state_dict_names"]) == {*FROZEN, *HELD}
+    file = io.BytesIO()
+    torch.save(state, file)
+    assert file.tell() < bytes_of(model.base.parameters())
+
+
+class Training:
+    """Trains the adapters of a base that is made anew from its own seed."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = Adapted()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=0.1)
+        self.handler = EMAHandler(self.model, 0.25, handle_buffers="update", share_frozen=True)
+        self.trainer = Engine(self.step)
+        self.handler.attach(self.trainer)
+
+    def step(self, engine, batch):
+        torch.manual_seed(engine.state.iteration)
+        self.optimizer.zero_grad()
+        (self.model(torch.rand(4, 4)) * torch.rand(4, 4)).sum().backward()
+        self.optimizer.step()
+
+    def run(self, last=8):
+        self.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=last), self.trainer.terminate)
+        self.trainer.run(max_epochs=1, epoch_length=20)
+        return contents(self.model), contents(self.handler.ema_model), self.handler.num_updates
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
+    due, killed, resumed = Training().run(), Training(), Training()
+    checkpoint = Checkpoint(vars(killed), DiskSaver(str(tmp_path)))
+    killed.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), checkpoint)
+    killed.run(5)
+    Checkpoint.load_objects(vars(resumed), tmp_path / checkpoint.last_checkpoint)
+    assert resumed.run() == due
+    assert shared_names(resumed.model, resumed.handler.ema_model) == FROZEN
+
+
+# What becomes of the frozen parameters
+
+
+def train_the_base(model):
+    model.base.bias.requires_grad_(True)
+    return lambda: model.base.bias.requires_grad_(False)
+
+
+def replace_by_one_that_trains(model):
+    old, model.base.weight = model.base.weight, nn.Parameter(torch.zeros(4, 4))
+    return lambda: setattr(model.base, "weight", old)
+
+
+def remove(model):
+    bias = model.base.bias
+    del model.base.bias
+    return lambda: model.base.register_parameter("bias", bias)
+
+
+def set_to_none(model):
+    bias, model.base.bias = model.base.bias, None
+    return lambda: setattr(model.base, "bias", bias)
+
+
+REFUSED = {
+    train_the_base: "'base.bias' was frozen and is shared with the average, but requires",
+    replace_by_one_that_trains: "'base.weight' was frozen and is shared",
+    remove: "'base.bias' is in the twin but not in the model",
+    set_to_none: "'base.bias' is in the twin but not in the model",
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.items(), ids=[change.__name__ for change in REFUSED])
+def test_a_base_that_is_frozen_no_more_or_gone_raises_each_time_and_changes_nothing(change, message, pair):
+    model, average = pair
+    before = contents(average.module)
+    undo = change(model)
+    for action in (*[lambda: average.update(0.5)] * 2, average.reset, average.swapped().__enter__):
+        with pytest.raises(RuntimeError, match=message):
+            action()
+    assert contents(average.module) == before
+    undo()
+    assert average.update(0.5)
+
+
+def test_the_update_of_a_handler_raises_too_and_counts_nothing():
+    model = Adapted()
+    handler = EMAHandler(model, 0.25, share_frozen=True)
+    trainer = Engine(lambda engine, batch: model.requires_grad_(engine.state.iteration == 2))
+    handler.attach(trainer)
+    with pytest.raises(RuntimeError, match="'base.weight' was frozen"):
+        trainer.run([0] * 3)
+    assert (handler.num_updates, trainer.state.iteration) == (1, 2)
+
+
+def test_a_buffer_of_the_model_is_not_shared_even_if_it_is_put_into_the_twin(pair):
+    model, average = pair
+    average.module.norm.running_mean = model.norm.running_mean
+    with pytest.raises(RuntimeError, match="'norm.running_mean' is one and the same tensor"):
+        average.update(0.5)
+
+
+def test_freezing_later_is_fine(pair):
+    model, average = pair
+    model.requires_grad_(False)
+    weight = average.module.up.detach().clone()
+    assert average.update(0.5)
+    assert average.module.up is not model.up
+    assert torch.equal(average.module.up, weight.lerp(model.up, 0.5))
+    assert list(average.averaged_tensors()) == HELD
+    model.requires_grad_(True).base.requires_grad_(False)
+    assert average.update(0.5)
+
+
+ONES = torch.ones(4, 4)
+REPLACED = {
+    "assigned": lambda model: model.load_state_dict(
+        {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}, assign=True
+    ),
+    "parameter": lambda model: setattr(model.base, "weight", frozen(ONES.clone())),
+    "memory": lambda model: setattr(model.base.weight, "data", ONES.clone()),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+def test_a_shared_parameter_that_is_replaced_is_followed(how, pair):
+    model, average = pair
+    REPLACED[how](model)
+    with average.swapped():
+        assert shared_names(model, average.module) == FROZEN
+    for _ in range(2):
+        assert average.update(1.0)
+        assert shared_names(model, average.module) == FROZEN
+        assert torch.equal(average.module.base.weight, ONES)
+        assert contents(average.module) == contents(model)
+
+
+def test_tied_frozen_parameters_stay_tied_and_are_followed_together():
+    model = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "head": nn.Linear(2, 3)})
+    model.embedding.requires_grad_(False)
+    model.head.weight = model.embedding.weight
+    average = sharing(model)
+    assert list(average.averaged_tensors()) == ["head.bias"]
+    assert average.state_dict_names() == {"head.bias": "head.bias"}
+    for _ in range(2):
+        assert average.module.head.weight is average.module.embedding.weight is model.embedding.weight
+        model.embedding.weight = model.head.weight = frozen(torch.zeros(3, 2))
+        assert average.update(0.5)
+    average.load_plain(copied(model.state_dict()))
+    assert contents(average.module) == contents(model)
+    with pytest.raises(ValueError, match="'head.weight' is frozen and shared"):
+        average.load_plain(copied(model.state_dict()) | {"head.weight": torch.ones(3, 2)})
+
+
+def test_a_frozen_lstm_that_is_replaced_is_computed_with():
+    model = nn.Sequential(nn.LSTM(3, 2).requires_grad_(False), nn.Identity())
+    average = ModelAverage(model, share_frozen=True)
+    x = torch.rand(2, 3)
+    average.module(x)
+    model[0].load_state_dict({n: torch.ones_like(t) for n, t in model[0].state_dict().items()}, assign=True)
+    average.update(0.5)
+    assert torch.equal(average.module(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("replaces", [False, True], ids=["in place", "by new parameters"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_model_that_moves_to_another_type_is_followed(dtype, replaces, pair):
+    model, average = pair
+    before = contents(average.module)
+    torch.__future__.set_overwrite_module_params_on_conversion(replaces)
+    try:
+        model.to(dtype)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert average.update(0.0)
+    assert shared_names(model, average.module) == FROZEN
+    assert average.module.base.weight.dtype is dtype
+    assert bits(average.module.up) == before["up"]
+
+
+def test_swapped_leaves_the_base_where_it_is_and_the_rest_is_evaluated_on_the_average(pair):
+    model, average = pair
+    before, weight, version = contents(model), model.base.weight, model.base.weight._version
+    due, x = contents(average.module), torch.rand(3, 4)
+    model.eval()
+    assert not torch.equal(model(x), average.module(x))
+    with average.swapped():
+        assert contents(model) == due
+        assert model.base.weight is weight
+        assert torch.equal(model(x), average.module(x))
+    assert contents(model) == before
+    assert model.base.weight._version == version
+
+
+# Loading a plain state
+
+
+@pytest.mark.parametrize("base", ["as it is", "in float64", "in bfloat16", "left out"])
+def test_a_shared_base_may_be_in_a_plain_state_if_it_is_equal(base, pair):
+    model, average = pair
+    state, before = copied(model.state_dict()), contents(model)
+    if base == "left out":
+        for name in FROZEN:
+            del state[name]
+    elif base != "as it is":
+        state["base.weight"] = model.base.weight.to(getattr(torch, base.removeprefix("in ")))
+    average.load_plain(state)
+    assert contents(average.module) == contents(model) == before
+    assert shared_names(model, average.module) == FROZEN
+
+
+def test_a_base_that_differs_is_refused_until_the_model_has_it(pair):
+    model, average = pair
+    before, state = contents(average.module), copied(model.state_dict())
+    state["base.bias"] += 1
+    with pytest.raises(ValueError, match="'base.bias' is frozen and shared.*load the weights into the model first"):
+        average.load_plain(state)
+    assert contents(average.module) == before
+    model.load_state_dict(state)
+    average.load_plain(state)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(1, 1).requires_grad_(False), Adapted, Tied])
+def test_a_prefix_of_a_wrapper_that_is_a_name_of_the_model_stays(make):
+    model = nn.ModuleDict({"module": make()})
+    other = copy.deepcopy(model)
+    move(other)
+    for share in (False, any(not parameter.requires_grad for parameter in model.parameters())):
+        average = ModelAverage(model, share_frozen=share)
+        average.load_plain(copied(other.state_dict()))
+        assert all(torch.equal(tensor, other.state_dict()[n]) for n, tensor in average.module.state_dict().items())
