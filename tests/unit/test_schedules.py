@@ -69,19 +69,18 @@ def test_every_schedule_has_a_row():
 
 @pytest.mark.parametrize(("schedule", "formula"), FORMULAS, ids=map(repr, SCHEDULES))
 def test_a_schedule_follows_its_formula(schedule, formula):
-    for n in [*range(1000), 30_000]:
+    for n in [*range(400), 30_000]:
         assert schedule(n) == pytest.approx(formula(n), rel=1e-10, abs=1e-16)
         assert type(schedule(n)) is float
         assert 0 <= schedule(n) <= 1
 
 
-@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize(("schedule", "formula"), FORMULAS, ids=map(repr, SCHEDULES))
-def test_the_handler_averages_by_the_formula(schedule, formula, every):
-    """1,000 updates of weights on a random walk, in float32 against a float64 loop: rounding alone makes under 1e-6."""
+def test_the_handler_averages_by_the_formula(schedule, formula, every=2, updates=400):
+    """400 updates of weights on a random walk, in float32 against a float64 loop: rounding alone makes under 1e-6."""
     torch.manual_seed(0)
     model = nn.Linear(64, 1, bias=False)
-    walk = 1 + torch.randn(1 + 1000 * every, 64).cumsum(0) / 100
+    walk = 1 + torch.randn(1 + updates * every, 64).cumsum(0) / 100
 
     def step(engine, batch):
         model.weight.data.copy_(walk[engine.state.iteration])
@@ -90,10 +89,10 @@ def test_the_handler_averages_by_the_formula(schedule, formula, every):
     trainer = Engine(step)
     handler = EMAHandler(model, schedule)
     handler.attach(trainer, event=Events.ITERATION_COMPLETED(every=every))
-    trainer.run(max_epochs=1, epoch_length=1000 * every)
-    for n in range(1000):
+    trainer.run(max_epochs=1, epoch_length=updates * every)
+    for n in range(updates):
         reference = (1 - formula(n)) * reference + formula(n) * walk[(n + 1) * every].double()
-    assert handler.num_updates == 1000
+    assert handler.num_updates == updates
     error = (handler.ema_model.weight[0].double() - reference).norm() / reference.norm()
     assert error < 1e-6
 
@@ -138,37 +137,3 @@ def test_a_schedule_is_a_value(schedule):
 def test_linear_warm_up_ends_on_the_momentum_exactly():
     # 0.1 + (0.3 - 0.1) is not 0.3 in floating point
     assert LinearWarmup(0.3, 0.1, 5)(4) == 0.3
-
-
-FRACTION = r"should be a number in \[0, 1\], as the weight of the new weights \(1 - decay\), got "
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Constant(1.5), f"momentum of Constant {FRACTION}1.5"),
-        (lambda: Constant(float("nan")), f"momentum of Constant {FRACTION}nan"),
-        (lambda: Constant("0.1"), f"momentum of Constant {FRACTION}'0.1'"),
-        (lambda: Constant(True), f"momentum of Constant {FRACTION}True"),
-        (lambda: LinearWarmup(0.1, -0.1, 5), f"momentum_warmup of LinearWarmup {FRACTION}-0.1"),
-        (lambda: LinearWarmup(0.1, 0.5, 0), "warmup_iters of LinearWarmup should be an integer of at least 1.* got 0"),
-        (lambda: LinearWarmup(0.1, 0.5, 2.5), "warmup_iters .* should be an integer of at least 1.* got 2.5"),
-        (lambda: ExponentialWarmup(0.1, gamma=0), "gamma of ExponentialWarmup should be a number above 0, got 0"),
-        (lambda: RatioWarmup(0.1, 0), "warm_up of RatioWarmup should be an integer of at least 1"),
-        (lambda: InverseGamma(power=-1), "power of InverseGamma should be a number above 0, got -1"),
-        (lambda: InverseGamma(1, 1, 0.5, 0.1), "min_momentum .* should be at most max_momentum, got 0.5 and 0.1"),
-        (lambda: Cosine(0.1, 1.1, 5), f"end of Cosine {FRACTION}1.1"),
-        (lambda: HalfLife(float("inf")), "half_life of HalfLife should be a number above 0, got inf"),
-        (lambda: HalfLife(5, rampup_ratio=0), "rampup_ratio of HalfLife should be a number above 0, got 0"),
-        (
-            lambda: PowerFunction(0.3),
-            r"sigma_rel of PowerFunction should be a number in \(0, 1/√12 = 0.2887\), got 0.3",
-        ),
-        (lambda: CopyUntil(0, Constant(0.1)), "n of CopyUntil should be an integer of at least 1"),
-        (lambda: CopyUntil(3, 0.1), "schedule of CopyUntil should be a callable from the number of updates"),
-        (lambda: Rescaled(Constant(0.1), 0), "factor of Rescaled should be a number above 0, got 0"),
-    ],
-)
-def test_a_schedule_refuses_what_is_no_rule(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()

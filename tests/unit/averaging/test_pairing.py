@@ -179,3 +179,15 @@ def test_loading_never_ties_the_average_to_what_was_loaded():
         load()
         for source in (model, average.module):
             assert set(storages(other.module).values()).isdisjoint(storages(source).values())
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_another_type_in_the_same_memory_is_followed(flatten):
+    model = nn.Linear(4, 4, dtype=torch.float16)
+    average = ModelAverage(model, flatten=flatten)
+    average.update(0.5)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.view(torch.bfloat16)  # what .double() and then .half() may do by chance
+        nn.init.constant_(parameter, 3.0)
+    average.update(1.0)
+    assert average.module.weight.unique().tolist() == [3.0]
