@@ -288,7 +288,9 @@ def test_nothing_moves_an_average_while_its_model_holds_averaged_weights(action,
                 ACTIONS[action](other)
             assert contents(model) == inside
             assert contents(other.module) == untouched
-        with other.swapped() if action == "swapped" else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if action == "swapped":
+                stack.enter_context(other.swapped())
             assert contents(other.module) == untouched
 
 

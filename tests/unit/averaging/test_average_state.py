@@ -54,7 +54,7 @@ def test_what_counts_as_an_update_and_what_is_left_of_the_start():
     assert (average.num_updates, average.initial_share) == (0, 1.0)
     moving(average, 1)
     average.momentum = 0.5
-    moving(average, 1)
+    assert moving(average, 1).momentum == 0.5
     weight, bias = average.model.weight.detach().clone(), average.model.bias
     average.model.weight.data.fill_(torch.nan)
     with pytest.warns(UserWarning, match="holds a NaN"):
