@@ -76,8 +76,9 @@ def test_a_schedule_follows_its_formula(schedule, formula):
 
 
 @pytest.mark.parametrize(("schedule", "formula"), FORMULAS, ids=map(repr, SCHEDULES))
-def test_the_handler_averages_by_the_formula(schedule, formula, every=2, updates=400):
+def test_the_handler_averages_by_the_formula(schedule, formula):
     """400 updates of weights on a random walk, in float32 against a float64 loop: rounding alone makes under 1e-6."""
+    every, updates = 2, 400
     torch.manual_seed(0)
     model = nn.Linear(64, 1, bias=False)
     walk = 1 + torch.randn(1 + updates * every, 64).cumsum(0) / 100
