@@ -1,6 +1,5 @@
 """The Ignite handler: attaches a :class:`~ignite_ema.ModelAverage` to an engine."""
 
-import copy
 import os
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -20,15 +19,15 @@ from ..averaging.swap import Swapped
 from ..averaging.traversal import unwrapped
 from ..averaging.user_warnings import warn_user
 from ..averaging.validation import check_count, refuse_shallow_copy
-from ..checkpoints.reading import read_held
 from ..schedules import Schedule
 from .attachment import Attachment, Attachments, check_alone
 from .evaluation import EvaluationSwap, check_trains
 from .events import Event, check_name, members_of
 from .guidance import Guidance
-from .handler_state import check_state
-from .momentum import DrivenMomentum, goes_on_from_existing, momentum_of
+from .handler_state import check_state, warn_of_swap
+from .momentum import momentum_of, settable
 from .optimizer_steps import StepWatch, check_optimizer
+from .starting import read_start
 
 __all__ = ["EMAHandler"]
 
@@ -46,24 +45,11 @@ class EMAHandler:
         model: the online model, alone or inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``.
         momentum: λ, a float in (0, 1), or a schedule: a callable from the number of updates already made (0 at the
             first update) to λ in [0, 1], such as those of :mod:`ignite_ema.schedules`.
-        momentum_warmup: λ of the first update, in [0, 1]; together with ``warmup_iters``.
-        warmup_iters: the number of updates over which λ goes linearly from ``momentum_warmup`` to ``momentum``.
-        handle_buffers: "copy", "update", "ema_train", or a mapping from patterns of names to "copy", "update" or
-            "keep".
-        ema_model, dtype, device, share_frozen, skip_nonfinite, stochastic_rounding: a twin of your own, and how the
-            average is held; see :class:`~ignite_ema.ModelAverage`, also for ``handle_buffers``.
-        flatten: lay the tensors of the model, and those of the twin, side by side in memory: one operation per update
-            instead of one per tensor, for models of many small tensors. It moves the model's memory now; see
+        momentum_warmup, warmup_iters: together: λ goes linearly from the one, in [0, 1], to ``momentum`` over as many
+            updates as the other says.
+        handle_buffers, ema_model, dtype, device, share_frozen, skip_nonfinite, stochastic_rounding, flatten: what an
+            update does with buffers, a twin of your own, and how the average is held; as for
             :class:`~ignite_ema.ModelAverage`.
-
-    Attributes:
-        model: the online model, without wrappers.
-        ema_model: the averaged twin, in eval mode (in train mode under "ema_train").
-        momentum: what was passed; a plain float can be set to another.
-        momentum_scheduler: the schedule in force, None for a plain float.
-        handle_buffers: what was passed.
-        num_updates, num_skipped: how many updates were made, settable, and left out by ``skip_nonfinite``.
-        initial_share: how much of the average is still the weights that it started from, in [0, 1].
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
@@ -100,8 +86,8 @@ class EMAHandler:
         stochastic_rounding: bool = False,
         flatten: bool = False,
     ) -> None:
-        self._momentum = momentum_of(momentum, momentum_warmup, warmup_iters)
-        self._passed = momentum
+        self._attachments = Attachments()
+        self._momentum = momentum_of(momentum, momentum_warmup, warmup_iters, self._attachments)
         self._average = ModelAverage(
             model,
             handle_buffers,
@@ -114,15 +100,7 @@ class EMAHandler:
             stochastic_rounding=stochastic_rounding,
             flatten=flatten,
         )
-        self._guidance = Guidance(self._average)
-        self._attachments = Attachments()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle goes on with; it is detached from the engines."""
-        momentum = copy.copy(self._momentum)
-        if isinstance(momentum, DrivenMomentum):
-            momentum.value = self._driven()
-        return {**vars(self), "_momentum": momentum, "_attachments": copy.copy(self._attachments)}
+        self._guidance = Guidance(self._average, self._momentum)
 
     def __copy__(self) -> NoReturn:
         """Raises TypeError: two handlers would move one twin."""
@@ -132,7 +110,9 @@ class EMAHandler:
         return one_line(
             type(self).__name__,
             lambda: module_summary(self.ema_model),
-            lambda: momentum_summary(self._driven() if self.momentum_scheduler is None else self.momentum_scheduler),
+            lambda: momentum_summary(
+                self._momentum.driven() if self.momentum_scheduler is None else self.momentum_scheduler
+            ),
             lambda: counted(self.num_updates, "update"),
             lambda: " and ".join(f"attached to an Engine as '{one.name}'" for one in self._attachments),
         )
@@ -144,12 +124,12 @@ class EMAHandler:
 
     @property
     def ema_model(self) -> nn.Module:
-        """The averaged twin."""
+        """The averaged twin, in eval mode; in train mode under "ema_train"."""
         return self._average.module
 
     @property
     def handle_buffers(self) -> BufferPolicy:
-        """What an update does with buffers."""
+        """What was passed."""
         return self._average.handle_buffers
 
     @property
@@ -160,19 +140,13 @@ class EMAHandler:
     @property
     def momentum(self) -> float | Schedule:
         """What was passed; a plain float can be set to another."""
-        return self._passed
+        return self._momentum.passed
 
     @momentum.setter
     def momentum(self, value: float) -> None:
-        if self.momentum_scheduler is not None or callable(value):
-            raise TypeError(
-                f"momentum should be set from one float to another, got {value!r} in place of {self._passed!r}; make a "
-                "new handler for another schedule."
-            )
-        momentum = momentum_of(value, None, None)
+        momentum = settable(self._momentum, value)
         self._average.momentum = value
-        self._momentum, self._passed = momentum, value
-        self._attachments.publish(momentum.at(self.num_updates))
+        momentum.set(value)
 
     @property
     def num_updates(self) -> int:
@@ -233,9 +207,8 @@ class EMAHandler:
         check_optimizer(optimizer, self.model)
         check_alone(engine, self, name)
         check_trains(engine, self)
-        exists, momentum = hasattr(engine.state, name), self._momentum.at(self.num_updates)
-        if not goes_on_from_existing(self._momentum, engine.state, name, warn_if_exists):
-            setattr(engine.state, name, momentum)
+        exists = hasattr(engine.state, name)
+        self._momentum.begin(engine.state, name, self.num_updates, warn_if_exists)
         steps = None if optimizer is None else StepWatch(optimizer)
         attachment = Attachment(self, engine, name, event, not exists, steps)
         if self.handle_buffers == "ema_train":
@@ -281,7 +254,7 @@ class EMAHandler:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
         return {
             **self._average.state_dict(),
-            "current_momentum": None if self.momentum_scheduler is not None else self._driven(),
+            "current_momentum": self._momentum.driven(),
             "optimizer_stepped": sorted(self._attachments.stepped()),
             "saved_while_swapped": self._average.is_swapped(),
         }
@@ -299,17 +272,9 @@ class EMAHandler:
         check_state(state)
         self._average.load_state_dict({key: state[key] for key in AVERAGE_STATE})
         self._attachments.load_stepped(state["optimizer_stepped"])
-        value, is_same = state["current_momentum"], state["momentum_schedule"] == described(self._average.schedule)
-        if value is not None and is_same and isinstance(self._momentum, DrivenMomentum):
-            self._momentum.value, self._momentum.is_restored = value, True
-            self._attachments.publish(value)
-        self._go_on()
-        if state["saved_while_swapped"]:
-            warn_user(
-                "The EMA handler was saved inside swapped() or swap_during(): its own state is right, but a model "
-                "that was saved beside it holds averaged weights, too; save what you resume from at an event of the "
-                "trainer."
-            )
+        is_same = state["momentum_schedule"] == described(self._average.schedule)
+        self._go_on(saved=state["current_momentum"] if is_same else None)
+        warn_of_swap(state)
 
     def load_averaged(
         self,
@@ -336,25 +301,13 @@ class EMAHandler:
         Note:
             Of a checkpoint without an average the weights themselves are taken, with a warning.
         """
-        found, _ = read_held(source, key, unwrapped(self.ema_model) if names is None else names)
-        count = found.num_updates if num_updates is None else num_updates
-        if count is None and self._momentum.counts and not self._guidance.start_is_known:
-            raise ValueError(
-                "num_updates should be the number of updates that the loaded average has behind it, which the "
-                f"checkpoint does not say: {described(self.momentum_scheduler)} would go on with a momentum of "
-                f"{self._momentum.at(0):g}; pass num_updates=, 0 to start the schedule."
-            )
-        count = self.num_updates if count is None else count
-        check_count(count)
-        self._momentum.at(count)  # raises before anything has changed
+        known = self.num_updates if self._guidance.start_is_known or not self._momentum.counts else None
+        names = unwrapped(self.ema_model) if names is None else names
+        found, count = read_start(source, key, names, num_updates, self._momentum, known)
         self._average.load_plain(found.tensors)
         self.num_updates = count
         if found.system == "plain":
             warn_user("The checkpoint has no average; this one starts from the weights in it.")
-
-    def _driven(self) -> float:
-        """The plain momentum in force, to which it may have been driven."""
-        return self._attachments.driven(self._momentum.at(0))
 
     def _update(self, name: str, engine: Engine) -> None:
         self._average.update(self._momentum.take(engine.state, name, self._average.num_updates))
@@ -366,16 +319,15 @@ class EMAHandler:
 
     def _check_start(self, name: str, engine: Engine) -> None:
         self._average.refresh()
-        self._guidance.check_start(name, engine.state.iteration, self._momentum)
+        self._guidance.check_start(name, engine.state.iteration)
 
     def _check_end(self, name: str, iterations: int, updates: int) -> None:
-        self._guidance.check_end(name, iterations, updates, self._momentum)
+        self._guidance.check_end(name, iterations, updates)
 
     def _train_twin(self, engine: Engine) -> None:
         self.ema_model.train()  # an evaluator may have put it into eval mode
 
-    def _go_on(self, has_past: bool = False) -> None:
-        """Notes that the average is what it is meant to be, and shows what a schedule goes on with."""
+    def _go_on(self, has_past: bool = False, saved: float | None = None) -> None:
+        """Notes that the average is what it is meant to be, and shows what the momentum goes on with."""
         self._guidance.start_is_known, self._guidance.has_past = True, has_past
-        if self.momentum_scheduler is not None:
-            self._attachments.publish(self._momentum.at(self.num_updates))
+        self._momentum.go_on(self.num_updates, saved)

@@ -13,19 +13,20 @@ class Guidance:
 
     Args:
         average: the average.
+        momentum: that of the handler.
 
     Attributes:
         start_is_known: whether the average starts where it is meant to: it was restored, reset, set, or has moved.
         has_past: whether weights of an earlier run were put into the average without a word about their share.
     """
 
-    def __init__(self, average: ModelAverage) -> None:
-        self._average = average
+    def __init__(self, average: ModelAverage, momentum: Momentum) -> None:
+        self._average, self._momentum = average, momentum
         self._was_told: set[str] = set()
         self.start_is_known = False
         self.has_past = False
 
-    def check_start(self, name: str, iteration: int, momentum: Momentum) -> None:
+    def check_start(self, name: str, iteration: int) -> None:
         """Warns where a run is resumed with a handler that was not restored, or starts from other weights."""
         if self.start_is_known:
             return
@@ -33,7 +34,7 @@ class Guidance:
         is_as_made = self._average.is_as_made()
         is_stale = is_as_made and self._average.differs_from_model()  # reset() was forgotten
         self.has_past = self.has_past or not is_as_made
-        if iteration > 0 and (is_as_made or momentum.counts):
+        if iteration > 0 and (is_as_made or self._momentum.counts):
             weights = "the weights that it was made with" if is_stale else "the weights of now"
             lost = f"its average starts from {weights}" if is_as_made else "its momentum starts again"
             warn_user(
@@ -41,20 +42,19 @@ class Guidance:
                 f'{lost}; put the handler into the checkpoint ("ema_handler": handler) and load it with '
                 "Checkpoint.load_objects, or call handler.reset() if the average is meant to start here."
             )
-        elif is_stale and momentum.at(0) < 1:
+        elif is_stale and self._momentum.at(0) < 1:
             warn_user(
                 f"The model has other weights than when the EMA handler of '{name}' was made (loaded or synchronised "
                 "since), and the average starts from the old ones; call handler.reset() when the model is ready."
             )
 
-    def check_end(self, name: str, iterations: int, updates: int, momentum: Momentum) -> None:
+    def check_end(self, name: str, iterations: int, updates: int) -> None:
         """Warns where a run has completed, and the average has not moved or hardly.
 
         Args:
             name: the attribute of the handler.
             iterations: how many the run had.
             updates: how many of them made an update.
-            momentum: that of the handler.
         """
         average = self._average
         if average.num_updates == average.num_skipped == updates == 0 < iterations and not self.has_past:
@@ -66,7 +66,7 @@ class Guidance:
         if not updates or not average.num_updates or average.initial_share <= 0.5 or self.has_past:
             return
         count, interval = average.num_updates, round(iterations / updates)
-        last = momentum.at(count - 1)
+        last = self._momentum.at(count - 1)
         slower = (
             f" With one update in {interval} iterations the average is {interval} times slower than with one in each."
         )

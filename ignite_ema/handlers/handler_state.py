@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..averaging.average_state import AVERAGE_STATE, check_average_state
+from ..averaging.user_warnings import warn_user
 from ..averaging.validation import checked_momentum
 
-__all__ = ["check_state"]
+__all__ = ["check_state", "warn_of_swap"]
 
 _STATE: dict[str, type | tuple[type, ...]] = {
     **AVERAGE_STATE,
@@ -26,3 +27,12 @@ def check_state(state: Mapping[str, Any]) -> None:
         )
     if state["current_momentum"] is not None:
         checked_momentum(state["current_momentum"], "'current_momentum' of the state")
+
+
+def warn_of_swap(state: Mapping[str, Any]) -> None:
+    """Warns where ``state`` was saved while the model held averaged weights."""
+    if state["saved_while_swapped"]:
+        warn_user(
+            "The EMA handler was saved inside swapped() or swap_during(): its own state is right, but a model that was "
+            "saved beside it holds averaged weights, too; save what you resume from at an event of the trainer."
+        )

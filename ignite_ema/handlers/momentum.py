@@ -8,21 +8,24 @@ from ..averaging.schedule_argument import constant_of, scheduled
 from ..averaging.user_warnings import warn_user
 from ..averaging.validation import checked_momentum
 from ..schedules import Constant, LinearWarmup, Schedule
+from .attachment import Attachments
 
-__all__ = ["DrivenMomentum", "Momentum", "ScheduledMomentum", "goes_on_from_existing", "momentum_of"]
+__all__ = ["DrivenMomentum", "Momentum", "ScheduledMomentum", "momentum_of", "settable"]
 
 
 class ScheduledMomentum:
-    """Follows a schedule of the number of updates, and writes to the engine what it uses.
+    """Follows a schedule of the number of updates, and writes to the engines what it uses.
 
     Attributes:
+        passed: what the user passed: the schedule, or the float at which a warm-up ends.
         schedule: the schedule.
         counts: whether it depends on the number of updates.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
+    def __init__(self, passed: float | Schedule, schedule: Schedule, attachments: Attachments) -> None:
+        self.passed, self.schedule = passed, schedule
         self.counts = not isinstance(schedule, Constant)
+        self._attachments = attachments
 
     def at(self, n: int) -> float:
         """λ of the update after ``n`` updates."""
@@ -34,11 +37,23 @@ class ScheduledMomentum:
         setattr(state, name, momentum)
         return momentum
 
+    def begin(self, state: Any, name: str, n: int, warns: bool) -> None:
+        """Shows the first λ as ``state.<name>``, whatever that held."""
+        _show_first(state, name, self.at(n), warns)
+
+    def go_on(self, n: int, saved: float | None = None) -> None:
+        """Shows what it goes on with after a load, a reset or another count; has no use for a ``saved`` momentum."""
+        self._attachments.publish(self.at(n))
+
+    def driven(self) -> None:
+        """None: nobody drives it."""
+
 
 class DrivenMomentum:
     """A plain float that the engine's attribute holds, where a user or a ``StateParamScheduler`` may drive it.
 
     Attributes:
+        passed: what the user passed.
         value: the momentum, as it was seen last.
         is_restored: whether ``value`` was loaded, and counts more than what an engine has already.
     """
@@ -46,9 +61,14 @@ class DrivenMomentum:
     schedule = None
     counts = False
 
-    def __init__(self, value: float) -> None:
-        self.value = value
+    def __init__(self, passed: float, value: float, attachments: Attachments) -> None:
+        self.passed, self.value = passed, value
         self.is_restored = False
+        self._attachments = attachments
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy goes on with: the value to which this one was driven."""
+        return {**vars(self), "value": self.driven()}
 
     def at(self, n: int) -> float:
         """The momentum, at any count."""
@@ -62,33 +82,65 @@ class DrivenMomentum:
         self.value = value
         return value
 
+    def begin(self, state: Any, name: str, n: int, warns: bool) -> None:
+        """Goes on from what ``state.<name>`` holds, or shows there what was loaded, or passed if it holds nothing.
+
+        Raises:
+            TypeError, ValueError: where it would go on from what is no momentum.
+        """
+        value = getattr(state, name, None)  # None where a StateParamScheduler has made it and has not run yet
+        goes_on = value is not None and not self.is_restored
+        if goes_on:
+            checked_momentum(value, f"engine.state.{name}")
+        _show_first(state, name, self.value, warns, goes_on)
+
+    def go_on(self, n: int, saved: float | None = None) -> None:
+        """Shows the ``saved`` momentum from here on; without one it stays what it is driven to."""
+        if saved is not None:
+            self.value, self.is_restored = saved, True
+            self._attachments.publish(saved)
+
+    def driven(self) -> float:
+        """The momentum in force, to which it may have been driven."""
+        return self._attachments.driven(self.value)
+
+    def set(self, passed: float) -> None:
+        """Takes another float, which :func:`settable` has accepted, and shows it."""
+        self.passed, self.value, self.is_restored = passed, constant_of(passed).momentum, False
+        self._attachments.publish(self.value)
+
 
 Momentum: TypeAlias = ScheduledMomentum | DrivenMomentum
 
 
-def goes_on_from_existing(momentum: Momentum, state: Any, name: str, warns: bool) -> bool:
-    """Whether ``momentum`` is driven by what ``state.<name>`` holds already; warns of what becomes of the two.
-
-    Raises:
-        TypeError, ValueError: where it would be driven by what is no momentum.
-    """
-    if not hasattr(state, name):
-        return False
-    value = getattr(state, name)  # None where a StateParamScheduler has made it and has not run yet
-    goes_on = value is not None and isinstance(momentum, DrivenMomentum) and not momentum.is_restored
-    if goes_on:
-        checked_momentum(value, f"engine.state.{name}")
-    if warns:
-        ignored = f"it goes on from its value {value!r}, and the momentum of {momentum.at(0)} passed here is ignored"
+def _show_first(state: Any, name: str, momentum: float, warns: bool, goes_on: bool = False) -> None:
+    """Shows ``momentum`` unless that ``goes_on`` from what is there; warns of what becomes of the two."""
+    if warns and hasattr(state, name):
+        value = getattr(state, name)
+        ignored = f"it goes on from its value {value!r}, and the momentum of {momentum} passed here is ignored"
         warn_user(
             f"Attribute '{name}' already exists in Engine.state, made by something else or loaded with the engine: "
             f"{ignored if goes_on else f'its value {value!r} is overwritten'}; choose another name, or set "
             "warn_if_exists to False if that is meant."
         )
-    return goes_on
+    if not goes_on:
+        setattr(state, name, momentum)
 
 
-def momentum_of(momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None) -> Momentum:
+def settable(momentum: Momentum, value: float) -> DrivenMomentum:
+    """``momentum``, where it can be set to ``value``; raises TypeError or ValueError otherwise."""
+    if isinstance(momentum, ScheduledMomentum) or callable(value):
+        raise TypeError(
+            f"momentum should be set from one float to another, got {value!r} in place of {momentum.passed!r}; make a "
+            "new handler for another schedule."
+        )
+    constant_of(value)
+    return momentum
+
+
+def momentum_of(
+    momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None, attachments: Attachments
+) -> Momentum:
     """What the arguments of a handler say; raises TypeError or ValueError, naming the argument."""
     if isinstance(momentum, BaseParamScheduler):
         raise TypeError(
@@ -101,7 +153,7 @@ def momentum_of(momentum: float | Schedule, momentum_warmup: float | None, warmu
                 "momentum_warmup and warmup_iters should be None where momentum is a schedule, got "
                 f"{momentum_warmup!r} and {warmup_iters!r}; a schedule brings its own warm-up."
             )
-        return ScheduledMomentum(momentum)
+        return ScheduledMomentum(momentum, momentum, attachments)
     if (momentum_warmup is None) != (warmup_iters is None):
         raise ValueError(
             "momentum_warmup and warmup_iters should be given together or not at all, got "
@@ -109,5 +161,5 @@ def momentum_of(momentum: float | Schedule, momentum_warmup: float | None, warmu
         )
     value = constant_of(momentum).momentum
     if momentum_warmup is None or warmup_iters is None:
-        return DrivenMomentum(value)
-    return ScheduledMomentum(LinearWarmup(value, momentum_warmup, warmup_iters))
+        return DrivenMomentum(momentum, value, attachments)
+    return ScheduledMomentum(momentum, LinearWarmup(value, momentum_warmup, warmup_iters), attachments)
