@@ -7,8 +7,10 @@ from weakref import finalize, ref
 
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
+from torch import nn
 
 from ..averaging.summaries import one_line
+from ..averaging.traversal import unwrapped
 from ..averaging.user_warnings import warn_user
 from ..averaging.validation import checked_momentum
 from .events import Event, members_of
@@ -45,7 +47,8 @@ def check_alone(engine: Engine, owner: object, name: str) -> None:
 class _Owner(Protocol):
     """What an attachment calls back."""
 
-    def _is_average(self, thing: object) -> bool: ...
+    @property
+    def ema_model(self) -> nn.Module: ...
 
     def _check_start(self, name: str, engine: Engine) -> None: ...
 
@@ -171,9 +174,13 @@ class Attachment(RemovableEventHandle):
         """Notes from here on the runs of those engines that evaluate the average at an event of this attachment."""
         self._watches = True
         handlers = [entry for member in self._members for entry in engine._event_handlers.get(member, ())]
-        for evaluator in evaluators_among(handlers, self._calls_back._is_average):
+        for evaluator in evaluators_among(handlers, self._is_average):
             if evaluator is not engine:
                 self.call_at(evaluator, Events.STARTED, self._on_evaluation)
+
+    def _is_average(self, thing: object) -> bool:
+        is_twin = isinstance(thing, nn.Module) and unwrapped(thing) is unwrapped(self._calls_back.ema_model)
+        return is_twin or thing is self.owner
 
     def _on_evaluation(self, evaluator: Engine) -> None:
         self.note_reading()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -11,23 +11,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..averaging.average import ModelAverage
-from ..averaging.average_state import AVERAGE_STATE
 from ..averaging.buffers import BufferPolicy
-from ..averaging.schedule_argument import described
 from ..averaging.summaries import counted, module_summary, momentum_summary, one_line
 from ..averaging.swap import Swapped
-from ..averaging.traversal import unwrapped
-from ..averaging.user_warnings import warn_user
-from ..averaging.validation import check_count, refuse_shallow_copy
+from ..averaging.validation import refuse_shallow_copy
 from ..schedules import Schedule
 from .attachment import Attachment, Attachments, check_alone
 from .evaluation import EvaluationSwap, check_trains
 from .events import Event, check_name, members_of
 from .guidance import Guidance
-from .handler_state import check_state, warn_of_swap
-from .momentum import momentum_of, settable
+from .handler_state import HandlerState
+from .momentum import momentum_of
 from .optimizer_steps import StepWatch, check_optimizer
-from .starting import read_start
 
 __all__ = ["EMAHandler"]
 
@@ -101,10 +96,9 @@ class EMAHandler:
             flatten=flatten,
         )
         self._guidance = Guidance(self._average, self._momentum)
+        self._state = HandlerState(self._average, self._momentum, self._guidance, self._attachments)
 
-    def __copy__(self) -> NoReturn:
-        """Raises TypeError: two handlers would move one twin."""
-        refuse_shallow_copy(self)
+    __copy__ = refuse_shallow_copy
 
     def __repr__(self) -> str:
         return one_line(
@@ -144,9 +138,7 @@ class EMAHandler:
 
     @momentum.setter
     def momentum(self, value: float) -> None:
-        momentum = settable(self._momentum, value)
-        self._average.momentum = value
-        momentum.set(value)
+        self._state.set_momentum(value)
 
     @property
     def num_updates(self) -> int:
@@ -155,10 +147,7 @@ class EMAHandler:
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:
-        check_count(value)
-        self._momentum.at(value)  # raises before anything has changed
-        self._average.num_updates = value
-        self._go_on(has_past=value > 0)
+        self._state.set_count(value)
 
     @property
     def num_skipped(self) -> int:
@@ -212,7 +201,9 @@ class EMAHandler:
         steps = None if optimizer is None else StepWatch(optimizer)
         attachment = Attachment(self, engine, name, event, not exists, steps)
         if self.handle_buffers == "ema_train":
-            attachment.call_at(engine, Events.ITERATION_STARTED, self._train_twin)
+            attachment.call_at(
+                engine, Events.ITERATION_STARTED, lambda _: self.ema_model.train()
+            )  # an evaluator may leave it in eval mode
         self._attachments.add(attachment)
         return attachment
 
@@ -226,13 +217,10 @@ class EMAHandler:
         return self._average.swapped()
 
     def swap_during(self, evaluator: Engine) -> EvaluationSwap:
-        """Evaluates the averaged weights: each ``evaluator.run()`` from here on is inside :meth:`swapped`.
+        """Evaluates the averaged weights: until the handle is removed, each ``evaluator.run()`` is :meth:`swapped`.
 
         Args:
             evaluator: an engine that evaluates ``model``; not one that trains it.
-
-        Returns:
-            A handle whose ``remove()`` undoes this call.
 
         Raises:
             TypeError: unless ``evaluator`` is an engine.
@@ -246,18 +234,11 @@ class EMAHandler:
         Args:
             buffers_only: copy the buffers alone, and leave averaged weights and count as they are.
         """
-        self._average.reset(buffers_only=buffers_only)
-        if not buffers_only:
-            self._go_on()
+        self._state.reset(buffers_only)
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
-        return {
-            **self._average.state_dict(),
-            "current_momentum": self._momentum.driven(),
-            "optimizer_stepped": sorted(self._attachments.stepped()),
-            "saved_while_swapped": self._average.is_swapped(),
-        }
+        return self._state.saved()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a :meth:`state_dict`, before or after ``attach``.
@@ -269,12 +250,7 @@ class EMAHandler:
             TypeError, ValueError: for a state with a missing, unexpected or wrong entry, or of another model; names
                 it, and nothing has been loaded then.
         """
-        check_state(state)
-        self._average.load_state_dict({key: state[key] for key in AVERAGE_STATE})
-        self._attachments.load_stepped(state["optimizer_stepped"])
-        is_same = state["momentum_schedule"] == described(self._average.schedule)
-        self._go_on(saved=state["current_momentum"] if is_same else None)
-        warn_of_swap(state)
+        self._state.load(state)
 
     def load_averaged(
         self,
@@ -285,6 +261,8 @@ class EMAHandler:
         num_updates: int | None = None,
     ) -> None:
         """Starts from the averaged weights in a checkpoint of another system, or of this one; leaves the model alone.
+
+        Of a checkpoint without an average the weights themselves are taken, with a warning.
 
         Args:
             source: a file, or what was loaded from one; see :func:`ignite_ema.checkpoints.read` for the systems.
@@ -297,25 +275,12 @@ class EMAHandler:
             TypeError, ValueError, OSError, ImportError: where the checkpoint cannot be read, is of another model, or
                 does not say the count that a schedule goes on from; nothing has been loaded then.
             RuntimeError: inside :meth:`swapped`.
-
-        Note:
-            Of a checkpoint without an average the weights themselves are taken, with a warning.
         """
-        known = self.num_updates if self._guidance.start_is_known or not self._momentum.counts else None
-        names = unwrapped(self.ema_model) if names is None else names
-        found, count = read_start(source, key, names, num_updates, self._momentum, known)
-        self._average.load_plain(found.tensors)
-        self.num_updates = count
-        if found.system == "plain":
-            warn_user("The checkpoint has no average; this one starts from the weights in it.")
+        self._state.load_averaged(source, key, names, num_updates)
 
     def _update(self, name: str, engine: Engine) -> None:
         self._average.update(self._momentum.take(engine.state, name, self._average.num_updates))
         self._guidance.start_is_known = True
-
-    def _is_average(self, thing: object) -> bool:
-        is_twin = isinstance(thing, nn.Module) and unwrapped(thing) is unwrapped(self.ema_model)
-        return is_twin or thing is self or thing is self._average
 
     def _check_start(self, name: str, engine: Engine) -> None:
         self._average.refresh()
@@ -323,11 +288,3 @@ class EMAHandler:
 
     def _check_end(self, name: str, iterations: int, updates: int) -> None:
         self._guidance.check_end(name, iterations, updates)
-
-    def _train_twin(self, engine: Engine) -> None:
-        self.ema_model.train()  # an evaluator may have put it into eval mode
-
-    def _go_on(self, has_past: bool = False, saved: float | None = None) -> None:
-        """Notes that the average is what it is meant to be, and shows what the momentum goes on with."""
-        self._guidance.start_is_known, self._guidance.has_past = True, has_past
-        self._momentum.go_on(self.num_updates, saved)
