@@ -8,8 +8,10 @@ from weakref import finalize, ref
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
 from torch import nn
+from torch.optim import Optimizer
 
 from ..averaging.summaries import one_line
+from ..averaging.swap import Swapped
 from ..averaging.traversal import unwrapped
 from ..averaging.user_warnings import warn_user
 from ..averaging.validation import checked_momentum
@@ -17,7 +19,7 @@ from .events import Event, members_of
 from .optimizer_steps import StepWatch
 from .references import evaluators_among
 
-__all__ = ["Attachment", "Attachments", "Handles", "attachments", "check_alone"]
+__all__ = ["Attachment", "Attachments", "Handles", "Owner", "attachments"]
 
 
 # The attribute of an engine under which its attachments are found.
@@ -29,26 +31,13 @@ def attachments(engine: Engine) -> "list[Attachment]":
     return list(vars(engine).get(_ATTACHMENTS, ()))
 
 
-def check_alone(engine: Engine, owner: object, name: str) -> None:
-    """Raises RuntimeError where ``owner`` is attached to ``engine``, ValueError where another handler has ``name``."""
-    for other in attachments(engine):
-        if other.owner is owner:
-            raise RuntimeError(
-                f"An EMAHandler should be attached to an engine once, but this one is already, as '{other.name}'; "
-                "remove() the handle of that attachment first, or use an EventsList."
-            )
-        if other.name == name:
-            raise ValueError(
-                f"name should be another than '{name}', the attribute of {other.owner!r}; two handlers of one name "
-                "would drive each other's momentum, so choose a name such as 'generator_momentum'."
-            )
-
-
-class _Owner(Protocol):
-    """What an attachment calls back."""
+class Owner(Protocol):
+    """A handler, as what it leaves on engines calls it back."""
 
     @property
     def ema_model(self) -> nn.Module: ...
+
+    def swapped(self) -> Swapped: ...
 
     def _check_start(self, name: str, engine: Engine) -> None: ...
 
@@ -69,19 +58,17 @@ class Attachment(RemovableEventHandle):
         name: the attribute of ``engine.state`` that ``owner`` publishes.
         event: the event, accepted by :func:`members_of`.
         owns_name: whether ``remove`` deletes that attribute.
-        steps: where there is one, events are left out before which it has seen no step.
+        optimizer: where there is one, events are left out before which it has not stepped.
     """
 
-    owner: object
-
     def __init__(
-        self, owner: _Owner, engine: Engine, name: str, event: Event, owns_name: bool, steps: StepWatch | None = None
+        self, owner: Owner, engine: Engine, name: str, event: Event, owns_name: bool, optimizer: Optimizer | None
     ) -> None:
         fire = self._on_event
         self._held: list[object] = [fire]  # Ignite removes handlers by weak references
         super().__init__(event, fire, engine)  # type: ignore[arg-type]  # a string is as good
-        self.owner, self.name, self.steps = owner, name, steps
-        self._calls_back = owner
+        self.owner, self.name = owner, name
+        self.steps = None if optimizer is None else StepWatch(optimizer)
         self.is_attached = True
         self._owns_name = owns_name
         self._last: tuple[int, int] | None = None  # the iteration of the last update, and the member that made it
@@ -97,9 +84,9 @@ class Attachment(RemovableEventHandle):
         self._undo = ExitStack()
         self.call_at(engine, Events.STARTED, self._on_start)
         self.call_at(engine, Events.COMPLETED, self._on_end)
-        if steps is not None:
-            self._undo.callback(steps.remove)
-            self._undo.callback(finalize(engine, steps.remove).detach)  # the optimizer may outlive the engine
+        if self.steps is not None:
+            self._undo.callback(self.steps.remove)
+            self._undo.callback(finalize(engine, self.steps.remove).detach)  # the optimizer may outlive the engine
         vars(engine).setdefault(_ATTACHMENTS, []).append(self)
 
     def __repr__(self) -> str:
@@ -163,7 +150,7 @@ class Attachment(RemovableEventHandle):
                 "that came first and saw the average of one update before; attach the handler earlier than what "
                 "evaluates at the same event."
             )
-        self._calls_back._update(self.name, engine)
+        self.owner._update(self.name, engine)
         self._last = iteration, member
         self._updates += 1
         self._has_updated = True
@@ -179,7 +166,7 @@ class Attachment(RemovableEventHandle):
                 self.call_at(evaluator, Events.STARTED, self._on_evaluation)
 
     def _is_average(self, thing: object) -> bool:
-        is_twin = isinstance(thing, nn.Module) and unwrapped(thing) is unwrapped(self._calls_back.ema_model)
+        is_twin = isinstance(thing, nn.Module) and unwrapped(thing) is unwrapped(self.owner.ema_model)
         return is_twin or thing is self.owner
 
     def _on_evaluation(self, evaluator: Engine) -> None:
@@ -190,7 +177,7 @@ class Attachment(RemovableEventHandle):
             self._last = None  # a new run counts from 1 again
         self._first_iteration, self._updates, self._read_at = engine.state.iteration, 0, None
         if self.is_attached:
-            self._calls_back._check_start(self.name, engine)
+            self.owner._check_start(self.name, engine)
         if self.is_attached and not self._watches:
             self._watch_evaluators(engine)
 
@@ -203,7 +190,7 @@ class Attachment(RemovableEventHandle):
                 "without a step and the average has not moved; attach the handler with the optimizer that trains."
             )
         else:
-            self._calls_back._check_end(self.name, engine.state.iteration - self._first_iteration, self._updates)
+            self.owner._check_end(self.name, engine.state.iteration - self._first_iteration, self._updates)
 
 
 def _word(event: object) -> str:
@@ -257,27 +244,27 @@ class Attachments:
                 self._stepped.discard(attachment.name)
 
 
-class _Removable(Protocol):
-    def remove(self) -> None: ...
-
-
-class Handles(ExitStack):
+class Handles:
     """Several handles as one: ``remove()`` takes everything off an engine again, as does leaving it as a context."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._attached: list[Attachment] = []
-        self.callback(self._attached.clear)
+        self._handles: list[RemovableEventHandle] = []
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({'; '.join(map(repr, self._attached)) or 'removed'})"
+        attached = [repr(one) for one in self._handles if isinstance(one, Attachment)]
+        return f"{type(self).__name__}({'; '.join(attached) or 'removed'})"
 
-    def add(self, handle: _Removable) -> None:
+    def __enter__(self) -> "Handles":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def add(self, handle: RemovableEventHandle) -> None:
         """Takes on one more."""
-        self.callback(handle.remove)
-        if isinstance(handle, Attachment):
-            self._attached.append(handle)
+        self._handles.append(handle)
 
     def remove(self) -> None:
         """Takes everything off the engine again; does nothing the second time."""
-        self.close()
+        while self._handles:
+            self._handles.pop().remove()

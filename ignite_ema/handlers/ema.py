@@ -1,13 +1,12 @@
 """The Ignite handler: attaches a :class:`~ignite_ema.ModelAverage` to an engine."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
 from ignite.engine.events import RemovableEventHandle
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ..averaging.average import ModelAverage
@@ -15,14 +14,16 @@ from ..averaging.buffers import BufferPolicy
 from ..averaging.summaries import counted, module_summary, momentum_summary, one_line
 from ..averaging.swap import Swapped
 from ..averaging.validation import refuse_shallow_copy
+from ..checkpoints.formats import Names
+from ..checkpoints.reading import Source
 from ..schedules import Schedule
-from .attachment import Attachment, Attachments, check_alone
-from .evaluation import EvaluationSwap, check_trains
-from .events import Event, check_name, members_of
+from .attach_arguments import check_attachable
+from .attachment import Attachment, Attachments
+from .evaluation import EvaluationSwap
+from .events import Event
 from .guidance import Guidance
 from .handler_state import HandlerState
 from .momentum import momentum_of
-from .optimizer_steps import StepWatch, check_optimizer
 
 __all__ = ["EMAHandler"]
 
@@ -42,9 +43,8 @@ class EMAHandler:
             first update) to λ in [0, 1], such as those of :mod:`ignite_ema.schedules`.
         momentum_warmup, warmup_iters: together: λ goes linearly from the one, in [0, 1], to ``momentum`` over as many
             updates as the other says.
-        handle_buffers, ema_model, dtype, device, share_frozen, skip_nonfinite, stochastic_rounding, flatten: what an
-            update does with buffers, a twin of your own, and how the average is held; as for
-            :class:`~ignite_ema.ModelAverage`.
+        handle_buffers, ema_model, dtype, device, share_frozen, skip_nonfinite, stochastic_rounding, flatten: as for
+            :class:`~ignite_ema.ModelAverage`, which says what they do.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
@@ -59,10 +59,8 @@ class EMAHandler:
         >>> _ = handler.attach(trainer, event=Events.ITERATION_COMPLETED(every=2))
         >>> _ = handler.ema_model.weight.data.fill_(0.0)
         >>> _ = trainer.run([1.0, 2.0, 3.0, 4.0])
-        >>> handler.ema_model.weight.item()  # 0 -> 1 -> 2.5
-        2.5
-        >>> trainer.state.ema_momentum, handler.num_updates
-        (0.5, 2)
+        >>> handler.num_updates, handler.ema_model.weight.item()  # 0 -> 1 -> 2.5
+        (2, 2.5)
     """
 
     def __init__(
@@ -104,9 +102,7 @@ class EMAHandler:
         return one_line(
             type(self).__name__,
             lambda: module_summary(self.ema_model),
-            lambda: momentum_summary(
-                self._momentum.driven() if self.momentum_scheduler is None else self.momentum_scheduler
-            ),
+            lambda: momentum_summary(self._momentum.in_force()),
             lambda: counted(self.num_updates, "update"),
             lambda: " and ".join(f"attached to an Engine as '{one.name}'" for one in self._attachments),
         )
@@ -177,8 +173,7 @@ class EMAHandler:
         Args:
             engine: the trainer; no strong reference to it is kept.
             name: the attribute; every handler of a trainer has its own.
-            warn_if_exists: warn where the attribute exists already. A plain momentum goes on from its value then, a
-                schedule overwrites it.
+            warn_if_exists: warn where it exists; a plain momentum goes on from its value, a schedule overwrites it.
             event: when to update.
             optimizer: update only where this optimizer has stepped since the last event: with gradients accumulated
                 over several iterations, and where a ``GradScaler`` skips steps.
@@ -191,15 +186,10 @@ class EMAHandler:
                 momentum, or an event that the engine does not fire.
             RuntimeError: where this handler is attached to this engine already.
         """
-        members_of(event, engine)
-        check_name(name)
-        check_optimizer(optimizer, self.model)
-        check_alone(engine, self, name)
-        check_trains(engine, self)
+        check_attachable(self, self.model, engine, name, event, optimizer)
         exists = hasattr(engine.state, name)
         self._momentum.begin(engine.state, name, self.num_updates, warn_if_exists)
-        steps = None if optimizer is None else StepWatch(optimizer)
-        attachment = Attachment(self, engine, name, event, not exists, steps)
+        attachment = Attachment(self, engine, name, event, not exists, optimizer)
         if self.handle_buffers == "ema_train":
             attachment.call_at(
                 engine, Events.ITERATION_STARTED, lambda _: self.ema_model.train()
@@ -217,10 +207,13 @@ class EMAHandler:
         return self._average.swapped()
 
     def swap_during(self, evaluator: Engine) -> EvaluationSwap:
-        """Evaluates the averaged weights: until the handle is removed, each ``evaluator.run()`` is :meth:`swapped`.
+        """Evaluates the averaged weights: each ``evaluator.run()`` from here on is inside :meth:`swapped`.
 
         Args:
             evaluator: an engine that evaluates ``model``; not one that trains it.
+
+        Returns:
+            A handle whose ``remove()`` undoes this call.
 
         Raises:
             TypeError: unless ``evaluator`` is an engine.
@@ -229,11 +222,7 @@ class EMAHandler:
         return EvaluationSwap(self, evaluator)
 
     def reset(self, *, buffers_only: bool = False) -> None:
-        """Starts again: the average becomes the model, buffers included, and the count 0.
-
-        Args:
-            buffers_only: copy the buffers alone, and leave averaged weights and count as they are.
-        """
+        """Starts again: the average becomes the model and the count 0; ``buffers_only`` copies the buffers alone."""
         self._state.reset(buffers_only)
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,23 +242,16 @@ class EMAHandler:
         self._state.load(state)
 
     def load_averaged(
-        self,
-        source: str | os.PathLike[str] | Mapping[str, Any],
-        *,
-        key: str | None = None,
-        names: nn.Module | Mapping[str, Tensor] | None = None,
-        num_updates: int | None = None,
+        self, source: Source, *, key: str | None = None, names: Names = None, num_updates: int | None = None
     ) -> None:
         """Starts from the averaged weights in a checkpoint of another system, or of this one; leaves the model alone.
 
-        Of a checkpoint without an average the weights themselves are taken, with a warning.
-
         Args:
-            source: a file, or what was loaded from one; see :func:`ignite_ema.checkpoints.read` for the systems.
+            source: a file, or what was loaded from one; see :func:`ignite_ema.checkpoints.read` for the systems. Where
+                it has no average its weights are taken, with a warning.
             key: which average, where there are several.
             names: the names of a list without names, None: those of the model; see there.
-            num_updates: how many updates the average has behind it; None: as many as the checkpoint says. For schedules
-                it has to be known.
+            num_updates: how many are behind it, which a schedule has to know; None: as many as the checkpoint says.
 
         Raises:
             TypeError, ValueError, OSError, ImportError: where the checkpoint cannot be read, is of another model, or

@@ -1,38 +1,23 @@
 """What ``EMAHandler.swap_during`` puts on an evaluator, and how it is taken away again."""
 
-from typing import Any, Protocol
+from typing import Any
 
 from ignite.engine import Engine, Events
 from ignite.engine.events import State
 
 from ..averaging.summaries import one_line
 from ..averaging.swap import Swapped
-from .attachment import attachments
+from .attachment import Owner, attachments
 
-__all__ = ["EvaluationSwap", "Swappable", "check_trains"]
+__all__ = ["EvaluationSwap", "swaps"]
 
 # The attribute of an engine under which its swaps are found.
 _SWAPS = "_ignite_ema_swaps"
 
 
-def check_trains(engine: Engine, owner: object) -> None:
-    """Raises RuntimeError where the runs of ``engine`` are on the averaged weights of ``owner``."""
-    if any(swap.owner is owner for swap in _swaps(engine)):
-        raise RuntimeError(
-            "engine should be one that trains, but swap_during() was called with it and its runs are on the averaged "
-            "weights; train with another engine."
-        )
-
-
-def _swaps(engine: Engine) -> "list[EvaluationSwap]":
+def swaps(engine: Engine) -> "list[EvaluationSwap]":
+    """The swaps during the runs of ``engine``."""
     return list(vars(engine).get(_SWAPS, ()))
-
-
-class Swappable(Protocol):
-    """What has averaged weights to evaluate."""
-
-    def swapped(self) -> Swapped:
-        """The online model holds the averaged weights inside the block."""
 
 
 class EvaluationSwap:
@@ -46,9 +31,9 @@ class EvaluationSwap:
         engine: whose runs.
     """
 
-    owner: Swappable
+    owner: Owner
 
-    def __init__(self, owner: Swappable, engine: Engine) -> None:
+    def __init__(self, owner: Owner, engine: Engine) -> None:
         if not isinstance(engine, Engine):
             raise TypeError(f"evaluator should be an ignite Engine, got {type(engine).__name__}.")
         if any(other.owner is owner for other in attachments(engine)):
@@ -56,7 +41,7 @@ class EvaluationSwap:
                 "evaluator should be an engine of its own, but this handler is attached to this one and updates the "
                 "average there; swap during the runs of another engine."
             )
-        if any(other.owner is owner for other in _swaps(engine)):
+        if any(other.owner is owner for other in swaps(engine)):
             raise RuntimeError(
                 "An EMAHandler should swap during the runs of an evaluator once, but this one does so already; "
                 "remove() the handle of that call first."

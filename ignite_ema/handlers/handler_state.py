@@ -1,10 +1,7 @@
 """The state of a handler: what is saved of it, and what becomes of it where it is loaded, reset or set."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor, nn
 
 from ..averaging.average import ModelAverage
 from ..averaging.average_state import AVERAGE_STATE, check_average_state
@@ -12,10 +9,11 @@ from ..averaging.schedule_argument import described
 from ..averaging.traversal import unwrapped
 from ..averaging.user_warnings import warn_user
 from ..averaging.validation import check_count, checked_momentum
-from ..checkpoints.reading import read_held
+from ..checkpoints.formats import Names
+from ..checkpoints.reading import Source, read_held
 from .attachment import Attachments
 from .guidance import Guidance
-from .momentum import Momentum, settable
+from .momentum import DrivenMomentum, Momentum, settable
 
 __all__ = ["HandlerState", "check_state"]
 
@@ -78,7 +76,7 @@ class HandlerState:
         """What :meth:`load` goes on from."""
         return {
             **self._average.state_dict(),
-            "current_momentum": self._momentum.driven(),
+            "current_momentum": self._momentum.in_force() if isinstance(self._momentum, DrivenMomentum) else None,
             "optimizer_stepped": sorted(self._attachments.stepped()),
             "saved_while_swapped": self._average.is_swapped(),
         }
@@ -97,13 +95,7 @@ class HandlerState:
                 "trainer."
             )
 
-    def load_averaged(
-        self,
-        source: str | os.PathLike[str] | Mapping[str, Any],
-        key: str | None,
-        names: nn.Module | Mapping[str, Tensor] | None,
-        num_updates: int | None,
-    ) -> None:
+    def load_averaged(self, source: Source, key: str | None, names: Names, num_updates: int | None) -> None:
         """Starts from the average in a checkpoint, and from the count that is passed, or in it, or else stays."""
         found, _ = read_held(source, key, unwrapped(self._average.module) if names is None else names)
         count = found.num_updates if num_updates is None else num_updates

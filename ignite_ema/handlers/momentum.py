@@ -45,8 +45,9 @@ class ScheduledMomentum:
         """Shows what it goes on with after a load, a reset or another count; has no use for a ``saved`` momentum."""
         self._attachments.publish(self.at(n))
 
-    def driven(self) -> None:
-        """None: nobody drives it."""
+    def in_force(self) -> Schedule:
+        """The schedule."""
+        return self.schedule
 
 
 class DrivenMomentum:
@@ -68,7 +69,7 @@ class DrivenMomentum:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy goes on with: the value to which this one was driven."""
-        return {**vars(self), "value": self.driven()}
+        return {**vars(self), "value": self.in_force()}
 
     def at(self, n: int) -> float:
         """The momentum, at any count."""
@@ -100,8 +101,8 @@ class DrivenMomentum:
             self.value, self.is_restored = saved, True
             self._attachments.publish(saved)
 
-    def driven(self) -> float:
-        """The momentum in force, to which it may have been driven."""
+    def in_force(self) -> float:
+        """The value to which it has been driven."""
         return self._attachments.driven(self.value)
 
     def set(self, passed: float) -> None:

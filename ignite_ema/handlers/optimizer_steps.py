@@ -2,30 +2,9 @@
 
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 
-from ..averaging.sharding import reshard
-from ..averaging.user_warnings import warn_user
-
-__all__ = ["StepWatch", "check_optimizer"]
-
-
-def check_optimizer(optimizer: Optimizer | None, model: nn.Module) -> None:
-    """Raises TypeError unless it is an optimizer or None; warns where it is that of another model."""
-    if optimizer is None:
-        return
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer should be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass the one that trains."
-        )
-    reshard(model)  # an optimizer has the shards
-    parameters = {id(parameter) for parameter in model.parameters()}
-    if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
-        warn_user(
-            "optimizer should train parameters of the model that is averaged, but has none of them; pass the one whose "
-            "steps move this model."
-        )
+__all__ = ["StepWatch"]
 
 
 class StepWatch:
