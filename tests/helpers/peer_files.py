@@ -101,16 +101,21 @@ def nested():
     return peer
 
 
-def timm():
-    spec = importlib.util.find_spec("timm")
-    if spec is None:
-        pytest.skip("needs timm")
-    file = Path(spec.submodule_search_locations[0]) / "utils" / "model_ema.py"  # timm itself wants torchvision
+def timms_model_ema():
+    """Its class from its file alone, without torchvision, which timm imports."""
+    package = importlib.util.find_spec("timm")
+    if package is None:
+        pytest.skip("timm is not installed: pip install --no-deps timm")
+    file = Path(package.submodule_search_locations[0]) / "utils" / "model_ema.py"
     spec = importlib.util.spec_from_file_location("timm_model_ema", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module.ModelEmaV3
+
+
+def timm():
     model = net()
-    average = module.ModelEmaV3(model, decay=0.8)
+    average = timms_model_ema()(model, decay=0.8)
     optimizer = train(model, lambda: average.update(model))
     path = path_of("timm.pth.tar")
     content = {

@@ -5,13 +5,10 @@ averages, or, where it cannot be installed, a float64 loop over its definition i
 weight of the new value at each iteration, None where it does not update.
 """
 
-import importlib.util
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +30,7 @@ from ignite_ema.schedules import (
     RatioWarmup,
     Rescaled,
 )
+from tests.helpers.peer_files import need, timms_model_ema
 
 EPOCHS, EPOCH = 6, 6
 ITERATIONS = EPOCHS * EPOCH
@@ -114,128 +112,101 @@ def mmagic_gan(discriminator_steps, ema_start) -> Weights:
 # each iteration and returns the averaged tensors.
 
 
-def installed(module):
-    """The module, or a skip; silently, for packages warn when they are imported."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(module, reason=f"{module} is not installed: pip install -e '.[bench]'")
+def real(make, update, state):
+    """From the functions that make an average of a model, update it after an iteration, and give its tensors."""
+
+    def start(model):
+        averaged = make(model)
+
+        def after(iteration):
+            update(averaged, model, iteration)
+            return state(averaged)
+
+        return after
+
+    return start
+
+
+def state_of(attribute):
+    return lambda averaged: getattr(averaged, attribute).state_dict()
 
 
 def real_mmengine(ema_type="ExponentialMovingAverage", **options):
-    def start(model):
-        hook = installed("mmengine.hooks").EMAHook(ema_type, **options)
+    def make(model):
+        hook = need("mmengine.hooks").EMAHook(ema_type, **options)
         runner = SimpleNamespace(model=model, iter=0, epoch=0, max_iters=ITERATIONS, max_epochs=EPOCHS)
         hook.before_run(runner)
         hook.before_train(runner)
+        return hook, runner
 
-        def after(iteration):
-            runner.iter, runner.epoch = iteration - 1, (iteration - 1) // EPOCH
-            hook.after_train_iter(runner, batch_idx=runner.iter % EPOCH)
-            return hook.ema_model.module.state_dict()
+    def update(made, model, iteration):
+        hook, runner = made
+        runner.iter, runner.epoch = iteration - 1, (iteration - 1) // EPOCH
+        hook.after_train_iter(runner, batch_idx=runner.iter % EPOCH)
 
-        return after
-
-    return start
+    return real(make, update, lambda made: made[0].ema_model.module.state_dict())
 
 
 def real_averaged_model(due=lambda k: True, **options):
-    def start(model):
-        averaged = AveragedModel(model, **options)
+    def update(averaged, model, iteration):
+        if due(iteration):
+            averaged.update_parameters(model)
 
-        def after(iteration):
-            if due(iteration):
-                averaged.update_parameters(model)
-            return averaged.module.state_dict()
-
-        return after
-
-    return start
-
-
-def timms_model_ema():
-    """Its file alone, without torchvision, which timm imports."""
-    package = importlib.util.find_spec("timm")
-    if package is None:
-        pytest.skip("timm is not installed: pip install --no-deps timm")
-    path = Path(package.submodule_search_locations[0], "utils", "model_ema.py")
-    spec = importlib.util.spec_from_file_location("timm_model_ema", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.ModelEmaV3
+    return real(lambda model: AveragedModel(model, **options), update, state_of("module"))
 
 
 def real_timm(steps=True, **options):
-    def start(model):
-        averaged = timms_model_ema()(model, **options)
+    def update(averaged, model, iteration):
+        averaged.update(model, step=iteration if steps else None)
 
-        def after(iteration):
-            averaged.update(model, step=iteration if steps else None)
-            return averaged.module.state_dict()
+    return real(lambda model: timms_model_ema()(model, **options), update, state_of("module"))
 
-        return after
 
-    return start
+def real_of_parameters(module, name, **options):
+    """An average of a list of parameters."""
+
+    def make(model):
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        return names, parameters, getattr(need(module), name)(parameters, **options)
+
+    def update(made, model, iteration):
+        _, parameters, averaged = made
+        averaged.step(parameters) if hasattr(averaged, "step") else averaged.update()
+
+    return real(make, update, lambda made: dict(zip(made[0], made[2].shadow_params, strict=True)))
 
 
 def real_diffusers(**options):
-    def start(model):
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        averaged = installed("diffusers.training_utils").EMAModel(parameters, **options)
-
-        def after(iteration):
-            averaged.step(parameters)
-            return dict(zip(names, averaged.shadow_params, strict=True))
-
-        return after
-
-    return start
-
-
-def real_lightning(name="EMAWeightAveraging", **options):
-    def start(model):
-        lightning = installed("lightning.pytorch")
-        module = lightning.LightningModule()
-        module.net = model
-        callback = getattr(installed("lightning.pytorch.callbacks.weight_averaging"), name)(**options)
-        callback.setup(SimpleNamespace(), module, "fit")
-
-        def after(iteration):
-            trainer = SimpleNamespace(global_step=iteration, current_epoch=(iteration - 1) // EPOCH)
-            callback.on_train_batch_end(trainer, module, None, None, iteration - 1)
-            if iteration % EPOCH == 0:
-                callback.on_train_epoch_end(trainer, module)
-            return callback._average_model.module.net.state_dict()
-
-        return after
-
-    return start
-
-
-def real_ema_pytorch(name="EMA", **options):
-    def start(model):
-        averaged = getattr(installed("ema_pytorch"), name)(model, **options)
-
-        def after(iteration):
-            averaged.update()
-            return averaged.ema_model.state_dict()
-
-        return after
-
-    return start
+    return real_of_parameters("diffusers.training_utils", "EMAModel", **options)
 
 
 def real_torch_ema(decay):
-    def start(model):
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        averaged = installed("torch_ema").ExponentialMovingAverage(parameters, decay)
+    return real_of_parameters("torch_ema", "ExponentialMovingAverage", decay=decay)
 
-        def after(iteration):
-            averaged.update()
-            return dict(zip(names, averaged.shadow_params, strict=True))
 
-        return after
+def real_lightning(name="EMAWeightAveraging", **options):
+    def make(model):
+        module = need("lightning.pytorch").LightningModule()
+        module.net = model
+        callback = getattr(need("lightning.pytorch.callbacks.weight_averaging"), name)(**options)
+        callback.setup(SimpleNamespace(), module, "fit")
+        return callback, module
 
-    return start
+    def update(made, model, iteration):
+        callback, module = made
+        trainer = SimpleNamespace(global_step=iteration, current_epoch=(iteration - 1) // EPOCH)
+        callback.on_train_batch_end(trainer, module, None, None, iteration - 1)
+        if iteration % EPOCH == 0:
+            callback.on_train_epoch_end(trainer, module)
+
+    return real(make, update, lambda made: made[0]._average_model.module.net.state_dict())
+
+
+def real_ema_pytorch(name="EMA", **options):
+    def make(model):
+        return getattr(need("ema_pytorch"), name)(model, **options)
+
+    return real(make, lambda averaged, model, iteration: averaged.update(), state_of("ema_model"))
 
 
 @dataclass(frozen=True)
