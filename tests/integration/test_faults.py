@@ -192,26 +192,6 @@ def test_export_to_a_full_disk_is_one_sentence(suffix, room, tmp_path, capsys):
     assert content(tmp_path) == before
 
 
-def test_a_run_whose_disk_is_full_has_its_last_checkpoint(tmp_path):
-    run = runs.Run()
-    checkpoint = Checkpoint(run.objects(), DiskSaver(tmp_path), n_saved=2)
-    run.train(20)
-    checkpoint(run.trainer)
-    before = content(tmp_path)
-    run.train(30)
-    with pytest.raises((OSError, RuntimeError), match=".+"), full_disk(1000):
-        checkpoint(run.trainer)
-    assert content(tmp_path) == before
-    run.train(40)
-
-    resumed = runs.Run()
-    Checkpoint.load_objects(resumed.objects(), newest(tmp_path))
-    resumed.train(40)
-    torch.save(run.states(), tmp_path / "one.pt")
-    torch.save(resumed.states(), tmp_path / "other.pt")
-    assert leaves(tmp_path / "one.pt") == leaves(tmp_path / "other.pt")
-
-
 # Files that are not what they should be
 
 

@@ -238,43 +238,31 @@ def copying(n, momentum=0.1):
 
 
 THIRD, FROM_FIRST = ITERATION(every=3), ITERATION(every=3, after=0)
-SWA, RAMP_UP = "StochasticWeightAverage", HalfLife(1000, rampup_ratio=0.5, samples_per_update=64)
+SWA = {"ema_type": "StochasticWeightAverage"}
+ANNEALING = {"ema_type": "MomentumAnnealingEMA", "momentum": 0.1, "gamma": 8}
+RAMP_UP = HalfLife(1000, rampup_ratio=0.5, samples_per_update=64)
 EXPONENTIAL, INVERSE = ExponentialWarmup(0.1, 20), InverseGamma(2.0, 0.75, min_momentum=1 - 0.8, max_momentum=1 - 0.3)
+INVERSE_DECAY = {"decay": 0.8, "min_decay": 0.3, "update_after_step": 5}
 BOUNDS = {"inv_gamma": 2.0, "power": 0.75, "min_value": 0.5}
 EVERY_FOURTH = {"decay": 0.9, "update_every_n_steps": 4, "use_buffers": False}
 AT_ONCE = {"update_every": 1, "update_after_step": 0}
 
 CASES = [
     # mmengine: EMAHook and the averaged models
-    Case("mmengine-momentum", copying(1), real=real_mmengine(momentum=0.1)),
-    Case("mmengine-interval", copying(1), FROM_FIRST, real=real_mmengine(momentum=0.1, interval=3)),
-    Case("mmengine-begin_iter", copying(10), real=real_mmengine(momentum=0.1, begin_iter=10)),
-    Case(
-        "mmengine-begin_iter-interval",
-        copying(10),
-        first_then(10),
-        real=real_mmengine(momentum=0.1, interval=3, begin_iter=10),
-    ),
-    Case("mmengine-begin_epoch", copying(2 * EPOCH + 1), real=real_mmengine(momentum=0.1, begin_epoch=3)),
-    Case(
-        "mmengine-begin_epoch-interval",
-        copying(2 * EPOCH + 1),
-        first_then(2 * EPOCH + 1),
-        real=real_mmengine(momentum=0.1, interval=3, begin_epoch=3),
-    ),
-    Case(f"mmengine-{SWA}", EqualWeight(), FROM_FIRST, real=real_mmengine(SWA, interval=3)),
-    Case(
-        f"mmengine-{SWA}-begin_iter",
-        CopyUntil(10, EqualWeight()),
-        first_then(10),
-        real=real_mmengine(SWA, interval=3, begin_iter=10),
-    ),
-    Case("mmengine-Annealing", Annealing(0.1, 8), real=real_mmengine("MomentumAnnealingEMA", momentum=0.1, gamma=8)),
-    Case(
-        "mmengine-Annealing-interval",
-        Annealing(0.1, gamma=8 / 3),
-        FROM_FIRST,
-        real=real_mmengine("MomentumAnnealingEMA", momentum=0.1, gamma=8, interval=3),
+    *(
+        Case(f"mmengine-{name}", momentum, event, real=real_mmengine(**options))
+        for name, momentum, event, options in [
+            ("momentum", copying(1), ITERATION, {"momentum": 0.1}),
+            ("interval", copying(1), FROM_FIRST, {"momentum": 0.1, "interval": 3}),
+            ("begin_iter", copying(10), ITERATION, {"momentum": 0.1, "begin_iter": 10}),
+            ("begin_iter-interval", copying(10), first_then(10), {"momentum": 0.1, "interval": 3, "begin_iter": 10}),
+            ("begin_epoch", copying(13), ITERATION, {"momentum": 0.1, "begin_epoch": 3}),
+            ("begin_epoch-interval", copying(13), first_then(13), {"momentum": 0.1, "interval": 3, "begin_epoch": 3}),
+            ("StochasticWeightAverage", EqualWeight(), FROM_FIRST, {**SWA, "interval": 3}),
+            ("SWA-begin_iter", CopyUntil(10, EqualWeight()), first_then(10), {**SWA, "interval": 3, "begin_iter": 10}),
+            ("MomentumAnnealingEMA", Annealing(0.1, 8), ITERATION, ANNEALING),
+            ("MomentumAnnealingEMA-interval", Annealing(0.1, 8 / 3), FROM_FIRST, {**ANNEALING, "interval": 3}),
+        ]
     ),
     Case(
         "mmengine-update_buffers",
@@ -350,35 +338,36 @@ CASES = [
         handle_buffers="update",
     ),
     # timm: ModelEmaV3
-    Case("timm-decay", 1 - 0.9, real=real_timm(steps=False, decay=0.9), handle_buffers="update"),
-    Case(
-        "timm-update_after_step",
-        copying(6, 1 - 0.9),
-        real=real_timm(decay=0.9, update_after_step=5),
-        handle_buffers="update",
+    *(
+        Case(f"timm-{name}", momentum, real=real_timm(**options), handle_buffers=buffers)
+        for name, momentum, buffers, options in [
+            ("decay", 1 - 0.9, "update", {"decay": 0.9, "steps": False}),
+            ("update_after_step", copying(6, 1 - 0.9), "update", {"decay": 0.9, "update_after_step": 5}),
+            (
+                "use_warmup",
+                CopyUntil(6, INVERSE),
+                "update",
+                {**INVERSE_DECAY, "use_warmup": True, "warmup_gamma": 2.0, "warmup_power": 0.75},
+            ),
+            ("exclude_buffers", copying(1, 1 - 0.9), "copy", {"decay": 0.9, "exclude_buffers": True}),
+        ]
     ),
-    Case(
-        "timm-use_warmup",
-        CopyUntil(6, INVERSE),
-        real=real_timm(
-            decay=0.8, min_decay=0.3, update_after_step=5, use_warmup=True, warmup_gamma=2.0, warmup_power=0.75
-        ),
-        handle_buffers="update",
-    ),
-    Case("timm-exclude_buffers", copying(1, 1 - 0.9), real=real_timm(decay=0.9, exclude_buffers=True)),
     # diffusers: EMAModel
-    Case("diffusers-decay", CopyUntil(1, lambda n: max(1 - 0.7, 9 / (10 + n))), real=real_diffusers(decay=0.7)),
-    Case(
-        "diffusers-update_after_step",
-        CopyUntil(6, lambda n: min(1 - 0.4, max(1 - 0.7, 9 / (10 + n)))),
-        real=real_diffusers(decay=0.7, min_decay=0.4, update_after_step=5),
-    ),
-    Case(
-        "diffusers-use_ema_warmup",
-        CopyUntil(6, INVERSE),
-        real=real_diffusers(
-            decay=0.8, min_decay=0.3, update_after_step=5, use_ema_warmup=True, inv_gamma=2.0, power=0.75
-        ),
+    *(
+        Case(f"diffusers-{name}", momentum, real=real_diffusers(**options))
+        for name, momentum, options in [
+            ("decay", CopyUntil(1, lambda n: max(1 - 0.7, 9 / (10 + n))), {"decay": 0.7}),
+            (
+                "update_after_step",
+                CopyUntil(6, lambda n: min(1 - 0.4, max(1 - 0.7, 9 / (10 + n)))),
+                {"decay": 0.7, "min_decay": 0.4, "update_after_step": 5},
+            ),
+            (
+                "use_ema_warmup",
+                CopyUntil(6, INVERSE),
+                {**INVERSE_DECAY, "use_ema_warmup": True, "inv_gamma": 2.0, "power": 0.75},
+            ),
+        ]
     ),
     # Lightning: WeightAveraging and EMAWeightAveraging
     Case("lightning-WeightAveraging", EqualWeight(), real=real_lightning("WeightAveraging", use_buffers=False)),
