@@ -22,23 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from ignite_ema import EMAHandler
 
-__all__ = [
-    "EVENT",
-    "LIMIT",
-    "OURS",
-    "PEERS",
-    "Build",
-    "Peer",
-    "Unavailable",
-    "Update",
-    "built",
-    "event",
-    "ignite_ema",
-    "limit",
-    "update_of",
-]
-
-OURS, EVENT, LIMIT = "ignite_ema", "event", "lerp"
+OURS, LIMIT = "ignite_ema", "lerp"
 _MOMENTUM = 0.001
 
 Update: TypeAlias = Callable[[], object]
