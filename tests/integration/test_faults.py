@@ -255,25 +255,15 @@ EVERY_ENTRANCE = pytest.mark.parametrize("entrance", ENTRANCES)
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @EVERY_ENTRANCE
 def test_what_a_file_ought_not_to_be_is_one_sentence(entrance, suffix, tmp_path):
-    """Cut short, something else, or damaged: where numbers are, nobody can tell."""
+    """Cut short, or something else."""
     path = checkpoint_file(tmp_path / f"file{suffix}")
-    whole, chosen, said = path.read_bytes(), random.Random(0), []
+    whole, said = path.read_bytes(), []
     others = [b"epoch,loss\n1,0.5\n", b"\x89PNG\r\n\x1a\n" + bytes(100), b"<!DOCTYPE html><html><body>404: Not Found"]
     for content in [*(whole[: len(whole) * part // 8] for part in range(8)), whole[:-1], *others]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"file{suffix}' should") as info:
             ENTRANCES[entrance](path)
         said.append(str(info.value))
-    for _ in range(20):
-        damaged = bytearray(whole)
-        for _ in range(chosen.choice([1, 1, 8])):
-            start = chosen.choice([0, 0, len(damaged) - 2000])
-            damaged[min(start + chosen.randrange(2000), len(damaged) - 1)] = chosen.randrange(256)
-        path.write_bytes(damaged)
-        try:
-            ENTRANCES[entrance](path)
-        except (ValueError, TypeError, OSError) as error:
-            said.append(str(error))
     assert not any("\n" in text for text in said)
     assert max(map(len, said)) < 1500
 

@@ -8,7 +8,6 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ignite_ema import PostHocEMA
-from ignite_ema.checkpoints import saving
 from ignite_ema.posthoc import run_directory, snapshot_files, stored
 from tests.helpers.files import files_in
 from tests.helpers.snapshots import make_snapshot
@@ -76,13 +75,6 @@ def test_a_checkpoint_at_the_start_lets_it_start_again_by_itself(tmp_path):
         make(tmp_path, 3, state)
     assert [one.time for one in stored(tmp_path)] == [1, 2, 3]
     assert {one.run_id for one in stored(tmp_path)} == {second.state_dict()["run_id"]}
-
-
-def test_two_runs_that_write_at_the_same_time_leave_each_others_files_alone(tmp_path):
-    with saving.whole_file(tmp_path / "snapshot_9.pt", force=False) as temporary:
-        make(tmp_path, 2)
-        temporary.write_bytes(b"whole")
-    assert files_in(tmp_path) == ["snapshot_1.pt", "snapshot_2.pt", "snapshot_9.pt"]
 
 
 def test_each_run_from_scratch_has_an_id_of_its_own(tmp_path):

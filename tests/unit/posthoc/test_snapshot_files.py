@@ -181,14 +181,6 @@ def test_snapshots_are_in_the_order_of_their_times(tmp_path):
 # Writing
 
 
-def test_the_same_snapshot_has_the_same_bytes(tmp_path):
-    contents = []
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        contents.append(snapshot_files.write(make_snapshot(3), tmp_path / name).read_bytes())
-    assert contents[0] == contents[1]
-
-
 def test_a_snapshot_that_is_there_is_not_overwritten(tmp_path):
     path = snapshot_files.write(make_snapshot(3), tmp_path)
     before = path.read_bytes()
