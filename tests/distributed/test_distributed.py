@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 WORLDS = {
-    "compiled DDP": [2],
+    "DDP": [2],
     "FSDP2": [3],
     "FSDP2 in part": [3],
     "FSDP2 that keeps gathered weights": [2],
