@@ -52,17 +52,7 @@ UNREACHED = [
 
 @pytest.mark.parametrize(
     ("kind", "limit"),
-    [
-        (2, 0.1),
-        (16, GOOD),
-        (16, 0.1),
-        (24, 0.1),
-        (64, GOOD),
-        (64, 0.001),
-        ("uneven", GOOD),
-        ("uneven", 0.001),
-        ("few", 0.1),
-    ],
+    [(2, 0.1), (16, GOOD), (24, 0.1), (64, GOOD), (64, 0.001), ("uneven", GOOD), ("uneven", 0.001), ("few", 0.1)],
 )
 @pytest.mark.parametrize("target", UNREACHED, ids=str)
 def test_what_is_advised_is_accepted(target, limit, kind):
