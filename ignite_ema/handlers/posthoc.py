@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from ignite.engine import Engine, Events
@@ -12,16 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..averaging.buffers import BufferPolicy
-from ..averaging.collectives import first_difference, is_first_rank, on_first_rank
-from ..averaging.user_warnings import warn_user
-from ..posthoc.run_directory import prepare
-from ..posthoc.snapshot_files import has_frozen, write, write_frozen
+from ..averaging.summaries import one_line
 from ..schedules import PowerFunction
 from .attachment import Handles
 from .events import Event, check_name, members_of
 from .posthoc_arguments import check_options, check_others, check_parameters, checked_twins, checked_widths
 from .posthoc_state import VERSION, check_posthoc_state
-from .power_average import PowerAverage, PowerOfSamples, SampleClock, snapshot_of
+from .power_average import Clock, PowerAverage, PowerOfSamples
+from .snapshots import Snapshots
 
 __all__ = ["PostHocEMA"]
 
@@ -51,7 +48,6 @@ class PostHocEMA:
     Attributes:
         streams: an :class:`~ignite_ema.EMAHandler` for each width, with its ``ema_model`` and ``swapped()``.
         sigma_rels: what was passed, as a tuple.
-        dirname: the directory.
         time_unit: "updates" or "samples".
 
     Raises:
@@ -59,9 +55,9 @@ class PostHocEMA:
         OSError: where the directory cannot be made.
 
     Note:
-        In a process group build, attach, save and reset it on all ranks. The first one writes; what goes wrong there
-        is raised on all. They talk when it is built, when a run starts and at each snapshot, and not at an update. Of a
-        sharded model the first rank gathers each snapshot in its CPU memory.
+        In a process group build, attach, save and reset it on all ranks. The first one writes, and alone returns paths;
+        what goes wrong there is raised on all. They talk when it is built, when a run starts and at each snapshot, and
+        not at an update. Of a sharded model the first rank gathers each snapshot in its CPU memory.
 
     Examples:
         >>> import tempfile, torch
@@ -76,9 +72,6 @@ class PostHocEMA:
         >>> model.weight.item(), round(posthoc.reconstruct(ema.dirname, half_life)["weight"].item())
         (99.0, 85)
     """
-
-    _loaded_time: int | None  # that of the state that was loaded last
-    _times: list[int]  # of the snapshots that the run has written
 
     def __init__(
         self,
@@ -99,33 +92,46 @@ class PostHocEMA:
     ) -> None:
         self.sigma_rels = checked_widths(sigma_rels)
         check_options(handle_buffers, samples, snapshot_dtype)
-        twins = checked_twins(ema_models, self.sigma_rels)
-        self.dirname = Path(dirname)
-        self.time_unit = "updates" if samples is None else "samples"
-        self._starts_late = False  # whether it is meant to start in the middle of a run
-        self._snapshot_dtype = snapshot_dtype
-        options: dict[str, Any] = {"handle_buffers": handle_buffers, "dtype": dtype, "device": device}
-        options |= {"share_frozen": share_frozen, "skip_nonfinite": skip_nonfinite}
-        options["stochastic_rounding"] = stochastic_rounding
-        options["flatten"] = flatten
         schedule = PowerFunction if samples is None else PowerOfSamples
         self.streams = tuple(
-            PowerAverage(model, schedule(sigma_rel), ema_model=twin, **options)
-            for sigma_rel, twin in zip(self.sigma_rels, twins, strict=True)
+            PowerAverage(
+                model,
+                schedule(sigma_rel),
+                handle_buffers=handle_buffers,
+                ema_model=twin,
+                dtype=dtype,
+                device=device,
+                share_frozen=share_frozen,
+                skip_nonfinite=skip_nonfinite,
+                stochastic_rounding=stochastic_rounding,
+                flatten=flatten,
+            )
+            for sigma_rel, twin in zip(self.sigma_rels, checked_twins(ema_models, self.sigma_rels), strict=True)
         )
-        for average, sigma_rel in zip(self.streams, self.sigma_rels, strict=True):
-            average.directory, average.sigma_rel = self.dirname.resolve(), sigma_rel
         check_parameters(self.streams[0].ema_model)
-        self._clock = SampleClock(samples, self.streams)
-        on_first_rank(lambda: self.dirname.mkdir(parents=True, exist_ok=True))
-        self._start_anew()
+        self._clock = Clock(samples, self.streams)
+        self.time_unit = self._clock.unit
+        self._snapshots = Snapshots(self.streams, self.sigma_rels, self._clock, Path(dirname), snapshot_dtype)
+        self.dirname = Path(dirname)
 
     def __repr__(self) -> str:
-        model, widths = type(self.model).__name__, " and ".join(f"{sigma_rel:g}" for sigma_rel in self.sigma_rels)
-        return (
-            f"PostHocEMA({model}: sigma_rel {widths}; at {self.time} {self.time_unit}; {len(self._times)} snapshots in "
-            f"{str(self.dirname)!r})"
+        return one_line(
+            "PostHocEMA",
+            lambda: f"{type(self.model).__name__}: sigma_rel {' and '.join(f'{one:g}' for one in self.sigma_rels)}",
+            lambda: f"at {self.time} {self.time_unit}",
+            lambda: f"{len(self._snapshots.times)} snapshots in {str(self.dirname)!r}",
         )
+
+    @property
+    def dirname(self) -> Path:
+        """Where the snapshots go; can be set to another directory that is there, after :meth:`reset`."""
+        return self._snapshots.directory
+
+    @dirname.setter
+    def dirname(self, value: Path) -> None:
+        self._snapshots.directory = value
+        for average in self.streams:
+            average.directory = value.resolve()
 
     @property
     def model(self) -> nn.Module:
@@ -140,8 +146,7 @@ class PostHocEMA:
     @property
     def time(self) -> int:
         """The time of the last update: the number of updates, or of samples, since the start."""
-        schedule = self.streams[0].momentum
-        return schedule.updated_at if isinstance(schedule, PowerOfSamples) else self.num_updates
+        return self._clock.time
 
     def attach(
         self,
@@ -156,7 +161,8 @@ class PostHocEMA:
 
         The momentum of the i-th average is published as ``engine.state.<name>_<i>``. Attach before what saves a
         checkpoint at the same event. Dozens of snapshots are enough, evenly spaced. A run that is terminated writes no
-        last one; call :meth:`save` for it.
+        last one; call :meth:`save` for it. One that resumes sets snapshots aside that are later than the state that was
+        loaded, as ``….pt.superseded``.
 
         Args:
             engine: the trainer.
@@ -169,11 +175,8 @@ class PostHocEMA:
             A handle whose ``remove()`` undoes this call.
 
         Raises:
-            TypeError, ValueError, RuntimeError: as ``EMAHandler.attach`` does. Nothing is attached then.
-
-        Note:
-            A run raises ValueError at its start where the directory has snapshots of another one. Where it resumes, the
-            snapshots that are later than the state that was loaded are set aside, as ``….pt.superseded``.
+            TypeError, ValueError, RuntimeError: as ``EMAHandler.attach`` does; nothing is attached then. The run raises
+                ValueError at its start where the directory has snapshots of another one.
         """
         moments = members_of(snapshot_event, engine)
         check_name(name)
@@ -197,20 +200,18 @@ class PostHocEMA:
     def save(self) -> Path | None:
         """Writes a snapshot now; returns its path, or None where there is one of this time or no update yet.
 
-        In a process group all ranks call it. The first one returns the path, the others None.
-
         Raises:
             OSError, RuntimeError, ValueError: where it cannot be written, a weight is beyond the range of float16, or
                 the averages are of different times. On all ranks.
         """
-        return self._write(0, 0)
+        return self._snapshots.write(0, 0)
 
     def reset(self) -> None:
         """Starts again: the averages become the model, and time 0. A run then needs a directory without snapshots."""
         for average in self.streams:
             average.reset()
-        self._start_anew()
-        self._starts_late = True
+        self._clock.set(0, 0)
+        self._snapshots.start_anew(anywhere=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: each average's, time, and which snapshots there are; tensors and plain values only."""
@@ -220,8 +221,8 @@ class PostHocEMA:
             "time_unit": self.time_unit,
             "samples_seen": self._clock.seen,
             "updated_at": self.time,
-            "run_id": self._run_id,
-            "snapshot_times": list(self._times),
+            "run_id": self._snapshots.run_id,
+            "snapshot_times": list(self._snapshots.times),
             **{f"stream_{index}": average.state_dict() for index, average in enumerate(self.streams)},
         }
 
@@ -229,93 +230,21 @@ class PostHocEMA:
         """Goes on from a :meth:`state_dict`, before or after ``attach``.
 
         Raises:
-            TypeError, ValueError: for a state with a missing, unexpected or wrong entry, of another model, of other
-                widths, or of another unit of time; nothing has been loaded then.
+            TypeError, ValueError: for a state with a missing, unexpected or wrong entry, or of another model, widths
+                or unit of time; nothing has been loaded then.
         """
         check_posthoc_state(state, self.state_dict(), self.streams)
         for index, average in enumerate(self.streams):
             average.load_state_dict(state[f"stream_{index}"])
         self._clock.set(state["samples_seen"], state["updated_at"])
-        self._run_id, self._times = state["run_id"], list(state["snapshot_times"])
-        self._loaded_time = self.time
-        self._directory_is_checked = False
-
-    def _start_anew(self) -> None:
-        self._clock.set(0, 0)
-        self._run_id = on_first_rank(lambda: uuid4().hex)  # not of the weights: runs may start from the same ones
-        self._times = []
-        self._loaded_time = None
-        self._directory_is_checked = False
+        self._snapshots.load(state["run_id"], state["snapshot_times"])
 
     def _start(self, engine: Engine) -> None:
-        is_new = not self.time and self._loaded_time is None and not self._starts_late
-        if is_new and not self._directory_is_checked and engine.state.iteration > 0:
-            warn_user(
-                f"The trainer resumes at iteration {engine.state.iteration}, but its PostHocEMA was not restored, and "
-                'the averages start anew; put it into the checkpoint ("posthoc_ema": posthoc_ema) and load it with '
-                "Checkpoint.load_objects, or call reset() if they are meant to start here."
-            )
-        self._check_ranks()
-        self._check_directory()
-
-    def _check_ranks(self) -> None:
-        """Raises RuntimeError on all ranks where one is at another time, or goes on from another state."""
-        description = {
-            "time": f"{self.time} {self.time_unit}, widths {self.sigma_rels}",
-            "updates": str([average.num_updates for average in self.streams]),
-            "run": f"{self._run_id} from {self._loaded_time} {self._directory_is_checked}",
-            "snapshots": str(self._times),
-        }
-        if difference := first_difference(description):
-            raise RuntimeError(
-                f"A PostHocEMA should stand at one point on all ranks, got {difference}; make it alike on all, "
-                "let all load the same state and make the same updates."
-            )
-
-    def _check_directory(self) -> None:
-        """Once for each run, and after a state was loaded: the directory has its past and nothing else."""
-        if self._directory_is_checked:
-            return
-
-        def prepared() -> tuple[tuple[int, int] | None, bool]:
-            place = prepare(self.dirname, self._run_id, self._times, self._loaded_time)
-            return place, has_frozen(self.dirname, self._run_id)
-
-        place, self._frozen_is_stored = on_first_rank(prepared)
-        self._directory_is_checked = True
-        if place and self.time == self._loaded_time:
-            self._write(*place)
+        self._snapshots.begin_run(engine.state.iteration)
 
     def _save(self, engine: Engine) -> None:
-        self._write(engine.state.iteration, engine.state.epoch)
+        self._snapshots.write(engine.state.iteration, engine.state.epoch)
 
     def _save_last(self, engine: Engine) -> None:
         if not engine.should_terminate:  # else it may go on, and should write then what it would have written
             self._save(engine)
-
-    def _write(self, iteration: int, epoch: int) -> Path | None:
-        self._check_ranks()
-        if not self.time:
-            return None
-        self._check_directory()
-        if self.time in self._times[-1:]:
-            return None
-        if len(counts := {average.num_updates for average in self.streams}) > 1:
-            raise RuntimeError(
-                f"The averages should be of one time, got {sorted(counts)} updates; leave the counts of single streams "
-                "alone, and reset() or load the PostHocEMA as a whole."
-            )
-        frozen = {} if self._frozen_is_stored else self.streams[0].frozen_parts()
-        parts = [one.parts(self._snapshot_dtype) for one in self.streams]
-        moment: dict[str, Any] = {"time": self.time, "time_unit": self.time_unit, "run_id": self._run_id}
-
-        def write_it() -> Path:
-            snapshot = snapshot_of(self.streams, parts, iteration=iteration, epoch=epoch, **moment)
-            if frozen:
-                write_frozen(frozen, self._run_id, self.dirname)
-            return write(snapshot, self.dirname)
-
-        path = on_first_rank(write_it)
-        self._frozen_is_stored = True
-        self._times.append(self.time)
-        return path if is_first_rank() else None

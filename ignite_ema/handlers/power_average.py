@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from ignite.engine import Engine
@@ -14,11 +13,10 @@ from ..averaging.buffers import treatment_of
 from ..averaging.collectives import is_first_rank
 from ..averaging.sharding import whole
 from ..checkpoints.memory import compact
-from ..posthoc.snapshot_files import StoredSnapshot
 from ..schedules import PowerFunction
 from .ema import EMAHandler
 
-__all__ = ["Parts", "PowerAverage", "PowerOfSamples", "SampleClock", "snapshot_of"]
+__all__ = ["Clock", "Parts", "PowerAverage", "PowerOfSamples"]
 
 
 class PowerOfSamples:
@@ -59,11 +57,9 @@ class PowerAverage(EMAHandler):
     """A handler whose momentum may depend on samples, and that knows what to store.
 
     Attributes:
-        sigma_rel: its relative width.
         directory: where it is stored.
     """
 
-    sigma_rel: float
     directory: Path
 
     def averaged_tensors(self) -> dict[str, Tensor]:
@@ -120,21 +116,28 @@ class PowerAverage(EMAHandler):
             self.momentum.updated_at = self.momentum.now
 
 
-class SampleClock:
-    """Counts the samples of the batches, for schedules whose time they are.
+class Clock:
+    """The time of averages: the number of their updates, or of the samples in the batches.
 
     Args:
         samples: called with the engine, says how many samples its batch has; None where time is counted in updates.
-        averages: their schedules are told the time.
+        averages: their schedules are told the samples.
 
     Attributes:
+        unit: "updates" or "samples".
         seen: the number of samples so far.
     """
 
     def __init__(self, samples: Callable[[Engine], int] | None, averages: Sequence[PowerAverage]) -> None:
-        self._samples = samples
+        self._samples, self._averages = samples, averages
+        self.unit = "updates" if samples is None else "samples"
         self._schedules = [one.momentum for one in averages if isinstance(one.momentum, PowerOfSamples)]
         self.seen = 0
+
+    @property
+    def time(self) -> int:
+        """The time of the last update."""
+        return self._schedules[0].updated_at if self._schedules else self._averages[0].num_updates
 
     def count(self, engine: Engine) -> None:
         """Adds the batch of the iteration that starts; raises ValueError for what is no number of samples."""
@@ -152,28 +155,6 @@ class SampleClock:
         self.seen = seen
         for schedule in self._schedules:
             schedule.now, schedule.updated_at = seen, updated_at
-
-
-def snapshot_of(averages: Sequence[PowerAverage], parts: Sequence[Parts], **moment: Any) -> StoredSnapshot:
-    """The snapshot of several averages; raises what went wrong when their parts were taken.
-
-    Args:
-        averages: the averages.
-        parts: what is stored of each.
-        moment: the other entries: times and run.
-    """
-    for one in parts:
-        if one.error is not None:
-            raise one.error
-    return StoredSnapshot(
-        num_updates=averages[0].num_updates,
-        sigma_rels=[average.sigma_rel for average in averages],
-        averaged=[one.averaged for one in parts],
-        copied=parts[0].copied,
-        state_dict_names=averages[0].state_dict_names(),
-        frozen_shapes={name: list(tensor.shape) for name, tensor in averages[0].frozen_tensors().items()},
-        **moment,
-    )
 
 
 def _narrowed(path: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
