@@ -1,6 +1,5 @@
 """One contract for the combinations of buffers, momentum, types and wrappers: every two choices meet in one of them."""
 
-import io
 from types import SimpleNamespace
 
 import pytest
@@ -200,16 +199,6 @@ def test_the_online_model_is_left_alone(make):
     assert all(module.training for module in case.plain.modules())
 
 
-def test_the_state_goes_through_a_file_bit_for_bit(trained, make):
-    file = io.BytesIO()
-    torch.save(trained.handler.state_dict(), file)
-    file.seek(0)
-    fresh = make(1).handler
-    assert contents(fresh.ema_model) != contents(trained.handler.ema_model)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    assert_same_state(fresh, trained.handler)
-
-
 def test_a_checkpoint_of_ignite_brings_it_back_bit_for_bit(trained, make, tmp_path):
     saver = DiskSaver(str(tmp_path), require_empty=False)
     checkpoint = Checkpoint({"trainer": trained.trainer, "ema_handler": trained.handler}, saver)
@@ -226,30 +215,3 @@ def assert_same_state(handler, other):
     assert contents(handler.ema_model) == contents(other.ema_model)
     assert handler.num_updates == other.num_updates == UPDATES
     assert handler.state_dict()["current_momentum"] == other.state_dict()["current_momentum"]
-
-
-@pytest.mark.parametrize("wrapper_name", WRAPPERS)
-def test_training_and_evaluating_through_a_wrapper(wrapper_name, process_group):
-    torch.manual_seed(0)
-    plain = Typed(torch.float32)
-    model = WRAPPERS[wrapper_name](plain)
-    handler = EMAHandler(model, 0.25)
-    optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=1e-3)
-    history = [copied(tensors(plain))]
-
-    def step(engine, batch):
-        optimizer.zero_grad()
-        model(batch).square().mean().backward()
-        optimizer.step()
-        history.append(copied(tensors(plain)))
-
-    trainer = Engine(step)
-    handler.attach(trainer)
-    trainer.run(torch.rand(UPDATES, 2, 4))
-    due = plain_loop(history, DUE["constant"])
-    averaged = tensors(handler.ema_model)
-    assert bits(history[0]["body.weight"]) != bits(history[-1]["body.weight"])
-    assert relative_error(averaged["body.weight"], due["body.weight"]) < 1e-6
-    weight = averaged["body.weight"]
-    batch = torch.rand(2, 4).to(weight.device)
-    assert torch.equal(handler.ema_model(batch), batch @ weight @ weight.T * averaged["scale"])

@@ -3,14 +3,13 @@
 import copy
 import io
 import pickle
-import random
 
 import pytest
 import torch
 from torch import nn
 
 from ignite_ema import ModelAverage, PostHocEMA
-from ignite_ema.averaging import flat, swap
+from ignite_ema.averaging import flat
 from tests.helpers.bits import wide
 
 
@@ -288,40 +287,3 @@ def test_one_block_at_a_time_is_laid_out(monkeypatch):
     move(model, 0)
     average.update(1.0)
     assert_close(average.module, model)
-
-
-# Programs
-
-
-STEPS = {
-    **{name: change for name, change in MOVES.items() if name not in ("double", "shared memory")},
-    "float": nn.Module.float,
-    "values": lambda model: move(model, 3),
-    "freeze": lambda model: model.first.bias.requires_grad_(not model.first.bias.requires_grad),
-    "data of another": lambda model: setattr(model.first.bias, "data", model.second.bias.data),
-    "freed": lambda model: model.first.bias.untyped_storage().resize_(0),
-}
-
-
-@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(n, marks=pytest.mark.slow) for n in range(20, 220))])
-def test_programs_that_change_the_model_between_updates(seed):
-    dice = random.Random(seed)
-    option, program = OPTIONS[dice.choice(list(OPTIONS))], [dice.choice(list(STEPS)) for _ in range(6)]
-    models, averages = both(seed=seed, **option)
-    refused = []
-    for model, average in zip(models, averages, strict=True):
-        try:
-            for name in program:
-                torch.manual_seed(seed)
-                STEPS[name](model)
-                average.update(0.3)
-                with average.swapped():
-                    pass
-        except RuntimeError:
-            refused.append(name)
-        else:
-            refused.append(None)
-    assert not swap.any_swapped()
-    if refused[0] == refused[1]:
-        assert "freed" in program or str(models[1].state_dict()) == str(models[0].state_dict())
-        assert_close(averages[1].module, averages[0].module)

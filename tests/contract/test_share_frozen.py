@@ -5,8 +5,7 @@ import io
 
 import pytest
 import torch
-from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, DiskSaver
+from ignite.engine import Engine
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -79,11 +78,6 @@ def test_the_twin_takes_the_bytes_of_what_trains_and_of_the_buffers(dtype):
     assert bytes_of(own) == (2 * 2 * 64 + 4 * 64) * 4 * wider + 8  # two adapters, four tensors and a count of the norm
     both = bytes_of([*named(model).values(), *named(twin).values()])
     assert both == bytes_of(named(model).values()) + bytes_of(own)
-
-
-def test_without_it_nothing_is_shared():
-    model = Adapted()
-    assert shared_names(model, ModelAverage(model).module) == []
 
 
 class Uncopyable(nn.Parameter):
@@ -171,40 +165,6 @@ def test_the_state_holds_what_is_held_and_nothing_else():
     file = io.BytesIO()
     torch.save(state, file)
     assert file.tell() < bytes_of(model.base.parameters())
-
-
-class Training:
-    """Trains the adapters of a base that is made anew from its own seed."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        self.model = Adapted()
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=0.1)
-        self.handler = EMAHandler(self.model, 0.25, handle_buffers="update", share_frozen=True)
-        self.trainer = Engine(self.step)
-        self.handler.attach(self.trainer)
-
-    def step(self, engine, batch):
-        torch.manual_seed(engine.state.iteration)
-        self.optimizer.zero_grad()
-        (self.model(torch.rand(4, 4)) * torch.rand(4, 4)).sum().backward()
-        self.optimizer.step()
-
-    def run(self, last=8):
-        self.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=last), self.trainer.terminate)
-        self.trainer.run(max_epochs=1, epoch_length=20)
-        return contents(self.model), contents(self.handler.ema_model), self.handler.num_updates
-
-
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
-    due, killed, resumed = Training().run(), Training(), Training()
-    checkpoint = Checkpoint(vars(killed), DiskSaver(str(tmp_path)))
-    killed.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), checkpoint)
-    killed.run(5)
-    Checkpoint.load_objects(vars(resumed), tmp_path / checkpoint.last_checkpoint)
-    assert resumed.run() == due
-    assert shared_names(resumed.model, resumed.handler.ema_model) == FROZEN
 
 
 # What becomes of the frozen parameters

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ignite_ema import EMAHandler, ModelAverage
 from ignite_ema.averaging import kernels, swap
-from tests.helpers.bits import bits, contents, places, saved
+from tests.helpers.bits import contents, places, saved
 from tests.helpers.models import Tied, compiled, constant, move
 from tests.helpers.runs import scalar_handler
 
@@ -144,18 +144,6 @@ def test_the_model_is_the_twin_in_the_block_and_itself_again_after_it(kind, mode
                 assert torch.equal(computed(model), computed(average.module))
                 assert [place[:2] for place in places(model)] == [place[:2] for place in held_in]
             assert torch.equal(computed(model), output)
-
-
-@pytest.mark.parametrize("held_in", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.float8_e5m2], ids=str)
-def test_an_average_in_another_type_is_rounded_to_that_of_the_model(dtype, held_in):
-    model = Tensors(weight=parameter(5, dtype=dtype), buffer=torch.rand(3).to(dtype))
-    average = averaged(model, "update", dtype=held_in)
-    twin = average.module
-    with given_back(model, average), average.swapped():
-        assert bits(model.weight) == bits(twin.weight.to(dtype))
-        assert bits(model.buffer) == bits(twin.buffer.to(dtype))
-        assert bits(model.kept) == bits(twin.kept.to(torch.float32))
 
 
 def test_a_buffer_that_views_a_parameter_follows_it_in_the_block():

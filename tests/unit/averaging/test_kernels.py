@@ -5,30 +5,18 @@ import warnings
 import pytest
 import torch
 from ignite.engine import Engine
-from torch import nn
 
 from ignite_ema import EMAHandler, ModelAverage
 from ignite_ema.averaging import kernels
-from tests.helpers.bits import bits, contents
+from tests.helpers.bits import bits
 from tests.helpers.models import frozen, module
 
 ROLES = pytest.mark.parametrize("role", [frozen, torch.Tensor.clone], ids=["parameter", "buffer"])
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
 EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
-INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 
 
 # Types.
-
-
-@ROLES
-@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-def test_integers_and_booleans_are_copied(dtype, role):
-    model = module(tensor=role(torch.tensor([0, 1, 1]).to(dtype)))
-    average = ModelAverage(model, "update", dtype=torch.float64)
-    model.tensor.copy_(torch.tensor([1, 0, 1]))
-    average.update(0.25)
-    assert bits(average.module.tensor) == bits(torch.tensor([1, 0, 1]).to(dtype))
 
 
 @ROLES
@@ -60,16 +48,6 @@ def test_complex_tensors_are_averaged(dtype, role):
     assert average.module.view.tolist() == [1.5 - 3j]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "held_in"),
-    [(torch.bfloat16, torch.complex64), (torch.float32, torch.complex64), (torch.float64, torch.complex128)],
-    ids=str,
-)
-def test_complex_weights_are_held_in_the_complex_counterpart_of_dtype(dtype, held_in):
-    model = module(weight=nn.Parameter(torch.tensor([1 + 2j])))
-    assert ModelAverage(model, dtype=dtype).module.weight.dtype is held_in
-
-
 @pytest.mark.filterwarnings("ignore:A momentum of .* is too small:UserWarning")
 @pytest.mark.parametrize("momentum", [1e-5, 0.0002, 0.3, 0.7, 1])
 @pytest.mark.parametrize("dtype", FLOATS + EIGHT_BITS, ids=str)
@@ -99,20 +77,6 @@ def test_a_momentum_that_moves_nothing_is_warned_about(dtype, momenta, warned):
         for momentum in momenta:
             average.update(momentum)
     assert ["too small for the type" in str(one.message) for one in seen] == [True] * warned
-
-
-@pytest.mark.parametrize("momentum", [0.5, 0.001])
-def test_a_random_walk_is_followed(momentum):
-    torch.manual_seed(0)
-    weight = torch.randn(100)
-    average = ModelAverage(module(weight=frozen(weight)))
-    due = weight.double()
-    for step in 0.1 * torch.randn(1_000, 100):
-        weight += step
-        average.update(momentum)
-        due = (1 - momentum) * due + momentum * weight.double()
-    error = (average.module.weight.double() - due).norm() / due.norm()
-    assert error < 1e-6
 
 
 def test_large_tensors_are_converted_in_parts(monkeypatch):
@@ -172,15 +136,6 @@ def test_infinities_that_a_frozen_parameter_gets_between_runs_are_no_nan(how, tw
         handler.ema_model.load_state_dict(source.state_dict())
     trainer.run(range(3))
     assert handler.ema_model.mask.tolist() == [0.0, -torch.inf]
-
-
-def test_a_momentum_of_1_copies_and_heals():
-    model = module(weight=frozen(torch.ones(2)), mask=torch.tensor([0.0, -torch.inf]))
-    average = ModelAverage(model, "update")
-    average.module.weight.fill_(torch.nan)
-    average.module.mask.fill_(torch.nan)
-    average.update(1)
-    assert contents(average.module) == contents(model)
 
 
 def test_a_momentum_of_0_leaves_even_a_nan_out():

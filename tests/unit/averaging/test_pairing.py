@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ignite_ema import ModelAverage
-from tests.helpers.bits import bits, contents, copied, storages, tensors
+from tests.helpers.bits import copied, storages, tensors
 from tests.helpers.models import compiled, constant, frozen, module
 
 # Shapes and memory.
@@ -123,48 +123,6 @@ def test_what_is_replaced_is_followed(how):
     nn.init.constant_(model[0].weight, 9.0)
     average.update(0.25)
     assert average.module[0].weight.item() == 3.0
-
-
-@pytest.mark.parametrize("into_twin", [True, False], ids=["model into twin", "twin into model"])
-def test_memory_that_was_assigned_from_one_to_the_other_is_parted_at_the_update(into_twin):
-    model = nn.BatchNorm1d(2)
-    average = ModelAverage(model, "update")
-    average.update(0.5)
-    source, target = (model, average.module) if into_twin else (average.module, model)
-    target.load_state_dict(source.state_dict(), assign=True)
-    before = contents(model)
-    average.update(0.5)
-    assert set(storages(model).values()).isdisjoint(storages(average.module).values())
-    average.module.weight.fill_(7.0)
-    assert contents(model) == before
-
-
-def test_a_buffer_that_is_replaced_in_every_iteration_is_followed():
-    model = module(buffer=torch.zeros(3))
-    average, due = ModelAverage(model, "update"), torch.zeros(3)
-    for n in range(5):
-        model.buffer = torch.full((3,), float(n))
-        average.update(0.5)
-        due = (due + n) / 2
-    assert torch.equal(average.module.buffer, due)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("swap", [False, True], ids=["data", "swapped tensors"])
-def test_a_model_that_moves_to_another_type_is_followed(dtype, swap):
-    model = nn.BatchNorm1d(2)
-    average = ModelAverage(model, "update")
-    average.update(0.5)
-    old = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(swap)
-    try:
-        model.to(dtype)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(old)
-    nn.init.constant_(model.weight, 3.0)
-    average.update(0.25)
-    assert bits(average.module.weight) == bits(torch.full((2,), 1.5))
-    assert {tensor.dtype for tensor in tensors(average.module).values()} == {torch.float32, torch.int64}
 
 
 def test_loading_never_ties_the_average_to_what_was_loaded():

@@ -62,17 +62,6 @@ def test_a_second_run_loses_no_update():
     assert handler.num_updates == 2
 
 
-def test_attaching_twice_to_one_engine_raises():
-    model = constant()
-    trainer, other = trainer_for(model), trainer_for(model)
-    handler = EMAHandler(model)
-    handler.attach(trainer, "first")
-    with pytest.raises(RuntimeError, match="attached to an engine once, but this one is already, as 'first'"):
-        handler.attach(trainer, "second")
-    assert not hasattr(trainer.state, "second")
-    handler.attach(other, "second")
-
-
 @pytest.mark.parametrize("momenta", [(0.1, 0.5), (0.1, Constant(0.5)), (Constant(0.1), 0.5)], ids=str)
 def test_a_name_of_another_handler_is_refused_and_told_whose_it_is(momenta):
     trainer = trainer_for(constant())

@@ -11,7 +11,7 @@ from torch import nn
 
 from ignite_ema import EMAHandler
 from ignite_ema.averaging import swap
-from tests.helpers.bits import bits, contents, places, saved
+from tests.helpers.bits import bits, contents, places
 from tests.helpers.models import move
 from tests.helpers.runs import evaluator_of, scalar_handler
 
@@ -207,39 +207,6 @@ def test_an_evaluator_that_runs_inside_a_swapped_one_sees_the_average_too(kit):
     handler.swap_during(outer)
     outer.add_event_handler(Events.ITERATION_COMPLETED, lambda: inner.run([0]))
     assert outer.run([0]).output == inner.state.output == 5.0
-
-
-def training_run(validated):
-    """What is left after three epochs, each of them validated on the averaged weights, or none."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    data = torch.rand(4, 8, 3)
-
-    def step(engine, batch):
-        torch.manual_seed(engine.state.iteration)
-        model.train()
-        optimizer.zero_grad()
-        model(batch).square().mean().backward()
-        optimizer.step()
-
-    def evaluate(engine, batch):
-        model.eval()
-        with torch.no_grad():
-            return model(batch)
-
-    trainer, evaluator = Engine(step), Engine(evaluate)
-    handler = EMAHandler(model, 0.1, handle_buffers="update")
-    handler.attach(trainer)
-    if validated:
-        handler.swap_during(evaluator)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(data))
-    trainer.run(data, max_epochs=3)
-    return contents(model), contents(handler.ema_model), saved(optimizer)
-
-
-def test_validation_on_the_averaged_weights_does_not_touch_the_training():
-    assert training_run(validated=True) == training_run(validated=False)
 
 
 # Ways out of an evaluation
