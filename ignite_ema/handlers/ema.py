@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.engine.events import RemovableEventHandle
 from torch import nn
 from torch.optim import Optimizer
 
@@ -163,23 +162,20 @@ class EMAHandler:
         event: Event = Events.ITERATION_COMPLETED,
         *,
         optimizer: Optimizer | None = None,
-    ) -> RemovableEventHandle:
+    ) -> Attachment:
         """Updates the average at ``event`` and publishes the momentum as ``engine.state.<name>``.
 
-        The attribute exists as soon as this returns and shows the first λ; after each update it shows the λ that was
-        used. Of an ``EventsList`` those members that fire in the same iteration update once. Ignite calls handlers in
-        the order of their registration: attach before what evaluates or saves the average at the same event.
+        Ignite calls handlers in the order of their registration: attach before what evaluates or saves the average at
+        the same event. ``remove()`` of what is returned undoes this call.
 
         Args:
             engine: the trainer; no strong reference to it is kept.
-            name: the attribute; every handler of a trainer has its own.
+            name: the attribute; every handler of a trainer has its own. As soon as this returns it shows the first λ,
+                after each update the λ that was used.
             warn_if_exists: warn where it exists; a plain momentum goes on from its value, a schedule overwrites it.
-            event: when to update.
+            event: when to update. Those members of an ``EventsList`` that fire in the same iteration update once.
             optimizer: update only where this optimizer has stepped since the last event: with gradients accumulated
                 over several iterations, and where a ``GradScaler`` skips steps.
-
-        Returns:
-            A handle whose ``remove()`` undoes this call.
 
         Raises:
             TypeError, ValueError: for a name of the engine's own or of another handler, an existing value that is no
@@ -187,33 +183,24 @@ class EMAHandler:
             RuntimeError: where this handler is attached to this engine already.
         """
         check_attachable(self, self.model, engine, name, event, optimizer)
-        exists = hasattr(engine.state, name)
-        self._momentum.begin(engine.state, name, self.num_updates, warn_if_exists)
-        attachment = Attachment(self, engine, name, event, not exists, optimizer)
-        if self.handle_buffers == "ema_train":
-            attachment.call_at(
-                engine, Events.ITERATION_STARTED, lambda _: self.ema_model.train()
-            )  # an evaluator may leave it in eval mode
+        is_new = self._momentum.begin(engine.state, name, self.num_updates, warn_if_exists)
+        attachment = Attachment(self, engine, name, event, is_new, optimizer)
+        if self.handle_buffers == "ema_train":  # an evaluator may have left it in eval mode
+            attachment.call_at(engine, Events.ITERATION_STARTED, lambda _: self.ema_model.train())
         self._attachments.add(attachment)
         return attachment
 
     def swapped(self) -> Swapped:
-        """Inside the block the model holds the averaged weights and buffers, in place; after it, its own again.
-
-        See :meth:`ModelAverage.swapped <ignite_ema.ModelAverage.swapped>`.
-        """
+        """Inside the block the model holds the averaged weights; see :meth:`ignite_ema.ModelAverage.swapped`."""
         for attachment in self._attachments:
             attachment.note_reading()
         return self._average.swapped()
 
     def swap_during(self, evaluator: Engine) -> EvaluationSwap:
-        """Evaluates the averaged weights: each ``evaluator.run()`` from here on is inside :meth:`swapped`.
+        """Evaluates the averaged weights: each ``evaluator.run()`` is inside :meth:`swapped`, until ``remove()``.
 
         Args:
             evaluator: an engine that evaluates ``model``; not one that trains it.
-
-        Returns:
-            A handle whose ``remove()`` undoes this call.
 
         Raises:
             TypeError: unless ``evaluator`` is an engine.
@@ -236,8 +223,8 @@ class EMAHandler:
         driven. Where the saved handler had another schedule, this one's own counts, and a warning says so.
 
         Raises:
-            TypeError, ValueError: for a state with a missing, unexpected or wrong entry, or of another model; names
-                it, and nothing has been loaded then.
+            TypeError, ValueError: for a missing, unexpected or wrong entry, which it names, or another model's state;
+                nothing has been loaded then.
         """
         self._state.load(state)
 

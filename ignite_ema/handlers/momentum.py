@@ -37,9 +37,9 @@ class ScheduledMomentum:
         setattr(state, name, momentum)
         return momentum
 
-    def begin(self, state: Any, name: str, n: int, warns: bool) -> None:
-        """Shows the first λ as ``state.<name>``, whatever that held."""
-        _show_first(state, name, self.at(n), warns)
+    def begin(self, state: Any, name: str, n: int, warns: bool) -> bool:
+        """Shows the first λ as ``state.<name>``, whatever that held; returns whether it is a new attribute."""
+        return _show_first(state, name, self.at(n), warns)
 
     def go_on(self, n: int, saved: float | None = None) -> None:
         """Shows what it goes on with after a load, a reset or another count; has no use for a ``saved`` momentum."""
@@ -83,7 +83,7 @@ class DrivenMomentum:
         self.value = value
         return value
 
-    def begin(self, state: Any, name: str, n: int, warns: bool) -> None:
+    def begin(self, state: Any, name: str, n: int, warns: bool) -> bool:
         """Goes on from what ``state.<name>`` holds, or shows there what was loaded, or passed if it holds nothing.
 
         Raises:
@@ -93,7 +93,7 @@ class DrivenMomentum:
         goes_on = value is not None and not self.is_restored
         if goes_on:
             checked_momentum(value, f"engine.state.{name}")
-        _show_first(state, name, self.value, warns, goes_on)
+        return _show_first(state, name, self.value, warns, goes_on)
 
     def go_on(self, n: int, saved: float | None = None) -> None:
         """Shows the ``saved`` momentum from here on; without one it stays what it is driven to."""
@@ -114,9 +114,10 @@ class DrivenMomentum:
 Momentum: TypeAlias = ScheduledMomentum | DrivenMomentum
 
 
-def _show_first(state: Any, name: str, momentum: float, warns: bool, goes_on: bool = False) -> None:
+def _show_first(state: Any, name: str, momentum: float, warns: bool, goes_on: bool = False) -> bool:
     """Shows ``momentum`` unless that ``goes_on`` from what is there; warns of what becomes of the two."""
-    if warns and hasattr(state, name):
+    is_new = not hasattr(state, name)
+    if warns and not is_new:
         value = getattr(state, name)
         ignored = f"it goes on from its value {value!r}, and the momentum of {momentum} passed here is ignored"
         warn_user(
@@ -126,6 +127,7 @@ def _show_first(state: Any, name: str, momentum: float, warns: bool, goes_on: bo
         )
     if not goes_on:
         setattr(state, name, momentum)
+    return is_new
 
 
 def settable(momentum: Momentum, value: float) -> DrivenMomentum:

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from ignite_ema import PostHocEMA
-from ignite_ema.handlers import posthoc as module
+from ignite_ema.handlers import snapshots as module
 from ignite_ema.posthoc import stored
 from tests.distributed.test_snapshots import Run
 from tests.distributed.worker import Net

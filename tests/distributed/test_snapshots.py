@@ -8,7 +8,7 @@ from ignite.handlers import Checkpoint
 
 from ignite_ema import PostHocEMA
 from ignite_ema.distributed import ShardedSaver, load_objects
-from ignite_ema.handlers import posthoc as snapshots
+from ignite_ema.handlers import snapshots
 from ignite_ema.posthoc import reconstruct, snapshot_files, stored
 from tests.distributed.worker import CASES, Net, full, is_sharded_case
 
