@@ -160,15 +160,14 @@ class PostHocEMA:
         """Updates the averages at ``event``, and writes a snapshot at ``snapshot_event``, and at the end of a run.
 
         The momentum of the i-th average is published as ``engine.state.<name>_<i>``. Attach before what saves a
-        checkpoint at the same event. Dozens of snapshots are enough, evenly spaced. A run that is terminated writes no
-        last one; call :meth:`save` for it. One that resumes sets snapshots aside that are later than the state that was
-        loaded, as ``….pt.superseded``.
+        checkpoint at the same event. A run that is terminated writes no last snapshot; call :meth:`save` for it. Where
+        it resumes, those later than the state that was loaded are set aside, as ``….pt.superseded``.
 
         Args:
             engine: the trainer.
             name: of the attributes.
             event: when to update.
-            snapshot_event: when to write; where nothing has moved since the last snapshot, none is written.
+            snapshot_event: when to write; dozens, evenly spaced, are enough. Without an update since, none is written.
             optimizer: update only where this optimizer has stepped since the last event.
 
         Returns:
