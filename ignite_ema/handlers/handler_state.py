@@ -56,7 +56,7 @@ class HandlerState:
     def set_momentum(self, value: float) -> None:
         """Another plain momentum."""
         momentum = settable(self._momentum, value)
-        self._average.momentum = value
+        self._average.momentum = value  # raises before it has changed
         momentum.set(value)
 
     def set_count(self, value: int) -> None:

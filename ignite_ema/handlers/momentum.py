@@ -62,10 +62,9 @@ class DrivenMomentum:
     schedule = None
     counts = False
 
-    def __init__(self, passed: float, value: float, attachments: Attachments) -> None:
-        self.passed, self.value = passed, value
-        self.is_restored = False
+    def __init__(self, passed: float, attachments: Attachments) -> None:
         self._attachments = attachments
+        self.set(passed)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy goes on with: the value to which this one was driven."""
@@ -106,8 +105,9 @@ class DrivenMomentum:
         return self._attachments.driven(self.value)
 
     def set(self, passed: float) -> None:
-        """Takes another float, which :func:`settable` has accepted, and shows it."""
-        self.passed, self.value, self.is_restored = passed, constant_of(passed).momentum, False
+        """Takes another float and shows it; raises TypeError or ValueError unless it is in (0, 1)."""
+        self.value = constant_of(passed).momentum
+        self.passed, self.is_restored = passed, False
         self._attachments.publish(self.value)
 
 
@@ -131,13 +131,12 @@ def _show_first(state: Any, name: str, momentum: float, warns: bool, goes_on: bo
 
 
 def settable(momentum: Momentum, value: float) -> DrivenMomentum:
-    """``momentum``, where it can be set to ``value``; raises TypeError or ValueError otherwise."""
+    """``momentum``, where it can be set to another float and ``value`` is no schedule; raises TypeError otherwise."""
     if isinstance(momentum, ScheduledMomentum) or callable(value):
         raise TypeError(
             f"momentum should be set from one float to another, got {value!r} in place of {momentum.passed!r}; make a "
             "new handler for another schedule."
         )
-    constant_of(value)
     return momentum
 
 
@@ -162,7 +161,7 @@ def momentum_of(
             "momentum_warmup and warmup_iters should be given together or not at all, got "
             f"{momentum_warmup!r} and {warmup_iters!r}."
         )
-    value = constant_of(momentum).momentum
     if momentum_warmup is None or warmup_iters is None:
-        return DrivenMomentum(momentum, value, attachments)
-    return ScheduledMomentum(momentum, LinearWarmup(value, momentum_warmup, warmup_iters), attachments)
+        return DrivenMomentum(momentum, attachments)
+    schedule = LinearWarmup(constant_of(momentum).momentum, momentum_warmup, warmup_iters)
+    return ScheduledMomentum(momentum, schedule, attachments)

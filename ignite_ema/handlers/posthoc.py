@@ -161,7 +161,7 @@ class PostHocEMA:
 
         The momentum of the i-th average is published as ``engine.state.<name>_<i>``. Attach before what saves a
         checkpoint at the same event. A run that is terminated writes no last snapshot; call :meth:`save` for it. Where
-        it resumes, those later than the state that was loaded are set aside, as ``….pt.superseded``.
+        one resumes, those later than the state that was loaded are set aside, as ``….pt.superseded``.
 
         Args:
             engine: the trainer.
