@@ -17,8 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ignite_ema import EMAHandler
 from ignite_ema.distributed import ShardedSaver, gathered_state_dict, load_objects
 from ignite_ema.handlers.optimizer_steps import StepWatch
-from tests.distributed.test_distributed import in_worlds
-from tests.distributed.worker import Net, Run, full, full_bits
+from tests.distributed.worker import Net, Run, full, full_bits, in_worlds
 from tests.helpers.files import Evil
 from tests.helpers.worlds import run_world, start_world
 

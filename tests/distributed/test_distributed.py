@@ -28,6 +28,7 @@ from tests.distributed.worker import (
     Run,
     full_bits,
     full_tensors,
+    in_worlds,
     is_sharded_case,
     local,
     local_bits,
@@ -58,11 +59,6 @@ ALL_WORLDS = {
     "DDP of a compiled model": [2],
     "compiled FSDP2": [2],
 }
-
-
-def in_worlds(worlds):
-    every = [pytest.param(n, case, id=f"{case} on {n}") for case, ranks in worlds.items() for n in ranks]
-    return pytest.mark.parametrize(("ranks", "case"), every)
 
 
 # The contract.

@@ -1,5 +1,6 @@
 """The models and runs of the distributed tests."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
@@ -95,6 +96,11 @@ CASES = {
 
 def is_sharded_case(case):
     return "FSDP2" in case
+
+
+def in_worlds(worlds):
+    every = [pytest.param(n, case, id=f"{case} on {n}") for case, ranks in worlds.items() for n in ranks]
+    return pytest.mark.parametrize(("ranks", "case"), every)
 
 
 class Run:
