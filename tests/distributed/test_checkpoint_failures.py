@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,6 @@ def parameters_of(one):
 # Steps: where on the path of a rank something fails; the attribute that is replaced there.
 SAVING = {
     "agrees": (saver, "_description"),
-    "copies": (saver, "_copied"),
     "clears": (ShardedSaver, "_clear"),
     "plans": (FileSystemWriter, "prepare_local_plan"),
     "writes": (FileSystemWriter, "write_data"),
@@ -71,6 +71,7 @@ SAVING = {
     "synchronises": (saver, "sync_directory"),
     "removes": (ShardedSaver, "_remove"),
 }
+COPYING = {"copies": (saver, "_copied")}  # in the background alone
 FIRST_RANK_ALONE = {"clears", "completes", "publishes", "synchronises", "removes"}
 LOADING = {
     "opens": (loading, "Reader"),
@@ -91,7 +92,7 @@ def saves_twice(folder, step, rank, how, asynchronous):
     begin = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == rank:
-            patch.setattr(*SAVING[step], lambda *_, **__: strike(how))
+            patch.setattr(*(SAVING | COPYING)[step], lambda *_, **__: strike(how))
         saver_.remove("1.pt")
         with pytest.raises((RuntimeError, OSError)) as raised:
             save_and_wait(saver_, objects(2.0), "2.pt")
@@ -112,19 +113,18 @@ SENTENCES = {
 def table(steps, first_rank_alone):
     rows = []
     for step in steps:
-        for rank in (0,) if step in first_rank_alone else (0, 1):
-            for how in ("raises", "is killed"):
-                is_slow = how == "is killed" and (rank, step) not in {(1, "writes"), (0, "publishes"), (1, "checks")}
+        for rank, how in product((0,) if step in first_rank_alone else (0, 1), ("raises", "is killed")):
+            is_slow = how == "is killed" and (rank, step) not in {(1, "writes"), (0, "publishes"), (1, "checks")}
             marks = [pytest.mark.slow] if is_slow else []
             rows.append(pytest.param(step, rank, how, id=f"rank {rank} {how} when it {step}", marks=marks))
     return rows
 
 
+BACKGROUND = table(["copies", *SAVING], FIRST_RANK_ALONE)
 SAVES = [
-    pytest.param(*row.values, background, id=f"{row.id}{' in the background' * background}", marks=row.marks)
-    for background in (False, True)
-    for row in table(SAVING, FIRST_RANK_ALONE)
-    if background or row.values[0] != "copies"
+    *(pytest.param(*row.values, False, id=row.id, marks=row.marks) for row in table(SAVING, FIRST_RANK_ALONE)),
+    *(pytest.param(*row.values, True, id=f"{row.id} in the background", marks=pytest.mark.slow) for row in BACKGROUND),
+    pytest.param("copies", 1, "raises", True, id="rank 1 raises when it copies in the background"),
 ]
 
 

@@ -243,9 +243,17 @@ def torchscript():
     return buffer.getvalue()
 
 
-def written(content=TENSORS["float32"]):
+def written():
     buffer = io.BytesIO()
-    torch.save({"w": content}, buffer)
+    torch.save({"w": TENSORS["float32"]}, buffer)
+    return buffer.getvalue()
+
+
+def with_a_name_twice():
+    buffer = io.BytesIO(written())
+    with zipfile.ZipFile(buffer, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("archive/data.pkl", b"")
     return buffer.getvalue()
 
 
@@ -266,6 +274,7 @@ def written(content=TENSORS["float32"]):
         (torchscript(), r"is a TorchScript archive, a program; save the state_dict\(\) of the module"),
         (written()[:300], "is cut short: a zip archive without its end"),
         (written().replace(b"\x80\x02}", b"\x80\x02\xff"), "its entry 'archive/data.pkl' has changed since"),
+        (with_a_name_twice(), "cannot be read as one; it is cut short or damaged"),
         (b"\x80", "cannot be read as one; it is cut short or damaged"),
         (b"\xca\xfe" * 300, "cannot be read as one; it is cut short or damaged"),
     ],
