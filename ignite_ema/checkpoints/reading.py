@@ -1,8 +1,10 @@
 """Averaged weights out of the files of other systems, as a plain ``state_dict`` under the model's own names."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -10,10 +12,10 @@ from torch import Tensor, nn
 from .cleaning import cleaned, completed, named
 from .comparison import plain_name
 from .detection import Detection
-from .formats import FORMATS, Found, Names, State
+from .formats import FORMATS, Found, Names, State, within
 from .memory import copied, mebibytes
 from .naming import listed, quoted
-from .safe_load import open_file
+from .safe_load import OpenFile, open_file
 from .unpickling import ForeignObject, kind_of
 
 __all__ = [
@@ -112,10 +114,7 @@ def read(
         ('torch AveragedModel', 1, ['bias', 'weight'])
     """
     found = read_mapped(source, key, names, base, strip_prefix)
-    if not isinstance(source, (str, os.PathLike)):
-        return found
-    both = copied(found.tensors), None if found.online is None else copied(found.online)
-    return replace(found, tensors=both[0], online=both[1])
+    return _changed(found, copied) if isinstance(source, (str, os.PathLike)) else found
 
 
 def averaged_state_dict(
@@ -166,23 +165,24 @@ def read_part(
 
 def read_held(source: Source, key: str | None, names: Names, role: str = "source") -> tuple[Averaged, Sequence[str]]:
     """What a source itself has of an average, still mapped to the file, and the names of all frozen tensors."""
-    where = _named_source(source, role)
-    opened = open_file(source) if isinstance(source, (str, os.PathLike)) else None
-    detection = Detection()
-    found = _chosen(_found(source if opened is None else opened.content, detection, where), key, where, detection)
+    where, detection = _named_source(source, role), Detection()
+    opened = _opened(source)
+    found = _chosen(_found(opened.content, detection, where), key, where, detection)
     averaged = _averaged(found, names, where, detection)
-    if opened is not None:
-        opened.verify(averaged.tensors.items())
-        opened.verify((averaged.online or {}).items())
+    opened.verify(averaged.tensors.items())
+    opened.verify((averaged.online or {}).items())
     return averaged, found.frozen
 
 
 def choices(source: Source) -> list[Found]:
     """The averages in a file, or where there are none its plain weights, each of them once."""
-    where = _named_source(source)
-    opened = open_file(source) if isinstance(source, (str, os.PathLike)) else None
     detection = Detection()
-    return detection.merged(_found(source if opened is None else opened.content, detection, where))
+    return detection.merged(_found(_opened(source).content, detection, _named_source(source)))
+
+
+def _opened(source: Source) -> OpenFile:
+    """The file, or for a mapping one that has no checksums."""
+    return open_file(source) if isinstance(source, (str, os.PathLike)) else OpenFile(Path(), source)
 
 
 def _found(content: Any, detection: Detection, where: str) -> list[Found]:
@@ -286,8 +286,10 @@ def _stripped(averaged: Averaged, prefix: str | None, where: str) -> Averaged:
             f"strip_prefix should begin all names of the average in {where}, got {quoted(prefix)}, which does not "
             f"begin {quoted(other)}; leave it out (--strip-prefix)."
         )
-    both = [
-        None if state is None else {name[len(prefix) :]: tensor for name, tensor in state.items()}
-        for state in (averaged.tensors, averaged.online)
-    ]
-    return replace(averaged, tensors=both[0] or {}, online=both[1])
+    return _changed(averaged, partial(within, prefix=prefix))
+
+
+def _changed(averaged: Averaged, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Averaged:
+    """The same with another state dict for the averaged weights, and for the raw ones where there are some."""
+    online = None if averaged.online is None else change(averaged.online)
+    return replace(averaged, tensors=change(averaged.tensors), online=online)

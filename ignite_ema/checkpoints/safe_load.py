@@ -118,9 +118,9 @@ def _opened(path: Path) -> OpenFile:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if zipfile.is_zipfile(file):
             return OpenFile(path, *read_zip(file, content))
-        for kind in _KINDS:
-            if kind.begins(head):
-                raise NotTorch(kind.text)
+        for text, is_such in _OTHER_KINDS.items():
+            if is_such(head):
+                raise NotTorch(text)
         return OpenFile(path, read_legacy(content))
 
 
@@ -138,14 +138,6 @@ def _is_safetensors(head: bytes, size: int) -> bool:
     return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Files of another kind: how they begin, and what to say of them."""
-
-    begins: Callable[[bytes], bool]
-    text: str
-
-
 def _starts(*magic: bytes) -> Callable[[bytes], bool]:
     return lambda head: head.startswith(magic)
 
@@ -160,23 +152,21 @@ def _is_text(head: bytes) -> bool:
     return all(one.isprintable() or one in "\r\n\t" for one in text)
 
 
-_KINDS = (
-    _Kind(
-        lambda head: not head.strip(b"\0"),
-        "begins with zeros, as a file does that was never written to its end; take another copy",
+_OTHER_KINDS: dict[str, Callable[[bytes], bool]] = {
+    "begins with zeros, as a file does that was never written to its end; take another copy": (
+        lambda head: not head.strip(b"\0")
     ),
-    _Kind(_starts(b"version https://git-lfs"), "is a pointer of Git LFS; get the file itself with git lfs pull"),
-    _Kind(_starts(b"PK\3\4"), "is cut short: a zip archive without its end; take another copy"),
-    _Kind(lambda head: head[257:262] == b"ustar", "is a tar archive; unpack it, and name the file in it"),
-    _Kind(_starts(b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), "was compressed; decompress it first"),
-    _Kind(_starts(b"\x89HDF"), "is an HDF5 file; convert it first"),
-    _Kind(_starts(b"\x93NUMPY"), "is an array of NumPy; convert it first"),
-    _Kind(
-        lambda head: head.lstrip().lower().startswith((b"<!doctype", b"<html")),
-        "is an HTML page, as a download leaves that needed a login; download it again",
+    "is a pointer of Git LFS; get the file itself with git lfs pull": _starts(b"version https://git-lfs"),
+    "is cut short: a zip archive without its end; take another copy": _starts(b"PK\3\4"),
+    "is a tar archive; unpack it, and name the file in it": lambda head: head[257:262] == b"ustar",
+    "was compressed; decompress it first": _starts(b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"),
+    "is an HDF5 file; convert it first": _starts(b"\x89HDF"),
+    "is an array of NumPy; convert it first": _starts(b"\x93NUMPY"),
+    "is an HTML page, as a download leaves that needed a login; download it again": (
+        lambda head: head.lstrip().lower().startswith((b"<!doctype", b"<html"))
     ),
-    _Kind(_is_text, "is text; name the file that holds the weights"),
-)
+    "is text; name the file that holds the weights": _is_text,
+}  # files of other kinds: what to say of one, and how its beginning tells it; the first that fits
 
 
 def _tensors_in(content: Any) -> Iterator[tuple[Any, Tensor]]:

@@ -5,6 +5,7 @@ that a file says of sizes is checked against the file first.
 """
 
 import io
+import math
 import mmap
 import struct
 import sys
@@ -21,7 +22,7 @@ from torch import Tensor
 from .memory import REPEATED
 from .unpickling import Builders, ForeignObject, Name, Unpickler, plain_builders
 
-__all__ = ["Damaged", "NotTorch", "Verify", "read_legacy", "read_zip"]
+__all__ = ["DTYPES", "MOST_DIMENSIONS", "Damaged", "NotTorch", "Verify", "read_legacy", "read_zip"]
 
 Verify = Callable[[Tensor], None]  # raises Damaged unless the memory of a tensor is as it was written
 
@@ -40,8 +41,8 @@ _STORAGES = {
     "torch.ComplexFloatStorage": torch.complex64,
     "torch.storage.UntypedStorage": torch.uint8,
 }
-_DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-_MOST_DIMENSIONS = 64
+DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+MOST_DIMENSIONS = 64
 _ALIGNMENT = 16  # bytes, of the widest number; torch itself writes at multiples of 64
 _SMALL = 2**12  # bytes: storages up to this size, such as counts, are verified at once
 
@@ -91,7 +92,7 @@ class _Tensors:
             "torch._tensor._rebuild_from_type_v2": self._without_class,
             "torch._utils._rebuild_sparse_tensor": self._sparse,
             "torch._utils._rebuild_meta_tensor_no_storage": lambda dtype, size, stride, *_: torch.empty_strided(
-                _sizes(size), _sizes(stride), dtype=_dtype(dtype), device="meta"
+                _sizes(size), _sizes(stride), dtype=DTYPES[dtype.text], device="meta"
             ),
             "torch.serialization._get_layout": Name,
             "torch.Size": lambda size=(): _sizes(size),
@@ -107,7 +108,7 @@ class _Tensors:
     def _strided(
         self, storage: _Storage, offset: int, size: Any, stride: Any, dtype: Any = None, bits: Any = None
     ) -> Tensor:
-        dtype = storage.dtype if dtype is None else _dtype(dtype)
+        dtype = storage.dtype if dtype is None else DTYPES[dtype.text]
         size, stride, (offset,) = _sizes(size), _sizes(stride), _sizes((offset,))
         place = (storage.memory.data_ptr(), dtype, offset, size, stride)
         if place not in self._views:
@@ -128,10 +129,7 @@ class _Tensors:
         return torch.empty(0, dtype=dtype).set_(storage.memory.untyped_storage(), offset, size, stride)
 
     def _spend(self, size: tuple[int, ...], dtype: torch.dtype, held: int) -> None:
-        count = dtype.itemsize
-        for n in size:
-            count *= n
-        self._left -= count
+        self._left -= dtype.itemsize * math.prod(size)
         if self._left < 0:
             raise NotTorch(
                 f"has a tensor that should have memory for its shape, {size}, got {held} bytes that are repeated; take "
@@ -160,13 +158,9 @@ class _Tensors:
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    if len(values) > _MOST_DIMENSIONS or not all(type(one) is int and 0 <= one < 2**63 for one in values):
+    if len(values) > MOST_DIMENSIONS or not all(type(one) is int and 0 <= one < 2**63 for one in values):
         raise ValueError("a tensor has a shape that is none")
     return tuple(values)
-
-
-def _dtype(value: Any) -> torch.dtype:
-    return _DTYPES[value.text]
 
 
 def _check_byte_order(is_little: bool) -> None:

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan
 
+from ..checkpoints.torch_files import DTYPES, MOST_DIMENSIONS
 from ..checkpoints.unpickling import Name, Record, Unpickler, kind_of
 
 __all__ = ["DamagedError", "Planner", "Reader"]
@@ -112,20 +113,12 @@ class Planner(DefaultLoadPlanner):
 # The table of contents.
 
 
-_METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-_KNOWN = {
-    "torch.Size",
-    f"{_FILES}._StorageInfo",
-    *(
-        f"{_METADATA}.{kind}"
-        for kind in (
-            *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
-            *("TensorProperties", "TensorStorageMetadata"),
-        )
-    ),
+_METADATA = "torch.distributed.checkpoint.metadata"
+_OF_METADATA = (BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties)
+_BUILDERS = {
+    f"{kind.__module__}.{kind.__name__}": partial(Record, kind.__name__)
+    for kind in (torch.Size, _StorageInfo, TensorStorageMetadata, *_OF_METADATA)
 }
-_BUILDERS = {name: partial(Record, name.rpartition(".")[2]) for name in _KNOWN}
-_DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 # What a table has besides, of which nothing is needed.
 _IGNORED = {
     "collections.OrderedDict",
@@ -136,8 +129,7 @@ _IGNORED = {
         for kind in ("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
     ),
 }
-_ALLOWED = {*_KNOWN, *_DTYPES, *_IGNORED}
-_MOST_DIMENSIONS = 64
+_ALLOWED = {*_BUILDERS, *DTYPES, *_IGNORED}
 
 
 class _Unreadable(ValueError):
@@ -194,11 +186,11 @@ def _entry(value: Any) -> BytesStorageMetadata | TensorStorageMetadata:
         return BytesStorageMetadata()
     fields = _state(value, _TENSOR)
     dtype = _state(fields["properties"], "TensorProperties")[0]
-    if not isinstance(dtype, Name) or dtype.text not in _DTYPES:
+    if not isinstance(dtype, Name) or dtype.text not in DTYPES:
         raise _Unreadable("a type of number is none")
     chunks = [_state(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
     return TensorStorageMetadata(
-        TensorProperties(_DTYPES[dtype.text]),
+        TensorProperties(DTYPES[dtype.text]),
         _size(fields["size"]),
         [ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks],
     )
@@ -223,7 +215,7 @@ def _size(value: Any) -> torch.Size:
     if not isinstance(value, Record) or value.kind != "Size":
         raise _Unreadable("a size is none")
     (sizes,) = value.arguments
-    if len(sizes) > _MOST_DIMENSIONS:
+    if len(sizes) > MOST_DIMENSIONS:
         raise _Unreadable("a size has too many dimensions")
     return torch.Size(map(_count, sizes))
 

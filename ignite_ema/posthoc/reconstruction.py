@@ -5,6 +5,7 @@ import numbers
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, overload
@@ -183,7 +184,7 @@ def _rebuilt(used: Sequence[StoredSnapshot], weights: Tensor, progress: bool) ->
     last = used[-1]
     results: list[dict[str, Tensor]] = [{} for _ in weights]
     total = sum(tensor.numel() for tensor in last.averaged[0].values())
-    with _Bar(total, progress) as bar:
+    with _bar(total) if progress else nullcontext() as bar:
         for path in last.averaged[0]:
             for one in used:
                 one.verify(path)
@@ -277,7 +278,7 @@ def _check_rounding(last: StoredSnapshot, target: Profile, coefficients: Tensor,
         warnings.warn(f"{text}.", stacklevel=4)
 
 
-def _combined(parts: Sequence[Tensor], weights: Tensor, bar: "_Bar") -> list[Tensor]:
+def _combined(parts: Sequence[Tensor], weights: Tensor, bar: Any) -> list[Tensor]:
     """Sums of n tensors of one shape with the weights in each row of (targets, n)."""
     first = parts[0]
     kind = torch.promote_types(first.dtype, torch.float32)
@@ -293,29 +294,14 @@ def _combined(parts: Sequence[Tensor], weights: Tensor, bar: "_Bar") -> list[Ten
         sums = torch.where(steady | ~stack.isfinite().all(dim=0), stack[-1], sums)
         for result, values in zip(results, sums, strict=True):
             result.view(-1)[chunk] = values
-        bar.update(chunk.stop - start)
+        if bar is not None:
+            bar.update(chunk.stop - start)
     return results
 
 
-class _Bar:
-    """A bar of tqdm, or none."""
-
-    def __init__(self, total: int, wanted: bool) -> None:
-        self._bar = None
-        if wanted:
-            try:
-                from tqdm import tqdm
-            except ImportError as error:
-                raise ImportError("progress=True needs the package tqdm; pip install tqdm.") from error
-            self._bar = tqdm(total=total, unit=" weights", unit_scale=True)
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, count: int) -> None:
-        if self._bar is not None:
-            self._bar.update(count)
+def _bar(total: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs the package tqdm; pip install tqdm.") from error
+    return tqdm(total=total, unit=" weights", unit_scale=True)

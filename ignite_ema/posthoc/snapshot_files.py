@@ -195,10 +195,9 @@ def read(path: Path) -> StoredSnapshot:
     if content.keys() != _TYPES.keys() or not all(type(content[key]) is kind for key, kind in _TYPES.items()):
         raise ValueError(f"'{path}' should be as a PostHocEMA wrote it, but its entries are others; restore the file.")
     snapshot = StoredSnapshot(**content, _file=opened)
-    faults = [fault for fault in _faults(snapshot) if fault]
-    if faults:
+    if fault := _fault(snapshot):
         raise ValueError(
-            f"'{path}' should be as a PostHocEMA wrote it, but {faults[0]}; restore it, or move it away: the others "
+            f"'{path}' should be as a PostHocEMA wrote it, but {fault}; restore it, or move it away: the others "
             "can do without it, with a larger residual."
         )
     if path.name != _name_of(snapshot):
@@ -208,32 +207,30 @@ def read(path: Path) -> StoredSnapshot:
     return snapshot
 
 
-def _faults(snapshot: StoredSnapshot) -> list[str | None]:
+def _fault(snapshot: StoredSnapshot) -> str | None:
+    """What is wrong with the content of a file, if anything is."""
     groups: list[Any] = [*snapshot.averaged, snapshot.copied]
     if not all(isinstance(group, dict) for group in groups):
-        return ["its averages are not mappings"]
+        return "its averages are not mappings"
     tensors = [value for group in groups for value in group.values()]
     if not all(isinstance(value, Tensor) for value in tensors):
-        return ["it has other things than tensors"]
+        return "it has other things than tensors"
     first = snapshot.averaged[0] if snapshot.averaged else {}
     known = {*first, *snapshot.copied, *snapshot.frozen_shapes}
-    return [
-        "it is of no time" if snapshot.time < 1 else None,
-        "it is of no run" if not snapshot.run_id else None,
-        "it has tensors without memory of their own"
-        if any(value.is_meta for value in tensors) or not all(map(is_dense, first.values()))
-        else None,
-        "it has no average" if not first else None,
-        "its averages are not as many as their widths" if len(snapshot.averaged) != len(snapshot.sigma_rels) else None,
-        "its averages differ in names or shapes" if not all(_alike(first, one) for one in snapshot.averaged) else None,
-        "its widths are outside of (0, 1/√12)" if not all(map(_is_width, snapshot.sigma_rels)) else None,
-        "its names do not fit its tensors"
-        if not all(isinstance(path, str) and path in known for path in snapshot.state_dict_names.values())
-        else None,
-        "the shapes of its frozen parameters are malformed"
-        if not all(map(_is_shape, snapshot.frozen_shapes.values()))
-        else None,
-    ]
+    have_memory = all(map(is_dense, first.values())) and not any(value.is_meta for value in tensors)
+    paths = snapshot.state_dict_names.values()
+    rules = {
+        "it is of no time": snapshot.time >= 1,
+        "it is of no run": snapshot.run_id != "",
+        "it has tensors without memory of their own": have_memory,
+        "it has no average": len(first) > 0,
+        "its averages are not as many as their widths": len(snapshot.averaged) == len(snapshot.sigma_rels),
+        "its averages differ in names or shapes": all(_alike(first, one) for one in snapshot.averaged),
+        "its widths are outside of (0, 1/√12)": all(map(_is_width, snapshot.sigma_rels)),
+        "its names do not fit its tensors": all(isinstance(path, str) and path in known for path in paths),
+        "the shapes of its frozen parameters are malformed": all(map(_is_shape, snapshot.frozen_shapes.values())),
+    }
+    return next((fault for fault, is_kept in rules.items() if not is_kept), None)
 
 
 def _is_shape(value: object) -> bool:
@@ -244,10 +241,8 @@ def _is_width(value: object) -> bool:
     return type(value) is float and 0 < value < MAX_SIGMA_REL
 
 
-def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return {k: getattr(v, "shape", None) for k, v in one.items()} == {
-        k: getattr(v, "shape", None) for k, v in other.items()
-    }
+def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[path].shape == other[path].shape for path in one)
 
 
 def read_all(dirname: Path) -> list[StoredSnapshot]:
