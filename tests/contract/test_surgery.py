@@ -322,7 +322,7 @@ QUIET = pytest.mark.filterwarnings("ignore:.* holds a NaN or an infinity", "igno
 
 @QUIET
 @given(**PROGRAMS)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_surgery_between_updates_is_followed_or_refused(options, steps, uses, momenta, seed):
     run(options, steps, uses, momenta, seed)
 
