@@ -328,3 +328,20 @@ def test_a_kill_at_any_step_of_publishing_leaves_a_whole_checkpoint(tmp_path, mo
     saver({k: v.state_dict() for k, v in objects(4.0).items()}, "1.pt")
     load_objects(these, tmp_path / "1.pt")
     assert these["model"][0].weight.unique().item() == 4
+
+
+def test_a_replacement_that_cannot_be_moved_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    path, rename = save(tmp_path, 1.0), Path.rename
+
+    def fail(source, target):
+        if source.name.endswith(".partial"):
+            raise OSError("it cannot be moved")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(RuntimeError, match="it cannot be moved"):
+        save(tmp_path, 2.0)
+    assert path.is_dir()  # under its own name
+    these = objects(3.0)
+    load_objects(these, path)
+    assert torch.all(these["model"][0].weight == 1)
