@@ -111,7 +111,7 @@ def test_a_module_that_holds_its_handler_can_be_copied():
     assert trainer.state.ema_momentum == 0.5
 
 
-def growth(action, count=20, rounds=3):
+def growth(action, count=20, rounds=4):
     """Bytes that stay per call: the least of some rounds, as a dictionary grows now and then."""
     sizes = []
     tracemalloc.start()
