@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from .memory import REPEATED, view_of
 
 __all__ = ["Comparison", "plain_name"]
 
+_T = TypeVar("_T")
 _COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
 
 
@@ -19,53 +21,66 @@ def plain_name(name: Any) -> str:
     return _COMPILED.sub("", str(name))
 
 
+def _once(question: Callable[..., _T]) -> Callable[..., _T]:
+    """Makes a method of a `Comparison`, which gets what a file holds, answer from memory the second time."""
+
+    @wraps(question)
+    def answered(self: "Comparison", *values: Any) -> _T:
+        key = (question.__name__, *map(id, values))
+        if key not in self._answers:
+            self._asked.append(values)
+            self._answers[key] = question(self, *values)
+        answer: _T = self._answers[key]
+        return answer
+
+    return answered
+
+
 class Comparison:
     """Compares mappings that stay as they are while it lives. No answer is worked out twice."""
 
     def __init__(self) -> None:
-        self._states: dict[int, Mapping[Any, Any]] = {}  # keeps them alive, and their ids with them
+        self._asked: list[tuple[Any, ...]] = []  # keeps them alive, and their ids with them
         self._answers: dict[Any, Any] = {}
 
-    def _once(self, question: Callable[..., Any], *states: Mapping[Any, Any]) -> Any:
-        key = (question.__name__, *map(id, states))
-        if key not in self._answers:
-            self._states.update((id(state), state) for state in states)
-            self._answers[key] = question(*states)
-        return self._answers[key]
-
+    @_once
     def shapes(self, state: Mapping[Any, Any]) -> dict[str, Any]:
         """The shapes of a state dict by plain names; None for what has none."""
-        return self._once(_shapes, state)  # type: ignore[no-any-return]
+        return {plain_name(name): _shape(value) for name, value in state.items()}
 
+    @_once
     def is_state_dict(self, state: Any) -> bool:
         """Whether it is a mapping from names to tensors, with extra state at most."""
-        return isinstance(state, Mapping) and self._once(_is_state_dict, state)
+        return self.has_tensors(state) and all(
+            isinstance(name, str) and (isinstance(value, Tensor) or name.endswith("_extra_state"))
+            for name, value in state.items()
+        )
 
+    @_once
     def has_tensors(self, state: Any) -> bool:
         """Whether it is a mapping, and one of its values a tensor."""
-        return isinstance(state, Mapping) and self._once(_has_tensors, state)
+        return isinstance(state, Mapping) and any(isinstance(value, Tensor) for value in state.values())
 
+    @_once
     def unwrapped(self, state: Mapping[Any, Any]) -> Mapping[Any, Any]:
         """The state dict without ``module.`` before all its names; itself where one has none."""
-        return self._once(_unwrapped, state)  # type: ignore[no-any-return]
+        prefix = "module."
+        inner = {str(name)[len(prefix) :]: value for name, value in state.items() if str(name).startswith(prefix)}
+        return inner if len(inner) == len(state) else state
 
+    @_once
     def covers(self, state: Mapping[Any, Any], tensors: Mapping[Any, Any]) -> bool:
         """Whether ``state`` has a tensor of the same name and shape for each of ``tensors``, which has some."""
-        return self.has_tensors(tensors) and self._once(self._covers, state, tensors)
-
-    def _covers(self, state: Mapping[Any, Any], tensors: Mapping[Any, Any]) -> bool:
-        return self.shapes(tensors).items() <= self.shapes(state).items()
+        return self.has_tensors(tensors) and self.shapes(tensors).items() <= self.shapes(state).items()
 
     def are_alike(self, one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
         """Whether one covers the other, wrapped or not."""
         one, other = self.unwrapped(one), self.unwrapped(other)
         return self.covers(one, other) or self.covers(other, one)
 
+    @_once
     def are_same(self, tensors: Mapping[Any, Any], state: Mapping[Any, Any]) -> bool:
         """Whether all of ``tensors`` are in ``state``, bit for bit."""
-        return self._once(self._are_same, tensors, state)  # type: ignore[no-any-return]
-
-    def _are_same(self, tensors: Mapping[Any, Any], state: Mapping[Any, Any]) -> bool:
         held = {plain_name(name): value for name, value in state.items()}
         return all(
             plain_name(name) in held and self._are_equal(value, held[plain_name(name)])
@@ -81,26 +96,6 @@ class Comparison:
         if views not in self._answers:
             self._answers[views] = torch.equal(one, other) or torch.equal(_bits(one), _bits(other))
         return bool(self._answers[views])
-
-
-def _shapes(state: Mapping[Any, Any]) -> dict[str, Any]:
-    return {plain_name(name): _shape(value) for name, value in state.items()}
-
-
-def _unwrapped(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    inner = {str(name)[len("module.") :]: value for name, value in state.items() if str(name).startswith("module.")}
-    return inner if len(inner) == len(state) else state
-
-
-def _has_tensors(state: Mapping[Any, Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in state.values())
-
-
-def _is_state_dict(state: Mapping[Any, Any]) -> bool:
-    return _has_tensors(state) and all(
-        isinstance(name, str) and (isinstance(value, Tensor) or name.endswith("_extra_state"))
-        for name, value in state.items()
-    )
 
 
 def _shape(value: Any) -> Any:

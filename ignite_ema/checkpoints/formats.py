@@ -119,7 +119,8 @@ def _timm(state: State) -> Iterator[Found]:
     """What ``CheckpointSaver`` writes, both parts without wrappers."""
     parts = ("state_dict_ema", "state_dict")
     if _has_states(state, "state_dict_ema"):
-        yield Found("timm", state["state_dict_ema"], _mapping(state.get("state_dict")), path=parts[:1], parts=parts)
+        raw = state["state_dict"] if _has_states(state, "state_dict") else None
+        yield Found("timm", state["state_dict_ema"], raw, path=parts[:1], parts=parts)
 
 
 def _lightning(state: State) -> Iterator[Found]:
@@ -247,10 +248,6 @@ def within(state: State, prefix: str) -> dict[str, Any]:
 
 def _has_states(state: State, *names: str) -> bool:
     return all(isinstance(state.get(name), Mapping) for name in names)
-
-
-def _mapping(value: Any) -> State | None:
-    return value if isinstance(value, Mapping) else None
 
 
 def _count(state: State, name: str) -> int | None:

@@ -204,13 +204,9 @@ def _told(error: Exception, path: Path) -> OSError:
         reason = str(error).partition("\n")[0].removesuffix(".") or type(error).__name__
         return OSError(f"{str(path)!r} should be written, but it could not be: {reason}.")
     reason = os.strerror(cause.errno)
-    if cause.errno in _FULL:
-        told = OSError(
-            f"{str(path)!r} should be written, but the disk is full ({reason}); make room there, or choose another "
-            "place."
-        )
-    else:
-        told = type(cause)(f"{str(path)!r} should be written, but the system says: {reason}; choose another place.")
+    is_full = cause.errno in _FULL
+    why = f"the disk is full ({reason}); make room there, or" if is_full else f"the system says: {reason};"
+    told = type(cause)(f"{str(path)!r} should be written, but {why} choose another place.")
     told.errno = cause.errno
     return told
 

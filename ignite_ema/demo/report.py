@@ -3,21 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Protocol
 
 from .style import AVERAGED, DPI, ONLINE, WIDTH, dress, headline
+from .training import Run
 
-__all__ = ["Curves", "draw", "percent", "print_table"]
-
-
-class Curves(Protocol):
-    """The test accuracies of the online and of the averaged model, in [0, 1], at the evaluations of one run."""
-
-    @property
-    def online(self) -> list[float]: ...
-
-    @property
-    def averaged(self) -> list[float]: ...
+__all__ = ["draw", "percent", "print_table"]
 
 
 def percent(values: Sequence[float]) -> str:
@@ -25,11 +15,11 @@ def percent(values: Sequence[float]) -> str:
     return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _ends(runs: Mapping[int, Curves]) -> tuple[list[float], list[float]]:
+def _ends(runs: Mapping[int, Run]) -> tuple[list[float], list[float]]:
     return [run.online[-1] for run in runs.values()], [run.averaged[-1] for run in runs.values()]
 
 
-def print_table(runs: Mapping[int, Curves]) -> None:
+def print_table(runs: Mapping[int, Run]) -> None:
     """Online against averaged test accuracy at the end, and the range of each over the last quarter."""
     from rich.console import Console
     from rich.table import Table
@@ -51,7 +41,7 @@ def print_table(runs: Mapping[int, Curves]) -> None:
     Console().print(table)
 
 
-def draw(runs: Mapping[int, Curves], title: str, every: int, warmup: int, path: Path) -> None:
+def draw(runs: Mapping[int, Run], title: str, every: int, warmup: int, path: Path) -> None:
     """Draws both accuracies, one ``every`` so many iterations: the first seed strong, the others light."""
     from matplotlib.figure import Figure
 
@@ -74,7 +64,7 @@ def draw(runs: Mapping[int, Curves], title: str, every: int, warmup: int, path: 
     unfinished.replace(path)
 
 
-def _result(runs: Mapping[int, Curves]) -> str:
+def _result(runs: Mapping[int, Run]) -> str:
     online, averaged = map(percent, _ends(runs))
     over = f"mean ± sd of {len(runs)} seeds" if len(runs) > 1 else "one seed"
     return f"Test accuracy at the end: averaged {averaged} %, online {online} % ({over})"

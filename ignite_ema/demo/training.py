@@ -42,7 +42,7 @@ MOMENTUM, MOMENTUM_WARMUP, WARMUP_ITERS = 0.01, 0.2, 160
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of one training run, and the test accuracies of the online and of the averaged model."""
+    """The parts of one training run, and the test accuracies, in [0, 1], of the online and of the averaged model."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer

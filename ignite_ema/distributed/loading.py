@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..averaging.collectives import (
 )
 from .safe_reader import DamagedError, Planner, Reader
 
-__all__ = ["load_objects", "replaced_path", "single_process"]
+__all__ = ["load_objects", "process_group", "replaced_path"]
 
 
 def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str]) -> None:
@@ -49,10 +49,9 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str])
     _check_agreement(to_load, path, reader.digest, group)
     states = on_all_ranks(lambda: _to_fill(to_load, reader.contents, path), group)
     try:
-        with single_process(group is None), reports_lost_ranks(group):
-            saved = reader.contents.state_dict_metadata
-            filled = _as_saved(states, saved)
-            load(filled, storage_reader=reader, planner=Planner(), process_group=None if group is None else group.get())
+        with process_group(group) as messages:
+            filled = _as_saved(states, reader.contents.state_dict_metadata)
+            load(filled, storage_reader=reader, planner=Planner(), process_group=messages)
     except CheckpointException as error:  # on all ranks
         where, (reason, _) = min(error.failures.items(), key=lambda item: item[0])
         text = str(reason).partition("\n")[0].removesuffix(".")
@@ -162,11 +161,10 @@ def _on(where: int) -> str:
 
 
 @contextmanager
-def single_process(alone: bool) -> Iterator[None]:
-    """Silences torch's remark that there is no process group, which is meant then."""
-    if not alone:  # the filters are those of all threads
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
+def process_group(group: Group | None) -> Iterator[dist.ProcessGroup | None]:
+    """What torch's own functions take; silences their remark that there is none, where that is meant."""
+    is_alone = group is None  # else the filters stay as they are: they are those of all threads
+    with warnings.catch_warnings() if is_alone else nullcontext(), reports_lost_ranks(group):
+        if is_alone:
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield None if group is None else group.get()

@@ -25,12 +25,11 @@ from ..averaging.collectives import (
     on_first_rank,
     raise_first_error,
     rank,
-    reports_lost_ranks,
     shared_group,
 )
 from ..averaging.sharding import is_sharded
 from ..checkpoints.saving import sync_directory
-from .loading import replaced_path, single_process
+from .loading import process_group, replaced_path
 from .safe_reader import Reader
 
 __all__ = ["ShardedSaver"]
@@ -162,9 +161,8 @@ class ShardedSaver(BaseSaveHandler):
         try:
             # The first rank saves what all have: where that differs, as buffers do, all else would give a mixture.
             planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-            with single_process(self._group is None), reports_lost_ranks(self._group):
-                group = None if self._group is None else self._group.get()
-                save(dict(checkpoint), checkpoint_id=beside, planner=planner, process_group=group)
+            with process_group(self._group) as messages:
+                save(dict(checkpoint), checkpoint_id=beside, planner=planner, process_group=messages)
             on_first_rank(partial(self._publish, beside, filename, dropped), self._group)
         finally:
             self._being_written.discard(beside.absolute())
@@ -278,12 +276,9 @@ def _description(value: Any, path: str) -> dict[str, str]:
         held = _sharding(value) if is_sharded(value) else "whole"
         return {f"'{path}'": f"({value.dtype}, {tuple(value.shape)}, {held})"}
     found = {f"'{path}'": "(a value)"} if path else {}
-    parts: Mapping[Any, Any] = {}
-    if isinstance(value, Mapping):
-        parts = value
-    elif type(value) in (list, tuple):
-        parts = dict(enumerate(value))
-    for key, part in parts.items():
+    if type(value) in (list, tuple):
+        value = dict(enumerate(value))
+    for key, part in value.items() if isinstance(value, Mapping) else ():
         found |= _description(part, f"{path}.{key}" if path else str(key))
     return found
 

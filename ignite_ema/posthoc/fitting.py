@@ -30,10 +30,6 @@ _NEAR = 32  # windows of which each is tried
 Noise: TypeAlias = Callable[[Tensor], float]
 
 
-def _silent(coefficients: Tensor) -> float:
-    return 0.0
-
-
 def coefficients(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> Tensor:
     """The coefficients of the linear combination of snapshots whose profile is closest to ``target``.
 
@@ -118,7 +114,9 @@ def _solved(gram: Tensor, right: Tensor) -> Tensor:
     return result
 
 
-def reach(snapshots: Sequence[Snapshot], target: Profile, noise: Noise = _silent, max_residual: float = GOOD) -> str:
+def reach(
+    snapshots: Sequence[Snapshot], target: Profile, noise: Noise = lambda row: 0.0, max_residual: float = GOOD
+) -> str:
     """What to ask for in place of a target that is not to be had, none of it refused in its turn: a clause.
 
     Args:
