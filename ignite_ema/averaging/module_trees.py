@@ -228,6 +228,8 @@ class TreeWatch:
         first = {id(table[key]): (table, key) for table, key in reversed(named)}
         alike = [(slot, first[id(slot[0][slot[1]])]) for slot in named]
         self._ties = [(*one, *other) for one, other in alike if one[0] is not other[0] or one[1] != other[1]]
+        read = {(id(table), key) for table, key in slots}
+        self._kept = [(table, key) for table, key in named if (id(table), key) not in read]
 
     def read(self) -> list[Any] | None:
         """What is in the slots now, and other things after it; None where the structure has changed.
@@ -239,6 +241,8 @@ class TreeWatch:
         if any(self._empty) or list(map(len, self._filled)) != self._sizes:
             return None
         if not all(map(is_, found[self._fixed], self._held)):
+            return None
+        if self._kept and any(table[key] is None for table, key in self._kept):
             return None
         if self._ties and any(a[i] is not b[j] for a, i, b, j in self._ties):
             return None

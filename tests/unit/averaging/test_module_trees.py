@@ -116,3 +116,15 @@ def test_a_module_that_both_would_own_raises():
     twin[1] = model[1]
     with pytest.raises(RuntimeError, match="'1' is one and the same module in the model and in the twin"):
         ModelAverage(model, ema_model=twin)
+
+
+@pytest.mark.parametrize("change", ["model.flag = None", "del model.flag; model.register_buffer('other', zero)"])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_buffer_that_is_kept_and_gone_is_noticed(change, flatten):
+    zero = torch.zeros(1)
+    model = module(flag=zero, weight=nn.Parameter(torch.ones(2)))
+    average = ModelAverage(model, {"flag": "keep"}, flatten=flatten)
+    exec(change, {"model": model, "zero": zero})
+    for attempt in (lambda: average.update(0.5), average.reset, average.swapped().__enter__):
+        with pytest.raises(RuntimeError, match="keep the structure that it had .*, but '(flag|other)' is in the"):
+            attempt()
