@@ -4,12 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import checkpoints, posthoc, schedules
+    from . import checkpoints, distributed, posthoc, schedules
     from .averaging.average import ModelAverage
     from .handlers.ema import EMAHandler
     from .handlers.posthoc import PostHocEMA
 
-__all__ = ["EMAHandler", "ModelAverage", "PostHocEMA", "__version__", "checkpoints", "posthoc", "schedules"]
+__all__ = [
+    "EMAHandler",
+    "ModelAverage",
+    "PostHocEMA",
+    "__version__",
+    "checkpoints",
+    "distributed",
+    "posthoc",
+    "schedules",
+]
 
 __version__ = "0.1.0"
 
@@ -18,6 +27,7 @@ _HOMES = {
     "ModelAverage": ".averaging.average",
     "PostHocEMA": ".handlers.posthoc",
     "checkpoints": ".checkpoints",
+    "distributed": ".distributed",
     "posthoc": ".posthoc",
     "schedules": ".schedules",
 }

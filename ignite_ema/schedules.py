@@ -15,8 +15,8 @@ CopyUntil(n=2, schedule=LinearWarmup(momentum=0.5, momentum_warmup=0.0, warmup_i
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TypeAlias
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias
 
 __all__ = [
     "MAX_SIGMA_REL",
@@ -40,31 +40,38 @@ Schedule: TypeAlias = Callable[[int], float]
 MAX_SIGMA_REL = 12**-0.5
 
 
-def _fault(name: str, value: object) -> str | None:
-    """What a field of this name should be, if ``value`` is not."""
-    if name == "schedule":
-        return None if callable(value) else "a callable from the number of updates to a momentum"
-    if name == "rampup_ratio" and value is None:
-        return None
-    if name in ("warmup_iters", "warm_up", "total", "n"):
-        is_count = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
-        return None if is_count else "an integer of at least 1, as it counts updates"
-    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-    if name in ("gamma", "power", "half_life", "rampup_ratio", "samples_per_update", "factor"):
-        return None if 0 < number < math.inf else "a number above 0"
-    if name == "sigma_rel":
-        return None if 0 < number < MAX_SIGMA_REL else f"a number in (0, 1/√12 = {MAX_SIGMA_REL:.4f})"
-    return None if 0 <= number <= 1 else "a number in [0, 1], as the weight of the new weights (1 - decay)"
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _kind(wanted: str, accepts: Callable[[Any], bool]) -> dict[str, Any]:
+    """The metadata of a field: what it should be, in words, and whether a value is that."""
+    return {"wanted": wanted, "accepts": accepts}
+
+
+_MOMENTUM = _kind(
+    "a number in [0, 1], as the weight of the new weights (1 - decay)", lambda value: 0 <= _number(value) <= 1
+)
+_COUNT = _kind("an integer of at least 1, as it counts updates", _is_count)
+_POSITIVE = _kind("a number above 0", lambda value: 0 < _number(value) < math.inf)
+_POSITIVE_OR_NONE = _kind("a number above 0", lambda value: value is None or 0 < _number(value) < math.inf)
+_SIGMA_REL = _kind(f"a number in (0, 1/√12 = {MAX_SIGMA_REL:.4f})", lambda value: 0 < _number(value) < MAX_SIGMA_REL)
+_SCHEDULE = _kind("a callable from the number of updates to a momentum", callable)
 
 
 class _Checked:
-    """Checks every field of a schedule, by the field's name, when the schedule is made."""
+    """Checks every field of a schedule, as its metadata says, when the schedule is made."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]  # each subclass is a dataclass
-            value = getattr(self, field.name)
-            if (fault := _fault(field.name, value)) is not None:
-                raise ValueError(f"{field.name} of {type(self).__name__} should be {fault}, got {value!r}.")
+        for one in fields(self):  # type: ignore[arg-type]  # each subclass is a dataclass
+            value = getattr(self, one.name)
+            if not one.metadata["accepts"](value):
+                wanted = one.metadata["wanted"]
+                raise ValueError(f"{one.name} of {type(self).__name__} should be {wanted}, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Constant(_Checked):
         momentum: weight of the new weights, in [0, 1].
     """
 
-    momentum: float
+    momentum: float = field(metadata=_MOMENTUM)
 
     def __call__(self, n: int) -> float:
         return self.momentum
@@ -93,9 +100,9 @@ class LinearWarmup(_Checked):
     As in ``ignite.handlers.EMAHandler(momentum=..., momentum_warmup=..., warmup_iters=...)``.
     """
 
-    momentum: float
-    momentum_warmup: float
-    warmup_iters: int
+    momentum: float = field(metadata=_MOMENTUM)
+    momentum_warmup: float = field(metadata=_MOMENTUM)
+    warmup_iters: int = field(metadata=_COUNT)
 
     def __call__(self, n: int) -> float:
         last = max(1, self.warmup_iters - 1)
@@ -115,8 +122,8 @@ class ExponentialWarmup(_Checked):
     As in mmdetection's ``ExpMomentumEMA`` (YOLOX).
     """
 
-    momentum: float
-    gamma: float = 2000
+    momentum: float = field(metadata=_MOMENTUM)
+    gamma: float = field(default=2000, metadata=_POSITIVE)
 
     def __call__(self, n: int) -> float:
         return (1 - self.momentum) * math.exp(-(1 + n) / self.gamma) + self.momentum
@@ -133,8 +140,8 @@ class RatioWarmup(_Checked):
     As in mmcv's ``EMAHook`` and mmdetection's ``LinearMomentumEMAHook``.
     """
 
-    momentum: float
-    warm_up: int = 100
+    momentum: float = field(metadata=_MOMENTUM)
+    warm_up: int = field(default=100, metadata=_COUNT)
 
     def __call__(self, n: int) -> float:
         return min(self.momentum, (1 + n) / (self.warm_up + n))
@@ -151,8 +158,8 @@ class Annealing(_Checked):
     As in mmengine's ``MomentumAnnealingEMA``.
     """
 
-    momentum: float
-    gamma: float = 100
+    momentum: float = field(metadata=_MOMENTUM)
+    gamma: float = field(default=100, metadata=_POSITIVE)
 
     def __call__(self, n: int) -> float:
         return max(self.momentum, self.gamma / (self.gamma + n))
@@ -182,10 +189,10 @@ class InverseGamma(_Checked):
     As in k-diffusion, diffusers (``use_ema_warmup``) and timm.
     """
 
-    gamma: float = 1.0
-    power: float = 2 / 3
-    min_momentum: float = 0.0
-    max_momentum: float = 1.0
+    gamma: float = field(default=1.0, metadata=_POSITIVE)
+    power: float = field(default=2 / 3, metadata=_POSITIVE)
+    min_momentum: float = field(default=0.0, metadata=_MOMENTUM)
+    max_momentum: float = field(default=1.0, metadata=_MOMENTUM)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,9 +218,9 @@ class Cosine(_Checked):
     As in BYOL, DINO and mmpretrain's ``CosineEMA``.
     """
 
-    start: float
-    end: float
-    total: int
+    start: float = field(metadata=_MOMENTUM)
+    end: float = field(metadata=_MOMENTUM)
+    total: int = field(metadata=_COUNT)
 
     def __call__(self, n: int) -> float:
         return self.end - (self.end - self.start) * (math.cos(math.pi * min(n, self.total) / self.total) + 1) / 2
@@ -231,9 +238,9 @@ class HalfLife(_Checked):
     As in StyleGAN (in thousands of images) and mmagic's ``RampUpEMA``.
     """
 
-    half_life: float
-    rampup_ratio: float | None = None
-    samples_per_update: float = 1
+    half_life: float = field(metadata=_POSITIVE)
+    rampup_ratio: float | None = field(default=None, metadata=_POSITIVE_OR_NONE)
+    samples_per_update: float = field(default=1, metadata=_POSITIVE)
 
     def __call__(self, n: int) -> float:
         half_life = self.half_life
@@ -253,7 +260,7 @@ class PowerFunction(_Checked):
     EDM2, Karras et al. 2024 (arXiv 2312.02696), section 3.
     """
 
-    sigma_rel: float
+    sigma_rel: float = field(metadata=_SIGMA_REL)
 
     def __call__(self, n: int) -> float:
         return 1.0 if n == 0 else -math.expm1((self.gamma + 1) * math.log1p(-1 / (n + 1)))
@@ -283,8 +290,8 @@ class CopyUntil(_Checked):
     As mmengine's averaged models do at the first update, and until ``begin_iter`` with ``EMAHook``.
     """
 
-    n: int
-    schedule: Schedule
+    n: int = field(metadata=_COUNT)
+    schedule: Schedule = field(metadata=_SCHEDULE)
 
     def __call__(self, n: int) -> float:
         return 1.0 if n < self.n else self.schedule(n - self.n + 1)
@@ -299,8 +306,8 @@ class Rescaled(_Checked):
         factor: for an update every ``factor`` iterations, or a batch ``factor`` times larger.
     """
 
-    schedule: Schedule
-    factor: float
+    schedule: Schedule = field(metadata=_SCHEDULE)
+    factor: float = field(metadata=_POSITIVE)
 
     def __call__(self, n: int) -> float:
         momentum = self.schedule(n)
