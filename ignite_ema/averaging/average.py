@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from ..schedules import Schedule
 from . import kernels, swap
-from .announcement import announced
 from .average_state import VERSION, check_average_state
 from .buffers import BufferPolicy, check_patterns, check_policy, treatment_of
 from .flat import Block, Flat, refuse_unflattable
-from .memory import holds_values
 from .module_trees import LostValues, Mismatch, Structure
 from .pairing import Pairing, part_memory, sharing_memory
 from .precision import Precision
+from .rank_agreement import announced
 from .schedule_argument import described, schedule_of, scheduled
 from .sharding import local, reshard
 from .state_loading import check_loadable, part_for_rank, tensors_by_path
 from .stochastic_rounding import StochasticRounding
+from .storage import holds_values
 from .summaries import counted, module_summary, momentum_summary, one_line
 from .traversal import names_of, tensors_of, unwrapped
 from .twin import check_model, check_tensors, freeze, refuse_unsupported, stripped, twin_of

@@ -22,10 +22,10 @@ from torch.autograd.graph import increment_version
 from torch.utils.dlpack import from_dlpack
 
 from . import kernels
-from .memory import overlaps_itself
 from .module_trees import Structure
 from .pairing import Group, Pairing, Step
 from .sharding import is_sharded
+from .storage import overlaps_itself
 
 __all__ = ["Block", "Flat", "refuse_unflattable"]
 

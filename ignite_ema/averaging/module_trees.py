@@ -4,14 +4,14 @@ Tensors are paired by owner and name, never by position, and wrappers (``Distrib
 what ``torch.compile`` returns) are looked through. What does not match raises :class:`Mismatch` and names the path.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from operator import getitem, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .memory import holds_values
 from .sharding import is_sharded, local, sharding
+from .storage import holds_values
 from .traversal import inside
 
 __all__ = ["LostValues", "Mismatch", "Pair", "Slot", "Structure", "TreeWatch"]
@@ -207,27 +207,17 @@ class TreeWatch:
     """
 
     def __init__(self, structure: Structure, slots: list[Slot]) -> None:
-        self._empty: list[Any] = []
-        self._filled: list[Any] = []
-        fixed: list[tuple[Any, str, object]] = []
-        for module in structure.modules:
-            tables = [getattr(module, name) for name in _TABLES]
-            shown = [(name, table) for name, table in zip(_TABLES, tables, strict=True) if table]
-            self._filled += [table for _, table in shown]
-            self._empty += [table for table in tables if not table]
-            fixed += [(vars(module), name, table) for name, table in shown or [("_parameters", tables[0])]]
-            for _, table in shown:
-                fixed += [(table, key, held) for key, held in table.items() if not isinstance(held, Tensor)]
+        tables = [getattr(module, name) for module in structure.modules for name in _TABLES]
+        self._empty = [table for table in tables if not table]
+        self._filled = [table for table in tables if table]
         self._sizes = list(map(len, self._filled))
-        self._tables, self._keys = [table for table, _ in slots], [key for _, key in slots]
-        self._tables += [table for table, _, _ in fixed]
-        self._keys += [key for _, key, _ in fixed]
+        fixed = list(_fixed_entries(structure.modules))
+        self._tables = [table for table, _ in slots] + [table for table, _, _ in fixed]
+        self._keys = [key for _, key in slots] + [key for _, key, _ in fixed]
         self._fixed = slice(len(slots), None)
         self._held = [value for _, _, value in fixed]
         named = [slot for pair in structure.names for slot in pair.slots()]
-        first = {id(table[key]): (table, key) for table, key in reversed(named)}
-        alike = [(slot, first[id(slot[0][slot[1]])]) for slot in named]
-        self._ties = [(*one, *other) for one, other in alike if one[0] is not other[0] or one[1] != other[1]]
+        self._ties = list(_ties(named))
         read = {(id(table), key) for table, key in slots}
         self._kept = [(table, key) for table, key in named if (id(table), key) not in read]
 
@@ -247,3 +237,25 @@ class TreeWatch:
         if self._ties and any(a[i] is not b[j] for a, i, b, j in self._ties):
             return None
         return found
+
+
+def _fixed_entries(modules: list[nn.Module]) -> Iterator[tuple[Any, str, object]]:
+    """Where a module holds a table, or a table what is no tensor, and what that is; as tables, keys and values."""
+    for module in modules:
+        tables = [(name, getattr(module, name)) for name in _TABLES]
+        filled = [(name, table) for name, table in tables if table]
+        for name, table in filled or tables[:1]:
+            yield vars(module), name, table
+        for _, table in filled:
+            for key, value in table.items():
+                if not isinstance(value, Tensor):
+                    yield table, key, value
+
+
+def _ties(slots: list[Slot]) -> Iterator[tuple[Any, str, Any, str]]:
+    """Each slot whose tensor is in another one before it, as table and key, and that first one."""
+    first: dict[int, Slot] = {}
+    for table, key in slots:
+        other, name = first.setdefault(id(table[key]), (table, key))
+        if other is not table or name != key:
+            yield table, key, other, name

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import kernels
-from .memory import extent, holds_values, overlaps_itself
 from .module_trees import Mismatch, Pair, Structure, TreeWatch
 from .sharding import is_at_rest, is_sharded, local, on_any_rank, reshard, sharded_parts
+from .storage import extent, holds_values, overlaps_itself
 
 __all__ = ["Group", "Pairing", "Step", "Treatment", "part_memory", "sharing_memory"]
 
@@ -113,7 +113,7 @@ class Pairing:
             found = self._watch.read()
             if found is not None and (not self._parts or all(map(is_at_rest, self._parts))):
                 tensors = self._local(found)
-                if self._lie_as_they_did(tensors, found) or self._follows(tensors, found):
+                if self._is_unchanged(tensors, found) or self._accepts_moves(tensors, found):
                     return tensors
         except (AttributeError, KeyError, TypeError, RuntimeError):
             pass  # a name is gone, holds None, a tensor without memory, or one that is gathered from its shards
@@ -176,7 +176,7 @@ class Pairing:
             tensors[index] = tensors[index].to_local()  # type: ignore[attr-defined]
         return tensors
 
-    def _lie_as_they_did(self, tensors: Tensors, found: Tensors) -> bool:
+    def _is_unchanged(self, tensors: Tensors, found: Tensors) -> bool:
         """Whether each tensor has the address, and those of the model the shapes and types, that were noted."""
         noted = self.noted
         return (
@@ -198,23 +198,23 @@ class Pairing:
         addresses = list(map(self._address, tensors))
         return _Noted(addresses, list(map(_shape, online)), list(map(_dtype, online)), self._gradients(found))
 
-    def _follows(self, tensors: Tensors, found: Tensors) -> bool:
-        """Whether only tensors of the model have been replaced by their likes, or moved; takes note of it then.
+    def _accepts_moves(self, tensors: Tensors, found: Tensors) -> bool:
+        """Whether all that has changed is that tensors of the model have moved, or others like them took their place.
 
-        As happens at each iteration where a module registers its buffers anew.
+        Then it notes the new addresses. So it is at each iteration where a module registers its buffers anew.
         """
         old, new, count = self.noted, self._noted(tensors, found), self._count
         if old is None or not self._all_strided or old[1:] != new[1:]:
             return False
         moved = [index for index in range(count) if old.addresses[index] != new.addresses[index]]
-        follows = (
+        accepts = (
             old.addresses[count:] == new.addresses[count:]
             and all(_is_like(tensors[index], self._kinds[index], self._written) for index in moved)
             and self._number_of_tensors() == self._distinct
         )
-        if follows:
+        if accepts:
             self.noted = new
-        return follows
+        return accepts
 
     def _number_of_tensors(self) -> int:
         """How many tensors the model has, each tied one once."""

@@ -12,18 +12,18 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
-__all__ = ["Patient", "deliver", "delivers", "hold_back", "release", "uninterrupted"]
+__all__ = ["DeferringHandler", "defers_signals", "deliver_signals", "uninterrupted", "unwrap_handlers", "wrap_handlers"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _main = threading.main_thread()
 _delivering: set[CodeType] = set()
 _uninterrupted: set[CodeType] = set()
-_waiting: "list[tuple[Patient, int]]" = []
+_waiting: "list[tuple[DeferringHandler, int]]" = []
 _PAUSE = 0.001  # seconds
 
 
-def delivers(function: _Function) -> _Function:
-    """Marks a function in which signals wait from its first instruction on, and that calls :func:`deliver` at last."""
+def defers_signals(function: _Function) -> _Function:
+    """Marks a function in which signals wait from its first instruction on; it calls :func:`deliver_signals` at last."""
     _delivering.add(function.__code__)
     return function
 
@@ -34,7 +34,7 @@ def uninterrupted(function: _Function) -> _Function:
     return function
 
 
-class Patient:
+class DeferringHandler:
     """A signal handler that calls ``previous``, but lets it wait where an exception would do harm."""
 
     def __init__(self, previous: Callable[[int, FrameType | None], Any]) -> None:
@@ -54,40 +54,40 @@ class Patient:
         return self.previous(number, frame)
 
 
-def deliver() -> None:
+def deliver_signals() -> None:
     """Calls the handlers that have waited; what they raise goes to the caller."""
     if threading.current_thread() is not _main:
         return
     while _waiting:
-        patient, number = _waiting.pop(0)
+        handler, number = _waiting.pop(0)
         try:
-            patient.previous(number, None)
+            handler.previous(number, None)
         except BaseException:
-            deliver()  # of several that raise the last wins, as with Python
+            deliver_signals()  # of several that raise the last wins, as with Python
             raise
 
 
-def hold_back(wrapped: list[tuple[int, Patient]]) -> None:
-    """Wraps the handlers of all signals that have one in Python, and notes in ``wrapped`` what to :func:`release`."""
+def wrap_handlers(wrapped: list[tuple[int, DeferringHandler]]) -> None:
+    """Wraps the handlers of all signals that have one in Python, and adds them to ``wrapped``."""
     if threading.current_thread() is not _main:
         return  # where no handlers run
     for number in signal.valid_signals():
         handler = signal.getsignal(number)
-        if callable(handler) and not isinstance(handler, Patient):
-            wrapped.append((number, Patient(handler)))
+        if callable(handler) and not isinstance(handler, DeferringHandler):
+            wrapped.append((number, DeferringHandler(handler)))
             signal.signal(*wrapped[-1])
 
 
-def release(wrapped: list[tuple[int, Patient]]) -> None:
+def unwrap_handlers(wrapped: list[tuple[int, DeferringHandler]]) -> None:
     """Puts back the handlers of before, but not where there is another one by now."""
     if threading.current_thread() is not _main:
         return
     try:
         while wrapped:
-            number, patient = wrapped[-1]
-            if signal.getsignal(number) is patient:
-                signal.signal(number, patient.previous)
+            number, handler = wrapped[-1]
+            if signal.getsignal(number) is handler:
+                signal.signal(number, handler.previous)
             wrapped.pop()
     except BaseException:  # from a handler that is back already
-        release(wrapped)
+        unwrap_handlers(wrapped)
         raise

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .memory import holds_values
 from .sharding import is_sharded, local, sharding
+from .storage import holds_values
 
 __all__ = ["check_loadable", "part_for_rank", "tensors_by_path"]
 

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from . import kernels
+from .backup import ModuleBackup, TensorBackup
 from .flat import Block
-from .held import HeldModule, HeldTensor
-from .memory import overlaps_itself
 from .module_trees import Structure
 from .sharding import local, reshard
-from .signals import Patient, deliver, delivers, hold_back, release, uninterrupted
+from .signals import DeferringHandler, defers_signals, deliver_signals, uninterrupted, unwrap_handlers, wrap_handlers
+from .storage import overlaps_itself
 from .traversal import modules_of
 from .user_warnings import warn_user
 
 __all__ = ["Swapped", "any_swapped", "begin_move", "end_move", "is_swapped", "moving", "refuse_while_swapped"]
 
-_swapped: "set[_Held]" = set()  # what is swapped now, of all averages: models may have parts in common
+_swapped: "set[_OwnState]" = set()  # what is swapped now, of all averages: models may have parts in common
 _moving: list[int] = []  # the threads that move an average now
 _PART = 2**21  # elements
 
@@ -71,7 +71,7 @@ def any_swapped() -> bool:
     return bool(_swapped)
 
 
-def is_swapped(structure: Structure, *, but_by: "_Held | None" = None) -> bool:
+def is_swapped(structure: Structure, *, but_by: "_OwnState | None" = None) -> bool:
     """Whether a part of the model holds averaged weights now, those of this average or of another."""
     others = [held for held in list(_swapped) if held is not but_by]
     if not others:
@@ -80,7 +80,7 @@ def is_swapped(structure: Structure, *, but_by: "_Held | None" = None) -> bool:
     return any(not held.parts.isdisjoint(parts) for held in others)
 
 
-def refuse_while_swapped(structure: Structure, what: str, *, but_by: "_Held | None" = None) -> None:
+def refuse_while_swapped(structure: Structure, what: str, *, but_by: "_OwnState | None" = None) -> None:
     """Raises RuntimeError where :func:`is_swapped`."""
     if is_swapped(structure, but_by=but_by):
         raise RuntimeError(
@@ -96,13 +96,13 @@ def _parts(structure: Structure) -> set[int]:
     return set(map(id, [structure.roots[0], *owners, *tensors]))
 
 
-class _Held:
+class _OwnState:
     """What a swapped model has of its own, to be given back: modules, tensors and values.
 
     Args:
         structure: the model and its twin.
         blocks: what of them is laid out side by side.
-        patient: the handlers of signals that are wrapped for as long.
+        wrapped: the handlers of signals that are wrapped for as long.
 
     Attributes:
         parts: the identities of what is swapped.
@@ -110,20 +110,20 @@ class _Held:
         abandoned: calls back where the block is never left, but forgotten.
     """
 
-    def __init__(self, structure: Structure, blocks: list[Block], patient: list[tuple[int, Patient]]) -> None:
+    def __init__(self, structure: Structure, blocks: list[Block], wrapped: list[tuple[int, DeferringHandler]]) -> None:
         self._structure = structure
         self._blocks = blocks
-        self.patient = patient
+        self.wrapped = wrapped
         self.abandoned: object = None
-        self.modules = [HeldModule.of(module) for module in modules_of(structure.roots[0])]
+        self.modules = [ModuleBackup.of(module) for module in modules_of(structure.roots[0])]
         slots = [pair.slots() for pair in structure.pairs]
         self._pairs = [(local(ours[key]), local(theirs[name])) for (ours, key), (theirs, name) in slots]
-        self.tensors = [HeldTensor.of(p, part) for p, (part, _) in zip(structure.pairs, self._pairs, strict=True)]
-        self.shared = [HeldTensor.of(pair, local(pair.slots()[0][0][pair.key])) for pair in structure.shared]
+        self.tensors = [TensorBackup.of(p, part) for p, (part, _) in zip(structure.pairs, self._pairs, strict=True)]
+        self.shared = [TensorBackup.of(pair, local(pair.slots()[0][0][pair.key])) for pair in structure.shared]
         self.parts = _parts(structure).union(id(one.module) for one in self.modules)
         self.is_filled = False
         self._values: list[tuple[Tensor, Tensor]] = []
-        self._versions: list[tuple[HeldTensor, int]] = []
+        self._versions: list[tuple[TensorBackup, int]] = []
 
     def fill_from_twin(self) -> None:
         """Saves the values and replaces them by those of the twin."""
@@ -149,7 +149,7 @@ class _Held:
         for block in self._blocks:
             increment_version(block.online)
 
-    def changed(self) -> tuple[list[HeldTensor], list[HeldTensor]]:
+    def changed(self) -> tuple[list[TensorBackup], list[TensorBackup]]:
         """The parameters that were written into since: those of which that is dropped, and those where it stays."""
         changed = [one for one, version in self._versions if one.version() != version]
         shared = set(map(id, self.shared))
@@ -237,7 +237,7 @@ class Swapped(ContextDecorator):
 
     def __init__(self, current: Callable[[], tuple[Structure, list[Block]]]) -> None:
         self._current = current
-        self._held: _Held | None = None
+        self._held: _OwnState | None = None
         self._watch: object = None
 
     def __repr__(self) -> str:
@@ -251,30 +251,30 @@ class Swapped(ContextDecorator):
     def __enter__(self) -> None:
         if self.is_active:
             self._current()  # which raises
-        patient: list[tuple[int, Patient]] = []
+        wrapped: list[tuple[int, DeferringHandler]] = []
         try:
-            _enter(self, patient)
+            _enter(self, wrapped)
         except BaseException:
             _end(self._held)
-            release(patient)
+            unwrap_handlers(wrapped)
             raise
 
 
-@delivers
-def _enter(swap: Swapped, patient: list[tuple[int, Patient]]) -> None:
+@defers_signals
+def _enter(swap: Swapped, wrapped: list[tuple[int, DeferringHandler]]) -> None:
     swap._held = None
-    hold_back(patient)
+    wrap_handlers(wrapped)
     structure, blocks = swap._current()
-    held = swap._held = _Held(structure, blocks, patient)
+    held = swap._held = _OwnState(structure, blocks, wrapped)
     held.abandoned = weakref.ref(swap, partial(_end_abandoned, held))
     _swapped.add(held)
     refuse_while_swapped(structure, "swapped", but_by=held)  # in another thread, since
     _wait_for_others()
     held.fill_from_twin()
-    deliver()
+    deliver_signals()
 
 
-@delivers
+@defers_signals
 def _leave(
     swap: Swapped, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
@@ -283,12 +283,12 @@ def _leave(
         if swap._held is not None:
             _finish(swap, swap._held, kind is None)
     finally:
-        deliver()
+        deliver_signals()
 
 
-def _finish(swap: Swapped, held: _Held, warns: bool) -> None:
-    dropped: list[HeldTensor] = []
-    stays: list[HeldTensor] = []
+def _finish(swap: Swapped, held: _OwnState, warns: bool) -> None:
+    dropped: list[TensorBackup] = []
+    stays: list[TensorBackup] = []
     try:
         if warns:
             dropped, stays = held.changed()
@@ -311,22 +311,22 @@ def _end_unless_left(swap: "weakref.ref[Swapped]", leave: object) -> None:
 
 
 @uninterrupted
-def _end_abandoned(held: _Held, swap: object) -> None:
+def _end_abandoned(held: _OwnState, swap: object) -> None:
     """Where ``__exit__`` is never called."""
     _end(held)
 
 
 @uninterrupted
-def _end(held: _Held | None) -> None:
+def _end(held: _OwnState | None) -> None:
     if held is not None:
         try:
             if held in _swapped:
                 _give_back(held)
         finally:
-            release(held.patient)
+            unwrap_handlers(held.wrapped)
 
 
-def _give_back(held: _Held) -> None:
+def _give_back(held: _OwnState) -> None:
     try:
         if held.is_filled:
             held.give_back()

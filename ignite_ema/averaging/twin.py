@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
-from .memory import holds_values
 from .sharding import is_sharded, local, sharding
+from .storage import holds_values
 from .traversal import tensors_of, unwrapped
 
 __all__ = [

@@ -5,8 +5,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..averaging.collectives import first_difference, is_first_rank, on_all_ranks, raise_first_error
-from ..averaging.memory import overlaps_itself
 from ..averaging.sharding import is_sharded, whole
+from ..averaging.storage import overlaps_itself
 from ..averaging.traversal import tensors_of
 from ..handlers.ema import EMAHandler
 

@@ -15,9 +15,9 @@ from ..averaging.swap import Swapped
 from ..averaging.traversal import unwrapped
 from ..averaging.user_warnings import warn_user
 from ..averaging.validation import checked_momentum
+from .evaluator_search import evaluators_among
 from .events import Event, members_of
 from .optimizer_steps import StepWatch
-from .references import evaluators_among
 
 __all__ = ["Attachment", "Attachments", "Handles", "Owner", "attachments"]
 

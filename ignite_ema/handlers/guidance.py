@@ -17,14 +17,14 @@ class Guidance:
 
     Attributes:
         start_is_known: whether the average starts where it is meant to: it was restored, reset, set, or has moved.
-        has_past: whether weights of an earlier run were put into the average without a word about their share.
+        share_is_unknown: whether `initial_share` says nothing, for the weights have come from elsewhere.
     """
 
     def __init__(self, average: ModelAverage, momentum: Momentum) -> None:
         self._average, self._momentum = average, momentum
         self._was_told: set[str] = set()
         self.start_is_known = False
-        self.has_past = False
+        self.share_is_unknown = False
 
     def check_start(self, name: str, iteration: int) -> None:
         """Warns where a run is resumed with a handler that was not restored, or starts from other weights."""
@@ -33,7 +33,7 @@ class Guidance:
         self.start_is_known = True
         is_as_made = self._average.is_as_made()
         is_stale = is_as_made and self._average.differs_from_model()  # reset() was forgotten
-        self.has_past = self.has_past or not is_as_made
+        self.share_is_unknown = self.share_is_unknown or not is_as_made
         if iteration > 0 and (is_as_made or self._momentum.counts):
             weights = "the weights that it was made with" if is_stale else "the weights of now"
             lost = f"its average starts from {weights}" if is_as_made else "its momentum starts again"
@@ -57,13 +57,13 @@ class Guidance:
             updates: how many of them made an update.
         """
         average = self._average
-        if average.num_updates == average.num_skipped == updates == 0 < iterations and not self.has_past:
+        if average.num_updates == average.num_skipped == updates == 0 < iterations and not self.share_is_unknown:
             self._tell_once(
                 "no update",
                 f"The run of {counted(iterations, 'iteration')} should have updated the average of '{name}', but its "
                 "event never fired; attach the handler with an event that this run fires.",
             )
-        if not updates or not average.num_updates or average.initial_share <= 0.5 or self.has_past:
+        if not updates or not average.num_updates or average.initial_share <= 0.5 or self.share_is_unknown:
             return
         count, interval = average.num_updates, round(iterations / updates)
         last = self._momentum.at(count - 1)

@@ -64,7 +64,7 @@ class HandlerState:
         check_count(value)
         self._momentum.at(value)  # raises before anything has changed
         self._average.num_updates = value
-        self._go_on(has_past=value > 0)
+        self._go_on(share_is_unknown=value > 0)
 
     def reset(self, buffers_only: bool) -> None:
         """The average becomes the model, or its buffers those of the model."""
@@ -113,7 +113,7 @@ class HandlerState:
         if found.system == "plain":
             warn_user("The checkpoint has no average; this one starts from the weights in it.")
 
-    def _go_on(self, has_past: bool = False, momentum: float | None = None) -> None:
+    def _go_on(self, share_is_unknown: bool = False, momentum: float | None = None) -> None:
         """Notes that the average is what it is meant to be, and shows what the momentum goes on with."""
-        self._guidance.start_is_known, self._guidance.has_past = True, has_past
+        self._guidance.start_is_known, self._guidance.share_is_unknown = True, share_is_unknown
         self._momentum.go_on(self._average.num_updates, momentum)

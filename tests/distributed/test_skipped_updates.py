@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from ignite_ema import ModelAverage
-from ignite_ema.averaging import announcement
+from ignite_ema.averaging import rank_agreement
 from tests.distributed.worker import mesh
 from tests.helpers.bits import bits
 from tests.helpers.worlds import run_world
@@ -63,7 +63,7 @@ def is_made_on_one_rank(folder, skips):
         return "none"
     average = ModelAverage(model, ema_model=twin, skip_nonfinite=skips)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(announcement, "_PATIENCE", timedelta(seconds=0.2))
+        patch.setattr(rank_agreement, "_PATIENCE", timedelta(seconds=0.2))
         try:
             return average.update(0.5)
         except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""What the averages of one sharded model are made with, on each rank, told without a message that others wait for.
+"""Checks that all ranks of a sharded model pass the same ``skip_nonfinite``, without a collective.
 
-Each rank writes it into the store of the process group when it makes its average, and the first update reads what the
-others have written. No rank sends anything that another has to receive, so that an average on one rank alone, which
+Each rank writes its own into the store of the process group when it makes its average, and the first update reads what
+the others have written. No rank sends anything that another has to receive, so that an average on one rank alone, which
 needs no communication, still waits for nobody.
 """
 

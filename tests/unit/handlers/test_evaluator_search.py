@@ -9,7 +9,7 @@ from ignite.engine import Engine, EventEnum, Events, create_supervised_evaluator
 from torch import nn
 
 from ignite_ema import EMAHandler
-from ignite_ema.handlers.references import evaluators_among
+from ignite_ema.handlers.evaluator_search import evaluators_among
 
 BATCH = [(torch.zeros(1, 1), torch.zeros(1, 1))]
 EVENT = Events.ITERATION_COMPLETED

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from .module_trees import Pair
 
-__all__ = ["HeldModule", "HeldTensor"]
+__all__ = ["ModuleBackup", "TensorBackup"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 
 
-class HeldModule(NamedTuple):
+class ModuleBackup(NamedTuple):
     """A module, its class, its attributes, its tables of tensors and sub-modules, its hooks, and what these contain."""
 
     module: nn.Module
@@ -26,7 +26,7 @@ class HeldModule(NamedTuple):
     flat_weights: list[Tensor] | None
 
     @classmethod
-    def of(cls, module: nn.Module) -> "HeldModule":
+    def of(cls, module: nn.Module) -> "ModuleBackup":
         attributes = vars(module).copy()
         tables = [(name, held, held.copy()) for name in _TABLES if isinstance(held := attributes.get(name), dict)]
         hooks = {name: held.copy() for name in _HOOKS if (held := attributes.get(name))}
@@ -72,7 +72,7 @@ def _alike(table: dict[str, Any], contents: dict[str, Any]) -> bool:
     return list(table) == list(contents) and all(map(is_, table.values(), contents.values()))
 
 
-class HeldTensor(NamedTuple):
+class TensorBackup(NamedTuple):
     """A tensor of a model, the part that this rank has of it, and its memory."""
 
     path: str
@@ -83,7 +83,7 @@ class HeldTensor(NamedTuple):
     requires_grad: bool
 
     @classmethod
-    def of(cls, pair: Pair, part: Tensor) -> "HeldTensor":
+    def of(cls, pair: Pair, part: Tensor) -> "TensorBackup":
         owner, key = pair.slots()[0]
         return cls(pair.path, owner[key], part, part.detach(), _size(part), owner[key].requires_grad)
 
