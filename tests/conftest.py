@@ -27,6 +27,7 @@ UNAVOIDABLE = (
 
 
 def pytest_configure(config):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers, which would wait for each other's threads
     config.pluginmanager.register(documents, "documents")
     config.addinivalue_line("filterwarnings", "error::tests.helpers.own_warnings.OwnWarning")
     # Runs of a few updates end with most of their start; what is said of that has tests of its own.

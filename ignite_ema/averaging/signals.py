@@ -23,7 +23,7 @@ _PAUSE = 0.001  # seconds
 
 
 def defers_signals(function: _Function) -> _Function:
-    """Marks a function in which signals wait from its first instruction on; it calls :func:`deliver_signals` at last."""
+    """Marks a function in which signals wait from its first instruction on, and that delivers them at last."""
     _delivering.add(function.__code__)
     return function
 
