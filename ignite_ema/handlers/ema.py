@@ -28,13 +28,11 @@ __all__ = ["EMAHandler"]
 
 
 class EMAHandler:
-    r"""Keeps an exponential moving average of a model's weights while an Ignite engine trains it.
+    """Keeps an exponential moving average of a model's weights while an Ignite engine trains it.
 
-    .. math:: \theta_{ema} \leftarrow (1 - \lambda) \cdot \theta_{ema} + \lambda \cdot \theta
-
-    λ, the momentum, weighs the *new* weights: λ = 1 - decay. Schedules count updates, not iterations. With a schedule
-    the handler writes λ to ``engine.state.<name>`` at each event. With a plain float it reads λ from there, so that
-    you, or an Ignite ``StateParamScheduler``, can drive it.
+    ``average = (1 - λ) * average + λ * weights``: λ, the momentum, weighs the *new* weights; it is 1 - decay. Schedules
+    count updates, not iterations. With a schedule the handler writes λ to ``engine.state.<name>`` at each event. With a
+    plain float it reads λ from there, so that you, or an Ignite ``StateParamScheduler``, can drive it.
 
     Args:
         model: the online model, alone or inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``.
@@ -43,11 +41,7 @@ class EMAHandler:
         momentum_warmup, warmup_iters: together: λ goes linearly from the one, in [0, 1], to ``momentum`` over as many
             updates as the other says.
         handle_buffers, ema_model, dtype, device, share_frozen, skip_nonfinite, stochastic_rounding, flatten: as for
-            :class:`~ignite_ema.ModelAverage`, which says what they do.
-
-    Raises:
-        TypeError, ValueError: for an argument of the wrong type or value.
-        RuntimeError: for a model that cannot be deep-copied.
+            :class:`~ignite_ema.ModelAverage`, which says what they do, and what is raised.
 
     Examples:
         >>> import torch
@@ -178,8 +172,7 @@ class EMAHandler:
                 over several iterations, and where a ``GradScaler`` skips steps.
 
         Raises:
-            TypeError, ValueError: for a name of the engine's own or of another handler, an existing value that is no
-                momentum, or an event that the engine does not fire.
+            TypeError, ValueError: for a name that is taken, a value there that is no momentum, an event never fired.
             RuntimeError: where this handler is attached to this engine already.
         """
         check_attachable(self, self.model, engine, name, event, optimizer)
@@ -203,8 +196,7 @@ class EMAHandler:
             evaluator: an engine that evaluates ``model``; not one that trains it.
 
         Raises:
-            TypeError: unless ``evaluator`` is an engine.
-            RuntimeError: where this handler does so already, or updates at an event of this engine.
+            TypeError, RuntimeError: for what is no engine, or one that this handler swaps for or updates at already.
         """
         return EvaluationSwap(self, evaluator)
 
@@ -223,8 +215,7 @@ class EMAHandler:
         driven. Where the saved handler had another schedule, this one's own counts, and a warning says so.
 
         Raises:
-            TypeError, ValueError: for a missing, unexpected or wrong entry, which it names, or another model's state;
-                nothing has been loaded then.
+            TypeError, ValueError: for a wrong entry, which it names, or another model's; nothing is loaded then.
         """
         self._state.load(state)
 
@@ -241,9 +232,8 @@ class EMAHandler:
             num_updates: how many are behind it, which a schedule has to know; None: as many as the checkpoint says.
 
         Raises:
-            TypeError, ValueError, OSError, ImportError: where the checkpoint cannot be read, is of another model, or
-                does not say the count that a schedule goes on from; nothing has been loaded then.
-            RuntimeError: inside :meth:`swapped`.
+            TypeError, ValueError, OSError, ImportError, RuntimeError: where the checkpoint cannot be read, is of
+                another model or lacks the count that a schedule needs; inside :meth:`swapped`. Nothing is loaded then.
         """
         self._state.load_averaged(source, key, names, num_updates)
 
