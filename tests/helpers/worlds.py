@@ -1,8 +1,8 @@
 """Worlds of worker processes: each is started once for all tests, and runs one scenario after the other.
 
 A world is a gloo process group of a fixed number of ranks. A scenario is a function that can be imported; each rank
-calls it. A world in which a scenario failed, ended a process or took the group apart is ended, and the next scenario
-of that size starts another one.
+calls it. A world in which a scenario failed, ended a process, took the group apart or left many others behind is ended,
+and the next scenario of that size starts another one.
 """
 
 import atexit
@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from tests.helpers import own_warnings
 
+MOST_GROUPS = 20  # that scenarios may leave behind in a world; the threads of each wake up now and then
 TIMEOUT = 60  # seconds for a scenario, and for a message between ranks; the longest scenario needs five
 
 _CONTEXT = multiprocessing.get_context("forkserver")  # workers are forked from a process that has imported torch
@@ -230,4 +231,4 @@ def _settle():
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
-    return True
+    return len(dist.distributed_c10d._world.pg_map) <= MOST_GROUPS
