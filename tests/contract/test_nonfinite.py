@@ -141,7 +141,8 @@ def test_an_infinity_that_the_average_holds_already_is_no_reason_but_another_one
 def test_a_value_that_the_type_of_the_average_cannot_hold_is_a_reason(dtype, held_in):
     model = module(weight=nn.Parameter(torch.ones(2, dtype=dtype)))
     average = ModelAverage(model, dtype=held_in, skip_nonfinite=True)
-    model.weight.detach()[0] = torch.finfo(held_in).max * 8  # infinite in bfloat16
+    large = torch.tensor(torch.finfo(held_in).max * 8, dtype=torch.float64)
+    model.weight.detach()[0] = large  # infinite in bfloat16
     with spoilt("weight"):
         assert not average.update(0.25)
     assert average.module.weight.tolist() == [1.0, 1.0]
