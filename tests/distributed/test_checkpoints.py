@@ -119,6 +119,7 @@ def loads_all(folder):
     return counts
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_time_leaves_a_checkpoint_that_loads(tmp_path):
     for i, name in enumerate(("one", "other")):
         running = start_world(tmp_path, 2, saves_until_killed, name)

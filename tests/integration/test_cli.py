@@ -74,6 +74,7 @@ def test_ctrl_c(command, monkeypatch):
     assert command("inspect", "file.pt", file=FILE)[0] == 130
 
 
+@pytest.mark.slow
 def test_as_a_module_with_a_pipe_that_is_closed(tmp_path):
     names = [f"layer{i}.weight" for i in range(5000)]  # more than a pipe holds
     tensors = dict.fromkeys(names, torch.ones(1))

@@ -98,10 +98,8 @@ def leaves(path):
     return str(paths), [(str(key), leaf.numpy().tobytes() if hasattr(leaf, "numpy") else leaf) for key, leaf in found]
 
 
-SAVERS = ["DiskSaver"] * 9 + ["ShardedSaver"] * 2
-
-
-@pytest.mark.parametrize("saver", ["DiskSaver", *(pytest.param(saver, marks=pytest.mark.slow) for saver in SAVERS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("saver", ["DiskSaver"] * 9 + ["ShardedSaver"] * 2)
 def test_a_run_that_is_killed_at_any_time_ends_with_the_same_bits(saver, uninterrupted, tmp_path, request):
     chosen = random.Random(request.node.name)
     longest, kills = 0.15, 0
