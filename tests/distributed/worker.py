@@ -99,7 +99,12 @@ def is_sharded_case(case):
 
 
 def in_worlds(worlds):
-    every = [pytest.param(n, case, id=f"{case} on {n}") for case, ranks in worlds.items() for n in ranks]
+    """Each case on each number of ranks; that of several meshes, which is the longest, in the slow run."""
+    every = [
+        pytest.param(n, case, id=f"{case} on {n}", marks=[pytest.mark.slow] if "several meshes" in case else [])
+        for case, ranks in worlds.items()
+        for n in ranks
+    ]
     return pytest.mark.parametrize(("ranks", "case"), every)
 
 
