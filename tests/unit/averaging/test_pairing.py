@@ -149,3 +149,18 @@ def test_another_type_in_the_same_memory_is_followed(flatten):
         nn.init.constant_(parameter, 3.0)
     average.update(1.0)
     assert average.module.weight.unique().tolist() == [3.0]
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_memory_that_the_model_takes_from_its_twin_is_parted_at_the_next_update(flatten):
+    model = nn.Linear(2, 2)
+    average = ModelAverage(model, flatten=flatten)
+    average.update(0.5)
+    for parameter, held in zip(model.parameters(), average.module.parameters(), strict=True):
+        parameter.data = held.data
+    average.update(0.5)
+    assert set(storages(model).values()).isdisjoint(storages(average.module).values())
+    before = copied(tensors(average.module))
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 9.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(average.module).items())
