@@ -164,3 +164,27 @@ def test_memory_that_the_model_takes_from_its_twin_is_parted_at_the_next_update(
     for parameter in model.parameters():
         nn.init.constant_(parameter, 9.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(average.module).items())
+
+
+@pytest.mark.parametrize("into_twin", [True, False], ids=["model into twin", "twin into model"])
+def test_memory_that_was_assigned_from_one_to_the_other_is_parted_at_the_update(into_twin):
+    model = nn.BatchNorm1d(2)
+    average = ModelAverage(model, "update")
+    average.update(0.5)
+    source, target = (model, average.module) if into_twin else (average.module, model)
+    target.load_state_dict(source.state_dict(), assign=True)
+    before = contents(model)
+    average.update(0.5)
+    assert set(storages(model).values()).isdisjoint(storages(average.module).values())
+    average.module.weight.fill_(7.0)
+    assert contents(model) == before
+
+
+def test_a_buffer_that_is_replaced_in_every_iteration_is_followed():
+    model = module(buffer=torch.zeros(3))
+    average, due = ModelAverage(model, "update"), torch.zeros(3)
+    for n in range(5):
+        model.buffer = torch.full((3,), float(n))
+        average.update(0.5)
+        due = (due + n) / 2
+    assert torch.equal(average.module.buffer, due)
