@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ignite_ema import ModelAverage
-from tests.helpers.bits import copied, storages, tensors
+from tests.helpers.bits import contents, copied, storages, tensors
 from tests.helpers.models import compiled, constant, frozen, module
 
 # Shapes and memory.
