@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .module_trees import Pair
+from .traversal import TABLES
 
 __all__ = ["ModuleBackup", "TensorBackup"]
 
-_TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 
 
@@ -28,7 +28,7 @@ class ModuleBackup(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module) -> "ModuleBackup":
         attributes = vars(module).copy()
-        tables = [(name, held, held.copy()) for name in _TABLES if isinstance(held := attributes.get(name), dict)]
+        tables = [(name, held, held.copy()) for name in TABLES if isinstance(held := attributes.get(name), dict)]
         hooks = {name: held.copy() for name in _HOOKS if (held := attributes.get(name))}
         flat_weights = attributes.get("_flat_weights")  # the list that an LSTM keeps of its parameters
         not_saved = module._non_persistent_buffers_set.copy()

@@ -111,8 +111,8 @@ class Flat:
         )
 
     def laid_out(self) -> set[int]:
-        """The identities of the tensors in the blocks."""
-        return {id(one) for block in self.blocks for one in (*block.online, *block.averaged)}
+        """The identities of the model's tensors in the blocks."""
+        return {id(one) for block in self.blocks for one in block.online}
 
     def note_writes(self) -> None:
         """Lets autograd know that the twin was written to, as it would see by itself without this memory."""
@@ -129,7 +129,7 @@ class Flat:
             pairs = list(zip(tensors[group.online], tensors[group.averaged], strict=True))
             self._lay_out_group(group, pairs, several, own)
         self._pairing.note_memory()
-        laid_out = {id(one) for block in self.blocks for one in block.online}
+        laid_out = self.laid_out()
         indices = [index for index, tensor in enumerate(tensors) if id(tensor) in laid_out]
         self._rows = [index for index in indices if tensors[index].is_contiguous()]
         self._turned = [index for index in indices if not tensors[index].is_contiguous()]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .sharding import is_sharded, local, sharding
 from .storage import holds_values
-from .traversal import inside
+from .traversal import TABLES, inside
 
 __all__ = ["LostValues", "Mismatch", "Pair", "Slot", "Structure", "TreeWatch"]
 
@@ -148,7 +148,7 @@ class Structure:
             place = f"'{prefix.removesuffix('.')}'" if prefix else "the root"
             raise Mismatch(f"{place} is one and the same module in the model and in the twin")
         self.modules += (online, averaged)
-        for kind in ("_parameters", "_buffers", "_modules"):
+        for kind in TABLES:
             owners: list[dict[str, Any]] = [getattr(module, kind) for module in (online, averaged)]
             names, theirs = ([key for key, value in o.items() if value is not None] for o in owners)
             for name in sorted(set(names) ^ set(theirs)):
@@ -191,9 +191,6 @@ class Structure:
             raise Mismatch(f"'{pair.path}' was frozen and is shared with the average, but requires gradients now")
 
 
-_TABLES = ("_parameters", "_buffers", "_modules")
-
-
 class TreeWatch:
     """Reads tensors out of two module trees, in microseconds, as long as these have the structure that they had.
 
@@ -207,7 +204,7 @@ class TreeWatch:
     """
 
     def __init__(self, structure: Structure, slots: list[Slot]) -> None:
-        tables = [getattr(module, name) for module in structure.modules for name in _TABLES]
+        tables = [getattr(module, name) for module in structure.modules for name in TABLES]
         self._empty = [table for table in tables if not table]
         self._filled = [table for table in tables if table]
         self._sizes = list(map(len, self._filled))
@@ -242,7 +239,7 @@ class TreeWatch:
 def _fixed_entries(modules: list[nn.Module]) -> Iterator[tuple[Any, str, object]]:
     """Where a module holds a table, or a table what is no tensor, and what that is; as tables, keys and values."""
     for module in modules:
-        tables = [(name, getattr(module, name)) for name in _TABLES]
+        tables = [(name, getattr(module, name)) for name in TABLES]
         filled = [(name, table) for name, table in tables if table]
         for name, table in filled or tables[:1]:
             yield vars(module), name, table

@@ -118,7 +118,7 @@ class Pairing:
         except (AttributeError, KeyError, TypeError, RuntimeError):
             pass  # a name is gone, holds None, a tensor without memory, or one that is gathered from its shards
         self.pair_anew()
-        return self._local([owner[key] for owner, key in self._slots])
+        return self._local(self._found())
 
     def pair_anew(self) -> None:
         """Pairs and sorts everything as it is now.
@@ -169,6 +169,10 @@ class Pairing:
                     return f"'{path}'"
         return None
 
+    def _found(self) -> Tensors:
+        """What is in the slots."""
+        return [owner[key] for owner, key in self._slots]
+
     def _local(self, slots: Tensors) -> Tensors:
         """Of what is in the slots the tensors of the pairs, of sharded ones the part that this rank holds."""
         tensors = slots[: 2 * self._count]
@@ -193,7 +197,7 @@ class Pairing:
         trained = list(map(_requires_grad, found[:count])) if self._narrow else []
         return trained, any(map(_requires_grad, found[2 * count : len(self._slots)]))
 
-    def _noted(self, tensors: Tensors, found: Tensors) -> _Noted:
+    def _look(self, tensors: Tensors, found: Tensors) -> _Noted:
         online = tensors[: self._count]
         addresses = list(map(self._address, tensors))
         return _Noted(addresses, list(map(_shape, online)), list(map(_dtype, online)), self._gradients(found))
@@ -203,7 +207,7 @@ class Pairing:
 
         Then it notes the new addresses. So it is at each iteration where a module registers its buffers anew.
         """
-        old, new, count = self.noted, self._noted(tensors, found), self._count
+        old, new, count = self.noted, self._look(tensors, found), self._count
         if old is None or not self._all_strided or old[1:] != new[1:]:
             return False
         moved = [index for index in range(count) if old.addresses[index] != new.addresses[index]]
@@ -264,7 +268,7 @@ class Pairing:
         self._watch = TreeWatch(structure, self._slots)
         self._watches_gradients = self._narrow is not None or bool(structure.shared)
         self._distinct = self._number_of_tensors()
-        found = [owner[key] for owner, key in self._slots]
+        found = self._found()
         self._sharded = [index for index, tensor in enumerate(found[: 2 * self._count]) if is_sharded(tensor)]
         tensors = self._local(found)
         self._all_strided = all(tensor.layout is torch.strided for tensor in tensors)
@@ -274,10 +278,10 @@ class Pairing:
 
     def note_memory(self) -> None:
         """Remembers where the tensors lie now."""
-        found = [owner[key] for owner, key in self._slots]
+        found = self._found()
         tensors = self._local(found)
         self._written = {_storage(tensor) for tensor in tensors[self._count :]}
-        self.noted = self._noted(tensors, found)
+        self.noted = self._look(tensors, found)
 
     def _kind_of(self, pair: Pair, treatment: Treatment) -> _Kind:
         online, averaged = pair.tensors()

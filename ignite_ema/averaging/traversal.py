@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["inside", "modules_of", "names_of", "tensors_of", "unwrapped"]
+__all__ = ["TABLES", "inside", "modules_of", "names_of", "tensors_of", "unwrapped"]
+
+TABLES = ("_parameters", "_buffers", "_modules")  # where a module holds what is in it
 
 
 def unwrapped(module: nn.Module, *, keep: type[nn.Module] | tuple[()] = ()) -> nn.Module:

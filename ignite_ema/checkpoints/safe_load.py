@@ -152,6 +152,7 @@ def _is_text(head: bytes) -> bool:
     return all(one.isprintable() or one in "\r\n\t" for one in text)
 
 
+# Files of other kinds: what to say of one, and how its beginning tells it; the first that fits.
 _OTHER_KINDS: dict[str, Callable[[bytes], bool]] = {
     "begins with zeros, as a file does that was never written to its end; take another copy": (
         lambda head: not head.strip(b"\0")
@@ -166,7 +167,7 @@ _OTHER_KINDS: dict[str, Callable[[bytes], bool]] = {
         lambda head: head.lstrip().lower().startswith((b"<!doctype", b"<html"))
     ),
     "is text; name the file that holds the weights": _is_text,
-}  # files of other kinds: what to say of one, and how its beginning tells it; the first that fits
+}
 
 
 def _tensors_in(content: Any) -> Iterator[tuple[Any, Tensor]]:

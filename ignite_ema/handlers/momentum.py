@@ -76,11 +76,8 @@ class DrivenMomentum:
 
     def take(self, state: Any, name: str, n: int) -> float:
         """λ as ``state.<name>`` shows it; raises TypeError or ValueError, naming the attribute, unless in [0, 1]."""
-        value = getattr(state, name, None)
-        if type(value) is not float or not 0 <= value <= 1:
-            value = checked_momentum(value, f"engine.state.{name}")
-        self.value = value
-        return value
+        self.value = checked_momentum(getattr(state, name, None), f"engine.state.{name}")
+        return self.value
 
     def begin(self, state: Any, name: str, n: int, warns: bool) -> bool:
         """Goes on from what ``state.<name>`` holds, or shows there what was loaded, or passed if it holds nothing.
