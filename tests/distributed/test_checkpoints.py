@@ -223,7 +223,7 @@ class Small:
     def save(self, folder, extra=None, **objects):
         self.model["model"](torch.ones(self.model["model"].in_features)).sum().backward()
         self.optimizer.step()
-        self.handler._average.update(0.5)
+        self.handler.average.update(0.5)
         saver = ShardedSaver(folder)
         states = {name: value.state_dict() for name, value in (objects or self.objects).items()}
         saver(states if len(states) > 1 else next(iter(states.values())), "one.pt")
