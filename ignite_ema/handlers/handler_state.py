@@ -10,7 +10,7 @@ from ..averaging.traversal import unwrapped
 from ..averaging.user_warnings import warn_user
 from ..averaging.validation import check_count, checked_momentum
 from ..checkpoints.formats import Names
-from ..checkpoints.reading import Source, read_held
+from ..checkpoints.reading import Source, read_part
 from .attachment import Attachments
 from .guidance import Guidance
 from .momentum import DrivenMomentum, Momentum, settable
@@ -97,7 +97,7 @@ class HandlerState:
 
     def load_averaged(self, source: Source, key: str | None, names: Names, num_updates: int | None) -> None:
         """Starts from the average in a checkpoint, and from the count that is passed, or in it, or else stays."""
-        found, _ = read_held(source, key, unwrapped(self._average.module) if names is None else names)
+        found, _ = read_part(source, key, unwrapped(self._average.module) if names is None else names)
         count = found.num_updates if num_updates is None else num_updates
         if count is None and self._momentum.counts and not self._guidance.start_is_known:
             raise ValueError(

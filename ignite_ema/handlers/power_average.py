@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..averaging.buffers import treatment_of
 from ..averaging.collectives import is_first_rank
 from ..averaging.sharding import whole
-from ..checkpoints.memory import compact
+from ..checkpoints.files import compact
 from ..schedules import PowerFunction
 from .ema import EMAHandler
 
