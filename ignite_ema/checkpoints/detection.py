@@ -70,7 +70,8 @@ def _plain(state: State) -> list[Found]:
         return [Found("plain", state)]
     entries = dict(_state_dicts(state, _DEPTH))
     outer = [path for path in entries if len(path) == 1]
-    models = [path for path in outer if path[0] in _MODEL_NAMES] or outer
+    models = [path for path in outer if path[0] in _MODEL_NAMES]
+    likely, models = models or outer, models or outer[:1]
     parent = {".".join(path): entry for path, entry in entries.items()}
     found = []
     for path, entry in entries.items():
@@ -78,7 +79,7 @@ def _plain(state: State) -> list[Found]:
         twins = [model for model in twins if not _are_same(entry, entries[model])]
         note = f"of the names and shapes of {quoted(twins[0][0])}" if twins and path not in models[:1] else ""
         if len(path) == 1 or note:
-            rank = 1 if note or path in models else 2
+            rank = 1 if note or path in likely else 2
             found.append(Found("plain", entry, None, None, path, parent, ".".join(path), rank=rank, note=note))
     return found
 
