@@ -24,7 +24,7 @@ from ..averaging.collectives import (
     reports_lost_ranks,
     shared_group,
 )
-from .safe_reader import DamagedError, Planner, Reader
+from .safe_reader import Planner, Reader
 
 __all__ = ["load_objects", "process_group", "replaced_path"]
 
@@ -70,12 +70,7 @@ def _opened(path: Path) -> tuple[Path, Reader]:
             f"'{path}' should be a directory that ShardedSaver wrote, but there is no '.metadata' in it{_on(rank())}; "
             "name one of its checkpoints."
         )
-    try:
-        return path, Reader(path)
-    except DamagedError as error:
-        raise ValueError(
-            f"'{path}' should be a checkpoint of ShardedSaver, but {error}{_on(rank())}; take another one."
-        ) from error
+    return path, Reader(path)
 
 
 def _check_agreement(to_load: Mapping[str, Any], path: Path, digest: str, group: Group | None) -> None:

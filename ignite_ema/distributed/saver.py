@@ -28,7 +28,7 @@ from ..averaging.collectives import (
     shared_group,
 )
 from ..averaging.sharding import is_sharded
-from ..checkpoints.saving import sync_directory
+from ..checkpoints.files import sync_directory
 from .loading import process_group, replaced_path
 from .safe_reader import Reader
 

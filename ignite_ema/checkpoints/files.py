@@ -1,0 +1,442 @@
+"""Reads and writes files of tensors: nothing in a file runs, and a file is written whole or not at all."""
+
+import errno
+import os
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ForeignObject",
+    "check_target",
+    "compact",
+    "copied",
+    "is_dense",
+    "kind_of",
+    "listed",
+    "load_file",
+    "load_stream",
+    "mebibytes",
+    "quoted",
+    "restricted_unpickler",
+    "save_file",
+    "sync_directory",
+    "verify",
+    "view_of",
+    "whole_file",
+]
+
+Pair = tuple[str, str]  # a module, and a name in it
+
+
+# --- messages ---
+
+
+def quoted(name: Any) -> str:
+    """A name from a file on one line, with escape sequences spelled out, and no longer than a line."""
+    text = str(name)
+    return repr(text if len(text) <= 120 else f"{text[:120]}…")
+
+
+def listed(names: Collection[Any], most: int = 8) -> str:
+    """The first names, quoted, and how many there are."""
+    first = [quoted(name) for name, _ in zip(names, range(most), strict=False)]
+    return ", ".join(first + [f"… ({len(names)} in all)"] * (len(names) > most)) or "none"
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for a message."""
+    kind = value if isinstance(value, type) else type(value)
+    return (
+        f"an object of the class '{kind.__module__}.{kind.__name__}'"
+        if issubclass(kind, ForeignObject)
+        else kind.__name__
+    )
+
+
+# --- tensors ---
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """True if the tensor is strided, not sparse or of another layout."""
+    return tensor.layout == torch.strided
+
+
+def view_of(tensor: Tensor) -> Any:
+    """What two tensors have in common exactly if they are the same view of the same memory."""
+    if not is_dense(tensor) or tensor.is_meta:
+        return id(tensor)
+    place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in memory of their own; tied tensors stay tied."""
+    views = {name: view_of(value) for name, value in tensors.items()}
+    copies = {view: tensors[name].detach().clone() for view, name in {views[name]: name for name in tensors}.items()}
+    return {name: copies[view] for name, view in views.items()}
+
+
+def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the unused rest of their storages, all of which torch would save with each view."""
+    parts = {k: v for k, v in tensors.items() if is_dense(v) and v.untyped_storage().nbytes() != v.nbytes}
+    return {name: value.detach() for name, value in {**tensors, **copied(parts)}.items()}
+
+
+def mebibytes(tensors: Mapping[str, Tensor]) -> str:
+    """The size of the dense tensors, in MiB."""
+    return f"{sum(one.nbytes for one in tensors.values() if is_dense(one)) / 2**20:.3f}"
+
+
+# --- reading ---
+
+
+class ForeignObject(dict[Any, Any]):
+    """Stands for an object of a class that is not in the table: keeps the items of a mapping, swallows all else."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "ForeignObject":
+        return self
+
+    def swallow(self, *args: Any) -> None:
+        """Does nothing; pickle calls it to add items or set a state."""
+
+    __setstate__ = append = extend = add = swallow
+
+
+def restricted_unpickler(
+    pairs: Collection[Pair], builders: Mapping[Pair, Callable[..., Any]] | None = None
+) -> type[pickle.Unpickler]:
+    """An unpickler that imports the given names only, and gives a fresh :class:`ForeignObject` class for any other.
+
+    Functions are handed out wrapped, so that a file cannot set attributes of the originals.
+
+    Args:
+        pairs: (module, name) of what may be imported.
+        builders: functions that take the place of what has these names.
+    """
+    replaced = builders or {}
+
+    class RestrictedUnpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) in replaced:
+                return partial(replaced[module, name])
+            if (module, name) in pairs:
+                for place in dict.fromkeys((module.replace("numpy.core", "numpy._core"), module)):
+                    with suppress(ImportError, AttributeError):  # numpy is missing, or older than 2
+                        found = super().find_class(place, name)
+                        is_function = callable(found) and not isinstance(found, type)
+                        return partial(found) if is_function else found
+            return type(name, (ForeignObject,), {"__module__": module})
+
+    return RestrictedUnpickler
+
+
+_PLAIN = ("bool", "bytearray", "complex", "dict", "float", "frozenset", "list", "set", "tuple")
+_REBUILDERS = ("tensor", "tensor_v2", "tensor_v3", "sparse_tensor", "meta_tensor_no_storage")
+_NAMES: dict[str, tuple[str, ...]] = {
+    "torch": ("Size", "device", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+    "torch._utils": tuple(f"_rebuild_{name}" for name in _REBUILDERS),
+    "torch.serialization": ("_get_layout",),
+    "torch.storage": ("UntypedStorage",),
+    "builtins": (*_PLAIN, "int", "range", "str"),
+    "__builtin__": (*_PLAIN, "long", "unicode", "xrange"),  # the names of Python 2, which protocol 2 writes
+    "_codecs": ("encode",),  # bytes in protocol 2
+    "collections": ("Counter", "OrderedDict", "defaultdict", "deque"),
+    "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
+    "numpy": ("dtype", "ndarray"),
+    **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), ("_reconstruct", "scalar")),
+    **dict.fromkeys(("numpy.core.numeric", "numpy._core.numeric"), ("_frombuffer",)),
+}
+_BUILDERS: dict[Pair, Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, kind, args, state: rebuild(*args),
+}
+
+
+class _Pickle:
+    """What ``torch.load`` takes as ``pickle_module``."""
+
+    Unpickler = restricted_unpickler({(module, name) for module, names in _NAMES.items() for name in names}, _BUILDERS)
+
+    @classmethod
+    def load(cls, file: IO[bytes], **options: Any) -> Any:
+        return cls.Unpickler(file, **options).load()
+
+
+def load_stream(stream: str | IO[bytes], *, mmap: bool = False) -> Any:
+    """What ``torch.save`` wrote, on the CPU, with nothing in it run; raises whatever a damaged stream leads to."""
+    return torch.load(stream, map_location="cpu", mmap=mmap, pickle_module=_Pickle, weights_only=False)
+
+
+_OTHER_KINDS: dict[str, tuple[bytes, ...]] = {
+    "is cut short: a zip archive without its end; take another copy": (b"pk\3\4",),
+    "begins with zeros, like a file that was not written to its end; take another copy": (bytes(16),),
+    "is a pointer of Git LFS; get the file itself with git lfs pull": (b"version https://git-lfs",),
+    "is an HTML page, as a download that needs a login leaves; download it again": (b"<!doctype", b"<html"),
+    "was compressed; decompress it first": (b"\x1f\x8b", b"bzh", b"\xfd7zxz", b"\x28\xb5\x2f\xfd"),
+    "is an HDF5 file; convert it first": (b"\x89hdf",),
+}  # by their first bytes, in lower case
+_DAMAGED = "cannot be read as such; it is cut short or damaged, take another copy"
+
+
+def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
+    """What a file of ``torch.save``, or a ``.safetensors`` file, holds, on the CPU.
+
+    Nothing in the file runs. Objects of other classes than torch's own, containers, numpy's scalars and arrays, and
+    dates are replaced by empty ones. Parameters and tensors of other classes come back as plain tensors. Tensors stay
+    mapped to the file if its format allows: clone what should outlive a file that is overwritten in place.
+
+    Args:
+        path: of the file.
+        verified: whether to verify the file first, see :func:`verify`.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is no such file, or has changed since it was written.
+        ImportError: for a ``.safetensors`` file if safetensors is not installed.
+        RuntimeError: if torch is told to refuse all but ``weights_only=True``.
+    """
+    path = Path(path)
+    head = _head(path)
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        load = partial(_safetensors_for(path).load_file, path)
+    elif zipfile.is_zipfile(path):
+        if verified:
+            verify(path)
+        load = partial(load_stream, str(path), mmap=True)
+    else:
+        load = partial(load_stream, str(path))
+        for what, beginnings in _OTHER_KINDS.items():
+            if head.lstrip().lower().startswith(beginnings):
+                raise _not_torch(path, what)
+    _check_not_forced()
+    try:
+        return load()
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # a damaged file can lead to nearly any
+        raise _not_torch(path, _DAMAGED) from error
+
+
+def _not_torch(what: Any, fault: str) -> ValueError:
+    return ValueError(f"{quoted(what)} should be a file that torch.save or safetensors wrote, but it {fault}.")
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file that is there, and not empty."""
+    if not path.exists():
+        raise FileNotFoundError(f"{quoted(path)} should be a file, but there is none; check the path.")
+    if path.is_dir():
+        raise ValueError(
+            f"{quoted(path)} should be a file, got a directory; name the file in it that holds the weights."
+        )
+    if not path.is_file():
+        raise ValueError(f"{quoted(path)} should be a file, got a device or a pipe; save it as a file first.")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ValueError(f"{quoted(path)} should hold weights, but it is empty; take another checkpoint.")
+    return head
+
+
+def _check_not_forced() -> None:
+    if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
+        raise RuntimeError(
+            "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, in which nothing is run "
+            "either way; unset it, or load the file with torch.load and pass the mapping."
+        )
+
+
+def verify(file: Path | IO[bytes], name: str | None = None) -> None:
+    """Compares a file of ``torch.save`` with the checksums in it, at about the speed of the disk.
+
+    A file whose checksums are all zero has none (``torch.serialization.set_crc32_options``). Nor have safetensors and
+    the files of torch before 1.6: what was changed in these goes unnoticed.
+
+    Args:
+        file: a path, or a stream.
+        name: of the file, for messages.
+
+    Raises:
+        ValueError: if a byte has changed since the file was written, or the archive is not one of ``torch.save``.
+    """
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            fault = _fault(archive)
+    except Exception as error:  # see above
+        raise _not_torch(name or file, _DAMAGED) from error
+    if fault:
+        raise _not_torch(name or file, fault)
+
+
+def _fault(archive: zipfile.ZipFile) -> str | None:
+    entries = archive.infolist()
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        return "is a TorchScript archive, a program; save the state_dict() of the module instead"
+    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
+        return "is a zip archive of another kind; unzip it, and name the file in it that holds the weights"
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        return "was compressed; unzip it, and zip it again without compression"
+    if any(entry.CRC for entry in entries) and (changed := archive.testzip()):
+        return f"has changed since: the checksum of its entry {quoted(changed)} differs; take another copy"
+    return None
+
+
+def _safetensors_for(path: Path) -> Any:
+    """The module ``safetensors.torch``."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"{quoted(path)} needs the package safetensors; pip install safetensors.") from error
+    return safetensors.torch
+
+
+# --- writing ---
+
+_SUFFIXES = (".pt", ".pth", ".safetensors")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CANNOT_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
+
+
+def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Writes a plain state dict, as ``torch.save`` (``.pt``, ``.pth``) or as ``.safetensors``.
+
+    The file appears at once and whole: it is written beside its place, synced and renamed. If ``path`` is a link, the
+    file that it points to is written. Tied tensors stay tied in a torch file; safetensors knows no ties and gets a
+    copy for each name.
+
+    Args:
+        tensors: a mapping from names to tensors.
+        path: the file to write; its suffix decides about the format.
+        force: whether to overwrite a file.
+
+    Raises:
+        FileExistsError: if there is a file already and ``force`` is False.
+        TypeError, ValueError: for another suffix, or for what is not a tensor or has no values.
+        OSError: if it cannot be written; nothing is left behind then, and an old file stays.
+    """
+    path = Path(path)
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"tensors should be a mapping from names to tensors, got {type(tensors).__name__}; pass the state_dict() "
+            "of a module."
+        )
+    check_target(path, force=force)
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"'{name}' should be a tensor, got {type(value).__name__}; take it out.")
+        if value.is_meta:
+            raise ValueError(f"'{name}' should have values, got a tensor on the meta device; load its values first.")
+    with whole_file(path, force=force) as temporary:
+        if path.suffix == ".safetensors":
+            _safetensors_for(path).save_file(_alone(tensors), temporary, metadata={"format": "pt"})
+        else:
+            with temporary.open("wb") as file:  # torch does not say why it could not write to a path
+                torch.save(compact(tensors), file)
+
+
+def _alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in contiguous memory, which no two of them share."""
+    known: set[int] = set()
+    result = {}
+    for name, value in tensors.items():
+        tensor = value.detach().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if place in known else tensor
+        known.add(place)
+    return result
+
+
+def check_target(path: Path, *, force: bool) -> None:
+    """Raises as :func:`save_file` does if ``path`` cannot be its target."""
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(
+            f"{str(path)!r} should end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; choose one of them."
+        )
+    _check_place(path, force)
+
+
+def _check_place(path: Path, force: bool) -> None:
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} should be a file, got a directory; name a file in it.")
+    if path.exists() and not force:
+        raise FileExistsError(
+            f"{str(path)!r} exists already; choose another name, or overwrite it with force (--force)."
+        )
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{str(path)!r} should be in a folder that exists, but there is none; make it first.")
+
+
+@contextmanager
+def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
+    """Gives an empty file to write to, which becomes ``path`` when the block ends; then it is on the disk.
+
+    Raises as :func:`save_file` does; nothing is left behind then.
+    """
+    _check_place(path, force)
+    target = path.resolve()
+    temporary = target.with_name(f".ignite_ema-{uuid4().hex}.tmp")
+    try:
+        temporary.touch(exist_ok=False)
+        yield temporary
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        _check_place(path, force)  # it may have appeared meanwhile
+        temporary.replace(target)
+        sync_directory(target.parent)
+    except (FileExistsError, ImportError, MemoryError, TypeError):
+        raise
+    except Exception as error:  # of torch and safetensors any, if the disk is full
+        raise _write_error(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Waits until renames in a directory are on the disk, if the file system can say so."""
+    if sys.platform == "win32":
+        return
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
+def _write_error(error: Exception, path: Path) -> OSError:
+    """The error of a failed write, about ``path``, of the class and with the number of its cause."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):  # torch and safetensors raise errors of their own
+        number = re.search(r"\(os error (\d+)\)", str(cause))  # as Rust writes it
+        cause = OSError(int(number[1]), "") if number else cause.__cause__ or cause.__context__
+    if cause is None or cause.errno is None:
+        reason = str(error).partition("\n")[0].removesuffix(".") or type(error).__name__
+        return OSError(f"{str(path)!r} should be written, but it could not be: {reason}.")
+    reason = os.strerror(cause.errno)
+    is_full = cause.errno in _FULL
+    why = f"the disk is full ({reason}); make room there, or" if is_full else f"the system says: {reason};"
+    told = type(cause)(f"{str(path)!r} should be written, but {why} choose another place.")
+    told.errno = cause.errno
+    return told
