@@ -5,7 +5,6 @@
 
 import argparse
 import functools
-import importlib
 import logging
 import tempfile
 import warnings
