@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "ignite_ema"
 FORBIDDEN = re.compile(
     r"(signal|_thread|gc|ctypes|pickletools|atexit|faulthandler|copyreg|struct|mmap|torch\._C"
     r"|torch\.serialization\.(\w*safe_globals|register_package|set_default_\w+)"
-    r"|torch\.(set_default_\w+|set_grad_enabled|library)"
+    r"|torch\.set_default_\w+"
     r"|sys\.(_getframe|_current_frames|settrace|setprofile|excepthook|unraisablehook|meta_path|path_hooks)"
     r"|threading\.(settrace|setprofile|excepthook|main_thread|get_ident|get_native_id|enumerate|_\w+)"
     r"|inspect\.(currentframe|stack|trace|getouterframes|getinnerframes)"
