@@ -40,27 +40,19 @@ def show(figures: Mapping[str, Any]) -> None:
 
 
 def _table(title: str, cost: str, models: Mapping[str, Any]) -> Table:
-    table = Table(
-        "", "ms", "× ours", "quartiles", "× limit", "× floor", title=title, box=SIMPLE_HEAD, title_justify="left"
-    )
+    against = {"to_limit": "× limit", "to_floor": "× floor"} if cost == "update" else {}
+    columns = ("", "ms", "× ours", "quartiles", *against.values())
+    table = Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left")
     for name, model in models.items():
         table.add_row(f"[bold]{TITLES[name]}[/]")
         for peer, figure in model[cost].items():
             ours = figure["to_ours"]
-            to_limit, to_floor = (
-                multiple(figure[key]["median"]) if key in figure else "" for key in ("to_limit", "to_floor")
-            )
-            if to_floor and peer == OURS and name in TARGETS:
-                to_floor += f" (at most {TARGETS[name]})"
-            table.add_row(
-                f"  {peer}",
-                f"{figure['ms']['median']:.3g}",
-                multiple(ours["median"]),
-                f"{multiple(ours['q1'])} to {multiple(ours['q3'])}",
-                to_limit,
-                to_floor,
-                style="green" if peer == OURS else "",
-            )
+            spread = f"{multiple(ours['q1'])} to {multiple(ours['q3'])}"
+            multiples = [multiple(figure[key]["median"]) if key in figure else "" for key in against]
+            if "to_floor" in figure and peer == OURS and name in TARGETS:
+                multiples[-1] += f" (at most {TARGETS[name]})"
+            cells = (f"  {peer}", f"{figure['ms']['median']:.3g}", multiple(ours["median"]), spread, *multiples)
+            table.add_row(*cells, style="green" if peer == OURS else "")
     return table
 
 
