@@ -13,9 +13,7 @@ from typing import Any
 from .. import posthoc
 from ..checkpoints.memory import mebibytes
 from ..checkpoints.saving import check_target, save_file
-from ..posthoc.fitting import windows_at_snapshots
-from ..posthoc.reconstruction import reconstruct_all
-from ..posthoc.snapshot_files import StoredSnapshot, is_snapshot_name
+from ..posthoc.snapshots import StoredSnapshot, is_snapshot_name
 from .arguments import ACCEPTED
 
 __all__ = ["reconstruct"]
@@ -27,7 +25,7 @@ _TARGETS: dict[str, tuple[Callable[[float], posthoc.Profile], tuple[float, ...]]
     ),
     "half_life": (posthoc.ExponentialProfile, (0.01, 0.02, 0.05, 0.1, 0.2)),
     "last": (posthoc.UniformProfile, (0.1, 0.2, 0.5)),
-}  # what can be asked for, and the lengths that --list tries: of --last the nearest that begin at a snapshot
+}  # what can be asked for, and the lengths that --list tries
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:
@@ -48,12 +46,19 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         progress = sys.stderr.isatty() and find_spec("tqdm") is not None
-        snapshots, states, residuals = reconstruct_all(
-            arguments.file, list(targets.values()), arguments.step, arguments.max_residual, progress, arguments.base
+        states = posthoc.reconstruct(
+            arguments.file,
+            list(targets.values()),
+            arguments.step,
+            max_residual=arguments.max_residual,
+            progress=progress,
+            base=arguments.base,
         )
     for warning in caught:
         print(f"ignite-ema: warning: {warning.message}", file=sys.stderr)
+    snapshots = posthoc.stored(arguments.file, arguments.step)
     last = snapshots[-1]
+    residuals = posthoc.residuals([known for one in snapshots for known in one.snapshots], targets.values())
     for out, state, target, residual in zip(outs, states, targets.values(), residuals, strict=True):
         save_file(state, out, force=arguments.force)
         print(
@@ -111,9 +116,7 @@ def _facts(directory: Path, step: int | None) -> dict[str, Any]:
 def _supported(snapshots: Sequence[StoredSnapshot]) -> Iterator[dict[str, Any]]:
     known = [known for one in snapshots for known in one.snapshots]
     noise = partial(posthoc.rounding, snapshots[-1])
-    tried = [(name, x) for name in ("sigma_rel", "half_life") for x in _TARGETS[name][1]]
-    windows = {x for near in _TARGETS["last"][1] for x in windows_at_snapshots(known, near, noise, ACCEPTED, count=1)}
-    tried += [("last", x) for x in sorted(windows)]
+    tried = [(name, x) for name, (_, lengths) in _TARGETS.items() for x in lengths]
     coefficients, residuals = posthoc.fitted(known, [_TARGETS[name][0](x) for name, x in tried])
     for (name, x), row, residual in zip(tried, coefficients, residuals, strict=True):
         worst = max(residual, noise(row))

@@ -16,11 +16,13 @@ from ..averaging.average import ModelAverage, check_average_state
 from ..averaging.buffers import BufferPolicy
 from ..averaging.checks import check_count, check_saved_mapping, one_line, warn_first_rank
 from ..averaging.sharding import is_first_rank, on_first_rank, whole
-from ..averaging.names import tensors_of
+from ..averaging.traversal import tensors_of
 from ..checkpoints.files import compact
 from ..posthoc.snapshots import StoredSnapshot, prepare, read_frozen, write, write_frozen
 from ..schedules import PowerFunction
-from .attachment import Attachment, members_of
+from .attachment import Attachment
+from .attach_arguments import check_attachable
+from .events import Event, members_of
 
 __all__ = ["PostHocEMA"]
 
@@ -169,8 +171,8 @@ class PostHocEMA:
                 "PostHocEMA to count them."
             )
         if self._samples is not None:
-            self._count(samples, "samples")
-        return self._update(self._momenta())
+            self._count(samples, "samples should be")
+        return self._move(self._momenta())
 
     def attach(
         self,
@@ -180,7 +182,7 @@ class PostHocEMA:
         snapshot_event: Event = Events.EPOCH_COMPLETED,
         *,
         optimizer: Optimizer | None = None,
-    ) -> Handles:
+    ) -> Attachment:
         """Updates the averages at ``event``, and writes a snapshot at ``snapshot_event``, and at the end of a run.
 
         The momentum of the i-th average is published as ``engine.state.<name>_<i>``. Attach before what saves a
@@ -201,7 +203,21 @@ class PostHocEMA:
             TypeError, ValueError, RuntimeError: as ``EMAHandler.attach`` does; nothing is attached then. The run raises
                 ValueError at its start if the directory has snapshots of another one.
         """
-        TODO
+        moments = members_of(snapshot_event, engine)
+        if self._samples is True:
+            raise TypeError(
+                "samples should be a function of the engine to count its batches, got True; pass one such as "
+                "lambda engine: len(engine.state.batch[0]) to PostHocEMA."
+            )
+        check_attachable(self, self.model, engine, name, event, optimizer)
+        handle = Attachment(self, engine, name, event, False, optimizer)
+        handle.call_at(engine, Events.ITERATION_STARTED, self._start_iteration)
+        for moment in moments:
+            handle.call_at(engine, moment, self._save)
+        handle.call_at(engine, Events.COMPLETED, self._save_last)
+        self._publish(engine, name, self._momenta())
+        handle._undo.callback(lambda: [vars(engine.state).pop(f"{name}_{i}") for i in range(len(self.streams))])
+        return handle
 
     def save(self) -> Path | None:
         """Writes a snapshot now; returns its path, or None if there is one of this time or no update yet.
@@ -263,16 +279,49 @@ class PostHocEMA:
 
     def _count(self, samples: object, what: str) -> None:
         if type(samples) is not int or samples < 1:
-            raise ValueError(
-                f"{what} should be the number of samples in the batch, an integer of at least 1, got {samples!r}."
-            )
+            raise ValueError(f"{what} the number of samples in the batch, an integer of at least 1, got {samples!r}.")
         self._seen += samples
 
-    def _update(self, momenta: Sequence[float]) -> bool:
+    def _move(self, momenta: Sequence[float]) -> bool:
         moved = [average.update(momentum) for average, momentum in zip(self.streams, momenta, strict=True)]
         if moved[0]:  # as the others, which look at the same weights
             self.time = self.time + 1 if self._samples is None else self._seen
         return moved[0]
+
+    def _publish(self, engine: Engine, name: str, momenta: Sequence[float]) -> None:
+        for index, momentum in enumerate(momenta):
+            setattr(engine.state, f"{name}_{index}", momentum)
+
+    ema_model = property(lambda self: self.streams[0].module)
+
+    def _check_start(self, name: str, engine: Engine) -> None: ...
+
+    def _check_end(self, name: str, iterations: int, updates: int) -> None: ...
+
+    def _update(self, name, engine):
+        momenta = self._momenta()
+        self._publish(engine, name, momenta)
+        self._move(momenta)
+
+    def _start_iteration(self, engine: Engine) -> None:
+        """Checks the directory before the first step, and counts the samples of the batch."""
+        if not self._is_prepared:
+            if not self._is_restored and not self.time and engine.state.iteration > 1:
+                warn_first_rank(
+                    f"The trainer resumes at iteration {engine.state.iteration - 1}, but its PostHocEMA was not "
+                    'restored, and the averages start anew; put it into the checkpoint ("posthoc_ema": posthoc_ema) '
+                    "and load it with Checkpoint.load_objects, or call reset() if they are meant to start here."
+                )
+            self._prepare()
+        if callable(self._samples):
+            self._count(self._samples(engine), "samples should return")
+
+    def _save(self, engine: Engine) -> None:
+        self._write(engine.state.iteration, engine.state.epoch)
+
+    def _save_last(self, engine: Engine) -> None:
+        if not engine.should_terminate:  # else it may go on, and should write then what it would have written
+            self._save(engine)
 
     def _prepare(self) -> None:
         """Once for each run and each state that is loaded: the directory has the past of this run and nothing else."""

@@ -216,9 +216,14 @@ def _sources(
     used = stored(dirname, step)
     weights, residuals = fitted([known for snapshot in used for known in snapshot.snapshots], targets)
     for target, row, residual in zip(map(as_profile, targets), weights, residuals, strict=True):
-        _check(f"The closest sum of snapshots differs from {target} by", residual, max_residual, "store more snapshots")
         _check(
-            f"The sum that gives {target} amplifies the rounding of the snapshots to",
+            f"The closest sum of snapshots differs from {target} by",
+            residual,
+            max_residual,
+            "choose another length or end time (step=), store more snapshots",
+        )
+        _check(
+            f"The sum that gives {target} amplifies the rounding of each weight to",
             rounding(used[-1], row),
             max_residual,
             "choose a longer average, store float32 snapshots",
@@ -234,11 +239,11 @@ def _check(finding: str, error: float, limit: float, remedy: str) -> None:
     if error > limit:
         accepted = math.ceil(100 * error) / 100
         raise ValueError(
-            f"{finding} {error:.1%}, more than max_residual={limit:g}; {remedy}, choose another end time (step=), or "
-            f"accept it with max_residual={accepted:g} (--max-residual)."
+            f"{finding} {error:.1%}, more than max_residual={limit:g}; {remedy}, or accept it with "
+            f"max_residual={accepted:g} (--max-residual)."
         )
     if error > GOOD:
-        warn_user(f"{finding} {error:.1%} (good is up to {GOOD:.0%}); {remedy}, or choose another length.")
+        warn_user(f"{finding} {error:.1%}, where up to {GOOD:.0%} is good; {remedy}.")
 
 
 def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Tensor]:

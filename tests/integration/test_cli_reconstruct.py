@@ -11,7 +11,7 @@ from ignite_ema import PostHocEMA, posthoc
 from ignite_ema.checkpoints import load_file
 from ignite_ema.cli import main
 from ignite_ema.cli import reconstruct as cli_reconstruct
-from ignite_ema.posthoc import snapshot_files
+from ignite_ema.posthoc import snapshots
 from tests.helpers.files import files_in
 from tests.helpers.peer_files import equal
 from tests.helpers.snapshots import make_snapshot
@@ -65,7 +65,7 @@ def test_list(command, capsys):
 
 def test_list_names_the_windows_that_are_nearest_rough_ones_too(tmp_path, capsys):
     for time in range(1, 25):
-        snapshot_files.write(make_snapshot(time), tmp_path)
+        snapshots.write(make_snapshot(time), tmp_path)
     assert main(["reconstruct", str(tmp_path), "--list"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  --last")]
     assert [(line[1], line[4:]) for line in lines] == [("0.0833333", []), ("0.208333", []), ("0.5", ["rough"])]
