@@ -161,7 +161,9 @@ def sweep(
         dirname: the directory of the snapshots.
         profiles: profiles, or ``sigma_rel`` of power functions.
         score: called with the state dict of an average; what it returns is its score, such as an accuracy.
-        step, max_residual, base: as for :func:`reconstruct`.
+        step: as for :func:`reconstruct`.
+        max_residual: as there.
+        base: as there.
 
     Returns:
         Pairs of a profile, as it was passed, and its score, in order.
@@ -253,6 +255,7 @@ def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Te
         if base is not None:
             raise ValueError(f"base should be left out: the snapshots in '{dirname}' are complete.")
         return {}
+    tensors: Any = base
     if base is None:
         tensors = read_frozen(dirname, snapshot.run_id)
         if tensors is None:
@@ -262,8 +265,8 @@ def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Te
                 "base= (--base FILE)."
             )
         verify(frozen_path(dirname))
-    else:
-        tensors = load_file(base) if isinstance(base, (str, os.PathLike)) else base
+    elif isinstance(base, (str, os.PathLike)):
+        tensors = load_file(base)
     if not isinstance(tensors, Mapping):
         raise TypeError(f"base should be a state dict, got {type(tensors).__name__}; pass one of the model.")
     for name, shape in shapes.items():
@@ -271,8 +274,8 @@ def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Te
         if not isinstance(tensor, Tensor) or list(tensor.shape) != list(shape):
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
-                f"base should have the frozen '{name}' of shape {tuple(shape)}, got {got}; pass the plain state dict of "
-                "the model that was trained."
+                f"base should have the frozen '{name}' of shape {tuple(shape)}, got {got}; pass the plain state dict "
+                "of the model that was trained."
             )
     return {name: tensors[name].detach().clone() for name in shapes}
 
