@@ -3,10 +3,11 @@
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import TerminateOnNan
 from torch import nn
 from torch.nn.parallel import DataParallel
 
-from ignite_ema import EMAHandler, PostHocEMA, posthoc
+from ignite_ema import EMAHandler, EMAWarning, PostHocEMA, posthoc
 from ignite_ema.posthoc import PowerProfile, reconstruct, stored
 from ignite_ema.schedules import PowerFunction
 from tests.helpers.bits import assert_same_bits, contents
@@ -140,7 +141,7 @@ def test_twins_of_ones_own_and_parts_of_a_larger_tensor_are_stored_alone(tmp_pat
 @pytest.mark.parametrize(("samples", "times"), [(None, [1, 2, 3]), (lambda engine: 10, [10, 20, 40])])
 def test_a_nan_leaves_both_averages_alone(samples, times, tmp_path):
     """Time stands still; in samples the weights after it stand for the batches since the last update."""
-    with pytest.warns(UserWarning, match="holds a NaN"):
+    with pytest.warns(UserWarning, match="has a NaN"):
         ema = kept(constant(), tmp_path, [1.0, 2.0, float("nan"), 3.0], skip_nonfinite=True, samples=samples)
     assert ema.num_updates == 3
     assert [one.time for one in stored(tmp_path)] == times
@@ -371,11 +372,10 @@ def traces(engine):
 def test_attaching_twice_or_half_way_leaves_no_more_and_remove_takes_everything_off(options, tmp_path):
     run = Run(tmp_path, attach=False, **options)
     before = traces(run.trainer)
-    other = EMAHandler(run.model, PowerFunction(0.1)).attach(run.trainer, "posthoc_momentum_1")
-    with pytest.raises(ValueError, match="name should be another than 'posthoc_momentum_1'"):
-        run.attach()
-    other.remove()
-    assert traces(run.trainer) == before
+    for wrong in ({"event": "no event"}, {"snapshot_event": "no event"}, {"name": ""}, {"optimizer": run.model}):
+        with pytest.raises((TypeError, ValueError)):
+            run.ema.attach(run.trainer, **wrong)
+        assert traces(run.trainer) == before
     with run.attach() as handle:
         attached = traces(run.trainer)
         assert attached != before
@@ -397,10 +397,11 @@ def test_two_on_a_trainer_need_names_and_folders_of_their_own(tmp_path):
     run = Run(tmp_path / "one")
     before = traces(run.trainer)
     other = PostHocEMA(run.model, (0.2,), dirname=tmp_path / "two")
-    with pytest.raises(ValueError, match="name should be another than 'posthoc_momentum', which another PostHocEMA of"):
-        other.attach(run.trainer)
+    with pytest.warns(EMAWarning, match="Attribute 'posthoc_momentum_0' already exists .* Choose another name"):
+        other.attach(run.trainer).remove()
+    assert run.trainer.state.posthoc_momentum_0 == 1  # of the first one
     same = PostHocEMA(run.model, dirname=tmp_path / "two" / ".." / "one")
-    with pytest.raises(ValueError, match="dirname should be another than '.*one', which another PostHocEMA of this"):
+    with pytest.raises(ValueError, match="dirname should be another than '.*one', where another PostHocEMA"):
         same.attach(run.trainer, name="other")
     assert traces(run.trainer) == before
     other.attach(run.trainer, "other", snapshot_event=EVENT(every=8))
@@ -429,6 +430,44 @@ def test_one_stream_is_enough_and_the_folder_is_made_with_its_parents(tmp_path):
     run = Run(str(folder), sigma_rels=[0.1]).train(10)
     assert torch.equal(reconstruct(folder, 0.1)["0.weight"], run.ema.streams[0].module[0].weight)
     assert run.ema.sigma_rels == (0.1,)
+
+
+# Warnings
+
+
+def test_weights_and_averages_that_are_loaded_at_the_start_of_a_run_count_as_restored(tmp_path):
+    """MONAI's CheckpointLoader loads at STARTED, when the handler is attached already (issue 23)."""
+    state = Run(tmp_path).train(8).saved()
+    second = Run(tmp_path)
+    second.trainer.load_state_dict(state["trainer"])
+    second.trainer.add_event_handler(Events.STARTED, lambda: second.ema.load_state_dict(state["ema"]))
+    second.train()
+    assert second.ema.num_updates == LAST
+
+
+def test_a_state_that_is_saved_before_the_update_of_its_event_is_told(tmp_path):
+    run = Run(tmp_path, attach=False)
+    run.trainer.add_event_handler(EVENT(every=2), lambda: run.ema.state_dict())
+    run.attach()
+    with pytest.warns(EMAWarning, match="was saved or evaluated in iteration 2 before the update") as record:
+        run.train(8)
+    assert len(record) == 1
+
+
+def test_weights_that_are_not_finite_when_the_run_is_terminated_are_left_out(tmp_path):
+    """TerminateOnNan only sets a flag, and the update of the same event still comes (issue 23)."""
+    run = Run(tmp_path, attach=False)
+    run.trainer.add_event_handler(EVENT, TerminateOnNan(lambda output: run.model[0].weight.sum()))
+    run.attach()
+
+    @run.trainer.on(Events.ITERATION_STARTED(once=4))
+    def break_a_weight():
+        run.model[0].weight.data[0, 0] = torch.nan
+
+    with pytest.warns(EMAWarning, match="NaN or an infinity while the run is being terminated"):
+        run.train()
+    assert (run.trainer.state.iteration, run.ema.num_updates) == (4, 3)
+    assert all(stream.module[0].weight.isfinite().all() for stream in run.ema.streams)
 
 
 # Starting again

@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import sys
 import warnings
 from itertools import accumulate
 
@@ -11,8 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ignite_ema import EMAHandler, PostHocEMA, posthoc
-from ignite_ema.averaging.checks import EMAWarning
+from ignite_ema import EMAHandler, EMAWarning, PostHocEMA, posthoc
 from ignite_ema.posthoc import (
     ExponentialProfile,
     PowerProfile,
@@ -212,7 +212,8 @@ def test_a_rough_average_is_warned_about(folder):
     for target in (0.25, [0.15, 0.25]):
         with pytest.warns(EMAWarning, match=r"PowerProfile\(sigma_rel=0.25\) by 1.5%, .* store more") as record:
             reconstruct(folder, target)
-        assert [warning.filename for warning in record] == [__file__]
+        assert len(record) == 1
+        assert sys.version_info < (3, 12) or record[0].filename == __file__
 
 
 def test_what_is_out_of_reach_is_refused_unless_asked_for(folder):

@@ -7,8 +7,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ignite_ema import PostHocEMA
-from ignite_ema.averaging.checks import EMAWarning
+from ignite_ema import EMAWarning, PostHocEMA
 from ignite_ema.posthoc import snapshots, stored
 from tests.helpers.files import files_in
 from tests.helpers.snapshots import make_snapshot
