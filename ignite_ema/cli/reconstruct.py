@@ -25,7 +25,7 @@ _TARGETS: dict[str, tuple[Callable[[float], posthoc.Profile], tuple[float, ...]]
     ),
     "half_life": (posthoc.ExponentialProfile, (0.01, 0.02, 0.05, 0.1, 0.2)),
     "last": (posthoc.UniformProfile, (0.1, 0.2, 0.5)),
-}  # what can be asked for, and the lengths that --list tries
+}  # what can be asked for, and the lengths that --list tries: of --last the nearest that begin at a snapshot
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:
@@ -116,7 +116,10 @@ def _facts(directory: Path, step: int | None) -> dict[str, Any]:
 def _supported(snapshots: Sequence[StoredSnapshot]) -> Iterator[dict[str, Any]]:
     known = [known for one in snapshots for known in one.snapshots]
     noise = partial(posthoc.rounding, snapshots[-1])
-    tried = [(name, x) for name, (_, lengths) in _TARGETS.items() for x in lengths]
+    tried = [(name, x) for name in ("sigma_rel", "half_life") for x in _TARGETS[name][1]]
+    windows = [1 - time / snapshots[-1].time for time in (0, *(one.time for one in snapshots[:-1]))]
+    nearest = {min(windows, key=lambda window: abs(window - x)) for x in _TARGETS["last"][1]}
+    tried += [("last", float(f"{x:.9g}")) for x in sorted(nearest)]
     coefficients, residuals = posthoc.fitted(known, [_TARGETS[name][0](x) for name, x in tried])
     for (name, x), row, residual in zip(tried, coefficients, residuals, strict=True):
         worst = max(residual, noise(row))

@@ -8,7 +8,7 @@ from ignite.handlers import Checkpoint
 
 from ignite_ema import PostHocEMA
 from ignite_ema.distributed import ShardedSaver, load_objects
-from ignite_ema.handlers import snapshots
+from ignite_ema.handlers import posthoc as handler
 from ignite_ema.posthoc import reconstruct, snapshots, stored
 from tests.distributed.worker import CASES, Net, full, is_sharded_case
 
@@ -60,7 +60,7 @@ def writes(folder, case):
         written.append(args)
         return snapshots.write(*args)
 
-    snapshots.write = write
+    handler.write = write
     run = Run(case, folder / "snapshots").train()
     assert run.ema.time == LAST
     assert run.ema.state_dict()["snapshot_times"] == [2, 4, 6, 8]
