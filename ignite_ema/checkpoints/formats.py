@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..averaging.average_state import VERSION
-from ..averaging.validation import shown_integer
+from ..averaging.state import STATE_VERSION as VERSION
+from ..averaging.checks import shown_integer
 from .naming import listed, quoted
 from .unpickling import kind_of
 
