@@ -8,7 +8,7 @@ import os
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -29,8 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from .averaging.sharding import is_sharded, whole
-from .averaging.traversal import tensors_of
+from .averaging.sharding import broadcast_buffers, is_first_rank, is_sharded, on_all_ranks, on_first_rank, whole
 from .checkpoints.directories import DirectoryReader, PlainPlanner, nested
 from .checkpoints.files import ForeignObject, kind_of, sync_directory
 from .handlers.ema import EMAHandler
@@ -289,13 +288,12 @@ def _found(path: Path) -> Path:
 def _current(to_load: Mapping[str, Any]) -> dict[str, Any]:
     if not to_load:
         raise ValueError("to_load should name the objects to be loaded, got none; pass those that were saved.")
-    states = {name: _unwrapped(value).state_dict() for name, value in to_load.items()}
-    for name, state in states.items():
-        if isinstance(state, Mapping) and state.get("saved_while_swapped") is True:
+    for name, value in to_load.items():
+        if isinstance(value, EMAHandler) and value.average.is_swapped():
             raise RuntimeError(
                 f"'{name}' should not be loaded while the model holds averaged weights; load it outside of swapped()."
             )
-    return states
+    return {name: _unwrapped(value).state_dict() for name, value in to_load.items()}
 
 
 def _unwrapped(value: Any) -> Any:
@@ -454,32 +452,21 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
         raise TypeError(
             f"handler should be an EMAHandler, got {type(handler).__name__}; pass the one that averages it."
         )
-    state = on_all_ranks(handler.state_dict)
-    averaged = {**tensors_of(handler.ema_model), **state["averaged_tensors"]}  # the former include the frozen ones
-    if difference := _difference({name: f"{tuple(tensor.shape)}" for name, tensor in averaged.items()}, complete=True):
+    state = on_all_ranks(handler.average.state_dict)
+    tensors = {**handler.average.shared_tensors(), **state["averaged_tensors"]}
+    if difference := _difference({name: f"{tuple(tensor.shape)}" for name, tensor in tensors.items()}, complete=True):
         raise ValueError(
             f"The average should have the same tensors on all ranks, got {difference}; make the handler on all ranks, "
             "of the same model."
         )
-    tensors: dict[str, Tensor] = {}
-    failure: Exception | None = None
-    for name, tensor in averaged.items():
-        gathered = whole(tensor)
-        try:
-            if is_first_rank() and failure is None:
-                tensors[name] = gathered.detach().to("cpu", copy=True)
-        except RuntimeError as error:  # out of memory, perhaps; the others go on gathering
-            failure = error
-    on_first_rank(partial(_raise, failure))
-    return {name: tensors[first] for name, first in state["state_dict_names"].items() if tensors}
+    copies: dict[str, Tensor] = {}
+    for name in dict.fromkeys(state["state_dict_names"].values()):
+        gathered = whole(tensors[name])
+        if is_first_rank():
+            copies[name] = gathered.detach().to("cpu", copy=True)
+    return {name: copies[first] for name, first in state["state_dict_names"].items() if copies}
 
 
-def _raise(failure: Exception | None) -> None:
-    if failure is not None:
-        raise failure
-
-
-@torch.no_grad()
 def sync_buffers(module: nn.Module, source: int = 0) -> None:
     """Gives all ranks the buffers of one, such as batch-norm statistics; to be called on all.
 
@@ -498,7 +485,7 @@ def sync_buffers(module: nn.Module, source: int = 0) -> None:
     """
     if not dist.is_initialized():
         return
-    buffers = {name: _distinct(buffer) for name, buffer in module.named_buffers() if not is_sharded(buffer)}
+    buffers = {name: buffer for name, buffer in module.named_buffers() if not is_sharded(buffer)}
     described = {name: f"({buffer.dtype}, {tuple(buffer.shape)})" for name, buffer in buffers.items()}
     if difference := _difference({"source": str(source), **described}, complete=True):
         raise ValueError(
@@ -507,18 +494,7 @@ def sync_buffers(module: nn.Module, source: int = 0) -> None:
         )
     if isinstance(source, bool) or source not in range(dist.get_world_size()):
         raise ValueError(f"source should be a rank from 0 to {dist.get_world_size() - 1}, got {source!r}.")
-    for buffer in buffers.values():
-        sent = buffer.clone(memory_format=torch.contiguous_format).reshape(-1)
-        dist.broadcast(sent.view(torch.uint8), source)  # of any type, which the backend need not know
-        buffer.copy_(sent.view(buffer.shape))
-
-
-def _distinct(buffer: Tensor) -> Tensor:
-    """The part of an expanded tensor that has memory of its own."""
-    for dimension, step in enumerate(buffer.stride()):
-        if step == 0 and buffer.shape[dimension] > 1:
-            buffer = buffer.narrow(dimension, 0, 1)
-    return buffer
+    broadcast_buffers(module, source)
 
 
 # Ranks
@@ -571,40 +547,3 @@ def _reason(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0].removesuffix(".")
-
-
-def is_first_rank() -> bool:
-    """True if this process is alone or the first of its group."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def on_first_rank(action: Callable[[], _T]) -> _T:
-    """Calls ``action`` on the first rank, while the others wait; all have its result, or raise what it raised."""
-    result: Any = on_all_ranks(action if is_first_rank() else lambda: None)
-    if dist.is_initialized():
-        answer = [result]
-        dist.broadcast_object_list(answer, src=0)
-        (result,) = answer
-    return result  # type: ignore[no-any-return]
-
-
-def on_all_ranks(action: Callable[[], _T]) -> _T:
-    """Calls ``action`` on each rank. If it raises on one, all raise that, naming the rank; else each has its result."""
-    result: Any = None
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    kind = next(
-        (kind for kind in (FileNotFoundError, OSError, TypeError, ValueError) if isinstance(failure, kind)),
-        RuntimeError,
-    )
-    said = _gathered(None if failure is None else (kind, _first_line(failure)))
-    for rank, answer in enumerate(said):
-        if answer is not None:
-            if len(said) == 1 and failure is not None:
-                raise failure
-            kind, text = answer
-            raise kind(f"{text} (on rank {rank}).") from failure
-    return result  # type: ignore[no-any-return]
