@@ -420,14 +420,13 @@ def _filled(saved: Any, current: Any) -> Any:
     """What was saved, with the types of mappings and of their keys, and with empty mappings, which are not saved."""
     if not isinstance(saved, dict) or not isinstance(current, dict):
         return saved
-    keys = {str(key): key for key in current}
     filled = copy(current)  # a model's state keeps the versions of its modules
     filled.clear()
-    for key, part in saved.items():
-        filled[keys.get(key, key)] = _filled(part, current.get(keys.get(key, key)))
     for key, part in current.items():
-        if part == {}:
-            filled.setdefault(key, {})
+        if str(key) in saved or part == {}:
+            filled[key] = _filled(saved.get(str(key), {}), part)
+    new = saved.keys() - set(map(str, current))
+    filled.update({key: part for key, part in saved.items() if key in new})
     return filled
 
 
