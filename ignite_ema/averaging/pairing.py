@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .buffers import Treatment
-from .memory import give_own_memory, has_values, sharing_memory
+from .memory import give_own_memory, has_values, is_dense, sharing_memory
 from .names import Place, first_names, places_of, unwrapped
 from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sharding
 
@@ -213,7 +213,7 @@ class Pairing:
         self.groups: list[Group] = []
         with torch.inference_mode(False):
             for (kernel, averages, *_), slots in members.items():
-                online, averaged = map(list, zip(*(slot.tensors() for slot in slots), strict=True))
+                online, averaged = map(list, zip(*(_flat(*slot.tensors()) for slot in slots), strict=True))
                 if averaged[0].layout is not torch.strided:  # an alias would not follow a new number of elements
                     online, averaged = map(list, zip(*((one.online.get(), one.averaged.get()) for one in slots), strict=True))
                 self.groups.append(Group(kernel, averaged, online, slots, averages))
@@ -262,6 +262,14 @@ def like(online: Tensor, averaged: Tensor) -> Tensor:
     same_kind = online.is_floating_point() == averaged.is_floating_point()
     dtype = averaged.dtype if same_kind and online.is_complex() == averaged.is_complex() else online.dtype
     return online.detach().to(averaged.device, dtype, copy=True)
+
+
+def _flat(online: Tensor, averaged: Tensor) -> tuple[Tensor, Tensor]:
+    """The two as one-dimensional views, if their elements lie in the same order."""
+    if online.layout is torch.strided and online.stride() == averaged.stride() and is_dense(online):
+        shape = (online.numel(),)
+        return online.as_strided(shape, (1,)), averaged.as_strided(shape, (1,))
+    return online, averaged
 
 
 def _address(tensor: Tensor) -> object:
