@@ -51,9 +51,9 @@ def check_model(model: object, has_own_twin: bool) -> None:
             )
         if is_sharded(tensor) and not has_own_twin:
             raise RuntimeError(
-                f"ema_model should be a twin that is sharded as the model is, got None where '{name_of(model, tensor)}' "
-                f"is {sharding(tensor)}. Build the model again under torch.device('meta'), call fully_shard on it in the "
-                "same way, and pass it as ema_model=."
+                f"ema_model should be a twin that is sharded as the model is, got None, but "
+                f"'{name_of(model, tensor)}' is {sharding(tensor)}. Build the model again under torch.device('meta'), "
+                "call fully_shard on it in the same way, and pass it as ema_model=."
             )
 
 
@@ -190,9 +190,7 @@ def _materialise(twin: nn.Module, model: nn.Module) -> None:
         )
 
 
-def _copied(
-    model: nn.Module, dtype: torch.dtype | None, device: torch.device | None, share_frozen: bool
-) -> nn.Module:
+def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None, share_frozen: bool) -> nn.Module:
     """A deep copy of ``model`` without wrappers that shares no memory with it, but for frozen parameters if asked."""
     with torch.inference_mode(False), torch.no_grad():
         try:

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ..averaging.state import STATE_VERSION
 from ..averaging.checks import shown_integer
+from ..averaging.state import STATE_VERSION
 from .files import is_dense, kind_of, listed, quoted
 
 __all__ = ["FORMATS", "Found", "Names", "State", "Tensors", "within"]

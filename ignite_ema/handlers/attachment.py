@@ -13,7 +13,16 @@ from torch.utils.hooks import RemovableHandle
 
 from ..averaging.checks import one_line, warn_first_rank, warn_user
 
-__all__ = ["Attachment", "Attachments", "Event", "Owner", "attachments", "check_attachable", "members_of", "optimizer_with_hooks"]
+__all__ = [
+    "Attachment",
+    "Attachments",
+    "Event",
+    "Owner",
+    "attachments",
+    "check_attachable",
+    "members_of",
+    "optimizer_with_hooks",
+]
 
 Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
@@ -76,7 +85,8 @@ class Attachment(RemovableEventHandle):
         update.__qualname__ = update.__name__ = f"{type(owner).__name__}.update"
         self._held: list[object] = [update]
         super().__init__(event, update, engine)  # type: ignore[arg-type]  # a string is as good
-        self.owner, self.names = owner, names
+        self.owner: Any = owner
+        self.names = names
         self.is_attached = True
         self.has_stepped = False
         self.watches_steps = optimizer is not None
@@ -176,7 +186,7 @@ class Attachment(RemovableEventHandle):
         if self._left_out and not self._has_updated:
             warn_first_rank(
                 f"The optimizer of {self.names_in_words} should have stepped in this run, but {self._left_out} events "
-                "passed without a step and the average has not moved. Attach the handler with the optimizer that trains."
+                "passed without a step and the average has not moved. Attach with the optimizer that trains."
             )
         elif self.is_attached:
             self.owner._on_run_end(engine, self)

@@ -202,7 +202,7 @@ class EMAHandler:
             warn_if_exists: warn if it exists; a plain momentum goes on from its value, a schedule overwrites it.
             event: when to update. Members of an ``EventsList`` that fire in the same iteration update once.
             optimizer: update only if this optimizer has stepped since the last event: with gradients accumulated over
-                several iterations, and if a ``GradScaler`` skips steps. A wrapper that has it as ``.optimizer`` will do.
+                several iterations, and if a ``GradScaler`` skips steps. A wrapper with an ``.optimizer`` will do.
 
         Raises:
             TypeError, ValueError: for a name of the engine's own, a value there that is no momentum, an event that the
@@ -259,8 +259,8 @@ class EMAHandler:
         is_swapped = self.average.is_swapped()
         if is_swapped:
             warn_first_rank(
-                "The EMA handler is saved inside swapped() or swap_during(). Its own state is right, but a model that is "
-                "saved beside it has averaged weights, too. Save what you resume from at an event of the trainer."
+                "The EMA handler is saved inside swapped() or swap_during(). Its own state is right, but a model that "
+                "is saved beside it has averaged weights, too. Save what you resume from at an event of the trainer."
             )
         return {
             **self.average.state_dict(),
@@ -358,7 +358,8 @@ class EMAHandler:
         momentum = self._momentum.take(engine.state, attachment.names[0], self.num_updates)
         if engine.should_terminate and (name := self.average.first_nonfinite()) is not None:
             warn_first_rank(
-                f"{name} holds a NaN or an infinity while the run is being terminated, and the average was left as it is."
+                f"{name} holds a NaN or an infinity while the run is being terminated, and the average was left as it "
+                "is."
             )
             return
         self.average.update(momentum)
