@@ -160,7 +160,7 @@ class ModelAverage:
         unset = [slot.name for slot in averaged if not kernels.has_begun(slot.tensors()[1])]
         if unset:
             warn_user(
-                f"{listed(unset)} has no finite value yet, like the range of a new observer, and is copied until it has. "
+                f"{listed(unset)} has no finite value yet, like the range of a new observer, and is copied until then. "
                 'If it is no statistic to be averaged, pass handle_buffers="statistics" or "copy".'
             )
 
@@ -453,7 +453,7 @@ class ModelAverage:
         refuse_while_swapped(self.model, "loaded")
         if not isinstance(source, Mapping):
             raise TypeError(
-                f"source should be a state_dict, got {type(source).__name__}. EMAHandler.load_averaged() reads files, too."
+                f"source should be a state_dict, got {type(source).__name__}. EMAHandler.load_averaged() reads files."
             )
         count = self._count_after_load(source.get("num_updates") if num_updates is None else num_updates)
         pairing = self._current()

@@ -57,7 +57,7 @@ class Slot(NamedTuple):
         return self.online.is_buffer and self.treatment != "average"
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The two tensors (online, averaged) as they are now, without gradients; this rank's part of sharded tensors."""
+        """The two tensors (online, averaged) as they are now, without gradients, this rank's part."""
         return local(self.online.get()).detach(), local(self.averaged.get()).detach()
 
 
