@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import checkpoints, distributed, posthoc, schedules
     from .averaging.average import ModelAverage
+    from .averaging.checks import EMAWarning
     from .handlers.ema import EMAHandler
     from .handlers.posthoc import PostHocEMA
 
 __all__ = [
     "EMAHandler",
+    "EMAWarning",
     "ModelAverage",
     "PostHocEMA",
     "__version__",
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "EMAHandler": ".handlers.ema",
+    "EMAWarning": ".averaging.checks",
     "ModelAverage": ".averaging.average",
     "PostHocEMA": ".handlers.posthoc",
     "checkpoints": ".checkpoints",

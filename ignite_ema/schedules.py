@@ -24,6 +24,7 @@ __all__ = [
     "Constant",
     "CopyUntil",
     "Cosine",
+    "Debiased",
     "EqualWeight",
     "ExponentialWarmup",
     "HalfLife",
@@ -55,6 +56,9 @@ def _kind(wanted: str, accepts: Callable[[Any], bool]) -> dict[str, Any]:
 
 _MOMENTUM = _kind(
     "a number in [0, 1], as the weight of the new weights (1 - decay)", lambda value: 0 <= _number(value) <= 1
+)
+_POSITIVE_MOMENTUM = _kind(
+    "a number in (0, 1], as the weight of the new weights (1 - decay)", lambda value: 0 < _number(value) <= 1
 )
 _COUNT = _kind("an integer of at least 1, as it counts updates", _is_count)
 _POSITIVE = _kind("a number above 0", lambda value: 0 < _number(value) < math.inf)
@@ -280,6 +284,27 @@ class PowerFunction(_Checked):
 
 
 @dataclass(frozen=True)
+class Debiased(_Checked):
+    """λ(n) = min(1, λ∞ / (1 - (1 - λ∞) ^ (n + 1))): the exponentially weighted mean of the weights so far, normalised.
+
+    The first update copies, early updates weigh all weights alike (about 1 / (n + 1)), late updates use λ∞. Nothing is
+    left of the start, so no run is too short for it.
+
+    Args:
+        momentum: λ∞, in (0, 1].
+
+    The correction of Adam's moments (Kingma and Ba 2015, arXiv 1412.6980), as in optax ``ema(debias=True)``.
+    """
+
+    momentum: float = field(metadata=_POSITIVE_MOMENTUM)
+
+    def __call__(self, n: int) -> float:
+        if self.momentum == 1:
+            return 1.0
+        return min(1.0, self.momentum / -math.expm1((n + 1) * math.log1p(-self.momentum)))
+
+
+@dataclass(frozen=True)
 class CopyUntil(_Checked):
     """λ = 1 for the first n updates, then the schedule from its update 1 on: the last copy is its update 0.
 
@@ -304,11 +329,15 @@ class Rescaled(_Checked):
     Args:
         schedule: the schedule to rescale.
         factor: for an update every ``factor`` iterations, or a batch ``factor`` times larger.
+
+    Of ``Debiased(m)`` it is ``Debiased(1 - (1 - m) ** factor)``: what is normalised stays normalised.
     """
 
     schedule: Schedule = field(metadata=_SCHEDULE)
     factor: float = field(metadata=_POSITIVE)
 
     def __call__(self, n: int) -> float:
+        if isinstance(self.schedule, Debiased) and self.schedule.momentum < 1:
+            return Debiased(-math.expm1(self.factor * math.log1p(-self.schedule.momentum)))(n)
         momentum = self.schedule(n)
         return 1.0 if momentum == 1 else -math.expm1(self.factor * math.log1p(-momentum))

@@ -1,80 +1,96 @@
 """A model and its averaged twin, without an engine: for Ignite see :mod:`ignite_ema.handlers.ema`."""
 
-from collections.abc import Collection, Mapping
-from functools import cached_property, partial
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..schedules import Schedule
-from . import kernels, swap
-from .average_state import VERSION, check_average_state
-from .buffers import BufferPolicy, check_patterns, check_policy, treatment_of
-from .flat import Block, Flat, refuse_unflattable
-from .module_trees import LostValues, Mismatch, Structure
-from .pairing import Pairing, part_memory, sharing_memory
-from .precision import Precision
-from .rank_agreement import announced
-from .schedule_argument import described, schedule_of, scheduled
-from .sharding import local, reshard
-from .state_loading import check_loadable, part_for_rank, tensors_by_path
+from ..schedules import Constant, Schedule
+from . import kernels
+from .buffers import BufferPolicy, Treatment, check_patterns, check_policy, treatment_of
+from .checks import (
+    check_count,
+    check_flags,
+    checked_momentum,
+    counted,
+    described,
+    listed,
+    module_summary,
+    momentum_summary,
+    one_line,
+    refuse_shallow_copy,
+    schedule_of,
+    scheduled,
+    warn_first_rank,
+    warn_user,
+)
+from .memory import give_own_memory
+from .names import names_of, tensors_of
+from .pairing import Group, Mismatch, Pairing, like, nonfinite_in
+from .sharding import local
+from .state import (
+    STATE_VERSION,
+    check_average_state,
+    check_fit,
+    equal_values,
+    part_for_rank,
+    plain_tensors,
+)
 from .stochastic_rounding import StochasticRounding
-from .storage import holds_values
-from .summaries import counted, module_summary, momentum_summary, one_line
-from .traversal import names_of, tensors_of, unwrapped
-from .twin import check_model, check_tensors, freeze, refuse_unsupported, stripped, twin_of
-from .user_warnings import warn_user
-from .validation import check_count, check_flags, checked_momentum, refuse_shallow_copy
+from .swap import Swapped, is_swapped, refuse_while_swapped
+from .twin import check_model, stripped, twin_of
 
 __all__ = ["ModelAverage"]
+
+_EPS = torch.finfo(torch.float32).eps
 
 
 class ModelAverage:
     """A model and its averaged twin: ``average = (1 - momentum) * average + momentum * model`` at each update.
 
     Args:
-        model: the online model. ``DistributedDataParallel`` and compiled modules are looked through; the twin of a
+        model: the online model. ``DistributedDataParallel`` and compiled modules are unwrapped; the twin of a
             ``DataParallel`` is a ``DataParallel``.
-        handle_buffers: what an update does with buffers, persistent or not. "copy": they equal the model's. "update":
-            floating-point (and complex) buffers are averaged, all others copied. "ema_train": they are left alone and
-            the twin stays in train mode. A mapping from patterns of names (:mod:`fnmatch`) to "copy", "update" or
-            "keep": the first match decides, no match means "copy".
-        momentum: what :meth:`update` takes where it is called without one: a float in (0, 1), or a schedule, a callable
-            from the number of updates already made (0 at the first) to a momentum in [0, 1].
-        ema_model: a twin of your own, of the structure of ``model``, for models that cannot be deep-copied. It is
-            filled from the model here, put into eval (or train) mode and needs no gradients from here on.
-        dtype: holds the average of floating-point tensors, for instance ``torch.float32`` for a bfloat16 model; None
-            means the type of each tensor.
-        device: where the twin is held; None means where the model's tensors are.
-        share_frozen: the twin shares those parameters that do not require gradients now, and holds copies of the others
-            alone. They must stay frozen; ``dtype`` and ``device`` do not concern them.
+        handle_buffers: what an update does with buffers, persistent or not. "copy": they equal the model's, whatever
+            their shape has become. "update": floating-point and complex buffers are averaged, all others are copied.
+            "statistics": the running means and variances of normalisation layers are averaged, all others are copied.
+            "ema_train": they are left alone and the twin stays in train mode. A mapping from name patterns
+            (:mod:`fnmatch`) to "copy", "update" or "keep": the first match decides, no match means "copy".
+        momentum: what :meth:`update` uses if it is called without a momentum: a float in (0, 1], or a schedule, a
+            callable from the number of updates already made (0 at the first) to a momentum in [0, 1].
+        ema_model: your own twin, with the structure of ``model``, for models that cannot be deep-copied. It is filled
+            from the model here, and put into eval (or train) mode; its gradients are turned off.
+        dtype: the type of the average of floating-point tensors, for instance ``torch.float32`` for a bfloat16 model.
+            None: the type of each tensor.
+        device: where the twin lives. None: where the model's tensors are.
+        share_frozen: the twin shares the parameters that do not require gradients, and has copies of the others alone.
+            They must stay frozen; ``dtype`` and ``device`` do not concern them. What you do to them in the twin, you do
+            to the model.
         skip_nonfinite: an update that would bring a NaN or an infinity into an averaged parameter leaves the whole
-            average alone and is counted instead. One that would bring it into an averaged buffer leaves the averaged
-            buffers alone: under DDP they differ between ranks, and the weights have to stay equal. Buffers that are
-            copied are not looked at.
-        stochastic_rounding: round parameters held in bfloat16 or float16 up as often as the fraction that is cut off
-            says, so that updates too small for the type add up instead of being lost
-            (:mod:`ignite_ema.averaging.stochastic_rounding`). Wider online weights are rounded to that type first. For
-            where ``dtype=torch.float32``, more exact and ten times as fast on a CPU, does not fit into memory.
-        flatten: lay the tensors of the model, and those of the twin, side by side in memory, so that an update, a swap
-            and a finite check are one operation for each type and device. Worth it where tensors are many and small.
-            It moves the model's memory now, and again where something has moved a tensor out since; make the average
-            before a CUDA graph captures the model, before processes share it, and before you take views of it.
+            average alone and is counted in :attr:`num_skipped` instead. One that would bring it into an averaged buffer
+            leaves these buffers alone. Buffers that are copied are not looked at. Pass the same on all ranks.
+        stochastic_rounding: round parameters whose average is bfloat16 or float16 up as often as the fraction that is
+            cut off says, so that updates too small for the type add up (:mod:`ignite_ema.averaging.stochastic_rounding`).
+            For cases in which ``dtype=torch.float32``, more exact and ten times as fast on a CPU, does not fit into
+            memory.
 
     Attributes:
         model: the online model, without wrappers.
         module: the averaged twin.
         handle_buffers: what was passed.
         momentum: what was passed; settable.
-        schedule: the momentum as a schedule, None where none was passed.
+        schedule: the momentum as a schedule, None if none was passed.
         num_skipped: the number of updates that ``skip_nonfinite`` has left out.
         num_updates: the number of updates made since it was made or reset; settable.
         initial_share: how much of the average is still the weights that it started from, in [0, 1].
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
-        RuntimeError: for a model that cannot be deep-copied, or whose twin does not match it.
+        RuntimeError: for a model that cannot be deep-copied, whose ``eval()`` changes its weights, or whose twin does
+            not match it.
 
     Examples:
         >>> import torch
@@ -97,7 +113,7 @@ class ModelAverage:
         >>> mean.module.weight.item()
         3.0
         >>> mean
-        ModelAverage(Linear: 1 parameter in float32 on cpu; momentum EqualWeight(); 3 updates)
+        ModelAverage(Linear: 1 parameter in float32 on cpu; momentum EqualWeight(); 3 updates; 0% initial weights)
     """
 
     def __init__(
@@ -112,82 +128,87 @@ class ModelAverage:
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
-        flatten: bool = False,
     ) -> None:
-        check_model(model)
-        for module in (model, ema_model):
-            if isinstance(module, nn.Module):
-                reshard(module)
-        refuse_unsupported(model, ema_model is not None)
-        check_tensors("model", model)
-        self.model = stripped(model)
+        check_model(model, ema_model is not None)
         check_policy(handle_buffers)
         check_flags(
-            share_frozen=share_frozen,
-            skip_nonfinite=skip_nonfinite,
-            stochastic_rounding=stochastic_rounding,
-            flatten=flatten,
+            share_frozen=share_frozen, skip_nonfinite=skip_nonfinite, stochastic_rounding=stochastic_rounding
         )
-        self.handle_buffers = dict(handle_buffers) if isinstance(handle_buffers, Mapping) else handle_buffers
         self.momentum = momentum
+        self.model = stripped(model)
+        self.handle_buffers = dict(handle_buffers) if isinstance(handle_buffers, Mapping) else handle_buffers
         self.num_skipped = self._num_updates = 0
         self._initial_share = 1.0
-        self._skip_nonfinite, self._share_frozen, self._flatten = skip_nonfinite, share_frozen, flatten
-        self._has_left_buffers = False
+        self._share_frozen, self._skip_nonfinite = share_frozen, skip_nonfinite
         self._rounding = StochasticRounding() if stochastic_rounding else None
-        self._precision = Precision(type_was_chosen=dtype is not None)
-        if flatten:
-            refuse_unflattable(self.model)
-        self.module = twin_of(self.model, ema_model, dtype, device, share_frozen)
+        self._told: set[str] = set() if dtype is None else {"narrow"}  # of which warnings are given once
+        self.module = twin_of(self.model, ema_model, dtype, device, share_frozen, handle_buffers == "ema_train")
         try:
-            self._pairing = self._paired()
+            self._pairing: Pairing | None = self._paired()
         except Mismatch as mismatch:
             raise RuntimeError(
-                f"ema_model should have the structure of the model, but {mismatch}; build and shard it as the model is."
+                f"ema_model should have the structure of the model, but {mismatch}. Build and shard it as the model is."
             ) from None
-        self._warn_of_options_without_effect()
-        self._announcement = announced(skip_nonfinite, self.model)
-        self.module.train(handle_buffers == "ema_train")
-        freeze(self.module)
+        buffers = [slot.name for slot in self._pairing.slots if slot.online.is_buffer]
+        check_patterns(self.handle_buffers, buffers)
         if ema_model is not None:
             self.reset()
-        self._norms_when_made = kernels.norms(self._parameters())
-        if flatten:
-            self._flat.steps(self._pairing.read())
+        self._warn_of_options_without_effect()
 
     def _warn_of_options_without_effect(self) -> None:
-        if self._share_frozen and not self._pairing.structure.shared:
+        pairing = self._current()
+        if self._share_frozen and not pairing.shared:
             warn_user(
-                "share_frozen should find frozen parameters, but all require gradients and are copied; freeze before "
-                "the average is made."
+                "share_frozen should find frozen parameters, but all require gradients and are copied. Freeze them "
+                "before the average is made."
             )
-        if self._rounding is not None and all(group.kernel != self._rounding.lerp for group in self._pairing.groups):
+        if self._rounding is not None and all(group.kernel != self._rounding.lerp for group in pairing.groups):
             warn_user(
-                "stochastic_rounding should find parameters whose average is held in bfloat16 or float16, but there "
-                "are none, and it does nothing; leave it out."
+                "stochastic_rounding should find parameters whose average is bfloat16 or float16, but there are none, "
+                "and it does nothing. Leave it out."
+            )
+        averaged = [slot for group in pairing.groups if group.averages and group.are_buffers for slot in group.slots]
+        unset = [slot.name for slot in averaged if not kernels.has_begun(slot.tensors()[1])]
+        if unset:
+            warn_user(
+                f"{listed(unset)} has no finite value yet, as the range of an observer has none, and is copied until it "
+                'has. If it is no statistic to be averaged, pass handle_buffers="statistics" or "copy".'
             )
 
-    def _paired(self) -> Pairing:
-        structure = Structure(self.model, self.module, self._share_frozen)
-        check_patterns(self.handle_buffers, [pair.path for pair in structure.pairs if pair.kind == "_buffers"])
-        narrow = None if self._rounding is None else self._rounding.lerp
-        return Pairing(structure, partial(treatment_of, self.handle_buffers), narrow)
+    def _paired(self, before: Pairing | None = None) -> Pairing:
+        return Pairing(
+            self.model,
+            self.module,
+            partial(treatment_of, self.handle_buffers),
+            share_frozen=self._share_frozen,
+            narrow=None if self._rounding is None else self._rounding.lerp,
+            before=before,
+        )
 
-    @cached_property
-    def _pairing(self) -> Pairing:  # of a copy, or one that was unpickled; made when the whole of it is there
+    def _current(self) -> Pairing:
+        """The pairing of model and twin as they are now; raises RuntimeError if they no longer match."""
+        pairing = self._pairing
+        if pairing is not None and pairing.is_current():
+            return pairing
         try:
-            return self._paired()
+            self._pairing = self._paired(pairing)
         except Mismatch as mismatch:
-            raise _changed(mismatch) from None
-
-    @cached_property
-    def _flat(self) -> Flat:
-        return Flat(self._pairing)
+            raise RuntimeError(
+                f"The model should keep the structure that it had when its average was made, but {mismatch}. Make a "
+                "new average, and start it from this one: new.load_averaged(old.state_dict(), strict=False)."
+            ) from None
+        return self._pairing
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the pairing and the layout, which know where tensors lie in this process, and its ranks."""
-        kept = {name: value for name, value in vars(self).items() if name not in ("_pairing", "_flat")}
-        return {**kept, "_announcement": None}
+        """Everything but the pairing, which knows where tensors lie in this process."""
+        return {**vars(self), "_pairing": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes memory of its own for tensors that have come from another process in shared memory."""
+        vars(self).update(state)
+        shared = {id(parameter) for parameter in self.model.parameters()}
+        own = [local(one) for one in (*self.module.parameters(), *self.module.buffers()) if id(one) not in shared]
+        give_own_memory(tensor for tensor in own if tensor.device.type == "cpu" and tensor.is_shared())
 
     def __copy__(self) -> NoReturn:
         """Raises TypeError: two averages would move one twin."""
@@ -199,11 +220,12 @@ class ModelAverage:
             lambda: module_summary(self.module),
             lambda: momentum_summary(self._momentum),
             lambda: counted(self._num_updates, "update"),
+            lambda: "" if math.isnan(self._initial_share) else f"{self._initial_share:.0%} initial weights",
         )
 
     @property
     def momentum(self) -> float | Schedule | None:
-        """What :meth:`update` takes where it is called without a momentum; settable."""
+        """What :meth:`update` uses if it is called without a momentum; settable."""
         return self._momentum
 
     @momentum.setter
@@ -216,7 +238,7 @@ class ModelAverage:
         """How much of the average is still the weights that it started from, in [0, 1].
 
         It is the product of ``1 - momentum`` over the updates: 1 at the start and after :meth:`reset`, 0 after an
-        update that copies, and 0 for an average that was loaded from elsewhere (:meth:`load_plain`).
+        update that copies, 0 after :meth:`load_averaged`, and NaN, for unknown, if that took only a part.
         """
         return self._initial_share
 
@@ -228,6 +250,8 @@ class ModelAverage:
     @num_updates.setter
     def num_updates(self, value: int) -> None:
         check_count(value)
+        if value not in (0, self._num_updates):
+            self._initial_share = math.nan
         self._num_updates = value
 
     def update(self, momentum: float | None = None) -> bool:
@@ -238,69 +262,87 @@ class ModelAverage:
                 copies. None: what the momentum of this average gives after :attr:`num_updates` updates.
 
         Returns:
-            Whether the update was made: False where ``skip_nonfinite`` left it out.
+            Whether the update was made: False if ``skip_nonfinite`` left it out.
 
         Raises:
-            TypeError, ValueError: for a momentum outside [0, 1], or None where the average was made without one.
-            RuntimeError: when the structure of the model has changed, or a shape, or while it holds averaged weights
+            TypeError, ValueError: for a momentum outside [0, 1], or None if the average was made without a momentum.
+            RuntimeError: if the structure of the model has changed, or a shape, or while it holds averaged weights
                 (:meth:`swapped`); nothing has been updated then.
         """
         if momentum is None:
             momentum = self._next_momentum()
         elif type(momentum) is not float or not 0 <= momentum <= 1:
             momentum = checked_momentum(momentum, "momentum")
-        gradients = torch.is_grad_enabled()
-        swap.begin_move()
-        torch._C._set_grad_enabled(False)  # what torch.no_grad() does, at a fifth of its cost
-        try:
-            if not self._moves(momentum):
+        refuse_while_swapped(self.model, "updated")
+        pairing = self._current()
+        groups = pairing.groups
+        if self._skip_nonfinite:
+            if (name := pairing.first_nonfinite()) is not None:
+                self.num_skipped += 1
+                self._tell_once(
+                    "skipped",
+                    f"{name} holds a NaN or an infinity, and the average was left as it is. num_skipped counts from here "
+                    "on how often.",
+                )
                 return False
-        except Mismatch as mismatch:
-            raise _changed(mismatch) from None
-        finally:
-            torch._C._set_grad_enabled(gradients)
-            swap.end_move()
-        self._num_updates += 1
-        self._initial_share *= 1.0 - momentum
-        return True
-
-    def _moves(self, momentum: float) -> bool:
-        """Moves the twin, unless ``skip_nonfinite`` leaves that out."""
-        pairing = self._pairing
-        tensors = pairing.read()
-        if swap.any_swapped():
-            swap.refuse_while_swapped(pairing.structure, "updated")
-        if self._announcement is not None:
-            self._announcement.check()
-            self._announcement = None
-        layout = self._flat if self._flatten else pairing
-        if self._skip_nonfinite and (path := layout.first_nonfinite(tensors)) is not None:
-            self._skip(path)
-            return False
+            groups = [group for group in groups if not group.are_buffers or self._has_finite(group)]
         if momentum < pairing.resolution:
-            self._precision.check(momentum, pairing.resolution, self._can_round)
+            self._warn_if_stalled(momentum, pairing.resolution)
         else:
-            self._precision.has_moved = True
+            self._told.add("moved")
         if self._rounding is not None:
             self._rounding.num_updates = self._num_updates
         if self.handle_buffers == "ema_train" and not self.module.training:
             self.module.train()  # an evaluator has put it into eval mode
-        for group, averaged, online in layout.steps(tensors):
-            if self._skip_nonfinite and group.are_buffers and (path := pairing.nonfinite_in(group, tensors)):
-                self._leave_buffers(path)
-            else:
-                group.kernel(averaged, online, momentum)
-        if self._flatten:
-            self._flat.note_writes()
+        for group in groups:
+            group.kernel(group.averaged, group.online, momentum)
+        self._num_updates += 1
+        self._initial_share *= 1.0 - momentum
         return True
+
+    def first_nonfinite(self) -> str | None:
+        """The name of the first parameter here whose NaN or infinity an update would bring in, or None."""
+        groups = self._current().groups
+        return next(filter(None, (nonfinite_in(group) for group in groups if not group.are_buffers)), None)
 
     def _next_momentum(self) -> float:
         if self.schedule is None:
             raise TypeError(
-                "momentum should be a number in [0, 1], got None; pass it to update(), or a float or a schedule as "
+                "momentum should be a number in [0, 1], got None. Pass it to update(), or a float or a schedule as "
                 "ModelAverage(..., momentum=...)."
             )
         return scheduled(self.schedule, self._num_updates)
+
+    def _has_finite(self, group: Group) -> bool:
+        name = nonfinite_in(group)
+        if name is not None:
+            self._tell_once(
+                "buffers",
+                f"{name} holds a NaN or an infinity, and the averaged buffers of its type were left as they are; the "
+                "parameters were averaged.",
+            )
+        return name is None
+
+    def _warn_if_stalled(self, momentum: float, resolution: float) -> None:
+        """Warns, once, of an update that the type of the average rounds away."""
+        if momentum == 0 or ("moved" in self._told and resolution <= _EPS):
+            return  # the end of a schedule that goes to 0; 16 bits stall long before
+        needed = resolution / 2 / momentum
+        far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
+        wider = torch.float32 if resolution > _EPS else torch.float64
+        can_round = self._rounding is None and any(one.dtype in kernels.NARROW for one in self._parameters())
+        self._tell_once(
+            "narrow",
+            f"A momentum of {momentum:g} is too small for the type of the average: a weight moves only if it differs "
+            f"from its average by about {far} its size, and is rounded back otherwise. Pass dtype={wider} to average "
+            f"in {str(wider).removeprefix('torch.')} (or an ema_model of that type)"
+            f"{', or stochastic_rounding=True' if can_round else ''}.",
+        )
+
+    def _tell_once(self, what: str, message: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warn_user(message)
 
     @torch.no_grad()
     def reset(self, *, buffers_only: bool = False) -> None:
@@ -309,24 +351,26 @@ class ModelAverage:
         Args:
             buffers_only: copy the buffers alone, and leave weights and counts as they are.
         """
-        with swap.moving():
-            pairs = self._current("reset").pairs
-            tensors = [pair.tensors() for pair in pairs if not buffers_only or pair.kind == "_buffers"]
-            if tensors:
-                online, averaged = zip(*tensors, strict=True)
-                kernels.copy(averaged, online)
+        refuse_while_swapped(self.model, "reset")
+        pairing = self._current()
+        slots = [slot for slot in pairing.slots if slot.online.is_buffer or not buffers_only]
+        self._fill({slot.name: slot.online.get() for slot in slots})
         if not buffers_only:
             self.num_updates = self.num_skipped = 0
             self._initial_share = 1.0
 
-    def swapped(self) -> swap.Swapped:
+    def swapped(self, buffers_from: Callable[[nn.Module], object] | None = None) -> Swapped:
         """Inside the block the model holds the averaged weights and buffers, in place; after it, its own again.
 
-        On every way out the model has the bits that it had before. The twin stays what it is, so that a checkpoint of
-        it that is taken inside is right. Costs one copy of the model's tensors while it lasts.
+        However the block ends, the model has the bits that it had before. The twin stays what it is, so that a
+        checkpoint of it that is taken inside is right. Costs one copy of the model's tensors while it lasts. What you
+        take from the model inside and use after the block, such as a ``state_dict()``, has the online values then.
+
+        Args:
+            buffers_from: called with the model once it holds the averaged weights, to change its buffers for the block.
 
         Raises:
-            RuntimeError: where the model holds averaged weights already, or its structure has changed.
+            RuntimeError: if the model holds averaged weights already, or its structure has changed.
 
         Examples:
             >>> model = torch.nn.Linear(1, 1)
@@ -338,211 +382,196 @@ class ModelAverage:
             >>> model.weight.item()
             7.0
         """
-        return swap.Swapped(self._swappable)
+        return Swapped(self._swappable, self.model, buffers_from)
 
-    def _swappable(self) -> tuple[Structure, list[Block]]:
-        if not self._flatten:
-            return self._current("swapped"), []
-        tensors = self._read()
-        swap.refuse_while_swapped(self._pairing.structure, "swapped")
-        self._flat.steps(tensors)
-        return self._checked("swapped", self._flat.laid_out()), self._flat.blocks
+    def _swappable(self) -> Pairing:
+        for module in self.model.modules():
+            refuse_while_swapped(module, "swapped")
+        return self._current()
 
     def is_swapped(self) -> bool:
         """Whether the model holds averaged weights now, those of this average or of another of the same model."""
-        return swap.is_swapped(self._pairing.structure)
-
-    def is_as_made(self) -> bool:
-        """Whether the twin holds the weights that it was made with: nothing has moved or filled it since."""
-        self._check_filled()
-        return kernels.norms(self._parameters()) == self._norms_when_made
-
-    @torch.no_grad()
-    def differs_from_model(self) -> bool:
-        """Whether an averaged weight differs from that of the model, in the type that holds it."""
-        self._read()
-        pairs = (pair.tensors() for pair in self._pairing.structure.pairs if pair.kind == "_parameters")
-        return any(not torch.equal(online.to(averaged.device, averaged.dtype), averaged) for online, averaged in pairs)
+        return is_swapped(self.model)
 
     def averaged_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the twin by path, each tied tensor once, non-persistent buffers too; not copies.
+        """The tensors of the twin that stand in its state, by name, each tied tensor once; not copies.
 
-        Frozen parameters that the twin shares are the model's, and not in it.
+        Frozen parameters that the twin shares are the model's, and not in it, nor are non-persistent buffers that are
+        not averaged.
         """
-        return {path: tensor.detach() for path, tensor in self._tensors().items()}
+        return self._saved()[0]
 
-    def state_dict_names(self) -> dict[str, str]:
-        """For each name in the twin's own ``state_dict``, tied ones too, the path in :meth:`averaged_tensors`."""
-        return self._names_in(self._tensors())
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """The frozen parameters that the twin shares with the model, by name; not copies."""
+        return {slot.name: slot.online.get().detach() for slot in self._current().shared}
 
-    def _names_in(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """For each name in the twin's own ``state_dict`` the path in ``tensors``, where it is there."""
-        paths = {id(tensor): path for path, tensor in tensors.items()}
-        return {name: paths[id(tensor)] for name, tensor in self._names() if id(tensor) in paths}
+    def treatments(self) -> dict[str, Treatment]:
+        """What an update does with each of :meth:`averaged_tensors`: "average", "copy" or "keep"."""
+        return {slot.name: slot.treatment for slot in self._current().slots if slot.is_saved}
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), counts and share; tensors and plain values only."""
-        tensors = self._all_tensors()
+        tensors, names = self._saved()
         return {
-            "ignite_ema_version": VERSION,
+            "ignite_ema_version": STATE_VERSION,
             "num_updates": self._num_updates,
             "num_skipped": self.num_skipped,
             "initial_share": self._initial_share,
             "momentum_schedule": None if self.schedule is None else described(self.schedule),
-            "averaged_tensors": {path: one.detach() for path, one in self._without_shared(tensors).items()},
-            "state_dict_names": self._names_in(tensors),  # of those that are shared, too: what the state lacks
+            "averaged_tensors": tensors,
+            "state_dict_names": names,
         }
 
+    def _saved(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The averaged tensors by name, and the first name for each name that the twin's ``state_dict()`` has."""
+        try:
+            pairing = self._current()
+        except RuntimeError:  # the model has another structure now; the twin is what it was
+            shared = {id(parameter) for parameter in self.model.parameters()}
+            tensors = {name: one for name, one in tensors_of(self.module).items() if id(one) not in shared}
+            return {name: tensor.detach() for name, tensor in tensors.items()}, names_of(self.module)
+        saved = {slot.name: slot.averaged.get().detach() for slot in pairing.slots if slot.is_saved}
+        return saved, dict(pairing.saved_names)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a :meth:`state_dict`. The momentum stays this average's own; a warning says where it differs.
+        """Goes on from a :meth:`state_dict`. The momentum stays this average's own; a warning says if it differs.
 
         Raises:
             TypeError, ValueError: for a missing, unexpected or wrong entry, another model's tensors, or a type that
                 the twin cannot hold without loss; nothing has been loaded then.
             RuntimeError: inside :meth:`swapped`.
         """
+        refuse_while_swapped(self.model, "loaded")
         check_average_state(state)
         if self.schedule is not None:
             scheduled(self.schedule, state["num_updates"])  # raises before anything has changed
-        self.load_averaged_tensors(state["averaged_tensors"])
-        self.num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
+        slots = {slot.name: slot for slot in self._current().slots if slot.is_saved}
+        tensors = plain_tensors(state, ())
+        for name in (*slots, *state["averaged_tensors"]):
+            if name not in tensors or name not in self._current().first_names:
+                fault = "misses" if name in slots else "should not have"
+                raise ValueError(
+                    f"The averaged tensors should be those of this model, but the state {fault} '{name}'. Build the "
+                    "model, and freeze and share its parameters, as they were then, or start from what fits with "
+                    "load_averaged(state, strict=False)."
+                )
+        for name, slot in slots.items():
+            check_fit(name, slot.averaged.get(), tensors[name], slot.may_change_shape)
+        self._fill({name: tensors[name] for name in slots})
+        self._num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
         self._initial_share = state["initial_share"]
         saved, own = state["momentum_schedule"], None if self.schedule is None else described(self.schedule)
         if saved is not None and own is not None and saved != own:
-            warn_user(
-                f"The average was saved with {saved} and goes on with {own}; if that is not meant, make it as it was "
-                "made before."
+            warn_first_rank(
+                f"The average was saved with {saved} and goes on with {own}. If you do not mean that, make it with the "
+                "momentum that it had."
             )
 
-    @torch.no_grad()
-    def load_averaged_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fills the twin with what :meth:`averaged_tensors` gave, and leaves counts and share as they are.
+    def load_averaged(self, source: Mapping[str, Any], *, num_updates: int | None = None, strict: bool = True) -> None:
+        """Starts from other averaged weights; the model stays what it is.
+
+        Args:
+            source: a :meth:`state_dict` of an average, or the plain ``state_dict`` of a model, or its parameters alone:
+                the buffers stay then.
+            num_updates: how many updates the weights count for. None: as many as a state says, else the count stays.
+            strict: whether all tensors have to be there and fit. False: takes every tensor whose name and shape fit,
+                starts the others from the model, and warns with their names; :attr:`initial_share` is NaN then.
 
         Raises:
-            ValueError: for a missing or unexpected path, another shape, or a type that the twin cannot hold without
-                loss; nothing has been loaded then.
+            TypeError, ValueError: if tensors are missing, unexpected or do not fit, or if the momentum would wipe them
+                at the first update; nothing has been loaded then.
             RuntimeError: inside :meth:`swapped`.
         """
-        with swap.moving():
-            swap.refuse_while_swapped(self._pairing.structure, "loaded")
-            self._check_filled()
-            own = self.averaged_tensors()
-            check_loadable(own, tensors)
-            self._precision.has_moved = True
-            if own:
-                self._part_memory(self._tensors())
-                own = self.averaged_tensors()
-                values = [part_for_rank(tensors[path], own[path]) for path in own]
-                kernels.copy([local(tensor) for tensor in own.values()], values)
+        refuse_while_swapped(self.model, "loaded")
+        if not isinstance(source, Mapping):
+            raise TypeError(
+                f"source should be a state_dict, got {type(source).__name__}. EMAHandler.load_averaged() also reads files."
+            )
+        count = self._count_after_load(source.get("num_updates") if num_updates is None else num_updates)
+        pairing = self._current()
+        plain = plain_tensors(source, pairing.first_names)
+        values = self._chosen(pairing, plain, strict)
+        rest = [slot for slot in pairing.slots if slot.name not in values]
+        if not strict and rest:
+            self._fill({slot.name: slot.online.get() for slot in rest})
+            warn_user(
+                f"{listed(slot.name for slot in rest)} started from the model, since the loaded weights have nothing "
+                f"that fits; {counted(len(values), 'tensor')} were loaded."
+            )
+        self._fill(values)
+        self._num_updates, self._initial_share = count, math.nan if rest and not strict else 0.0
 
-    def load_plain(self, plain: Mapping[str, Tensor]) -> None:
-        """Fills the twin with a plain ``state_dict`` of its model, or the parameters of one; it starts from no weights
-        of this run then, and :attr:`initial_share` is 0.
+    def _count_after_load(self, count: object) -> int:
+        """The number of updates that loaded weights count for; raises unless the schedule leaves something of them."""
+        count = self._num_updates if count is None else count
+        check_count(count)
+        follows_count = self.schedule is not None and not isinstance(self.schedule, Constant)
+        if follows_count and count == 0 and scheduled(self.schedule, 0) == 1:
+            raise ValueError(
+                f"num_updates should say how many updates the loaded weights count for, got 0, after which "
+                f"{described(self.schedule)} copies the model over them. Pass the number of updates that they average, "
+                "such as num_updates=1000."
+            )
+        return count
 
-        Where there are parameters alone the buffers stay, as do buffers that are not persistent. Extra state of modules
-        is not averaged, and left out.
+    def _chosen(self, pairing: Pairing, plain: Mapping[str, Any], strict: bool) -> dict[str, Tensor]:
+        """Of loaded tensors those for the twin, by first name; raises ValueError if they should fit and do not."""
+        slots = {slot.name: slot for slot in pairing.slots}
+        shared = {slot.name: slot for slot in pairing.shared}
+        chosen: dict[str, Tensor] = {}
+        for name, value in plain.items():
+            first = pairing.first_names.get(name)
+            try:
+                if first is None:
+                    raise ValueError(
+                        f"The averaged tensors should be those of this model, but it has no '{name}'. They may be of "
+                        "another model, for which key= chooses if a file has several, or have a prefix too much. "
+                        "strict=False takes what fits."
+                    )
+                if first in shared:
+                    if not equal_values(shared[first].online.get(), value):
+                        raise ValueError(
+                            f"'{name}' is frozen and shared with the model, and should be equal there to what is "
+                            "loaded, but is not. Load the weights into the model first."
+                        )
+                    continue
+                check_fit(name, slots[first].averaged.get(), value, slots[first].may_change_shape)
+                if first in chosen and not equal_values(chosen[first], value):
+                    raise ValueError(f"'{name}' is tied to '{first}' in the model and should be equal to it, but is not.")
+                chosen[first] = value
+            except ValueError:
+                if strict:
+                    raise
+        if not chosen and slots:
+            raise ValueError(
+                "The loaded weights should have tensors of this model, but none fits by name and shape. Pass a "
+                "state_dict of the model, or names= or key= to say what a file has."
+            )
+        has_buffers = any(slots[name].online.is_buffer for name in chosen)
+        for slot in slots.values() if strict else ():
+            if slot.name not in chosen and slot.is_saved and (has_buffers or not slot.online.is_buffer):
+                raise ValueError(
+                    f"The averaged tensors should be those of this model, but '{slot.name}' is missing. strict=False "
+                    "starts it from the model."
+                )
+        return chosen
 
-        Raises:
-            ValueError: as :meth:`load_averaged_tensors` does, and where tied tensors differ, or those that are shared.
-        """
-        frozen = {name: tensor for name, tensor in self._names() if tensor in self._pairing.once_shared}
-        names = self.state_dict_names()
-        plain = {name: plain[name] for name in plain if name in names or not name.endswith("_extra_state")}
-        self.load_averaged_tensors(tensors_by_path(plain, names, self._tensors(), frozen))
-        self._initial_share = 0.0
-
-    def refresh(self) -> None:
-        """Pairs everything anew, as a handler does when a run starts: a parameter may have been frozen since.
-
-        Raises:
-            RuntimeError: where the model no longer matches its twin.
-        """
-        try:
-            self._pairing.pair_anew()
-        except Mismatch as mismatch:
-            raise _changed(mismatch) from None
-
-    def _part_memory(self, averaged: Mapping[str, Tensor]) -> None:
-        """Sees to it that what is written into the twin is written nowhere else."""
-        try:
-            others = [*tensors_of(self.model).values(), *self._pairing.once_shared]
-            part_memory(sharing_memory(others, averaged))
-        except Mismatch as mismatch:
-            raise _changed(mismatch) from None
-
-    def _current(self, what: str) -> Structure:
-        """Model and twin as they are now, kept buffers included; raises where nothing may be done with them."""
-        self._read()
-        return self._checked(what)
-
-    def _checked(self, what: str, looked_at: Collection[int] = ()) -> Structure:
-        """As :meth:`_current` says, once they have been read; but for the tensors with the identities ``looked_at``."""
-        structure = self._pairing.structure
-        try:
-            for pair in (*structure.pairs, *structure.shared):
-                if id(getattr(pair.online, pair.kind)[pair.key]) not in looked_at:
-                    pair.tensors()
-        except Mismatch as mismatch:
-            raise _changed(mismatch) from None
-        swap.refuse_while_swapped(structure, what)
-        return structure
-
-    def _read(self) -> list[Tensor]:
-        """What an update treats, held by its shards; raises RuntimeError where model and twin no longer match."""
-        try:
-            return self._pairing.read()
-        except Mismatch as mismatch:
-            raise _changed(mismatch) from None
-
-    def _all_tensors(self) -> dict[str, Tensor]:
-        """What the twin holds, by path, shared tensors included."""
-        reshard(self.module)
-        return tensors_of(self.module)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """What the twin holds and the model does not, by path."""
-        return self._without_shared(self._all_tensors())
-
-    def _without_shared(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not (shared := self._pairing.once_shared):
-            return tensors
-        return {path: tensor for path, tensor in tensors.items() if tensor not in shared}
-
-    def _check_filled(self) -> None:
-        """Raises RuntimeError where there is no memory for a tensor of the twin: torch would write all the same."""
-        for path, tensor in self._tensors().items():
-            if not holds_values(local(tensor)):
-                raise _changed(LostValues(path, "twin"))
-
-    def _names(self) -> list[tuple[str, Tensor]]:
-        return names_of(unwrapped(self.module))
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        """Copies ``values`` into the twin, by first name; a buffer of another shape is replaced."""
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        with torch.inference_mode(False), torch.no_grad():
+            for slot in self._current().slots:
+                if slot.name not in values:
+                    continue
+                own, value = slot.averaged.get(), values[slot.name]
+                if own.shape == value.shape and own.layout == value.layout:
+                    targets.append(local(own))
+                    sources.append(part_for_rank(value, own))
+                else:
+                    slot.averaged.table[slot.averaged.key] = like(value, own)
+            kernels.copy(targets, sources)
+        self._told.add("moved")
 
     def _parameters(self) -> list[Tensor]:
-        return [local(tensor) for tensor in self._tensors().values() if isinstance(tensor, nn.Parameter)]
-
-    def _leave_buffers(self, path: str) -> None:
-        if not self._has_left_buffers:
-            self._has_left_buffers = True
-            warn_user(
-                f"{path} holds a NaN or an infinity, and the averaged buffers of its type were left as they are; the "
-                "parameters were averaged."
-            )
-
-    def _skip(self, path: str) -> None:
-        self.num_skipped += 1
-        if self.num_skipped == 1:
-            warn_user(
-                f"{path} holds a NaN or an infinity, and the average was left as it is; num_skipped counts from here "
-                "on how often."
-            )
-
-    def _can_round(self) -> bool:
-        """Whether ``stochastic_rounding`` would help, and is not in use."""
-        return self._rounding is None and any(one.dtype in kernels.NARROW for one in self._parameters())
-
-
-def _changed(mismatch: Mismatch) -> RuntimeError:
-    return RuntimeError(
-        f"The model should keep the structure that it had when its average was made, but {mismatch}; "
-        f"{mismatch.way_out}."
-    )
+        return [local(slot.averaged.get()) for slot in self._current().slots if not slot.online.is_buffer]

@@ -24,6 +24,7 @@ __all__ = [
     "batches",
     "copy",
     "copying_kernel_for",
+    "has_begun",
     "is_finite",
     "leaves_gpu",
     "lerping_kernel_for",
@@ -43,28 +44,34 @@ NARROW = {torch.bfloat16, torch.float16}
 _NATIVE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 
-def copying_kernel_for(averaged: Tensor, online: Tensor) -> Kernel:
+def copying_kernel_for(online: Tensor, averaged: Tensor) -> Kernel:
     """The kernel that copies whatever the weight."""
     if averaged.layout is not torch.strided:
         return _copy_sparse
     return _copy_staged if leaves_gpu(averaged, online) else _copy_strided
 
 
-def lerping_kernel_for(averaged: Tensor, online: Tensor, is_trained: bool, narrow: Kernel | None = None) -> Kernel:
-    """The fastest kernel that is right for this pair, and for every one of the same dtypes and devices.
+def lerping_kernel_for(
+    online: Tensor, averaged: Tensor, *, is_buffer: bool, is_trained: bool, narrow: Kernel | None = None
+) -> Kernel:
+    """The fastest kernel that is right for this pair, and for each pair of the same dtypes and devices.
 
     Args:
+        online: the tensor of the model.
         averaged: the tensor of the twin.
-        online: that of the model.
-        is_trained: whether it is a parameter that requires gradients. Others may be masks of 0 and -inf.
-        narrow: the kernel for trained parameters that are held in 16 bits, if they have one of their own.
+        is_buffer: whether they are buffers.
+        is_trained: whether the model's requires gradients. Others may be masks of 0 and -inf. Of finite values each
+            kernel makes the same bits.
+        narrow: the kernel for parameters whose average is in 16 bits, if they have their own.
     """
     if averaged.dtype not in _NATIVE:
         return _lerp_widened
-    if not is_trained:
-        return _lerp_untrained
+    if is_buffer:
+        return _lerp_buffers
     if narrow is not None and averaged.dtype in NARROW:
         return narrow
+    if not is_trained:
+        return _lerp_frozen
     if averaged.dtype == online.dtype and averaged.device == online.device:
         return _lerp
     return _lerp_staged if leaves_gpu(averaged, online) else _lerp_converted
@@ -96,6 +103,12 @@ def spoils(averaged: Tensor, online: Tensor) -> bool:
     before = averaged.to(_wide(averaged.dtype))
     after = online.to(before.device, averaged.dtype).to(before.dtype)
     return bool((~after.isfinite() & (after != before)).any())
+
+
+def has_begun(tensor: Tensor) -> bool:
+    """False if no element is finite, or one is a NaN; an attention mask of 0 and -inf has begun."""
+    wide = tensor.to(_wide(tensor.dtype))
+    return tensor.numel() == 0 or bool(wide.isfinite().any() and not wide.isnan().any())
 
 
 def norms(tensors: Tensors) -> list[float]:
@@ -173,30 +186,51 @@ def _lerp_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
         stage(_lerp_converted, averaged, online, weight)
 
 
-def _lerp_untrained(averaged: Tensors, online: Tensors, weight: float) -> None:
-    """For buffers and frozen parameters, which may be masks of 0 and -inf: small ones as one flat tensor."""
+def _lerp_frozen(averaged: Tensors, online: Tensors, weight: float) -> None:
+    """For frozen parameters, which may be masks of 0 and -inf."""
+    _lerp_flat(averaged, online, weight, _mixed)
+
+
+def _lerp_buffers(averaged: Tensors, online: Tensors, weight: float) -> None:
+    """For buffers, which may also begin as infinities, such as the range of an observer: copied until finite."""
+    _lerp_flat(averaged, online, weight, _healed)
+
+
+def _lerp_widened(averaged: Tensors, online: Tensors, weight: float) -> None:
+    """For types without arithmetic of their own (8-bit floats)."""
+    if weight == 1:
+        torch._foreach_copy_(averaged, online)
+    elif weight != 0:
+        for average, value in zip(averaged, online, strict=True):
+            average.copy_(_mixed(*_widened(average, value), weight))
+
+
+def _lerp_flat(averaged: Tensors, online: Tensors, weight: float, step: Callable[..., Tensor]) -> None:
+    """Applies ``step`` to small tensors together, as one flat tensor."""
     if weight == 1:
         torch._foreach_copy_(averaged, online)
     elif weight != 0:
         most = _CACHED if averaged[0].device.type == "cpu" else _LAUNCHED
         for ours, theirs in batches(averaged, online, most):
-            flat = torch.cat([average.reshape(-1) for average in ours])
-            _lerp_widened([flat], [torch.cat([value.reshape(-1) for value in theirs])], weight)
-            parts = torch.split(flat, [average.numel() for average in ours])
-            torch._foreach_copy_(ours, [p.view(a.shape) for p, a in zip(parts, ours, strict=True)])
+            before = torch.cat([average.reshape(-1) for average in ours])
+            moved = step(*_widened(before, torch.cat([value.reshape(-1) for value in theirs])), weight)
+            split = torch.split(moved, [average.numel() for average in ours])
+            torch._foreach_copy_(ours, [part.view(a.shape) for part, a in zip(split, ours, strict=True)])
 
 
-def _lerp_widened(averaged: Tensors, online: Tensors, weight: float) -> None:
-    """For types without arithmetic of their own (8-bit floats), and tensors that may hold infinities."""
-    if weight == 1:
-        torch._foreach_copy_(averaged, online)
-    elif weight != 0:
-        for average, value in zip(averaged, online, strict=True):
-            before = average.to(_wide(average.dtype))
-            after = value.to(before.device, before.dtype)
-            finite = torch.isfinite(before) & torch.isfinite(after)
-            mixed = (1 - weight) * before + weight * after  # inf - inf is NaN, so infinities take the other form
-            average.copy_(torch.where(finite, torch.lerp(before, after, weight), mixed))
+def _widened(average: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    before = average.to(_wide(average.dtype))
+    return before, value.to(before.device, before.dtype)
+
+
+def _mixed(before: Tensor, after: Tensor, weight: float) -> Tensor:
+    finite = torch.isfinite(before) & torch.isfinite(after)
+    mixed = (1 - weight) * before + weight * after  # inf - inf is NaN, so infinities take this form
+    return torch.where(finite, torch.lerp(before, after, weight), mixed)
+
+
+def _healed(before: Tensor, after: Tensor, weight: float) -> Tensor:
+    return torch.where(torch.isfinite(before), _mixed(before, after, weight), after)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

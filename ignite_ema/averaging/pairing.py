@@ -1,366 +1,347 @@
 """Which tensors of a model and of its averaged twin belong together, and what an update does with each.
 
-A pair remembers where its tensors live, not the tensors, and both are read afresh at each update, so that rebinding
-(``load_state_dict(assign=True)``, ``module.buffer = ...``, ``.to()``) is followed. What no longer matches raises
-before anything is changed.
+The tensors of both are listed by name (:mod:`ignite_ema.averaging.names`) and paired by name, never by position. That
+is done once. Each update then compares what it reads: every tensor has to be the object that it was, at its address,
+with as many elements, every module the one that it was, and no table of tensors or modules may have grown. If anything
+differs, everything is paired and checked anew before anything moves: tensors that were replaced are followed, and what
+no longer matches raises :class:`Mismatch`.
 
-What is checked, and when:
-
-- At every update, of both trees: each module has the tables of tensors and modules that it had, with as many names and
-  the same modules in them, so that no name, tie, wrapper or shared parameter has come, gone or changed; each averaged
-  tensor has the address that it had, and in the model the shape and the type; it requires gradients as it did where
-  that matters; each part that FSDP2 has sharded holds its shards. Where only tensors of the model have moved, these are
-  checked.
-- Where any of this has changed, when a run starts and when the average is made, everything: names, ties, shapes,
-  layouts, types, sharding; that there is memory for every element; and that nothing that an update writes to shares
-  memory with the model, with a parameter that was ever shared, or with another tensor of the twin.
-- When weights are loaded into the twin: the names, shapes and types of what is loaded, and who owns the memory.
-- :meth:`~ignite_ema.ModelAverage.state_dict` looks at the twin alone.
+The groups for the kernels hold detached aliases of the tensors, so that an update needs no ``no_grad``.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter, eq
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable
+from operator import attrgetter, getitem, is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import kernels
-from .module_trees import Mismatch, Pair, Structure, TreeWatch
-from .sharding import is_at_rest, is_sharded, local, on_any_rank, reshard, sharded_parts
-from .storage import extent, holds_values, overlaps_itself
+from .buffers import Treatment
+from .memory import give_own_memory, has_values, sharing_memory
+from .names import Place, first_names, places_of, unwrapped
+from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sharding
 
-__all__ = ["Group", "Pairing", "Step", "Treatment", "part_memory", "sharing_memory"]
+__all__ = ["Group", "Mismatch", "Pairing", "Slot"]
 
-Treatment = Literal["average", "copy", "keep"]
-Tensors = list[Tensor]
+_requires_grad = attrgetter("requires_grad")
 
-_shape, _dtype, _requires_grad = attrgetter("shape"), attrgetter("dtype"), attrgetter("requires_grad")
+
+class Mismatch(RuntimeError):
+    """The model and its averaged twin do not match; the text is a clause that says in what."""
+
+
+class Slot(NamedTuple):
+    """A tensor of the model and its counterpart in the twin, as the places where their modules keep them.
+
+    Attributes:
+        name: the first of its names.
+        online: its place in the model.
+        averaged: the place in the twin.
+        treatment: what an update does with it.
+    """
+
+    name: str
+    online: Place
+    averaged: Place
+    treatment: Treatment
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether it stands in a state: a non-persistent buffer does if it is averaged."""
+        return self.online.is_saved or self.treatment == "average"
+
+    @property
+    def may_change_shape(self) -> bool:
+        """Whether its shape may become another one: a buffer that is not averaged."""
+        return self.online.is_buffer and self.treatment != "average"
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The two tensors (online, averaged) as they are now, without gradients; of sharded tensors this rank's part."""
+        return local(self.online.get()).detach(), local(self.averaged.get()).detach()
 
 
 class Group(NamedTuple):
-    """Which of the tensors that :meth:`Pairing.read` gives one kernel treats together; of one dtype and device."""
+    """The tensors that one kernel treats together.
+
+    Attributes:
+        kernel: called as ``kernel(averaged, online, momentum)``.
+        averaged: aliases of the twin's tensors.
+        online: aliases of the model's tensors, in the same order.
+        slots: where they are from.
+        averages: whether the kernel averages; else it copies.
+    """
 
     kernel: kernels.Kernel
-    averaged: slice
-    online: slice
+    averaged: list[Tensor]
+    online: list[Tensor]
+    slots: list[Slot]
     averages: bool
-    are_buffers: bool
 
-
-Step: TypeAlias = tuple[Group, kernels.Tensors, kernels.Tensors]
-
-
-class _Kind(NamedTuple):
-    """What the tensors of a group have in common."""
-
-    kernel: kernels.Kernel
-    averages: bool
-    are_buffers: bool
-    resolution: float
-    types: tuple[torch.dtype, torch.device, torch.dtype, torch.device]
-
-
-class _Noted(NamedTuple):
-    """What :meth:`Pairing.read` compares with: addresses of all tensors, the rest of those of the model."""
-
-    addresses: list[int]
-    shapes: list[torch.Size]
-    dtypes: list[torch.dtype]
-    gradients: tuple[list[bool], bool]
+    @property
+    def are_buffers(self) -> bool:
+        """Whether the tensors are buffers; a group has parameters or buffers alone."""
+        return self.slots[0].online.is_buffer
 
 
 class Pairing:
-    """The pairs of a model and its averaged twin, sorted into groups for the kernels.
+    """The tensors of a model and of its averaged twin in pairs, sorted into groups for the kernels.
 
     Args:
-        structure: the model and its averaged twin, side by side.
-        treat_buffer: called with the path of a buffer, says what an update does with it. Parameters are averaged.
-            "average" means "copy" where the tensor is neither floating-point nor complex.
-        narrow: the kernel for parameters that are held in 16 bits, if they have one of their own.
+        online: the model.
+        averaged: its averaged twin.
+        treatment_of: called with the name of a buffer, says what an update does with it. Parameters are averaged.
+            "average" means "copy" if the tensor is neither floating-point nor complex.
+        share_frozen: whether the two may share parameters that do not require gradients.
+        narrow: the kernel for parameters whose average is in 16 bits, if they have their own.
+        before: the pairing that this one replaces. The twin follows the model in what the two shared there.
 
     Attributes:
-        structure: the two trees as :meth:`read` last found them.
-        once_shared: the parameters that the two share or have shared, as far as they still exist.
-        groups: what to do with the tensors that :meth:`read` gives.
-        resolution: the largest relative rounding step (``torch.finfo(dtype).eps``) among the averaged tensors that
-            are trained; of those that ``narrow`` treats, that of float32.
-        noted: where the tensors lie; another object once one of them lies elsewhere.
+        slots: every tensor once, without those that are shared.
+        shared: the frozen parameters that the two share.
+        first_names: for each name, also those of tied tensors, the first name of its tensor.
+        saved_names: the same, of the names that ``state_dict()`` has.
+        groups: what an update treats.
+        resolution: the largest relative rounding step (``torch.finfo(dtype).eps``) among the averages of buffers and
+            of trained parameters.
 
     Raises:
-        Mismatch: where shapes, layouts or kinds of number differ.
-        TypeError: where a tensor that is not strided (a sparse one) would have to be averaged.
+        Mismatch: if the two do not match. Nothing has changed then.
+        TypeError: for a tensor that cannot be averaged.
     """
 
     def __init__(
-        self, structure: Structure, treat_buffer: Callable[[str], Treatment], narrow: kernels.Kernel | None = None
+        self,
+        online: nn.Module,
+        averaged: nn.Module,
+        treatment_of: Callable[[str], Treatment],
+        *,
+        share_frozen: bool = False,
+        narrow: kernels.Kernel | None = None,
+        before: "Pairing | None" = None,
     ) -> None:
-        self._treat_buffer = treat_buffer
+        self._fsdp_modules = [*fsdp_modules(online), *fsdp_modules(averaged)]
+        reshard(self._fsdp_modules)
+        ours, theirs = places_of(online), places_of(averaged)
+        _check_names(ours, theirs)
+        once_shared = {} if before is None else before._once_shared
+        followed = {name for name, place in theirs.items() if id(place.get()) in once_shared}
+        self.first_names = _checked_ties(ours, theirs, followed)
+        self.slots: list[Slot] = []
+        self.shared: list[Slot] = []
+        for name in dict.fromkeys(self.first_names.values()):
+            slot = Slot(name, ours[name], theirs[name], _treatment(ours[name], name, treatment_of))
+            is_shared = ours[name].get() is theirs[name].get() or name in followed
+            (self.shared if is_shared else self.slots).append(slot)
+        for slot in self.shared:
+            _check_shared(slot, share_frozen)
         self._narrow = narrow
-        self.once_shared = WeakIdKeyDictionary()
-        self.noted: _Noted | None = None
-        self._arrange(structure)
-
-    def read(self) -> Tensors:
-        """The tensors that an update treats, as they are now: the online ones, then their counterparts in the twin.
-
-        Raises:
-            Mismatch: where the model no longer matches its twin.
-        """
-        try:
-            found = self._watch.read()
-            if found is not None and (not self._parts or all(map(is_at_rest, self._parts))):
-                tensors = self._local(found)
-                if self._is_unchanged(tensors, found) or self._accepts_moves(tensors, found):
-                    return tensors
-        except (AttributeError, KeyError, TypeError, RuntimeError):
-            pass  # a name is gone, holds None, a tensor without memory, or one that is gathered from its shards
-        self.pair_anew()
-        return self._local(self._found())
-
-    def pair_anew(self) -> None:
-        """Pairs and sorts everything as it is now.
-
-        Raises:
-            Mismatch: where the model no longer matches its twin; nothing has changed then.
-        """
-        old = self.structure
-        for root in old.roots:
-            reshard(root)
-        self.noted = None  # until it matches again, every update looks at everything
-        try:
-            self._arrange(Structure(*old.roots, old.share_frozen, self.once_shared))
-        except Mismatch as mismatch:
-            if not self._sharded and any(map(is_sharded, old.roots[0].parameters())):
-                raise Mismatch(f"{mismatch} (call fully_shard before the handler is made)") from None
-            raise
-
-    def steps(self, tensors: Tensors) -> list[Step]:
-        """What an update has to do: each group with its averaged and its online tensors.
-
-        Args:
-            tensors: what :meth:`read` gave.
-        """
-        return [(group, tensors[group.averaged], tensors[group.online]) for group in self.groups]
-
-    def first_nonfinite(self, tensors: Tensors) -> str | None:
-        """Path of the first parameter whose NaN or infinity would come into the average, or None.
-
-        Of sharded models all ranks have to call this, and agree: one number goes from each to each.
-
-        Args:
-            tensors: what :meth:`read` gave.
-        """
-        groups = [group for group in self.groups if not group.are_buffers]
-        path = next(filter(None, (self.nonfinite_in(group, tensors) for group in groups)), None)
-        slots = self._slots[: 2 * self._count]
-        if self._sharded and on_any_rank(path is not None, (owner[key] for owner, key in slots)) and path is None:
-            return "a tensor on another rank"
-        return path
-
-    def nonfinite_in(self, group: Group, tensors: Tensors) -> str | None:
-        """Path of the first tensor of a group whose NaN or infinity would come into the average here, or None."""
-        _, averaged, online, averages, _ = group
-        if averages and not kernels.is_finite(tensors[online], tensors[averaged][0].dtype):
-            for path, value, average in zip(self._paths[online], tensors[online], tensors[averaged], strict=True):
-                if kernels.spoils(average, value):
-                    return f"'{path}'"
-        return None
-
-    def _found(self) -> Tensors:
-        """What is in the slots."""
-        return [owner[key] for owner, key in self._slots]
-
-    def _local(self, slots: Tensors) -> Tensors:
-        """Of what is in the slots the tensors of the pairs, of sharded ones the part that this rank holds."""
-        tensors = slots[: 2 * self._count]
-        for index in self._sharded:
-            tensors[index] = tensors[index].to_local()  # type: ignore[attr-defined]
-        return tensors
-
-    def _is_unchanged(self, tensors: Tensors, found: Tensors) -> bool:
-        """Whether each tensor has the address, and those of the model the shapes and types, that were noted."""
-        noted = self.noted
-        return (
-            noted is not None
-            and list(map(self._address, tensors)) == noted.addresses
-            and all(map(eq, map(_shape, tensors), noted.shapes))  # no list of shapes: the collector would count them
-            and list(map(_dtype, tensors[: self._count])) == noted.dtypes
-            and (not self._watches_gradients or self._gradients(found) == noted.gradients)
+        kinds = [self._kind_of(slot) for slot in self.slots]
+        # Everything is checked. From here on the twin may change: it follows the model in what is shared or copied.
+        for name in followed:
+            theirs[name].table[theirs[name].key] = ours[name].get()
+        self._once_shared = {id(slot.online.get()): slot.online.get() for slot in self.shared}
+        self._follow_shapes()
+        names = sharing_memory(
+            [place.get() for place in ours.values()],
+            {slot.name: slot.averaged.get() for slot in self.slots},
         )
+        give_own_memory(local(theirs[name].get()) for name in names)
+        self.saved_names = {name: first for name, first in self.first_names.items() if ours[name].is_saved}
+        self._group(kinds)
+        self._remember(online, averaged, [*ours.values()], [*theirs.values()])
 
-    def _gradients(self, found: Tensors) -> tuple[list[bool], bool]:
-        """Which tensors of the model are trained, where kernels depend on it, and whether one that is shared is."""
-        count = self._count
-        trained = list(map(_requires_grad, found[:count])) if self._narrow else []
-        return trained, any(map(_requires_grad, found[2 * count : len(self._slots)]))
-
-    def _look(self, tensors: Tensors, found: Tensors) -> _Noted:
-        online = tensors[: self._count]
-        addresses = list(map(self._address, tensors))
-        return _Noted(addresses, list(map(_shape, online)), list(map(_dtype, online)), self._gradients(found))
-
-    def _accepts_moves(self, tensors: Tensors, found: Tensors) -> bool:
-        """Whether all that has changed is that tensors of the model have moved, or others like them took their place.
-
-        Then it notes the new addresses. So it is at each iteration where a module registers its buffers anew.
-        """
-        old, new, count = self.noted, self._look(tensors, found), self._count
-        if old is None or not self._all_strided or old[1:] != new[1:]:
+    def is_current(self) -> bool:
+        """Whether model and twin have the tensors that are paired here, where they were."""
+        reshard(self._fsdp_modules)
+        try:
+            found = list(map(getitem, self._tables, self._keys))
+        except KeyError:
             return False
-        moved = [index for index in range(count) if old.addresses[index] != new.addresses[index]]
-        accepts = (
-            old.addresses[count:] == new.addresses[count:]
-            and all(_is_like(tensors[index], self._kinds[index], self._written) for index in moved)
-            and self._number_of_tensors() == self._distinct
+        tensors = found[: self._count]
+        return (
+            all(map(is_, found, self._objects))
+            and list(map(self._address, tensors)) == self._addresses
+            and list(map(Tensor.numel, tensors)) == self._numbers
+            and sum(map(len, self._all_tables)) == self._size
+            and not (self.shared and any(_requires_grad(slot.online.get()) for slot in self.shared))
         )
-        if accepts:
-            self.noted = new
-        return accepts
 
-    def _number_of_tensors(self) -> int:
-        """How many tensors the model has, each tied one once."""
-        return len({id(owner[key]) for owner, key in (pair.slots()[0] for pair in self.structure.names)})
+    def first_nonfinite(self) -> str | None:
+        """The name of the first parameter whose NaN or infinity an update would bring into the average, or None.
 
-    @torch.no_grad()
-    def _arrange(self, structure: Structure) -> None:
-        """Sorts the pairs into groups; checks shapes and that the twin owns its memory."""
-        by_kind: dict[_Kind, list[Pair]] = {}
-        for pair in structure.pairs:
-            treatment = self._treat_buffer(pair.path) if pair.kind == "_buffers" else "average"
-            if treatment != "keep":
-                by_kind.setdefault(self._kind_of(pair, treatment), []).append(pair)
-        twin = {pair.path: pair.slots()[1][0][pair.key] for pair in structure.pairs}
-        model = [pair.slots()[0][0][pair.key] for pair in (*structure.pairs, *structure.shared)]
-        to_part = sharing_memory([*model, *self.once_shared], twin)
-        # Nothing has raised: from here on the new structure counts.
-        structure.share()
-        part_memory(to_part)
-        self.structure = structure
-        for pair in structure.shared:
-            self.once_shared[pair.slots()[0][0][pair.key]] = None
-        self._group(by_kind)
-        self._watch_over(structure)
+        All ranks of a sharded model have to call this, and get an answer together.
+        """
+        names = (nonfinite_in(group) for group in self.groups if not group.are_buffers)
+        name = next(filter(None, names), None)
+        if self._sharded and on_any_rank(name is not None, self._sharded) and name is None:
+            return "a tensor on another rank"
+        return name
 
-    def _group(self, by_kind: dict[_Kind, list[Pair]]) -> None:
-        pairs = [pair for pairs in by_kind.values() for pair in pairs]
-        self._count = count = len(pairs)
-        self._paths = [pair.path for pair in pairs]
-        slots = [pair.slots() for pair in pairs]
-        shared = [pair.slots()[0] for pair in self.structure.shared]
-        self._slots = [*(online for online, _ in slots), *(averaged for _, averaged in slots), *shared]
+    def _kind_of(self, slot: Slot) -> tuple[Any, ...]:
+        """What the tensors of one group have in common; raises Mismatch or TypeError if the two do not fit."""
+        online, averaged = slot.online.get(), slot.averaged.get()
+        _check_pair(slot, online, averaged)
+        online, averaged = slot.tensors()
+        if slot.treatment == "keep":
+            return ()
+        places = averaged.dtype, averaged.device, online.dtype, online.device, slot.online.is_buffer
+        if slot.treatment == "copy":
+            return kernels.copying_kernel_for(online, averaged), False, 0.0, *places
+        _check_arithmetic(slot, online, averaged)
+        is_trained = slot.online.get().requires_grad
+        kernel = kernels.lerping_kernel_for(
+            online, averaged, is_buffer=slot.online.is_buffer, is_trained=is_trained, narrow=self._narrow
+        )
+        dtype = torch.float32 if kernel == self._narrow else averaged.dtype
+        resolution = torch.finfo(dtype).eps if is_trained or slot.online.is_buffer else 0.0
+        return kernel, True, resolution, *places
+
+    def _follow_shapes(self) -> None:
+        """Gives copied buffers whose shape, layout or kind of number has changed a new tensor in the twin."""
+        with torch.inference_mode(False), torch.no_grad():
+            for slot in self.slots:
+                online, averaged = slot.online.get(), slot.averaged.get()
+                if slot.treatment == "copy" and not _alike(online, averaged):
+                    slot.averaged.table[slot.averaged.key] = like(online, averaged)
+
+    def _group(self, kinds: list[tuple[Any, ...]]) -> None:
+        members: dict[tuple[Any, ...], list[Slot]] = {}
+        for kind, slot in zip(kinds, self.slots, strict=True):
+            if kind:
+                members.setdefault(kind, []).append(slot)
         self.groups: list[Group] = []
-        start = 0
-        for kind, members in by_kind.items():
-            stop = start + len(members)
-            group = Group(
-                kind.kernel, slice(count + start, count + stop), slice(start, stop), kind.averages, kind.are_buffers
-            )
-            self.groups.append(group)
-            start = stop
-        self.resolution = max((kind.resolution for kind in by_kind), default=0.0)
+        with torch.inference_mode(False):
+            for (kernel, averages, *_), slots in members.items():
+                online, averaged = map(list, zip(*(slot.tensors() for slot in slots), strict=True))
+                if averaged[0].layout is not torch.strided:  # an alias would not follow a new number of elements
+                    online, averaged = map(list, zip(*((one.online.get(), one.averaged.get()) for one in slots), strict=True))
+                self.groups.append(Group(kernel, averaged, online, slots, averages))
+        self.resolution = max((kind[2] for kind in kinds if kind), default=0.0)
 
-    def _watch_over(self, structure: Structure) -> None:
-        """Remembers what :meth:`read` compares with."""
-        self._parts = [part for root in structure.roots for part in sharded_parts(root)]
-        self._watch = TreeWatch(structure, self._slots)
-        self._watches_gradients = self._narrow is not None or bool(structure.shared)
-        self._distinct = self._number_of_tensors()
-        found = self._found()
-        self._sharded = [index for index, tensor in enumerate(found[: 2 * self._count]) if is_sharded(tensor)]
-        tensors = self._local(found)
-        self._all_strided = all(tensor.layout is torch.strided for tensor in tensors)
-        self._address: Callable[[Tensor], int] = Tensor.data_ptr if self._all_strided else _address
-        self._kinds = [(type(tensor), tensor.device) for tensor in tensors[: self._count]]
-        self.note_memory()
-
-    def note_memory(self) -> None:
-        """Remembers where the tensors lie now."""
-        found = self._found()
-        tensors = self._local(found)
-        self._written = {_storage(tensor) for tensor in tensors[self._count :]}
-        self.noted = self._look(tensors, found)
-
-    def _kind_of(self, pair: Pair, treatment: Treatment) -> _Kind:
-        online, averaged = pair.tensors()
-        is_buffer = pair.kind == "_buffers"
-        types = averaged.dtype, averaged.device, online.dtype, online.device
-        if treatment == "copy" or not (averaged.is_floating_point() or averaged.is_complex()):
-            return _Kind(kernels.copying_kernel_for(averaged, online), False, is_buffer, 0.0, types)
-        if online.layout is not torch.strided:
-            raise TypeError(
-                f"A tensor should be strided to be averaged, got '{pair.path}' with layout {online.layout}; a "
-                f'buffer can be copied instead: handle_buffers={{"{pair.path}": "copy", "*": "update"}}.'
-            )
-        if not {type(online), type(averaged)} <= {Tensor, nn.Parameter}:
-            _try(pair.path, averaged, online)
-        is_trained = pair.kind == "_parameters" and pair.online._parameters[pair.key].requires_grad  # type: ignore[union-attr]
-        kernel = kernels.lerping_kernel_for(averaged, online, is_trained, self._narrow)
-        held = torch.float32 if kernel == self._narrow else averaged.dtype
-        return _Kind(kernel, True, is_buffer, torch.finfo(held).eps if is_trained or is_buffer else 0.0, types)
+    def _remember(
+        self, online: nn.Module, averaged: nn.Module, ours: list[Place], theirs: list[Place]
+    ) -> None:
+        """Notes what :meth:`is_current` compares with."""
+        shared = {(id(place.table), place.key) for slot in self.shared for place in (slot.online, slot.averaged)}
+        places = {(id(place.table), place.key): place for place in (*ours, *theirs)}
+        read = [place for key, place in places.items() if key not in shared]
+        modules = [*online.modules(), *averaged.modules()]
+        self._all_tables = [table for one in modules for table in (one._parameters, one._buffers, one._modules)]
+        self._size = sum(map(len, self._all_tables))
+        others = [  # modules, shared parameters and what is None: compared by identity alone
+            (table, key)
+            for table in self._all_tables
+            for key in table
+            if (id(table), key) not in places or (id(table), key) in shared
+        ]
+        self._tables: list[Any] = [*(place.table for place in read), *(table for table, _ in others)]
+        self._keys = [*(place.key for place in read), *(key for _, key in others)]
+        self._objects = list(map(getitem, self._tables, self._keys))
+        self._count = len(read)
+        tensors = self._objects[: self._count]
+        self._sharded = [tensor for tensor in tensors if is_sharded(tensor)]
+        is_plain = not self._sharded and all(tensor.layout is torch.strided for tensor in tensors)
+        is_complex = any(tensor.is_complex() for tensor in tensors)
+        self._address: Callable[[Tensor], Any] = Tensor.data_ptr if is_plain and not is_complex else _address
+        self._addresses = list(map(self._address, tensors))
+        self._numbers = list(map(Tensor.numel, tensors))
 
 
-def _try(path: str, averaged: Tensor, online: Tensor) -> None:
-    """Raises TypeError where tensors of a type of their own cannot be interpolated."""
-    try:
-        torch._foreach_lerp_([averaged.detach().clone()], [online.detach()], 0.5)
-    except Exception as error:
-        raise TypeError(
-            f"A parameter should be of a type that can be averaged, got '{path}', a {type(online).__name__}, for which "
-            f"lerp fails ({str(error).splitlines()[0]}); freeze it and pass share_frozen=True, or leave it out."
-        ) from error
+def nonfinite_in(group: Group) -> str | None:
+    """The name of the first tensor of ``group`` whose NaN or infinity would come into the average here, or None."""
+    if group.averages and not kernels.is_finite(group.online, group.averaged[0].dtype):
+        for slot, online, averaged in zip(group.slots, group.online, group.averaged, strict=True):
+            if kernels.spoils(averaged, online):
+                return f"'{slot.name}'"
+    return None
 
 
-def sharing_memory(others: Iterable[Tensor], averaged: Mapping[str, Tensor]) -> Tensors:
-    """The tensors of a twin that share memory with others, with one another, or with themselves.
+def like(online: Tensor, averaged: Tensor) -> Tensor:
+    """A copy of ``online`` on the device of ``averaged``, and in its type if that holds the same kind of number."""
+    same_kind = online.is_floating_point() == averaged.is_floating_point()
+    dtype = averaged.dtype if same_kind and online.is_complex() == averaged.is_complex() else online.dtype
+    return online.detach().to(averaged.device, dtype, copy=True)
 
-    Args:
-        others: what may not be written to: the tensors of the model, and those that were ever shared.
-        averaged: the tensors of the twin by path.
 
-    Raises:
-        Mismatch: where they cannot be parted: one that is also among the others, or one that is sharded.
-    """
-    others = list(others)
-    theirs = set(map(id, others))
-    taken: dict[int, list[tuple[float, float]]] = {_storage(local(other)): [(0, math.inf)] for other in others}
-    found = []
-    for path, held in averaged.items():
-        if id(held) in theirs:
-            raise Mismatch(f"'{path}' is one and the same tensor in the model and in the twin")
-        tensor = local(held)
-        if (storage := _storage(tensor)) == 0:
-            continue
-        # Parts of one storage that do not overlap are fine: torch lays out the weights of an LSTM so.
-        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * extent(tensor)
-        parts = taken.setdefault(storage, [])
-        if not overlaps_itself(tensor) and not any(start < end and begin < stop for begin, end in parts):
-            parts.append((start, stop))
-        elif is_sharded(held):
-            raise Mismatch(f"'{path}' of the twin shares memory with another tensor")
+def _address(tensor: Tensor) -> object:
+    """Where a tensor lies that may be sharded, sparse or a lazy conjugate."""
+    part = local(tensor)
+    return (part.data_ptr(), part.is_conj()) if part.layout is torch.strided else part.layout
+
+
+def _alike(online: Tensor, averaged: Tensor) -> bool:
+    if online.shape != averaged.shape or online.layout != averaged.layout:
+        return False
+    return online.dtype == averaged.dtype or (
+        online.is_floating_point() == averaged.is_floating_point() and online.is_complex() == averaged.is_complex()
+    )
+
+
+def _check_names(ours: dict[str, Place], theirs: dict[str, Place]) -> None:
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        here, there = ("model", "twin") if name in ours else ("twin", "model")
+        raise Mismatch(f"'{name}' is in the {here} but not in the {there}")
+    for name, place in ours.items():
+        if place.is_buffer != theirs[name].is_buffer:
+            raise Mismatch(f"'{name}' is a parameter in one of model and twin, and a buffer in the other")
+
+
+def _checked_ties(ours: dict[str, Place], theirs: dict[str, Place], followed: set[str]) -> dict[str, str]:
+    """The first name of each tensor; raises Mismatch if tensors are tied in one of the two alone."""
+    in_model, in_twin = first_names(ours), first_names(theirs)
+    for name, first in in_model.items():
+        if first != in_twin[name] and name not in followed:
+            here, there = ("model", "twin") if first != name else ("twin", "model")
+            other = first if first != name else in_twin[name]
+            raise Mismatch(f"'{name}' is tied to '{other}' in the {here} but not in the {there}")
+    return in_model
+
+
+def _check_shared(slot: Slot, share_frozen: bool) -> None:
+    if not share_frozen or slot.online.is_buffer:
+        raise Mismatch(f"'{slot.name}' is one and the same tensor in the model and in the twin")
+    if slot.online.get().requires_grad:
+        raise Mismatch(f"'{slot.name}' was frozen and is shared with the average, but requires gradients now")
+
+
+def _treatment(place: Place, name: str, treatment_of: Callable[[str], Treatment]) -> Treatment:
+    treatment = treatment_of(name) if place.is_buffer else "average"
+    is_averageable = place.get().is_floating_point() or place.get().is_complex()
+    return "copy" if treatment == "average" and not is_averageable else treatment
+
+
+def _check_pair(slot: Slot, online: Tensor, averaged: Tensor) -> None:
+    if is_sharded(online) or is_sharded(averaged):
+        if (ours := sharding(online)) != (theirs := sharding(averaged)):
+            raise Mismatch(f"'{slot.name}' is {ours} in the model and {theirs} in the twin")
+    if not slot.may_change_shape and not _alike(online, averaged):
+        if online.shape != averaged.shape:
+            ours, theirs = (f"shape {tuple(one.shape)}" for one in (online, averaged))
         else:
-            found.append(tensor)
-    return found
+            ours, theirs = (f"{one.dtype} and {one.layout}" for one in (online, averaged))
+        raise Mismatch(f"'{slot.name}' has {ours} in the model and {theirs} in the twin")
+    for tensor, where in ((online, "model"), (averaged, "twin")):
+        if not has_values(local(tensor)):
+            raise Mismatch(f"'{slot.name}' has no memory for its values in the {where} (it was moved to meta, or freed)")
+    if averaged.is_inference():
+        raise Mismatch(f"'{slot.name}' of the twin was made inside torch.inference_mode() and cannot be written")
 
 
-def part_memory(tensors: Tensors) -> None:
-    """Gives each of them memory of its own."""
-    with torch.inference_mode(False), torch.no_grad():
-        for tensor in tensors:
-            tensor.data = tensor.detach().clone()
-
-
-def _is_like(tensor: Tensor, kind: tuple[type, torch.device], written: set[int]) -> bool:
-    """Whether it is of that class and on that device, and has memory, which nothing is written to."""
-    return (type(tensor), tensor.device) == kind and holds_values(tensor) and _storage(tensor) not in written
-
-
-def _storage(tensor: Tensor) -> int:
-    """Where the storage begins; 0 if there is none."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor.layout)
+def _check_arithmetic(slot: Slot, online: Tensor, averaged: Tensor) -> None:
+    """Raises TypeError for a tensor that cannot be averaged."""
+    if online.layout is not torch.strided:
+        raise TypeError(
+            f"A tensor should be strided to be averaged, got '{slot.name}' with layout {online.layout}. A buffer can "
+            f'be copied instead: handle_buffers={{"{slot.name}": "copy", "*": "update"}}.'
+        )
+    if {type(online), type(averaged)} <= {Tensor, nn.Parameter}:
+        return
+    try:
+        torch._foreach_lerp_([averaged.clone()], [online], 0.5)
+    except Exception as error:  # of which kind depends on the type
+        way_out = "Freeze it and pass share_frozen=True." if not slot.online.is_buffer else "Copy it instead."
+        raise TypeError(
+            f"A parameter should be of a type that can be averaged, got '{slot.name}', a {type(online).__name__}, for "
+            f"which lerp fails ({str(error).splitlines()[0]}). {way_out}"
+        ) from error

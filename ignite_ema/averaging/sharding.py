@@ -1,26 +1,39 @@
-"""What is special about the tensors of a model that ``torch.distributed.fsdp.fully_shard`` has sharded."""
+"""What differs if a model is sharded by ``torch.distributed.fsdp.fully_shard``, and what the ranks tell each other."""
 
-from collections.abc import Iterable
-from contextlib import suppress
-from typing import Any
+import pickle
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .traversal import modules_of
+__all__ = [
+    "broadcast_buffers",
+    "fsdp_modules",
+    "is_first_rank",
+    "is_sharded",
+    "local",
+    "on_all_ranks",
+    "on_any_rank",
+    "on_first_rank",
+    "reshard",
+    "sharding",
+    "whole",
+]
 
-__all__ = ["is_at_rest", "is_sharded", "local", "on_any_rank", "reshard", "sharded_parts", "sharding", "whole"]
-
+_T = TypeVar("_T")
 _PLAIN = (Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``; told by a method, for the class is slow to import."""
+    """Whether it is a ``DTensor``; told by a method, since importing the class is slow."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a ``DTensor`` that this rank holds; any other tensor itself."""
+    """The part of a ``DTensor`` on this rank; any other tensor itself."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -37,82 +50,105 @@ def sharding(tensor: Any) -> str:
     return f"sharded as {tensor.placements} over {tensor.device_mesh}" if is_sharded(tensor) else "not sharded"
 
 
-def sharded_parts(module: nn.Module) -> list[nn.Module]:
+def fsdp_modules(module: nn.Module) -> list[nn.Module]:
     """The modules inside ``module``, itself included, that ``fully_shard`` has wrapped."""
-    # Asked of the class, which is faster than to ask a module.
-    return [part for part in modules_of(module) if hasattr(type(part), "set_requires_gradient_sync")]
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who shards has imported it
+    return [] if fsdp is None else [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]
 
 
-def reshard(module: nn.Module) -> None:
-    """Brings every part that ``fully_shard`` has wrapped back to its shards, whatever a pass has left behind.
+def reshard(parts: Iterable[nn.Module]) -> None:
+    """Brings parts that a pass has left gathered back to their shards.
 
-    Gathered weights are freed. A gather under way is awaited and dropped: the next forward pass would take what it
-    brings for the weights of then. A part that an exception has left in the middle of a pass starts afresh. Gradients
-    stay, which torch's own ``reset_iter_state()`` would drop.
-
-    Raises:
-        RuntimeError: inside a backward pass, which still needs the gathered weights.
+    Call it between passes: ``FSDPModule.reshard`` does nothing in the middle of a forward pass, where a
+    ``state_dict()`` of the part still reshards.
     """
-    parts = [part for part in sharded_parts(module) if not is_at_rest(part)]
-    if parts and torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "The average of a sharded model should be used between passes, got a call from inside a backward pass; "
-            "call it after backward()."
-        )
     for part in parts:
-        _leave_pass(part)
         part.reshard()  # type: ignore[operator]
 
 
-def is_at_rest(part: nn.Module) -> bool:
-    """Whether a part that ``fully_shard`` has wrapped holds its shards, with no pass and no gather under way."""
-    try:
-        state, groups = _state_of(part)
-        return all(one._training_state.name == "IDLE" for one in (state, *groups)) and all(
-            group.is_sharded and group._all_gather_result is None for group in groups
-        )
-    except AttributeError:  # of a torch that keeps its state elsewhere
-        return False
-
-
-def _state_of(part: Any) -> tuple[Any, list[Any]]:
-    """What ``fully_shard`` keeps of a part, and of each group of its parameters: private to torch, 2.6 to 2.15."""
-    state = part._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return state, state._fsdp_param_groups
-    return state, [state._fsdp_param_group] if state._fsdp_param_group else []
-
-
-def _leave_pass(part: nn.Module) -> None:
-    """Ends what a pass has begun in ``part`` and not ended; does nothing where torch keeps its state elsewhere."""
-    with suppress(AttributeError):
-        state, groups = _state_of(part)
-        for one in (state, *groups):
-            one._training_state = type(one._training_state).IDLE
-        for group in groups:
-            _drop_gather(group)
-        state._modules_to_run_forward.clear()
-        state._state_ctx.iter_forward_root = None
-        state._state_ctx.post_backward_final_callback_queued = False
-
-
-def _drop_gather(group: Any) -> None:
-    gather, group._all_gather_result = group._all_gather_result, None
-    if gather is None:
-        return
-    if gather.all_gather_event is not None:
-        group.device_handle.current_stream().wait_event(gather.all_gather_event)
-    if isinstance(gather.all_gather_work, torch.distributed.Work):
-        gather.all_gather_work.wait()
-
-
 def on_any_rank(flag: bool, tensors: Iterable[Tensor]) -> bool:
-    """Whether ``flag`` is true on any of the ranks that hold parts of ``tensors``; all of them have to call this."""
+    """Whether ``flag`` is true on any of the ranks that share shards of ``tensors``, which all have to call this."""
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor))  # type: ignore[attr-defined]
-    for _ in meshes:  # as often as there are meshes, so that it comes from each to each
+    for _ in meshes:  # as often as there are meshes, so that the answer travels from each to each
         for mesh in meshes:
             agreed = torch.tensor(int(flag), device=mesh.device_type)
             for dimension in range(mesh.ndim):
-                torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dimension))
+                dist.all_reduce(agreed, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
             flag = bool(agreed.item())
     return flag
+
+
+def broadcast_buffers(module: nn.Module, source: int = 0) -> None:
+    """Copies the buffers of rank ``source`` to all ranks, which have to call this; sharded buffers stay."""
+    if not dist.is_initialized():
+        return
+    for buffer in module.buffers():
+        if not is_sharded(buffer):
+            written = _distinct(buffer.detach())
+            sent = written.clone(memory_format=torch.contiguous_format)
+            dist.broadcast(sent.reshape(-1).view(torch.uint8), source)  # of any type, which the backend need not know
+            written.copy_(sent)
+
+
+def _distinct(buffer: Tensor) -> Tensor:
+    """The part of an expanded tensor that has memory of its own."""
+    for dimension, step in enumerate(buffer.stride()):
+        if step == 0 and buffer.shape[dimension] > 1:
+            buffer = buffer.narrow(dimension, 0, 1)
+    return buffer
+
+
+def is_first_rank() -> bool:
+    """Whether this process is alone or the first of its group."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def on_first_rank(action: Callable[[], _T]) -> _T:
+    """Calls ``action`` on the first rank while the others wait; all have its result, or raise what it raised."""
+    if not dist.is_initialized():
+        return action()
+    answer: list[Any] = [None, None]
+    if is_first_rank():
+        try:
+            answer[0] = action()
+        except Exception as error:
+            answer[1] = _sendable(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    result: _T = answer[0]
+    return result
+
+
+def on_all_ranks(action: Callable[[], _T], group: dist.ProcessGroup | None = None) -> _T:
+    """Calls ``action`` on each rank; if it raises on some, all ranks raise the error of the first of these.
+
+    Args:
+        action: what to do.
+        group: all of its ranks have to call this; None: those of the default group.
+    """
+    if not dist.is_initialized():
+        return action()
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as raised:
+        error = raised
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else _sendable(error), group=group)
+    first = next((rank for rank, one in enumerate(errors) if one is not None), None)
+    if first is None:
+        return result
+    if error is not None and first == dist.get_rank():
+        raise error
+    raise type(errors[first])(f"{errors[first]} (raised on rank {first})") from errors[first]  # type: ignore[misc]
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or a RuntimeError that says the same, if it cannot be pickled or made from its message alone."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (our own)
+        type(error)(str(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

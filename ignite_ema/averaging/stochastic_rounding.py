@@ -65,7 +65,8 @@ class StochasticRounding:
 
 def _moved(before: Tensor, after: Tensor, weight: float, thresholds: Tensor, dtype: torch.dtype) -> Tensor:
     """Of the neighbours in ``dtype`` of what is exact, the upper one where thresholds say so; float32, flat."""
-    distance = after.sub_(before).mul_(weight)
+    unchanged = after == before  # infinities too, whose distance would be NaN
+    distance = after.sub_(before).mul_(weight).masked_fill_(unchanged, 0)
     exact = before + distance
     power_of_two = exact.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)
     info = torch.finfo(dtype)

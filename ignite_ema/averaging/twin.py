@@ -1,6 +1,9 @@
 """Making the averaged twin of a model: a deep copy that owns its memory, without wrappers and without gradients."""
 
 import copy
+import functools
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,20 +11,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.nn.parameter import is_lazy
 
+from .checks import listed, warn_user
+from .memory import has_values
+from .names import name_of, tensors_of, unwrapped
 from .sharding import is_sharded, local, sharding
-from .storage import holds_values
-from .traversal import tensors_of, unwrapped
 
-__all__ = [
-    "check_model",
-    "check_tensors",
-    "freeze",
-    "refuse_unsupported",
-    "stripped",
-    "twin_of",
-]
+__all__ = ["check_model", "stripped", "twin_of"]
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def stripped(module: nn.Module) -> nn.Module:
@@ -29,8 +27,8 @@ def stripped(module: nn.Module) -> nn.Module:
     return unwrapped(module, keep=DataParallel)
 
 
-def check_model(model: object) -> None:
-    """Raises TypeError or ValueError unless ``model`` is a module."""
+def check_model(model: object, has_own_twin: bool) -> None:
+    """Raises TypeError, ValueError or RuntimeError unless ``model`` is a module that can be averaged."""
     if isinstance(model, type):
         raise TypeError(f"model should be an nn.Module, got the class {model.__name__}; make one: call it.")
     if not isinstance(model, nn.Module):
@@ -38,56 +36,25 @@ def check_model(model: object) -> None:
             "model should be an instance of nn.Module or its subclasses, but got "
             f"model: {type(model).__name__}; pass the module itself."
         )
-
-
-def check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> None:
-    """Raises RuntimeError where a tensor of ``module`` has no shape, or several, or no memory for its values."""
-    for path, tensor in tensors_of(module).items():
-        if tensor.is_nested:
-            raise RuntimeError(
-                f"{name} should have tensors of one shape each, got one whose '{path}' is a nested tensor; hold it as "
-                "a padded tensor, or outside of the parameters and buffers."
-            )
-        if (lacks := _lacks(tensor, may_be_meta)) is not None:
-            raise RuntimeError(
-                f"{name} should be initialised before it is averaged, got one whose '{path}' has no {lacks}."
-            )
-
-
-def _lacks(tensor: Tensor, may_be_meta: bool) -> str | None:
-    if is_lazy(tensor):
-        return "shape; run it on one batch first"
-    if tensor.is_meta:
-        return None if may_be_meta else "values; materialise it first"
-    return None if holds_values(local(tensor)) else "memory for its values; load them first"
-
-
-def refuse_unsupported(model: nn.Module, has_own_twin: bool) -> None:
-    """Raises RuntimeError where the parameters are held by a system that this library does not know how to read."""
     for module in model.modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise RuntimeError(
-                "model should be whole, or sharded with torch.distributed.fsdp.fully_shard, got one with "
-                "FullyShardedDataParallel (FSDP1), which makes one flat parameter of many; use fully_shard."
+                "model should be whole, or sharded with torch.distributed.fsdp.fully_shard, got a model with "
+                "FullyShardedDataParallel (FSDP1), which makes one flat parameter of many. Use fully_shard."
             )
-    for path, tensor in tensors_of(model).items():
-        if is_sharded(tensor) and not has_own_twin:
-            raise RuntimeError(
-                f"ema_model should be a twin that is sharded as the model is, got None where '{path}' is "
-                f"{sharding(tensor)}; build the model again under torch.device('meta'), call fully_shard on it in the "
-                "same way, and pass it as ema_model=."
-            )
+    _check_tensors("model", model)
+    for tensor in model.parameters():
         if hasattr(tensor, "ds_id"):
             raise RuntimeError(
-                "model should be whole, or sharded with torch.distributed.fsdp.fully_shard, got one whose "
-                f"'{path}' is partitioned by DeepSpeed ZeRO-3; use its stage 1 or 2, or fully_shard."
+                "model should be whole, or sharded with torch.distributed.fsdp.fully_shard, got a model whose "
+                f"'{name_of(model, tensor)}' is partitioned by DeepSpeed ZeRO-3. Use its stage 1 or 2, or fully_shard."
             )
-
-
-def freeze(module: nn.Module) -> None:
-    """Takes the gradients from every tensor of ``module``."""
-    for tensor in tensors_of(module).values():
-        tensor.requires_grad_(False)
+        if is_sharded(tensor) and not has_own_twin:
+            raise RuntimeError(
+                f"ema_model should be a twin that is sharded as the model is, got None where '{name_of(model, tensor)}' "
+                f"is {sharding(tensor)}. Build the model again under torch.device('meta'), call fully_shard on it in the "
+                "same way, and pass it as ema_model=."
+            )
 
 
 def twin_of(
@@ -96,39 +63,82 @@ def twin_of(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     share_frozen: bool,
+    trains: bool,
 ) -> nn.Module:
-    """The averaged twin of ``model``: a copy as :func:`_make_twin` makes it, or ``own``, checked and with memory."""
-    if own is None:
-        return _make_twin(model, dtype, _checked_device(device), share_frozen)
-    _check_own_twin(own, dtype, device, share_frozen)
-    _materialise(own, model)
-    return own
+    """The averaged twin of ``model``, in eval mode (in train mode if it ``trains``), without gradients.
+
+    Args:
+        model: the model; ``DistributedDataParallel`` and compiled modules inside it become plain modules.
+        own: the user's own twin, which is checked and given memory; None: a deep copy is made.
+        dtype: the type of floating-point tensors, and of complex tensors in its complex counterpart; None: their own.
+        device: where the copy lives; None: each tensor where its original lives.
+        share_frozen: whether parameters that do not require gradients are the same in both, as they are.
+        trains: whether the twin is put into train mode.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type or value.
+        RuntimeError: for a model that cannot be deep-copied, or whose mode changes its weights.
+    """
+    if own is not None:
+        _check_own_twin(own, dtype, device, share_frozen)
+        _materialise(own, model)
+        _refuse_changing_mode(own, trains, on_copies=False)
+        twin = own
+    else:
+        dtype, device = _checked_dtype(dtype), _checked_device(device)
+        _refuse_changing_mode(model, trains, on_copies=True)
+        twin = _copied(model, dtype, device, share_frozen)
+        _warn_of_shared_functions(model, twin)
+    _set_mode(twin, trains)
+    return twin.requires_grad_(False)
 
 
-def _check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen: bool) -> None:
-    """Raises TypeError, ValueError or RuntimeError where ``twin`` cannot be the averaged twin of a model."""
-    if not isinstance(twin, nn.Module):
-        raise TypeError(f"ema_model should be an nn.Module, got {type(twin).__name__}.")
-    check_tensors("ema_model", twin, may_be_meta=True)
-    if dtype is not None or device is not None:
-        raise ValueError(
-            f"dtype and device should be None where ema_model brings its own, got {dtype} and {device}; move the "
-            "module with ema_model.to(...) first."
-        )
-    if share_frozen:
-        raise ValueError(
-            "share_frozen should be False where ema_model brings its own parameters, got True; leave ema_model out."
-        )
-    for path, tensor in tensors_of(twin).items():
-        if tensor.is_inference():
-            raise ValueError(
-                f"ema_model should hold tensors that can be updated, but '{path}' was made inside "
-                "torch.inference_mode(); build the twin outside of it."
+def _check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> None:
+    """Raises RuntimeError if a tensor of ``module`` has no shape, or no memory for its values."""
+    for tensor in _tensors(module):
+        lacks = None
+        if is_lazy(tensor):
+            lacks = "has no shape; run the model on one batch first"
+        elif tensor.is_nested:
+            lacks = "is a nested tensor without one shape; pad it, or keep it outside of the parameters and buffers"
+        elif tensor.is_meta:
+            lacks = None if may_be_meta else "has no values; materialise it first"
+        elif not has_values(local(tensor)):
+            lacks = "has no memory for its values; load them first"
+        if lacks is not None:
+            raise RuntimeError(
+                f"{name} should be initialised before it is averaged, but '{name_of(module, tensor)}' {lacks}."
             )
 
 
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen: bool) -> None:
+    if not isinstance(twin, nn.Module):
+        raise TypeError(f"ema_model should be an nn.Module, got {type(twin).__name__}.")
+    _check_tensors("ema_model", twin, may_be_meta=True)
+    if dtype is not None or device is not None:
+        raise ValueError(
+            f"dtype and device should be None if you pass ema_model, got {dtype} and {device}. Move the module with "
+            "ema_model.to(...) first."
+        )
+    if share_frozen:
+        raise ValueError("share_frozen should be False if you pass ema_model, got True. Leave one of the two out.")
+
+
+def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype should be a torch.dtype, such as torch.float32, got {dtype!r}.")
+    if dtype is not None and dtype not in _HOLDING_TYPES:
+        raise ValueError(f"dtype should be one of {', '.join(map(str, _HOLDING_TYPES))}, got {dtype}.")
+    return dtype
+
+
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
-    """The device that is meant; raises TypeError or ValueError unless there is such a one, and it holds values."""
+    """The device that is meant; raises TypeError or ValueError unless it is there and can store values."""
     if device is None:
         return None
     try:
@@ -137,7 +147,7 @@ def _checked_device(device: torch.device | str | None) -> torch.device | None:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"device should be a torch.device or a name such as 'cpu' or 'cuda:0', got {device!r}.") from None
     if found.type == "meta":
-        raise ValueError("device should be one that holds values, got 'meta'; pass 'cpu' or an accelerator.")
+        raise ValueError("device should be one that stores values, got 'meta'; pass 'cpu' or an accelerator.")
     try:
         torch.empty(0, device=found)
     except Exception as error:  # of which kind depends on the device
@@ -150,52 +160,48 @@ def _checked_device(device: torch.device | str | None) -> torch.device | None:
 
 def _materialise(twin: nn.Module, model: nn.Module) -> None:
     """Gives memory to a twin on the meta device, where the tensors of ``model`` live; its ties stay."""
-    if not any(tensor.is_meta for tensor in tensors_of(twin).values()):
+    if not any(tensor.is_meta for tensor in _tensors(twin)):
         return
-    devices = {tensor.device for tensor in tensors_of(model).values()}
+    devices = {tensor.device for tensor in _tensors(model)}
     if len(devices) != 1:
         raise ValueError(
-            f"ema_model should have memory where the model is on {len(devices)} devices, got one on the meta device; "
-            "materialise it with ema_model.to_empty(device=...) first."
+            f"ema_model should have memory if the model is on {len(devices)} devices, got a twin on the meta device. "
+            "Materialise it with ema_model.to_empty(device=...) first."
         )
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in twin.modules():
-        for owner in (module._parameters, module._buffers):
-            for key, tensor in owner.items():
-                places.setdefault(id(tensor), []).append((owner, key))
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                places.setdefault(id(tensor), []).append((table, key))
     twin.to_empty(device=devices.pop())
     for (first, name), *tied in places.values():
-        for owner, key in tied:
-            owner[key] = first[name]
+        for table, key in tied:
+            table[key] = first[name]
+    attributes = [
+        f"{path}.{key}".lstrip(".")
+        for path, module in twin.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor) and value.is_meta
+    ]
+    if attributes:
+        warn_user(
+            f"{listed(attributes)} of ema_model stays on the meta device: it is no buffer, and has no values. Register "
+            "it with register_buffer(..., persistent=False), or set it on the twin yourself; swapped() needs neither."
+        )
 
 
-def _make_twin(
-    model: nn.Module, dtype: torch.dtype | None, device: torch.device | None, share_frozen: bool = False
+def _copied(
+    model: nn.Module, dtype: torch.dtype | None, device: torch.device | None, share_frozen: bool
 ) -> nn.Module:
-    """A deep copy of ``model`` that shares no memory with it, but for frozen parameters if asked.
-
-    Args:
-        model: the model; ``DistributedDataParallel`` and compiled modules inside it become plain ones.
-        dtype: holds floating-point tensors, and complex ones in its complex counterpart; None: their own.
-        device: where the copy lives; None: each tensor where its original lives.
-        share_frozen: whether parameters that do not require gradients are the same in both, as they are.
-
-    Raises:
-        TypeError, ValueError: for a ``dtype`` that cannot hold an average.
-        RuntimeError: for a model that cannot be deep-copied; says which attribute of which module is in the way.
-    """
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype should be a torch.dtype, such as torch.float32, got {dtype!r}.")
-    if dtype is not None and dtype not in _HOLDING_TYPES:
-        raise ValueError(f"dtype should be one of {', '.join(map(str, _HOLDING_TYPES))}, got {dtype}.")
+    """A deep copy of ``model`` without wrappers that shares no memory with it, but for frozen parameters if asked."""
     with torch.inference_mode(False), torch.no_grad():
         try:
             # deepcopy looks here first, so it meets finished copies of the tensors and never the wrappers.
             memo: dict[int, Any] = {}
-            for tensor in tensors_of(model).values():
+            for tensor in _tensors(model):
                 if share_frozen and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
                     memo[id(tensor)] = tensor
-                elif (copied := _copied(tensor, dtype, device)) is not None:
+                elif (copied := _copied_tensor(tensor, dtype, device)) is not None:
                     memo[id(tensor)] = copied
             for module in reversed(list(model.modules())):
                 if (wrapped := stripped(module)) is not module:
@@ -204,30 +210,30 @@ def _make_twin(
         except Exception as error:
             raise RuntimeError(
                 f"model should be one that copy.deepcopy can copy, got {type(model).__name__} where "
-                f"{_obstacle(model, error)}; build the twin yourself, the way the model is built, and pass it as "
+                f"{_obstacle(model, error)}. Build the twin yourself, the way the model is built, and pass it as "
                 "ema_model=."
             ) from error
     return twin
 
 
-def _copied(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor | None:
-    """The copy of a tensor, or None where deepcopy does it better."""
-    held = tensor.dtype
+def _copied_tensor(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor | None:
+    """The copy of a tensor, or None if deepcopy does it better."""
+    target = tensor.dtype
     if dtype is not None and tensor.is_floating_point():
-        held = dtype
+        target = dtype
     elif dtype is not None and tensor.is_complex():
-        held = max(dtype, torch.float32, key=lambda t: torch.finfo(t).bits).to_complex()
+        target = max(dtype, torch.float32, key=lambda t: torch.finfo(t).bits).to_complex()
     is_parameter = isinstance(tensor, nn.Parameter)
-    moved = held != tensor.dtype or device not in (None, tensor.device)
+    moved = target != tensor.dtype or device not in (None, tensor.device)
     if type(tensor) not in (Tensor, nn.Parameter):  # may have attributes and a deepcopy of its own
         result = copy.deepcopy(tensor)
         if moved:
-            result.data = result.data.to(device, held)
+            result.data = result.data.to(device, target)
         return result
     is_plain = tensor.is_leaf and not tensor.is_inference() and tensor.layout is torch.strided
     if not is_parameter and is_plain and not moved:
         return None  # with its attributes, and what shares its memory
-    result = tensor.detach().to(device=device, dtype=held, copy=True)
+    result = tensor.detach().to(device=device, dtype=target, copy=True)
     return nn.Parameter(result, requires_grad=False) if is_parameter else result
 
 
@@ -236,7 +242,7 @@ def _obstacle(model: nn.Module, error: Exception) -> str:
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             try:
-                if name not in ("_parameters", "_buffers", "_modules"):
+                if name not in _TABLES:
                     copy.deepcopy(value)
             except Exception as again:
                 if (type(again), str(again)) != (type(error), str(error)):
@@ -246,3 +252,93 @@ def _obstacle(model: nn.Module, error: Exception) -> str:
                     return f"{where} is the result of a computation (an activation, pruning, old weight_norm)"
                 return f"{where} ({type(value).__name__}) is in the way: {error}"
     return str(error)
+
+
+def _set_mode(module: nn.Module, trains: bool) -> None:
+    if trains:
+        module.train()
+    else:
+        module.eval()
+
+
+def _refuse_changing_mode(model: nn.Module, trains: bool, on_copies: bool) -> None:
+    """Raises RuntimeError if ``eval()`` (or ``train()``) changes weights, as adapters do that merge.
+
+    Only modules whose class overrides one of the two are tried: copies of them, or, with ``on_copies=False``, they
+    themselves.
+    """
+    for path, module in model.named_modules():
+        kind = type(module)
+        if (kind.train is nn.Module.train and kind.eval is nn.Module.eval) or unwrapped(module) is not module:
+            continue
+        trial = _copied(module, None, None, share_frozen=False) if on_copies else module
+        before = {name: local(tensor).clone() for name, tensor in tensors_of(trial).items()}
+        _set_mode(trial, trains)
+        after = tensors_of(trial)
+        name = next((name for name in before if not _equal(before[name], after.get(name))), None)
+        if name is not None:
+            raise RuntimeError(
+                f"model should keep its weights if its mode changes, but {'train' if trains else 'eval'}() of "
+                f"'{path or kind.__name__}' ({kind.__name__}) changes '{name}', as adapters do that merge. Turn the "
+                "merging off (for loralib: merge_weights=False) before the average is made."
+            )
+
+
+def _equal(before: Tensor, after: Tensor | None) -> bool:
+    if after is None or before.shape != after.shape or before.dtype != after.dtype:
+        return False
+    if before.layout is not torch.strided:
+        return True
+    return torch.equal(before.nan_to_num(), local(after).nan_to_num())
+
+
+def _warn_of_shared_functions(model: nn.Module, twin: nn.Module) -> None:
+    """Warns of functions of the twin that compute with modules of the model: deepcopy does not copy functions."""
+    online = {id(one) for one in (*model.modules(), *model.parameters(), *model.buffers())}
+    online -= {id(one) for one in twin.parameters()}  # those that are shared
+    names = [
+        f"{path}.{name}".lstrip(".")
+        for path, module in twin.named_modules()
+        for name, function in _functions_in(module)
+        if _refers_to(function, online, set())
+    ]
+    if names:
+        warn_user(
+            f"{listed(names)} of ema_model is a function of the model, which copy.deepcopy does not copy, and computes "
+            "with the online weights. Compile with model.compile(), which it copies, evaluate with swapped(), or build "
+            "the twin in the same way as the model and pass it as ema_model=."
+        )
+
+
+def _functions_in(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """The functions that an instance brings: its attributes, and its hooks."""
+    for name, value in vars(module).items():
+        if isinstance(value, dict) and value and name.endswith("_hooks"):
+            for hook in value.values():
+                yield name.removeprefix("_").removesuffix("s"), hook
+        elif callable(value):
+            yield name, value
+
+
+def _refers_to(value: object, online: set[int], seen: set[int]) -> bool:
+    """Whether a function reaches one of ``online``, by its closure, its defaults, or what it wraps or is bound to."""
+    if id(value) in online:
+        return True
+    if id(value) in seen or isinstance(value, (type, types.ModuleType, nn.Module, Tensor)):
+        return False
+    seen.add(id(value))
+    reached: list[object] = []
+    if isinstance(value, types.MethodType):
+        reached = [value.__self__, value.__func__]
+    elif isinstance(value, functools.partial):
+        reached = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, types.FunctionType):
+        reached = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
+        reached += [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+    elif isinstance(value, (list, tuple)):
+        reached = list(value)
+    elif isinstance(value, dict):
+        reached = list(value.values())
+    elif callable(value) and hasattr(value, "__dict__"):
+        reached = [one for one in vars(value).values() if callable(one)]
+    return any(_refers_to(one, online, seen) for one in reached)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from .files import listed, load_file, load_stream, quoted, restricted_unpickler, verify
 
-__all__ = ["DirectoryReader", "read_directory", "read_directory_metadata"]
+__all__ = ["DirectoryReader", "PlainPlanner", "nested", "read_directory", "read_directory_metadata"]
 
 _SUFFIXES = (".safetensors", ".bin")  # of what save_pretrained writes, the better one first
 _CHECKPOINT = "torch.distributed.checkpoint"
@@ -157,21 +157,26 @@ class DirectoryReader(FileSystemReader):
         return plan
 
 
-class _Planner(DefaultLoadPlanner):
+class PlainPlanner(DefaultLoadPlanner):
+    """Reads values that are not tensors without running anything; for a state that is flat already."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = load_stream(value)
 
 
 def _read_distributed(path: Path) -> Any:
     """All that a checkpoint holds, in this process alone, whether it is one of several or not."""
-    reader, planner = DirectoryReader(path), _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    reader, planner = DirectoryReader(path), PlainPlanner()
     content = {name: _room_for(entry) for name, entry in reader.contents.state_dict_metadata.items()}
     planner.set_up_planner(content, reader.contents, is_coordinator=True)
     reader.set_up_storage_reader(reader.contents, is_coordinator=True)
     plan = reader.prepare_local_plan(planner.create_local_plan())
     (plan,) = reader.prepare_global_plan(planner.create_global_plan([plan]))
     reader.read_data(planner.finish_plan(plan), planner).wait()
-    return _nested(content, reader.contents.planner_data or {})
+    return nested(content, reader.contents.planner_data or {})
 
 
 def _room_for(entry: Any) -> Any:
@@ -179,7 +184,7 @@ def _room_for(entry: Any) -> Any:
     return torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None
 
 
-def _nested(content: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> Any:
+def nested(content: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> Any:
     """The values at the paths that they had when they were saved; whole numbers in a path are places in a list."""
     root: dict[Any, Any] = {}
     for name, value in content.items():

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ..averaging.average_state import VERSION
-from ..averaging.validation import shown_integer
+from ..averaging.state import STATE_VERSION
+from ..averaging.checks import shown_integer
 from .files import is_dense, kind_of, listed, quoted
 
 __all__ = ["FORMATS", "Found", "Names", "State", "Tensors", "within"]
@@ -79,10 +79,10 @@ def _ignite_ema(state: State) -> Iterator[Found]:
 def _check_ignite_ema(state: State) -> None:
     """Raises ValueError, naming the entry, if the state of a handler is not of the form that it saves."""
     version, whose = state["ignite_ema_version"], "of the state of an EMAHandler"
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version != STATE_VERSION:
         got = shown_integer(version) if type(version) is int else kind_of(version)
         raise ValueError(
-            f"'ignite_ema_version' {whose} should be {VERSION}, got {got}; read it with the ignite_ema that wrote it."
+            f"'ignite_ema_version' {whose} should be {STATE_VERSION}, got {got}; read it with the ignite_ema that wrote it."
         )
     for key in ("averaged_tensors", "state_dict_names"):
         if not isinstance(state.get(key), Mapping):

@@ -1,29 +1,37 @@
-"""What ``EMAHandler.attach`` leaves on an engine, and how it is taken away again."""
+"""What a handler leaves on an engine, and how it is taken away again: events, optimizer steps, checks at attach."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, Protocol
-from weakref import finalize, ref
+from typing import Any, Protocol, TypeAlias
+from weakref import ref
 
-from ignite.engine import Engine, Events
-from ignite.engine.events import RemovableEventHandle
+from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
+from ignite.engine.events import RemovableEventHandle, State
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from ..averaging.summaries import one_line
-from ..averaging.swap import Swapped
-from ..averaging.traversal import unwrapped
-from ..averaging.user_warnings import warn_user
-from ..averaging.validation import checked_momentum
-from .evaluator_search import evaluators_among
-from .events import Event, members_of
-from .optimizer_steps import StepWatch
+from ..averaging.checks import one_line, warn_first_rank, warn_user
 
-__all__ = ["Attachment", "Attachments", "Handles", "Owner", "attachments"]
+__all__ = ["Attachment", "Attachments", "Event", "Owner", "attachments", "check_attachable", "members_of", "optimizer_with_hooks"]
+
+Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
+
+_ATTACHMENTS = "_ignite_ema_attachments"  # the attribute of an engine under which its attachments are found
+
+_BEFORE_STEP = (None, Events.STARTED, Events.EPOCH_STARTED, Events.ITERATION_STARTED, Events.GET_BATCH_COMPLETED)
+# Ignite passes these handlers more than the engine, and listening to the first swallows the exception.
+_NOT_FOR_UPDATES = (Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH)
 
 
-# The attribute of an engine under which its attachments are found.
-_ATTACHMENTS = "_ignite_ema_attachments"
+class Owner(Protocol):
+    """Who attaches: called back with the engine."""
+
+    def _on_event(self, engine: Engine, attachment: "Attachment") -> None: ...
+
+    def _on_run_start(self, engine: Engine, attachment: "Attachment") -> None: ...
+
+    def _on_run_end(self, engine: Engine, attachment: "Attachment") -> None: ...
 
 
 def attachments(engine: Engine) -> "list[Attachment]":
@@ -31,240 +39,285 @@ def attachments(engine: Engine) -> "list[Attachment]":
     return list(vars(engine).get(_ATTACHMENTS, ()))
 
 
-class Owner(Protocol):
-    """A handler, as what it leaves on engines calls it back."""
-
-    @property
-    def ema_model(self) -> nn.Module: ...
-
-    def swapped(self) -> Swapped: ...
-
-    def _check_start(self, name: str, engine: Engine) -> None: ...
-
-    def _update(self, name: str, engine: Engine) -> None: ...
-
-    def _check_end(self, name: str, iterations: int, updates: int) -> None: ...
-
-
 class Attachment(RemovableEventHandle):
     """Calls its owner back once per event, and when a run starts and completes, until it is removed; also a context.
 
-    Of an ``EventsList`` those members that fire in the same iteration call back once. A single event calls back as
-    often as it is fired.
+    Of an ``EventsList`` the members that fire in the same iteration call back once. A single event calls back as often
+    as it is fired. The start of a run is its first iteration: whatever listens to ``STARTED`` has run then.
 
     Args:
         owner: who attaches.
-        engine: where to; held weakly.
-        name: the attribute of ``engine.state`` that ``owner`` publishes.
+        engine: where to; referred to weakly.
+        names: the attributes of ``engine.state`` that the owner publishes.
         event: the event, accepted by :func:`members_of`.
-        owns_name: whether ``remove`` deletes that attribute.
-        optimizer: where there is one, events are left out before which it has not stepped.
+        new_names: those of ``names`` that ``remove`` deletes.
+        optimizer: an optimizer with step hooks; events before which it has not stepped are left out.
+
+    Attributes:
+        is_attached: whether it still calls back.
+        has_stepped: whether the optimizer has stepped since the last update.
+        first_iteration: how many iterations the trainer had made when the run started.
+        updates: how many updates the run has made.
     """
 
     def __init__(
-        self, owner: Owner, engine: Engine, name: str, event: Event, owns_name: bool, optimizer: Optimizer | None
+        self,
+        owner: Owner,
+        engine: Engine,
+        names: tuple[str, ...],
+        event: Event,
+        new_names: Iterable[str] = (),
+        optimizer: Optimizer | None = None,
     ) -> None:
-        fire = self._on_event
-        self._held: list[object] = [fire]  # Ignite removes handlers by weak references
-        super().__init__(event, fire, engine)  # type: ignore[arg-type]  # a string is as good
-        self.owner, self.name = owner, name
-        self.steps = None if optimizer is None else StepWatch(optimizer)
+        # A function with a name: profilers list what Ignite calls. Held, since Ignite removes by weak references.
+        def update(engine: Engine, member: int) -> None:
+            self._fire(engine, member)
+
+        update.__qualname__ = update.__name__ = f"{type(owner).__name__}.update"
+        self._held: list[object] = [update]
+        super().__init__(event, update, engine)  # type: ignore[arg-type]  # a string is as good
+        self.owner, self.names = owner, names
         self.is_attached = True
-        self._owns_name = owns_name
+        self.has_stepped = False
+        self.watches_steps = optimizer is not None
+        self.updates = self.first_iteration = self._left_out = 0
         self._last: tuple[int, int] | None = None  # the iteration of the last update, and the member that made it
-        self._read_at: tuple[int, Any] | None = None  # the iteration and event in which the average was read last
-        self._was_read_late = self._watches = False
-        self._first_iteration = engine.state.iteration
-        self._updates = 0  # of this run
-        self._has_updated = False
-        self._left_out = 0  # events without a step
+        self._noted_at: int | None = None  # the iteration in which the average was saved or evaluated last
+        self._was_late = self._has_updated = False
+        self._new_names = tuple(new_names)
         self._members = members_of(event, engine)
         for index, member in enumerate(self._members):
-            engine.add_event_handler(member, fire, index)
+            engine.add_event_handler(member, update, index)
         self._undo = ExitStack()
-        self.call_at(engine, Events.STARTED, self._on_start)
-        self.call_at(engine, Events.COMPLETED, self._on_end)
-        if self.steps is not None:
-            self._undo.callback(self.steps.remove)
-            self._undo.callback(finalize(engine, self.steps.remove).detach)  # the optimizer may outlive the engine
+        self.call_at(engine, Events.STARTED, self._on_started)
+        self.call_at(engine, Events.COMPLETED, self._on_completed)
+        if optimizer is not None:
+            self._undo.callback(_watch_steps(optimizer, ref(self)).remove)
         vars(engine).setdefault(_ATTACHMENTS, []).append(self)
 
     def __repr__(self) -> str:
         return one_line(
             type(self).__name__,
-            lambda: f"{type(self.owner).__name__} at {' or '.join(map(_word, self._members))} as '{self.name}'",
+            lambda: f"{type(self.owner).__name__} at {' or '.join(map(_word, self._members))} as {self.names_in_words}",
             lambda: "" if self.is_attached else "removed",
         )
 
-    def call_at(self, engine: Engine, event: Events, function: Callable[[Engine], object]) -> None:
-        """Calls ``function`` with the engine at one more event, until ``remove``."""
-        self._held.append(function)
-        self._undo.callback(engine.add_event_handler(event, function).remove)
+    @property
+    def names_in_words(self) -> str:
+        """The attributes, quoted."""
+        return " and ".join(f"'{name}'" for name in self.names)
 
     @property
-    def value(self) -> Any:
-        """What the attribute holds, None where there is none."""
-        return getattr(getattr(self.engine(), "state", None), self.name, None)
-
-    @value.setter
-    def value(self, momentum: float) -> None:
+    def iterations(self) -> int:
+        """How many iterations the run has had so far."""
         engine = self.engine()
-        if engine is not None:
-            setattr(engine.state, self.name, momentum)
+        return 0 if engine is None else engine.state.iteration - self.first_iteration
+
+    def call_at(self, engine: Engine, event: Events, function: Callable[[Engine], object]) -> RemovableEventHandle:
+        """Calls ``function`` with the engine at one more event, until ``remove``."""
+        self._held.append(function)
+        handle = engine.add_event_handler(event, function)
+        self._undo.callback(handle.remove)
+        return handle
 
     def note_reading(self) -> None:
-        """Notes that the average is being evaluated or saved now; before an update of the same event that is late."""
+        """Notes that the average is saved or evaluated now: an update that follows in the same iteration is late."""
         engine = self.engine()
-        if engine is not None:
-            self._read_at = engine.state.iteration, engine.last_event_name
+        if engine is not None and engine.last_event_name not in _BEFORE_STEP:  # a step itself may use the average
+            self._noted_at = engine.state.iteration
 
     def remove(self) -> None:
-        """Takes everything off the engine again, ``engine.state.<name>`` included; does nothing the second time."""
+        """Takes everything off the engine again, new attributes of its state included; a second call does nothing."""
         engine = self.engine()
-        if engine is None or not self.is_attached:
+        if not self.is_attached or engine is None:
+            self._undo.close()
             return
         self.is_attached = False
         super().remove()
         self._undo.close()
         vars(engine)[_ATTACHMENTS].remove(self)
-        if self._owns_name:
-            vars(engine.state).pop(self.name, None)
+        for name in self._new_names:
+            vars(engine.state).pop(name, None)
 
-    def _on_event(self, engine: Engine, member: int) -> None:
+    def _fire(self, engine: Engine, member: int) -> None:
         if not self.is_attached:  # removed by an earlier handler of this very event
             return
-        if self.steps is not None and not self.steps.has_stepped:
+        if self.watches_steps and not self.has_stepped:
             self._left_out += 1
             return
         iteration = engine.state.iteration
         if self._last is not None and self._last[0] == iteration and self._last[1] != member:
             return
-        if (
-            self._read_at is not None
-            and self._read_at == (iteration, engine.last_event_name)
-            and not self._was_read_late
-        ):
-            self._was_read_late = True
-            warn_user(
-                f"The average of '{self.name}' should be updated before it is evaluated or saved, but at this event "
-                "that came first and saw the average of one update before; attach the handler earlier than what "
-                "evaluates at the same event."
+        if self._noted_at == iteration and not self._was_late:
+            self._was_late = True
+            warn_first_rank(
+                f"The average of {self.names_in_words} was saved or evaluated in iteration {iteration} before the "
+                "update of this iteration: it was the average of one update before, and a run that resumes from what "
+                "was saved loses the update. Attach the handler before what saves or evaluates it."
             )
-        self.owner._update(self.name, engine)
+        self.owner._on_event(engine, self)
         self._last = iteration, member
-        self._updates += 1
-        self._has_updated = True
-        if self.steps is not None:
-            self.steps.has_stepped = False
+        self.updates += 1
+        self._has_updated, self.has_stepped = True, False
 
-    def _watch_evaluators(self, engine: Engine) -> None:
-        """Notes from here on the runs of those engines that evaluate the average at an event of this attachment."""
-        self._watches = True
-        handlers = [entry for member in self._members for entry in engine._event_handlers.get(member, ())]
-        for evaluator in evaluators_among(handlers, self._is_average):
-            if evaluator is not engine:
-                self.call_at(evaluator, Events.STARTED, self._on_evaluation)
-
-    def _is_average(self, thing: object) -> bool:
-        is_twin = isinstance(thing, nn.Module) and unwrapped(thing) is unwrapped(self.owner.ema_model)
-        return is_twin or thing is self.owner
-
-    def _on_evaluation(self, evaluator: Engine) -> None:
-        self.note_reading()
-
-    def _on_start(self, engine: Engine) -> None:
+    def _on_started(self, engine: Engine) -> None:
         if engine.state.iteration == 0:
             self._last = None  # a new run counts from 1 again
-        self._first_iteration, self._updates, self._read_at = engine.state.iteration, 0, None
-        if self.is_attached:
-            self.owner._check_start(self.name, engine)
-        if self.is_attached and not self._watches:
-            self._watch_evaluators(engine)
+        self.first_iteration, self.updates, self._noted_at = engine.state.iteration, 0, None
 
-    def _on_end(self, engine: Engine) -> None:
-        if not self.is_attached or engine.should_terminate:  # cut short, it may yet move
-            return
+        def first_iteration(engine: Engine) -> None:
+            handle.remove()
+            if self.is_attached:
+                self.owner._on_run_start(engine, self)
+
+        handle = self.call_at(engine, Events.ITERATION_STARTED, first_iteration)
+
+    def _on_completed(self, engine: Engine) -> None:
         if self._left_out and not self._has_updated:
-            warn_user(
-                f"The optimizer of '{self.name}' should have stepped in this run, but {self._left_out} events passed "
-                "without a step and the average has not moved; attach the handler with the optimizer that trains."
+            warn_first_rank(
+                f"The optimizer of {self.names_in_words} should have stepped in this run, but {self._left_out} events "
+                "passed without a step and the average has not moved. Attach the handler with the optimizer that trains."
             )
-        else:
-            self.owner._check_end(self.name, engine.state.iteration - self._first_iteration, self._updates)
-
-
-def _word(event: object) -> str:
-    return str(getattr(event, "value", event))
+        elif self.is_attached:
+            self.owner._on_run_end(engine, self)
 
 
 class Attachments:
-    """What attaches one handler, to engines that are still there. A copy, or a pickle, of it attaches nothing."""
+    """What attaches one handler. A copy, or a pickle, attaches nothing."""
 
     def __init__(self) -> None:
         self._references: list[ref[Attachment]] = []
-        self._stepped: set[str] = set()  # names of attachments to come, whose optimizer has stepped already
+        self._stepped: set[str] = set()  # names of attachments to come whose optimizer has stepped already
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_references": [], "_stepped": self.stepped()}
 
-    def __iter__(self) -> Iterator[Attachment]:
-        for reference in self._references:
-            attachment = reference()
-            if attachment is not None and attachment.is_attached and attachment.engine() is not None:
-                yield attachment
+    def __iter__(self) -> Any:
+        found = [reference() for reference in self._references]
+        return iter([one for one in found if one is not None and one.is_attached and one.engine() is not None])
 
     def add(self, attachment: Attachment) -> None:
         """Takes on one more, and hands it a step that waits for it."""
-        if attachment.steps is not None:
-            attachment.steps.has_stepped = attachment.name in self._stepped
-        self._stepped.discard(attachment.name)
+        attachment.has_stepped = attachment.watches_steps and attachment.names[0] in self._stepped
+        self._stepped.discard(attachment.names[0])
         self._references = [*map(ref, self), ref(attachment)]
 
     def publish(self, momentum: float) -> None:
         """Shows ``momentum`` as the attribute of each engine."""
         for attachment in self:
-            attachment.value = momentum
-
-    def driven(self, otherwise: float) -> float:
-        """The attribute of the first engine, checked; ``otherwise`` where there is none."""
-        for attachment in self:
-            return checked_momentum(attachment.value, f"engine.state.{attachment.name}")
-        return otherwise
+            setattr(attachment.engine().state, attachment.names[0], momentum)
 
     def stepped(self) -> set[str]:
         """The names of those whose optimizer has stepped since their last update."""
-        return self._stepped | {one.name for one in self if one.steps is not None and one.steps.has_stepped}
+        return self._stepped | {one.names[0] for one in self if one.has_stepped}
 
     def load_stepped(self, names: Iterable[str]) -> None:
         """Goes on from what :meth:`stepped` gave."""
         self._stepped = set(names)
         for attachment in self:
-            if attachment.steps is not None:
-                attachment.steps.has_stepped = attachment.name in self._stepped
-                self._stepped.discard(attachment.name)
+            if attachment.watches_steps:
+                attachment.has_stepped = attachment.names[0] in self._stepped
+                self._stepped.discard(attachment.names[0])
 
 
-class Handles:
-    """Several handles as one: ``remove()`` takes everything off an engine again, as does leaving it as a context."""
+def check_attachable(owner: Owner, engine: Engine, names: Iterable[str], *events: Event) -> None:
+    """Raises TypeError, ValueError or RuntimeError unless ``owner`` can be attached to ``engine``.
 
-    def __init__(self) -> None:
-        self._handles: list[RemovableEventHandle] = []
+    Args:
+        owner: a handler.
+        engine: which should train, and not have the handler already.
+        names: the attributes of ``engine.state``.
+        events: when it is called.
+    """
+    for event in events:
+        members_of(event, engine)
+    for name in names:
+        if not isinstance(name, str) or not name:
+            got = repr(name) if isinstance(name, str) else type(name).__name__
+            raise TypeError(
+                f"name should be a string such as 'ema_momentum', got {got}; an optimizer goes to optimizer=."
+            )
+        if hasattr(State(), name):
+            raise ValueError(f"name should not be an attribute of the engine's own, got {name!r}; choose another name.")
+    for other in attachments(engine):
+        if other.owner is owner:
+            raise RuntimeError(
+                f"An {type(owner).__name__} should be attached to an engine once, but it is already, as "
+                f"{other.names_in_words}. Call remove() on the handle of that attachment first, or use an EventsList."
+            )
 
-    def __repr__(self) -> str:
-        attached = [repr(one) for one in self._handles if isinstance(one, Attachment)]
-        return f"{type(self).__name__}({'; '.join(attached) or 'removed'})"
 
-    def __enter__(self) -> "Handles":
-        return self
+def members_of(event: Event, engine: Engine) -> "list[str | CallableEventWithFilter]":
+    """The single events of ``event``; raises TypeError or ValueError unless ``engine`` can fire them all."""
+    if not isinstance(engine, Engine):
+        raise TypeError(f"engine should be an ignite Engine, the trainer, got {type(engine).__name__}.")
+    members: list[str | CallableEventWithFilter] = list(event) if isinstance(event, EventsList) else [event]
+    for member in members:
+        # Engine.has_registered_events() says the same, but Ignite 0.5.1 does not have it
+        known = isinstance(member, (str, CallableEventWithFilter)) and member in engine._allowed_events
+        if not known or member in _NOT_FOR_UPDATES:
+            raise ValueError(
+                f"event should be one that the engine fires when weights have moved, got {member!r}. Pass one such as "
+                "Events.ITERATION_COMPLETED, or register your own event with engine.register_events first."
+            )
+        if getattr(member, "filter", None) is not None and member not in State.event_to_attr:
+            raise ValueError(
+                f"event should have a counter to be filtered, got {member!r}. Name an attribute of engine.state that "
+                "you count up with engine.register_events(..., event_to_attr={...})."
+            )
+    if not members:
+        raise ValueError("event should contain at least one event, got an empty EventsList.")
+    return members
 
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
-    def add(self, handle: RemovableEventHandle) -> None:
-        """Takes on one more."""
-        self._handles.append(handle)
+def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
+    """The optimizer to watch: a wrapper that has it as ``.optimizer`` (Accelerate, Lookahead) is looked through.
 
-    def remove(self) -> None:
-        """Takes everything off the engine again; does nothing the second time."""
-        while self._handles:
-            self._handles.pop().remove()
+    Warns if it is that of another model.
+
+    Raises:
+        TypeError: unless it is an optimizer or None.
+    """
+    if optimizer is None:
+        return None
+    found = optimizer
+    while not _takes_hooks(found):
+        found = getattr(found, "optimizer", getattr(found, "optim", None))
+        if found is None:
+            raise TypeError(
+                "optimizer should be a torch.optim.Optimizer, or have it as .optimizer, got "
+                f"{type(optimizer).__name__}. Pass the one that trains."
+            )
+    parameters = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in parameters for group in found.param_groups for parameter in group["params"]):
+        warn_user(
+            "optimizer should train parameters of the model that is averaged, but has none of them. Pass the one whose "
+            "steps move this model."
+        )
+    wrapped: Optimizer = found
+    return wrapped
+
+
+def _takes_hooks(optimizer: Any) -> bool:
+    """Whether step hooks can be registered: a wrapper may be of the class, and not have been made as an optimizer."""
+    try:
+        optimizer.register_step_post_hook(_word).remove()
+    except AttributeError:
+        return False
+    return isinstance(optimizer, Optimizer)
+
+
+def _watch_steps(optimizer: Optimizer, attachment: "ref[Attachment]") -> RemovableHandle:
+    """Notes the steps of an optimizer, which may outlive the attachment."""
+
+    def note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A fused optimizer is always called by a GradScaler, and skips the step itself unless this is 0.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if (one := attachment()) is not None and (found_inf is None or not found_inf.item()):
+            one.has_stepped = True
+
+    return optimizer.register_step_post_hook(note_step)
+
+
+def _word(event: object) -> str:
+    return str(getattr(event, "value", event))

@@ -6,25 +6,39 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
-from torch.optim import Optimizer
 
 from ..averaging.average import ModelAverage
 from ..averaging.buffers import BufferPolicy
-from ..averaging.summaries import counted, module_summary, momentum_summary, one_line
+from ..averaging.checks import (
+    check_count,
+    checked_momentum,
+    counted,
+    described,
+    module_summary,
+    momentum_summary,
+    one_line,
+    refuse_shallow_copy,
+    warn_first_rank,
+)
+from ..averaging.names import unwrapped
+from ..averaging.state import AVERAGE_STATE, check_average_state
 from ..averaging.swap import Swapped
-from ..averaging.validation import refuse_shallow_copy
 from ..checkpoints.formats import Names
-from ..checkpoints.reading import Source
+from ..checkpoints.reading import Source, read
 from ..schedules import Schedule
-from .attach_arguments import check_attachable
-from .attachment import Attachment, Attachments
-from .evaluation import EvaluationSwap
-from .events import Event
+from .attachment import Attachment, Attachments, Event, check_attachable, optimizer_with_hooks
+from .evaluation import EvaluationSwap, swaps
 from .guidance import Guidance
-from .handler_state import HandlerState
-from .momentum import momentum_of
+from .momentum import Momentum, schedule_from
 
 __all__ = ["EMAHandler"]
+
+_STATE: dict[str, type | tuple[type, ...]] = {
+    **AVERAGE_STATE,
+    "current_momentum": (float, type(None)),
+    "optimizer_stepped": list,
+    "saved_while_swapped": bool,
+}
 
 
 class EMAHandler:
@@ -36,12 +50,23 @@ class EMAHandler:
 
     Args:
         model: the online model, alone or inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``.
-        momentum: λ, a float in (0, 1), or a schedule: a callable from the number of updates already made (0 at the
+        momentum: λ, a float in (0, 1], or a schedule: a callable from the number of updates already made (0 at the
             first update) to λ in [0, 1], such as those of :mod:`ignite_ema.schedules`.
-        momentum_warmup, warmup_iters: together: λ goes linearly from the one, in [0, 1], to ``momentum`` over as many
-            updates as the other says.
-        handle_buffers, ema_model, dtype, device, share_frozen, skip_nonfinite, stochastic_rounding, flatten: as for
-            :class:`~ignite_ema.ModelAverage`, which says what they do, and what is raised.
+        momentum_warmup: λ of the first update, in [0, 1], from which it goes linearly to ``momentum``; together with
+            ``warmup_iters``.
+        warmup_iters: number of updates over which λ goes linearly to ``momentum``.
+        handle_buffers: "copy", "update", "statistics", "ema_train", or a mapping from name patterns to "copy", "update"
+            or "keep": what an update does with buffers; see :class:`~ignite_ema.ModelAverage`.
+        ema_model: your own twin, with the structure of ``model``, for models that cannot be deep-copied.
+        dtype: the type of the average of floating-point tensors. None: the type of each tensor.
+        device: where the twin lives. None: where the model's tensors are.
+        share_frozen: share the parameters that do not require gradients with the model instead of copying them.
+        skip_nonfinite: leave the average alone if an update would bring a NaN or an infinity into it.
+        stochastic_rounding: let small updates move an average in bfloat16 or float16.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for an argument of the wrong type or value, or a model that cannot be
+            averaged, as :class:`~ignite_ema.ModelAverage` does.
 
     Examples:
         >>> import torch
@@ -70,24 +95,23 @@ class EMAHandler:
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
-        flatten: bool = False,
     ) -> None:
-        self._attachments = Attachments()
-        self._momentum = momentum_of(momentum, momentum_warmup, warmup_iters, self._attachments)
-        self._average = ModelAverage(
+        schedule = schedule_from(momentum, momentum_warmup, warmup_iters)
+        self._momentum = Momentum(momentum, schedule)
+        #: The :class:`~ignite_ema.ModelAverage` that the handler drives.
+        self.average = ModelAverage(
             model,
             handle_buffers,
-            momentum=momentum if self._momentum.schedule is None else self._momentum.schedule,
+            momentum=momentum if schedule is None else schedule,
             ema_model=ema_model,
             dtype=dtype,
             device=device,
             share_frozen=share_frozen,
             skip_nonfinite=skip_nonfinite,
             stochastic_rounding=stochastic_rounding,
-            flatten=flatten,
         )
-        self._guidance = Guidance(self._average, self._momentum)
-        self._state = HandlerState(self._average, self._momentum, self._guidance, self._attachments)
+        self._guidance = Guidance(self.average, self._momentum)
+        self._attachments = Attachments()
 
     __copy__ = refuse_shallow_copy
 
@@ -95,25 +119,25 @@ class EMAHandler:
         return one_line(
             type(self).__name__,
             lambda: module_summary(self.ema_model),
-            lambda: momentum_summary(self._momentum.in_force()),
+            lambda: momentum_summary(self._momentum.schedule or self._plain_momentum()),
             lambda: counted(self.num_updates, "update"),
-            lambda: " and ".join(f"attached to an Engine as '{one.name}'" for one in self._attachments),
+            lambda: " and ".join(f"attached to an Engine as {one.names_in_words}" for one in self._attachments),
         )
 
     @property
     def model(self) -> nn.Module:
         """The online model, without wrappers."""
-        return self._average.model
+        return self.average.model
 
     @property
     def ema_model(self) -> nn.Module:
         """The averaged twin, in eval mode; in train mode under "ema_train"."""
-        return self._average.module
+        return self.average.module
 
     @property
     def handle_buffers(self) -> BufferPolicy:
         """What was passed."""
-        return self._average.handle_buffers
+        return self.average.handle_buffers
 
     @property
     def momentum_scheduler(self) -> Schedule | None:
@@ -127,26 +151,36 @@ class EMAHandler:
 
     @momentum.setter
     def momentum(self, value: float) -> None:
-        self._state.set_momentum(value)
+        if self._momentum.schedule is not None or callable(value):
+            raise TypeError(
+                f"momentum should be set from one float to another, got {value!r} in place of "
+                f"{self._momentum.passed!r}. Make a new handler for another schedule."
+            )
+        self.average.momentum = value  # raises before anything has changed
+        self._momentum.set(value)
+        self._attachments.publish(self._momentum.value)
 
     @property
     def num_updates(self) -> int:
         """The number of updates made so far; settable."""
-        return self._average.num_updates
+        return self.average.num_updates
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:
-        self._state.set_count(value)
+        check_count(value)
+        self._momentum.at(value)  # raises before anything has changed
+        self.average.num_updates = value
+        self._go_on()
 
     @property
     def num_skipped(self) -> int:
         """The number of updates that ``skip_nonfinite`` has left out; they are not in ``num_updates``."""
-        return self._average.num_skipped
+        return self.average.num_skipped
 
     @property
     def initial_share(self) -> float:
         """How much of the average is still the weights that it started from; see :class:`~ignite_ema.ModelAverage`."""
-        return self._average.initial_share
+        return self.average.initial_share
 
     def attach(
         self,
@@ -155,29 +189,36 @@ class EMAHandler:
         warn_if_exists: bool = True,
         event: Event = Events.ITERATION_COMPLETED,
         *,
-        optimizer: Optimizer | None = None,
+        optimizer: Any = None,
     ) -> Attachment:
         """Updates the average at ``event`` and publishes the momentum as ``engine.state.<name>``.
 
         Ignite calls handlers in the order of their registration: attach before what evaluates or saves the average at
-        the same event. ``remove()`` of what is returned undoes this call.
+        the same event, and after what steps. ``remove()`` of what is returned undoes this call.
 
         Args:
             engine: the trainer; no strong reference to it is kept.
-            name: the attribute; every handler of a trainer has its own. As soon as this returns it shows the first λ,
-                after each update the λ that was used.
-            warn_if_exists: warn where it exists; a plain momentum goes on from its value, a schedule overwrites it.
-            event: when to update. Those members of an ``EventsList`` that fire in the same iteration update once.
-            optimizer: update only where this optimizer has stepped since the last event: with gradients accumulated
-                over several iterations, and where a ``GradScaler`` skips steps.
+            name: the attribute. As soon as this returns it shows the first λ, after each update the λ that was used.
+            warn_if_exists: warn if it exists; a plain momentum goes on from its value, a schedule overwrites it.
+            event: when to update. Members of an ``EventsList`` that fire in the same iteration update once.
+            optimizer: update only if this optimizer has stepped since the last event: with gradients accumulated over
+                several iterations, and if a ``GradScaler`` skips steps. A wrapper that has it as ``.optimizer`` will do.
 
         Raises:
-            TypeError, ValueError: for a name that is taken, a value there that is no momentum, an event never fired.
-            RuntimeError: where this handler is attached to this engine already.
+            TypeError, ValueError: for a name of the engine's own, a value there that is no momentum, an event that the
+                engine never fires.
+            RuntimeError: if this handler is attached to this engine already.
         """
-        check_attachable(self, self.model, engine, name, event, optimizer)
-        is_new = self._momentum.begin(engine.state, name, self.num_updates, warn_if_exists)
-        attachment = Attachment(self, engine, name, event, is_new, optimizer)
+        check_attachable(self, engine, [name], event)
+        if any(swap.owner is self for swap in swaps(engine)):
+            raise RuntimeError(
+                "engine should be one that trains, but swap_during() was called with it and its runs are on the "
+                "averaged weights. Train with another engine."
+            )
+        self._momentum.check(engine.state, name, self.num_updates)
+        steps = optimizer_with_hooks(optimizer, self.model)
+        is_new = self._momentum.show_first(engine.state, name, self.num_updates, warn_if_exists)
+        attachment = Attachment(self, engine, (name,), event, [name] if is_new else [], steps)
         if self.handle_buffers == "ema_train":  # an evaluator may have left it in eval mode
             attachment.call_at(engine, Events.ITERATION_STARTED, lambda _: self.ema_model.train())
         self._attachments.add(attachment)
@@ -185,65 +226,146 @@ class EMAHandler:
 
     def swapped(self) -> Swapped:
         """Inside the block the model holds the averaged weights; see :meth:`ignite_ema.ModelAverage.swapped`."""
+        return self._swapped(None)
+
+    def _swapped(self, buffers_from: Any) -> Swapped:
         for attachment in self._attachments:
             attachment.note_reading()
-        return self._average.swapped()
+        return self.average.swapped(buffers_from)
 
-    def swap_during(self, evaluator: Engine) -> EvaluationSwap:
+    def swap_during(self, evaluator: Engine, sync_buffers: bool = False) -> EvaluationSwap:
         """Evaluates the averaged weights: each ``evaluator.run()`` is inside :meth:`swapped`, until ``remove()``.
 
         Args:
             evaluator: an engine that evaluates ``model``; not one that trains it.
+            sync_buffers: evaluate with the first rank's buffers on all ranks, which have to run the evaluator together.
+                The buffers come back with the weights.
 
         Raises:
             TypeError, RuntimeError: for what is no engine, or one that this handler swaps for or updates at already.
         """
-        return EvaluationSwap(self, evaluator)
+        return EvaluationSwap(self, evaluator, sync_buffers)
 
     def reset(self, *, buffers_only: bool = False) -> None:
         """Starts again: the average becomes the model and the count 0; ``buffers_only`` copies the buffers alone."""
-        self._state.reset(buffers_only)
+        self.average.reset(buffers_only=buffers_only)
+        if not buffers_only:
+            self._go_on()
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
-        return self._state.saved()
+        for attachment in self._attachments:
+            attachment.note_reading()
+        is_swapped = self.average.is_swapped()
+        if is_swapped:
+            warn_first_rank(
+                "The EMA handler is saved inside swapped() or swap_during(). Its own state is right, but a model that is "
+                "saved beside it has averaged weights, too. Save what you resume from at an event of the trainer."
+            )
+        return {
+            **self.average.state_dict(),
+            "current_momentum": self._plain_momentum() if self._momentum.schedule is None else None,
+            "optimizer_stepped": sorted(self._attachments.stepped()),
+            "saved_while_swapped": is_swapped,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a :meth:`state_dict`, before or after ``attach``.
 
         A schedule goes on from the saved count, a plain momentum from the saved value, to which it may have been
-        driven. Where the saved handler had another schedule, this one's own counts, and a warning says so.
+        driven. If the saved handler had another momentum, this one's own counts, and a warning says so.
 
         Raises:
             TypeError, ValueError: for a wrong entry, which it names, or another model's; nothing is loaded then.
         """
-        self._state.load(state)
+        check_average_state(state, _STATE, "an EMAHandler")
+        if not all(isinstance(name, str) for name in state["optimizer_stepped"]):
+            raise TypeError(
+                f"'optimizer_stepped' of the state should be a list of names, got {state['optimizer_stepped']!r}; load "
+                "what state_dict() gave, unchanged."
+            )
+        saved = state["current_momentum"]
+        if saved is not None:
+            checked_momentum(saved, "'current_momentum' of the state")
+        self.average.load_state_dict({key: state[key] for key in AVERAGE_STATE})
+        self._attachments.load_stepped(state["optimizer_stepped"])
+        if state["momentum_schedule"] == described(self.average.schedule) and saved is not None:
+            self._momentum.restore(saved)
+            self._attachments.publish(saved)
+        self._go_on()
+        if state["saved_while_swapped"]:
+            warn_first_rank(
+                "The EMA handler was saved inside swapped() or swap_during(). Its own state is right, but a model that "
+                "was saved beside it has averaged weights, too. Save what you resume from at an event of the trainer."
+            )
 
     def load_averaged(
-        self, source: Source, *, key: str | None = None, names: Names = None, num_updates: int | None = None
+        self,
+        source: Source,
+        key: str | None = None,
+        names: Names = None,
+        num_updates: int | None = None,
+        strict: bool = True,
     ) -> None:
-        """Starts from the averaged weights in a checkpoint of another system, or of this one; leaves the model alone.
+        """Starts from the averaged weights in a checkpoint of this or another system; leaves the model alone.
 
         Args:
-            source: a file, or what was loaded from one; see :func:`ignite_ema.checkpoints.read` for the systems. Where
-                it has no average its weights are taken, with a warning.
-            key: which average, where there are several.
+            source: a file or a directory, or what was loaded from one; see :func:`ignite_ema.checkpoints.read` for the
+                systems. A handler's state, or the ``state_dict`` of a model whose weights are an average.
+            key: which average, if there are several.
             names: the names of a list without names, None: those of the model; see there.
-            num_updates: how many are behind it, which a schedule has to know; None: as many as the checkpoint says.
+            num_updates: how many updates the weights count for, which a schedule has to know; None: as many as the
+                checkpoint says.
+            strict: whether all tensors have to fit. False: takes every tensor whose name and shape fit, and starts the
+                others from the model, with a warning.
 
         Raises:
-            TypeError, ValueError, OSError, ImportError, RuntimeError: where the checkpoint cannot be read, is of
-                another model or lacks the count that a schedule needs; inside :meth:`swapped`. Nothing is loaded then.
+            TypeError, ValueError, OSError, ImportError, RuntimeError: if the checkpoint cannot be read, is of another
+                model, or lacks the count that a schedule needs; inside :meth:`swapped`. Nothing is loaded then.
         """
-        self._state.load_averaged(source, key, names, num_updates)
+        if isinstance(source, Mapping) and "averaged_tensors" in source:
+            tensors, count = source, source.get("num_updates")
+        else:
+            found = read(source, key=key, names=unwrapped(self.ema_model) if names is None else names)
+            tensors, count = found.tensors, found.num_updates
+        count = count if num_updates is None else num_updates
+        if count is None and self._momentum.counts and not self._guidance.start_is_known:
+            raise ValueError(
+                "num_updates should be the number of updates that the loaded average counts for, which the checkpoint "
+                f"does not say: {described(self._momentum.schedule)} would go on with a momentum of "
+                f"{self._momentum.at(0):g}. Pass num_updates=, 0 to start the schedule."
+            )
+        if count is not None:
+            check_count(count)
+            self._momentum.at(count)  # raises before anything has changed
+        self.average.load_averaged(tensors, num_updates=count, strict=strict)
+        self._go_on()
 
-    def _update(self, name: str, engine: Engine) -> None:
-        self._average.update(self._momentum.take(engine.state, name, self._average.num_updates))
+    def _plain_momentum(self) -> float:
+        """The value to which a plain momentum has been driven."""
+        for attachment in self._attachments:
+            value = getattr(attachment.engine().state, attachment.names[0], None)
+            return checked_momentum(value, f"engine.state.{attachment.names[0]}")
+        return self._momentum.value
+
+    def _go_on(self) -> None:
+        """Notes that the average is what it is meant to be, and shows what a schedule goes on with."""
+        self._guidance.start_is_known = True
+        if self._momentum.schedule is not None:
+            self._attachments.publish(self._momentum.at(self.num_updates))
+
+    def _on_event(self, engine: Engine, attachment: Attachment) -> None:
+        momentum = self._momentum.take(engine.state, attachment.names[0], self.num_updates)
+        if engine.should_terminate and (name := self.average.first_nonfinite()) is not None:
+            warn_first_rank(
+                f"{name} holds a NaN or an infinity while the run is being terminated, and the average was left as it is."
+            )
+            return
+        self.average.update(momentum)
         self._guidance.start_is_known = True
 
-    def _check_start(self, name: str, engine: Engine) -> None:
-        self._average.refresh()
-        self._guidance.check_start(name, engine.state.iteration)
+    def _on_run_start(self, engine: Engine, attachment: Attachment) -> None:
+        self._guidance.check_start(attachment.names[0], attachment.first_iteration)
 
-    def _check_end(self, name: str, iterations: int, updates: int) -> None:
-        self._guidance.check_end(name, iterations, updates)
+    def _on_run_end(self, engine: Engine, attachment: Attachment) -> None:
+        self._guidance.check_end(attachment.names[0], attachment.iterations, attachment.updates)

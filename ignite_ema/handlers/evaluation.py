@@ -1,59 +1,70 @@
 """What ``EMAHandler.swap_during`` puts on an evaluator, and how it is taken away again."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from ignite.engine import Engine, Events
 from ignite.engine.events import State
+from torch import nn
 
-from ..averaging.summaries import one_line
+from ..averaging.checks import check_flags, one_line, warn_user
+from ..averaging.sharding import broadcast_buffers
 from ..averaging.swap import Swapped
-from .attachment import Owner, attachments
+from .attachment import attachments
 
 __all__ = ["EvaluationSwap", "swaps"]
 
-# The attribute of an engine under which its swaps are found.
-_SWAPS = "_ignite_ema_swaps"
+_SWAPS = "_ignite_ema_swaps"  # the attribute of an engine under which its swaps are found
+
+
+class Swapping(Protocol):
+    """A handler, as an evaluation calls it."""
+
+    def _swapped(self, buffers_from: Any) -> Swapped: ...
 
 
 def swaps(engine: Engine) -> "list[EvaluationSwap]":
     """The swaps during the runs of ``engine``."""
-    return list(vars(engine).get(_SWAPS, ()))
+    return [swap for swap in vars(engine).get(_SWAPS, ()) if swap.is_attached]
 
 
 class EvaluationSwap:
     """Puts each ``run()`` of an engine inside ``owner.swapped()``, until it is removed; also a context manager.
 
-    It wraps the run itself, because no set of events covers every way out of one: listening to ``EXCEPTION_RAISED``
-    would swallow the exception, and an interrupted run fires no ``COMPLETED``.
+    It wraps the run itself, because no set of events covers every end of a run: listening to ``EXCEPTION_RAISED`` would
+    swallow the exception, and an interrupted run fires no ``COMPLETED``.
 
     Args:
         owner: who swaps.
         engine: whose runs.
+        sync_buffers: whether the first rank's buffers are used on all ranks.
+
+    Attributes:
+        is_attached: whether it still swaps.
     """
 
-    owner: Owner
-
-    def __init__(self, owner: Owner, engine: Engine) -> None:
+    def __init__(self, owner: Swapping, engine: Engine, sync_buffers: bool) -> None:
         if not isinstance(engine, Engine):
             raise TypeError(f"evaluator should be an ignite Engine, got {type(engine).__name__}.")
+        check_flags(sync_buffers=sync_buffers)
         if any(other.owner is owner for other in attachments(engine)):
             raise RuntimeError(
-                "evaluator should be an engine of its own, but this handler is attached to this one and updates the "
-                "average there; swap during the runs of another engine."
+                "evaluator should be another engine than the trainer, but this handler is attached to it and updates "
+                "the average there. Swap during the runs of another engine."
             )
         if any(other.owner is owner for other in swaps(engine)):
             raise RuntimeError(
-                "An EMAHandler should swap during the runs of an evaluator once, but this one does so already; "
-                "remove() the handle of that call first."
+                "An EMAHandler should swap during the runs of an evaluator once, but it does so already. Call remove() "
+                "on the handle of that call first."
             )
         self.owner = owner
-        self.is_active = True
+        self.is_attached = True
+        self._buffers_from = broadcast_buffers if sync_buffers else None
         self._swap: Swapped | None = None
         self._engine = engine
         self._inner = engine.run
         self._inner_is_own = "run" in vars(engine)  # somebody else has wrapped it, too
         engine.run = self._outer = self._run  # type: ignore[method-assign]
-        # A run that began before this call, or by a method that was taken before, is on the model's own weights.
+        # A run that began before this call, or by a method that was taken before, has the model's own weights.
         started = Events.STARTED, Events.ITERATION_STARTED
         self._handles = [engine.add_event_handler(event, self._check_start) for event in started]
         vars(engine).setdefault(_SWAPS, []).append(self)
@@ -62,15 +73,32 @@ class EvaluationSwap:
         return one_line(
             type(self).__name__,
             lambda: f"{type(self.owner).__name__} during the runs of an Engine",
-            lambda: "" if self.is_active else "removed",
+            lambda: "" if self.is_attached else "removed",
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EvaluationSwap":
+        """What a copied engine has in its place: it does not swap, and says so when the engine runs."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.owner, copied.is_attached, copied._handles = self.owner, False, []
+        engine = memo.get(id(self._engine), self._engine)
+
+        def run(*args: Any, **kwargs: Any) -> State:
+            warn_user(
+                "This engine is a copy of one that swap_during() was called with, and evaluates the model's own "
+                "weights. Call swap_during() with the copy."
+            )
+            return type(engine).run(engine, *args, **kwargs)
+
+        copied._inner = run
+        return copied
+
     def remove(self) -> None:
-        """Lets the engine run on the model's own weights again; does nothing the second time."""
-        if not self.is_active:
+        """Lets the engine run with the model's own weights again; a second call does nothing."""
+        if not self.is_attached:
             return
         engine = self._engine
-        self.is_active = False
+        self.is_attached = False
         for handle in self._handles:
             handle.remove()
         vars(engine)[_SWAPS].remove(self)
@@ -87,15 +115,15 @@ class EvaluationSwap:
         self.remove()
 
     def _run(self, *args: Any, **kwargs: Any) -> State:
-        if not self.is_active:
+        if not self.is_attached:
             return self._inner(*args, **kwargs)
-        self._swap = self.owner.swapped()
+        self._swap = self.owner._swapped(self._buffers_from)
         with self._swap:
             return self._inner(*args, **kwargs)
 
     def _check_start(self, engine: Engine) -> None:
-        if self._swap is None or not self._swap.is_active:
+        if self.is_attached and (self._swap is None or not self._swap.is_active):
             raise RuntimeError(
                 "The evaluator should be started as evaluator.run(...) after swap_during() was called, but this run "
-                "began before, or by a method taken before, and is on the model's own weights; call it earlier."
+                "began before, or by a method taken before, and has the model's own weights. Call it earlier."
             )

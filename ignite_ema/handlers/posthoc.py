@@ -10,17 +10,32 @@ from uuid import uuid4
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from ..averaging.average import ModelAverage, check_average_state
+from ..averaging.average import ModelAverage
 from ..averaging.buffers import BufferPolicy
-from ..averaging.checks import check_count, check_saved_mapping, one_line, warn_first_rank
-from ..averaging.sharding import is_first_rank, on_first_rank, whole
+from ..averaging.checks import (
+    check_count,
+    check_saved_mapping,
+    one_line,
+    refuse_shallow_copy,
+    warn_first_rank,
+    warn_user,
+)
 from ..averaging.names import tensors_of
+from ..averaging.sharding import is_first_rank, on_first_rank, whole
+from ..averaging.state import check_average_state
 from ..checkpoints.files import compact
 from ..posthoc.snapshots import StoredSnapshot, prepare, read_frozen, write, write_frozen
 from ..schedules import PowerFunction
-from .attachment import Attachment, members_of
+from .attachment import (
+    Attachment,
+    Attachments,
+    Event,
+    attachments,
+    check_attachable,
+    members_of,
+    optimizer_with_hooks,
+)
 
 __all__ = ["PostHocEMA"]
 
@@ -33,6 +48,7 @@ _STATE: dict[str, type | tuple[type, ...]] = {
     "updated_at": int,
     "run_id": str,
     "snapshot_times": list,
+    "optimizer_stepped": list,
 }
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -109,7 +125,7 @@ class PostHocEMA:
     ) -> None:
         self.sigma_rels = _checked_widths(sigma_rels)
         _check_options(handle_buffers, samples, snapshot_dtype)
-        self._samples, self._dtype = samples or None, snapshot_dtype
+        self._samples, self._dtype = samples if callable(samples) else None, snapshot_dtype
         self._exponents = [PowerFunction(sigma_rel).gamma + 1 for sigma_rel in self.sigma_rels]
         self.time_unit = "samples" if samples else "updates"
         self.streams = tuple(
@@ -130,8 +146,20 @@ class PostHocEMA:
             raise ValueError("model should have parameters, got none; there is nothing to average.")
         self.dirname = Path(dirname)
         on_first_rank(lambda: self.dirname.mkdir(parents=True, exist_ok=True))
+        self._attachments = Attachments()
         self._start_anew()
-        self._is_restored = False
+        self._start_is_known = False
+
+    def _start_anew(self) -> None:
+        """Another run, at time 0 and without snapshots."""
+        self.time: int = 0
+        self._seen: int = 0  # samples
+        self._run_id: str = on_first_rank(lambda: uuid4().hex)
+        self._times: list[int] = []
+        self._resumed_at: int | None = 0  # the time of the state; None once the directory is prepared to go on from it
+        self._start_is_known = True
+
+    __copy__ = refuse_shallow_copy
 
     def __repr__(self) -> str:
         return one_line(
@@ -161,16 +189,16 @@ class PostHocEMA:
             Whether the update was made: False if ``skip_nonfinite`` left it out.
 
         Raises:
-            TypeError, ValueError: for samples where time is counted in updates, or a wrong number.
+            TypeError, ValueError: for samples if time is counted in updates, or a wrong number.
         """
-        if samples is not None and self._samples is None:
+        if self.time_unit == "samples":
+            self._count(samples, "samples should be")
+        elif samples is not None:
             raise TypeError(
-                f"samples should be left out where time is counted in updates, got {samples!r}; pass samples=True to "
+                f"samples should be left out if time is counted in updates, got {samples!r}; pass samples=True to "
                 "PostHocEMA to count them."
             )
-        if self._samples is not None:
-            self._count(samples, "samples")
-        return self._update(self._momenta())
+        return self._update()
 
     def attach(
         self,
@@ -179,8 +207,8 @@ class PostHocEMA:
         event: Event = Events.ITERATION_COMPLETED,
         snapshot_event: Event = Events.EPOCH_COMPLETED,
         *,
-        optimizer: Optimizer | None = None,
-    ) -> Handles:
+        optimizer: Any = None,
+    ) -> Attachment:
         """Updates the averages at ``event``, and writes a snapshot at ``snapshot_event``, and at the end of a run.
 
         The momentum of the i-th average is published as ``engine.state.<name>_<i>``. Attach before what saves a
@@ -192,7 +220,7 @@ class PostHocEMA:
             name: of the attributes.
             event: when to update.
             snapshot_event: when to write; dozens, evenly spaced, are enough. Without an update since, none is written.
-            optimizer: update only if this optimizer has stepped since the last event.
+            optimizer: update only if this optimizer, or the one that it wraps, has stepped since the last event.
 
         Returns:
             A handle whose ``remove()`` undoes this call.
@@ -201,7 +229,34 @@ class PostHocEMA:
             TypeError, ValueError, RuntimeError: as ``EMAHandler.attach`` does; nothing is attached then. The run raises
                 ValueError at its start if the directory has snapshots of another one.
         """
-        TODO
+        names = tuple(f"{name}_{index}" for index in range(len(self.streams)))
+        check_attachable(self, engine, [name, *names], event, snapshot_event)
+        if self.time_unit == "samples" and self._samples is None:
+            raise TypeError(
+                "samples should be a function of the engine to count its batches, got True; pass one such as "
+                "lambda engine: len(engine.state.batch[0]) to PostHocEMA."
+            )
+        others = (other.owner for other in attachments(engine) if isinstance(other.owner, PostHocEMA))
+        if any(other.dirname.resolve() == self.dirname.resolve() for other in others):
+            raise ValueError(
+                f"dirname should be another than '{self.dirname}', where another PostHocEMA of this engine writes; "
+                "give each its own directory."
+            )
+        steps = optimizer_with_hooks(optimizer, self.model)
+        if taken := [taken for taken in names if hasattr(engine.state, taken)]:
+            warn_user(
+                f"Attribute '{taken[0]}' already exists in Engine.state, made by another handler or loaded with the "
+                "engine, and is overwritten. Choose another name."
+            )
+        attachment = Attachment(self, engine, names, event, set(names).difference(taken), steps)
+        if self._samples is not None:
+            attachment.call_at(engine, Events.ITERATION_STARTED, self._count_batch)
+        for moment in members_of(snapshot_event, engine):
+            attachment.call_at(engine, moment, self._save)  # type: ignore[arg-type]  # a string is as good
+        attachment.call_at(engine, Events.COMPLETED, self._save_last)
+        self._attachments.add(attachment)
+        self._publish()
+        return attachment
 
     def save(self) -> Path | None:
         """Writes a snapshot now; returns its path, or None if there is one of this time or no update yet.
@@ -217,10 +272,12 @@ class PostHocEMA:
         for average in self.streams:
             average.reset()
         self._start_anew()
-        self._is_restored = True
+        self._publish()
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: each average's, time, and which snapshots there are; tensors and plain values only."""
+        for attachment in self._attachments:
+            attachment.note_reading()
         return {
             "ignite_ema_posthoc_version": _VERSION,
             "sigma_rels": list(self.sigma_rels),
@@ -229,6 +286,7 @@ class PostHocEMA:
             "updated_at": self.time,
             "run_id": self._run_id,
             "snapshot_times": list(self._times),
+            "optimizer_stepped": sorted(self._attachments.stepped()),
             **{f"stream_{index}": average.state_dict() for index, average in enumerate(self.streams)},
         }
 
@@ -244,50 +302,87 @@ class PostHocEMA:
             average.load_state_dict(state[f"stream_{index}"])
         self._seen, self.time = state["samples_seen"], state["updated_at"]
         self._run_id, self._times = state["run_id"], list(state["snapshot_times"])
-        self._resumed_at, self._is_prepared, self._is_restored = self.time, False, True
+        self._resumed_at, self._start_is_known = self.time, True
+        self._attachments.load_stepped(state["optimizer_stepped"])
+        self._publish()
 
-    def _start_anew(self) -> None:
-        """Another run, at time 0 and without snapshots."""
-        self.time = self._seen = self._resumed_at = 0
-        self._run_id: str = on_first_rank(lambda: uuid4().hex)
-        self._times: list[int] = []
-        self._is_prepared = self._frozen_is_stored = False  # the directory has not been looked at
-
-    def _momenta(self) -> list[float]:
-        """λ of each average's next update, from time t to t': 1 - (t / t') ^ (γ + 1)."""
-        if self.time == 0:
-            return [1.0] * len(self.streams)
-        now = self.time + 1 if self._samples is None else self._seen
-        step = math.log1p((self.time - now) / now)
-        return [-math.expm1(exponent * step) for exponent in self._exponents]
+    def _next_time(self) -> int:
+        return self._seen if self.time_unit == "samples" else self.time + 1
 
     def _count(self, samples: object, what: str) -> None:
         if type(samples) is not int or samples < 1:
-            raise ValueError(
-                f"{what} should be the number of samples in the batch, an integer of at least 1, got {samples!r}."
-            )
+            raise ValueError(f"{what} the number of samples in the batch, an integer of at least 1, got {samples!r}.")
         self._seen += samples
 
-    def _update(self, momenta: Sequence[float]) -> bool:
+    def _publish(self) -> list[float]:
+        """Shows each average's next λ on the engines: from time t to t' it is 1 - (t / t') ^ (γ + 1)."""
+        momenta = [1.0] * len(self.streams)
+        if self.time > 0:
+            step = math.log1p((self.time - self._next_time()) / self._next_time())
+            momenta = [-math.expm1(exponent * step) for exponent in self._exponents]
+        for attachment in self._attachments:
+            for name, momentum in zip(attachment.names, momenta, strict=True):
+                setattr(attachment.engine().state, name, momentum)
+        return momenta
+
+    def _update(self) -> bool:
+        momenta = self._publish()
         moved = [average.update(momentum) for average, momentum in zip(self.streams, momenta, strict=True)]
         if moved[0]:  # as the others, which look at the same weights
-            self.time = self.time + 1 if self._samples is None else self._seen
+            self.time, self._start_is_known = self._next_time(), True
         return moved[0]
 
-    def _prepare(self) -> None:
-        """Once for each run and each state that is loaded: the directory has the past of this run and nothing else."""
-        if self._is_prepared:
+    def _on_event(self, engine: Engine, attachment: Attachment) -> None:
+        if engine.should_terminate and (name := self.streams[0].first_nonfinite()) is not None:
+            warn_first_rank(
+                f"{name} has a NaN or an infinity while the run is being terminated, and the averages were left as "
+                "they are."
+            )
             return
+        self._update()
+
+    def _on_run_start(self, engine: Engine, attachment: Attachment) -> None:
+        if not self._start_is_known and attachment.first_iteration > 0:
+            warn_first_rank(
+                f"The trainer resumes at iteration {attachment.first_iteration}, but its PostHocEMA was not restored, "
+                'and the averages start anew; put it into the checkpoint ("posthoc_ema": posthoc_ema) and load it with '
+                "Checkpoint.load_objects, or call reset() if they are meant to start here."
+            )
+        self._start_is_known = True
+        self._prepare()
+
+    def _on_run_end(self, engine: Engine, attachment: Attachment) -> None:
+        """The first update copies: there is nothing to say about the share of the initial weights."""
+
+    def _count_batch(self, engine: Engine) -> None:
+        if self._samples is not None:
+            self._count(self._samples(engine), "samples should return")
+
+    def _save(self, engine: Engine) -> None:
+        self._write(engine.state.iteration, engine.state.epoch)
+
+    def _save_last(self, engine: Engine) -> None:
+        if not engine.should_terminate:  # else it may go on, and should write then what it would have written
+            self._save(engine)
+
+    def _prepare(self) -> None:
+        """Once for a run, and for each state that is loaded: the directory has the past of this run alone."""
+        if self._resumed_at is None:
+            return
+        begun, shared = self._resumed_at, self.streams[0].shared_tensors()
 
         def prepared() -> tuple[list[int], bool]:
-            times = prepare(self.dirname, self._run_id, self._resumed_at, self._times)
-            return times, read_frozen(self.dirname, self._run_id) is not None
+            times = prepare(self.dirname, self._run_id, begun, self._times)
+            return times, bool(shared) and read_frozen(self.dirname, self._run_id) is None
 
-        self._times, self._frozen_is_stored = on_first_rank(prepared)
-        self._is_prepared = True
+        self._times, lacks_frozen = on_first_rank(prepared)
+        if lacks_frozen:
+            frozen = _gathered(shared)
+            on_first_rank(lambda: write_frozen(compact(frozen), self._run_id, self.dirname))
+        self._resumed_at = None
 
     def _write(self, iteration: int, epoch: int) -> Path | None:
-        """Writes the next snapshot; returns its path, on the first rank, or None if nothing has moved since the last."""
+        """Writes a snapshot; returns its path, on the first rank, or None if nothing has moved since the last one."""
         if not self.time:
             return None
         self._prepare()
@@ -299,12 +394,9 @@ class PostHocEMA:
                 "a whole."
             )
         shared = self.streams[0].shared_tensors()
-        frozen = {} if self._frozen_is_stored else _gathered(shared)
         gathered = [_gathered(average.averaged_tensors()) for average in self.streams]
 
         def written() -> Path:
-            if frozen:
-                write_frozen(compact(frozen), self._run_id, self.dirname)
             contents = [_contents(*one, self._dtype) for one in zip(self.streams, gathered, strict=True)]
             snapshot = StoredSnapshot(
                 time=self.time,
@@ -322,7 +414,6 @@ class PostHocEMA:
             return write(snapshot, self.dirname)
 
         path = on_first_rank(written)
-        self._frozen_is_stored = True
         self._times.append(self.time)
         return path if is_first_rank() else None
 
@@ -341,7 +432,7 @@ def _contents(
     average: ModelAverage, tensors: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a snapshot stores: averaged tensors in ``dtype``, buffers at least in float32, and copies of all others."""
-    treatments, own = average.treatments(), tensors_of(average.module)
+    treatments, own = average.treatments(), tensors_of(average.model)
     averaged, copied = {}, {}
     for name in list(tensors):
         tensor = tensors.pop(name)  # a narrow copy takes its place
@@ -350,7 +441,8 @@ def _contents(
             continue
         wide = dtype if isinstance(own[name], nn.Parameter) else torch.promote_types(dtype, torch.float32)
         averaged[name] = tensor.to(tensor.dtype if tensor.is_complex() else wide).contiguous()
-        if not bool((averaged[name].isfinite() | ~tensor.isfinite()).all()):
+        narrows = averaged[name].dtype != tensor.dtype
+        if narrows and not bool((averaged[name].isfinite() | ~tensor.isfinite()).all()):
             raise ValueError(
                 f"'{name}' should be within ±{torch.finfo(wide).max:g} to be stored in {wide}, got "
                 f"{tensor.abs().max().item():g}; pass another snapshot_dtype, such as torch.bfloat16."
@@ -387,7 +479,9 @@ def _checked_twins(twins: Sequence[nn.Module] | None, sigma_rels: Sequence[float
     if twins is None:
         return [None] * len(sigma_rels)
     if len({id(twin) for twin in twins}) != len(sigma_rels) or len(twins) != len(sigma_rels):
-        raise ValueError(f"ema_models should be {len(sigma_rels)} different modules, one for each width, got {twins!r}.")
+        raise ValueError(
+            f"ema_models should be {len(sigma_rels)} different modules, one for each width, got {twins!r}."
+        )
     return twins
 
 
@@ -407,7 +501,7 @@ def _check_state(state: Mapping[str, Any], sigma_rels: Sequence[float], time_uni
     for stream in streams:
         check_average_state(state[stream])
     forms = [
-        (one["num_updates"], {name: (x.shape, x.dtype) for name, x in one["averaged_tensors"].items()})
+        (one["num_updates"], {name: getattr(x, "shape", None) for name, x in one["averaged_tensors"].items()})
         for one in map(state.__getitem__, streams)
     ]
     if any(form != forms[0] for form in forms) or max(state["snapshot_times"], default=0) > state["updated_at"]:

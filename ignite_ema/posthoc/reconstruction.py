@@ -161,7 +161,9 @@ def sweep(
         dirname: the directory of the snapshots.
         profiles: profiles, or ``sigma_rel`` of power functions.
         score: called with the state dict of an average; what it returns is its score, such as an accuracy.
-        step, max_residual, base: as for :func:`reconstruct`.
+        step: as for :func:`reconstruct`.
+        max_residual: as there.
+        base: as there.
 
     Returns:
         Pairs of a profile, as it was passed, and its score, in order.
@@ -216,9 +218,14 @@ def _sources(
     used = stored(dirname, step)
     weights, residuals = fitted([known for snapshot in used for known in snapshot.snapshots], targets)
     for target, row, residual in zip(map(as_profile, targets), weights, residuals, strict=True):
-        _check(f"The closest sum of snapshots differs from {target} by", residual, max_residual, "store more snapshots")
         _check(
-            f"The sum that gives {target} amplifies the rounding of the snapshots to",
+            f"The closest sum of snapshots differs from {target} by",
+            residual,
+            max_residual,
+            "choose another length or end time (step=), store more snapshots",
+        )
+        _check(
+            f"The sum that gives {target} amplifies the rounding of each weight to",
             rounding(used[-1], row),
             max_residual,
             "choose a longer average, store float32 snapshots",
@@ -234,11 +241,11 @@ def _check(finding: str, error: float, limit: float, remedy: str) -> None:
     if error > limit:
         accepted = math.ceil(100 * error) / 100
         raise ValueError(
-            f"{finding} {error:.1%}, more than max_residual={limit:g}; {remedy}, choose another end time (step=), or "
-            f"accept it with max_residual={accepted:g} (--max-residual)."
+            f"{finding} {error:.1%}, more than max_residual={limit:g}; {remedy}, or accept it with "
+            f"max_residual={accepted:g} (--max-residual)."
         )
     if error > GOOD:
-        warn_user(f"{finding} {error:.1%} (good is up to {GOOD:.0%}); {remedy}, or choose another length.")
+        warn_user(f"{finding} {error:.1%}, where up to {GOOD:.0%} is good; {remedy}.")
 
 
 def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Tensor]:
@@ -248,6 +255,7 @@ def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Te
         if base is not None:
             raise ValueError(f"base should be left out: the snapshots in '{dirname}' are complete.")
         return {}
+    tensors: Any = base
     if base is None:
         tensors = read_frozen(dirname, snapshot.run_id)
         if tensors is None:
@@ -257,8 +265,8 @@ def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Te
                 "base= (--base FILE)."
             )
         verify(frozen_path(dirname))
-    else:
-        tensors = load_file(base) if isinstance(base, (str, os.PathLike)) else base
+    elif isinstance(base, (str, os.PathLike)):
+        tensors = load_file(base)
     if not isinstance(tensors, Mapping):
         raise TypeError(f"base should be a state dict, got {type(tensors).__name__}; pass one of the model.")
     for name, shape in shapes.items():
@@ -266,8 +274,8 @@ def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Te
         if not isinstance(tensor, Tensor) or list(tensor.shape) != list(shape):
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
-                f"base should have the frozen '{name}' of shape {tuple(shape)}, got {got}; pass the plain state dict of "
-                "the model that was trained."
+                f"base should have the frozen '{name}' of shape {tuple(shape)}, got {got}; pass the plain state dict "
+                "of the model that was trained."
             )
     return {name: tensors[name].detach().clone() for name in shapes}
 

@@ -1,0 +1,261 @@
+"""Checks of arguments, warnings, and what ``repr`` says: shared by all parts of the library."""
+
+import contextlib
+import importlib.util
+import math
+import numbers
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from torch import Tensor, nn
+
+from ..schedules import Constant, CopyUntil, Schedule
+from .names import unwrapped
+from .sharding import is_first_rank
+
+__all__ = [
+    "EMAWarning",
+    "check_count",
+    "check_flags",
+    "check_saved_mapping",
+    "checked_momentum",
+    "constant_of",
+    "counted",
+    "described",
+    "listed",
+    "module_summary",
+    "momentum_summary",
+    "one_line",
+    "refuse_shallow_copy",
+    "schedule_of",
+    "scheduled",
+    "shown_integer",
+    "warn_first_rank",
+    "warn_user",
+]
+
+_LARGEST_COUNT = 2**63 - 1  # what files can store
+
+
+class EMAWarning(UserWarning):
+    """The category of every warning of ``ignite_ema``."""
+
+
+def _location(package: str) -> str:
+    spec = importlib.util.find_spec(package)
+    places = spec.submodule_search_locations if spec is not None else None
+    return str(Path(places[0])) + os.sep if places else package
+
+
+if sys.version_info >= (3, 12):
+    _LIBRARIES = (*map(_location, ("ignite_ema", "ignite", "torch")), contextlib.__file__)
+
+    def warn_user(message: str) -> None:
+        """Warns at the innermost line outside of the libraries."""
+        warnings.warn(message, EMAWarning, skip_file_prefixes=_LIBRARIES)
+
+else:
+
+    def warn_user(message: str) -> None:
+        """Warns at the line that called the caller, which is the user's for most public functions."""
+        warnings.warn(message, EMAWarning, stacklevel=3)
+
+
+def warn_first_rank(message: str) -> None:
+    """Warns of what concerns the run as a whole: on the first rank alone."""
+    if is_first_rank():
+        warn_user(message)
+
+
+def checked_momentum(value: object, what: str, verb: str = "be", when: str = "") -> float:
+    """``value`` as a momentum; raises TypeError or ValueError unless it is a number in [0, 1].
+
+    Args:
+        value: what should be a momentum.
+        what: where it was read from, such as "momentum".
+        verb: what that should do: "be" or "return" a momentum.
+        when: said after the value, such as " after 3 updates".
+    """
+    if type(value) is float and 0 <= value <= 1:
+        return value
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{what} should {verb} a momentum, a number in [0, 1], got {value!r}{when}; 0.001 is usual.")
+    momentum = _as_float(value)
+    if not 0 <= momentum <= 1:
+        got = shown_integer(value) if isinstance(value, int) else repr(value)
+        raise ValueError(
+            f"{what} should {verb} a momentum in [0, 1], got {got}{when}. It is the weight of the new weights, 1 - "
+            "decay."
+        )
+    return momentum
+
+
+def scheduled(schedule: Schedule, n: int) -> float:
+    """The momentum of the update after ``n`` updates, checked to be in [0, 1]."""
+    momentum = schedule(n)
+    if type(momentum) is float and 0 <= momentum <= 1:
+        return momentum
+    return checked_momentum(momentum, "the schedule", "return", f" after {counted(n, 'update')}")
+
+
+def schedule_of(momentum: float | Schedule) -> Schedule:
+    """``momentum`` as a schedule: itself, or a constant.
+
+    Raises:
+        TypeError, ValueError: unless it is a float in (0, 1], or a callable whose first momentum is in [0, 1].
+    """
+    if isinstance(momentum, type):
+        raise TypeError(f"momentum should be a schedule, got the class {momentum.__name__}; make one: call it.")
+    if callable(momentum):
+        scheduled(momentum, 0)
+        _warn_of_decay(_final(momentum), "the last momentum of the schedule")
+        return momentum
+    constant = constant_of(momentum)
+    _warn_of_decay(constant.momentum, "momentum")
+    return constant
+
+
+def constant_of(momentum: object) -> Constant:
+    """A plain momentum as a schedule; raises TypeError or ValueError unless it is a number in (0, 1]."""
+    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
+        raise TypeError(f"momentum should be a float in (0, 1] or a schedule, got {momentum!r}; 0.001 is usual.")
+    value = _as_float(momentum)
+    if not 0 < value <= 1:
+        got = shown_integer(momentum) if isinstance(momentum, int) else momentum
+        raise ValueError(
+            f"Invalid momentum: {got}. It should be in (0, 1], as the weight of the new weights (1 - decay)."
+        )
+    return Constant(value)
+
+
+def described(value: object) -> str:
+    """A schedule, or a field of one, in words that are the same in every process; functions by their names alone."""
+    if is_dataclass(value) and not isinstance(value, type):
+        inner = ", ".join(f"{field.name}={described(getattr(value, field.name))}" for field in fields(value))
+        return f"{type(value).__qualname__}({inner})"
+    if isinstance(value, numbers.Real):
+        return repr(float(value))
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
+
+
+def check_flags(**flags: object) -> None:
+    """Raises TypeError, naming the argument, unless each of them is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} should be True or False, got {value!r}.")
+
+
+def check_count(value: object, name: str = "num_updates") -> None:
+    """Raises TypeError or ValueError unless ``value`` can be a number of updates."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} should be an integer, got {value!r}: it counts updates.")
+    if not 0 <= value <= _LARGEST_COUNT:
+        limit = "0 or more" if value < 0 else "2**63 - 1 or less"
+        raise ValueError(f"{name} should be {limit}, got {shown_integer(value)}: it counts updates.")
+
+
+def check_saved_mapping(state: object, kinds: Mapping[str, type | tuple[type, ...]], what: str) -> None:
+    """Raises TypeError or ValueError unless ``state`` has just these entries, each of its kind.
+
+    Args:
+        state: what was saved.
+        kinds: the type or types of each entry; ``bool`` counts as an ``int`` only if it is listed.
+        what: whose state it is, such as "an EMAHandler".
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"The state of {what} should be a mapping from its state_dict(), got {type(state).__name__}.")
+    for key in [*kinds, *state]:
+        if key not in state or key not in kinds:
+            fault = "misses" if key in kinds else "should not have"
+            raise ValueError(
+                f"The state of {what} should be what its state_dict() gave, but it {fault} {key!r}; load it unchanged."
+            )
+    for key, kind in kinds.items():
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(state[key], allowed) or (isinstance(state[key], bool) and bool not in allowed):
+            names = " or ".join(one.__name__ for one in allowed)
+            raise TypeError(
+                f"{key!r} of the state should be of type {names}, got {type(state[key]).__name__}; load what "
+                "state_dict() gave, unchanged."
+            )
+
+
+def refuse_shallow_copy(thing: object) -> NoReturn:
+    """Raises TypeError: ``thing`` would share its averaged twin with the copy."""
+    raise TypeError(
+        f"{type(thing).__name__} should be copied with copy.deepcopy, got copy.copy, after which both would move the "
+        "same twin; deepcopy it, or make a new one of the same model."
+    )
+
+
+def shown_integer(value: int) -> str:
+    """``value`` in words; if it has too many digits to read, how many bits it has."""
+    return str(value) if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
+
+
+def listed(names: Iterable[object], most: int = 8) -> str:
+    """The names, quoted: ``'a', 'b', … (12 in all)``; empty for no names."""
+    quoted = [repr(str(name)) for name in names]
+    return ", ".join(quoted[:most]) + (f", … ({len(quoted)} in all)" if len(quoted) > most else "")
+
+
+def one_line(kind: str, *parts: Callable[[], str]) -> str:
+    """``kind(part; part)`` for a ``repr``, without empty parts; never raises."""
+    words = []
+    for part in parts:
+        try:
+            words.append(part())
+        except Exception as error:  # a broken object still has to be shown in a debugger
+            words.append(f"<{type(error).__name__}>")
+    return f"{kind}({'; '.join(filter(None, words))})"
+
+
+def module_summary(module: nn.Module) -> str:
+    """The class of an averaged twin, its number of parameters, and their types and devices."""
+    parameters = list(unwrapped(module).parameters())
+    size = f"{type(unwrapped(module)).__name__}: {counted(sum(one.numel() for one in parameters), 'parameter')}"
+    types = {str(one.dtype).removeprefix("torch."): None for one in parameters}
+    devices = {str(one.device): None for one in parameters}
+    return f"{size} in {' and '.join(types)} on {' and '.join(devices)}" if parameters else size
+
+
+def momentum_summary(momentum: object) -> str:
+    """A momentum or a schedule; empty for None."""
+    if momentum is None:
+        return ""
+    return f"momentum {momentum:g}" if isinstance(momentum, numbers.Real) else f"momentum {described(momentum)}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1,234 updates``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _as_float(value: numbers.Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _final(schedule: Schedule) -> float:
+    """The momentum that a schedule ends with, by the name of its field; 0 if it has no such field."""
+    while isinstance(schedule, CopyUntil):
+        schedule = schedule.schedule
+    values = [getattr(schedule, name, None) for name in ("momentum", "end", "min_momentum")]
+    return next((float(value) for value in values if isinstance(value, numbers.Real)), 0.0)
+
+
+def _warn_of_decay(momentum: float, what: str) -> None:
+    if 0.9 <= momentum < 1:
+        warn_user(
+            f"{what} is the weight of the new weights, and {momentum:g} nearly copies them at each update. If it was "
+            f"meant as a decay, pass 1 - {momentum:g} = {1 - momentum:g}."
+        )

@@ -1,0 +1,74 @@
+"""Where the elements of tensors lie, and giving the twin's tensors memory of their own."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .sharding import local
+
+__all__ = ["give_own_memory", "has_values", "overlaps_itself", "sharing_memory"]
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements of a strided tensor lie in the same place, as those of an expanded one do."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return False
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return True
+        reach += (size - 1) * step
+    return False
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there is memory for every element of ``tensor``."""
+    if tensor.is_meta:
+        return False
+    if tensor.layout is not torch.strided or tensor.numel() == 0:
+        return True
+    stop = (tensor.storage_offset() + _extent(tensor)) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() >= stop
+
+
+def sharing_memory(online: Iterable[Tensor], averaged: Mapping[str, Tensor]) -> list[str]:
+    """The names of the twin's tensors that share memory with the model, with one another, or with themselves.
+
+    Parts of one storage that do not overlap are fine within the twin: torch lays out the weights of an LSTM so.
+    """
+    theirs = {_storage(local(tensor)) for tensor in online} - {0}
+    taken: dict[int, list[tuple[int, int]]] = {}
+    found = []
+    for name, held in averaged.items():
+        tensor = local(held)
+        if (storage := _storage(tensor)) == 0:
+            continue
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * _extent(tensor)
+        parts = taken.setdefault(storage, [])
+        if storage in theirs or overlaps_itself(tensor) or any(start < end and begin < stop for begin, end in parts):
+            found.append(name)
+        else:
+            parts.append((start, stop))
+    return found
+
+
+def give_own_memory(tensors: Iterable[Tensor]) -> None:
+    """Moves each of them to memory of its own."""
+    with torch.inference_mode(False), torch.no_grad():
+        for tensor in tensors:
+            tensor.data = tensor.detach().clone()
+
+
+def _extent(tensor: Tensor) -> int:
+    """How many elements lie between the first and the last of a strided tensor, both included."""
+    if tensor.is_contiguous():
+        return tensor.numel()
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _storage(tensor: Tensor) -> int:
+    """Where the storage begins; 0 if there is none, as for a quantised weight that keeps its values in tensors."""
+    if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+        return 0
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,132 @@
+"""The names of a model's tensors, and where its modules keep them.
+
+Names are those of ``model.state_dict()``, found by identity, so that a module that renames its entries there (activation
+checkpointing, Fabric) has the same names here. Wrappers are looked through.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+__all__ = ["Place", "first_names", "name_of", "names_of", "places_of", "tensors_of", "unwrapped"]
+
+
+class Place(NamedTuple):
+    """Where a module keeps a tensor.
+
+    Attributes:
+        table: the module's ``_parameters`` or ``_buffers``.
+        key: the tensor's key there.
+        is_buffer: whether the table is that of the buffers.
+        is_saved: whether ``state_dict()`` has the tensor; False for a non-persistent buffer.
+    """
+
+    table: dict[str, Any]
+    key: str
+    is_buffer: bool
+    is_saved: bool
+
+    def get(self) -> Tensor:
+        """The tensor as it is now."""
+        tensor: Tensor = self.table[self.key]
+        return tensor
+
+
+def unwrapped(module: nn.Module, *, keep: type[nn.Module] | tuple[()] = ()) -> nn.Module:
+    """The module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, in any nesting.
+
+    Args:
+        module: the module, wrapped or not.
+        keep: a wrapper to stop at.
+    """
+    while not isinstance(module, keep) and (key := _wrapper_key(module)) is not None:
+        module = module._modules[key]  # type: ignore[assignment]
+    return module
+
+
+def places_of(root: nn.Module) -> dict[str, Place]:
+    """Where each parameter and buffer of ``root`` is kept, by name; a tied tensor under each of its names.
+
+    A tensor that ``root.state_dict()`` does not have, or has a copy of, goes by its path.
+    """
+    root = unwrapped(root)
+    state = root.state_dict(keep_vars=True)
+    saved: dict[int, list[str]] = {}
+    for name, value in state.items():
+        saved.setdefault(id(value), []).append(name)
+    found: dict[int, list[tuple[str, str, Place]]] = {}
+    for path, raw, module in _walk(root, "", "", set()):
+        for table, is_buffer in ((module._parameters, False), (module._buffers, True)):
+            for key, tensor in table.items():
+                if tensor is not None:
+                    place = Place(table, key, is_buffer, id(tensor) in saved or raw + key in state)
+                    found.setdefault(id(tensor), []).append((path + key, raw + key, place))
+    names: dict[str, Place] = {}
+    for identity, places in found.items():
+        path, raw, place = places[0]
+        if len(places) == 1 and saved.get(identity, [raw]) == [raw]:
+            names[path] = place
+        else:
+            names.update(_named(places, saved.get(identity, [])))
+    return names
+
+
+def first_names(places: dict[str, Place]) -> dict[str, str]:
+    """The first name of the tensor that each name in ``places`` stands for."""
+    firsts: dict[int, str] = {}
+    return {name: firsts.setdefault(id(place.get()), name) for name, place in places.items()}
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of ``module`` by its first name, each tied tensor once."""
+    places = places_of(module)
+    return {first: places[first].get() for first in first_names(places).values()}
+
+
+def name_of(module: nn.Module, tensor: Tensor) -> str:
+    """The first name of a parameter or buffer of ``module``."""
+    return next(name for name, place in places_of(module).items() if place.get() is tensor)
+
+
+def names_of(module: nn.Module) -> dict[str, str]:
+    """The first name of the tensor under each name that ``module.state_dict()`` has for a parameter or a buffer."""
+    places = places_of(module)
+    return {name: first for name, first in first_names(places).items() if places[name].is_saved}
+
+
+def _wrapper_key(module: nn.Module) -> str | None:
+    """The key of the wrapped module, None if ``module`` is not a wrapper."""
+    if isinstance(module, (DistributedDataParallel, DataParallel)):
+        return "module"
+    # What torch.compile returns, by name: importing the class would take a second.
+    return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None
+
+
+def _walk(module: nn.Module, path: str, raw: str, visited: set[int]) -> list[tuple[str, str, nn.Module]]:
+    """Each module once, with the prefix of its names, without and with the names of wrappers."""
+    while (key := _wrapper_key(module)) is not None:
+        module, raw = module._modules[key], f"{raw}{key}."  # type: ignore[assignment]
+    if id(module) in visited:
+        return []
+    visited.add(id(module))
+    found = [(path, raw, module)]
+    for key, child in module._modules.items():
+        if child is not None:
+            found += _walk(child, f"{path}{key}.", f"{raw}{key}.", visited)
+    return found
+
+
+def _named(places: list[tuple[str, str, Place]], saved: list[str]) -> dict[str, Place]:
+    """Gives each place of one tensor its name in the ``state_dict``, or its path."""
+    paths = {raw: path for path, raw, _ in places}
+    names = [paths.get(name, name.replace("_orig_mod.", "")) for name in saved]
+    found = {path: place for path, _, place in places if path in names}
+    places_left = [(path, place) for path, _, place in places if path not in found]
+    names_left = [name for name in names if name not in found]
+    if not names_left:  # not saved, or more places than names, such as those of a wrapper that lists a module twice
+        return found or {path: place for path, _, place in places}
+    if len(places_left) == len(names_left):
+        return {**found, **{name: place for name, (_, place) in zip(names_left, places_left, strict=True)}}
+    first = places[0][2]  # a module that stands under several names has one place for each of its tensors
+    return {**{name: first for name in names_left}, **found}
