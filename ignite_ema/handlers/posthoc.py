@@ -500,11 +500,18 @@ def _check_state(state: Mapping[str, Any], sigma_rels: Sequence[float], time_uni
         check_count(state[key], f"{key!r} of the state")
     for stream in streams:
         check_average_state(state[stream])
+    at, times = state["updated_at"], state["snapshot_times"]
     forms = [
         (one["num_updates"], {name: getattr(x, "shape", None) for name, x in one["averaged_tensors"].items()})
         for one in map(state.__getitem__, streams)
     ]
-    if any(form != forms[0] for form in forms) or max(state["snapshot_times"], default=0) > state["updated_at"]:
+    if (
+        any(form != forms[0] for form in forms)
+        or (time_unit == "updates" and forms[0][0] != at)
+        or times != sorted({time for time in times if type(time) is int and 0 < time <= at})
+        or not state["run_id"]
+    ):
         raise ValueError(
-            "The averages of the state should be of the same model and time; load what state_dict() gave, unchanged."
+            "The averages and snapshots of the state should be of one model and one run until its time, got others; "
+            "load what state_dict() gave, unchanged."
         )

@@ -229,7 +229,7 @@ def test_a_refused_state_leaves_a_run_that_goes_on(tmp_path):
     other = Run(tmp_path / "two").train(7)
     before = tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, other.saved())
     stream = {**state["stream_1"], "averaged_tensors": {}}
-    with pytest.raises(ValueError, match="of the same model and time"):
+    with pytest.raises(ValueError, match="of one model and one run"):
         other.ema.load_state_dict({**state, "stream_1": stream})
     assert_same_bits(other.saved(), before)
     other.train()
