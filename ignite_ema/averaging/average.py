@@ -280,7 +280,7 @@ class ModelAverage:
                 self.num_skipped += 1
                 self._tell_once(
                     "skipped",
-                    f"{name} has a NaN or an infinity, and the average was left as it is. num_skipped counts from here "
+                    f"{name} holds a NaN or an infinity, and the average was left as it is. num_skipped counts from here "
                     "on how often.",
                 )
                 return False
@@ -317,7 +317,7 @@ class ModelAverage:
         if name is not None:
             self._tell_once(
                 "buffers",
-                f"{name} has a NaN or an infinity, and the averaged buffers of its type were left as they are; the "
+                f"{name} holds a NaN or an infinity, and the averaged buffers of its type were left as they are; the "
                 "parameters were averaged.",
             )
         return name is None

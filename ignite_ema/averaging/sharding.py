@@ -84,9 +84,18 @@ def broadcast_buffers(module: nn.Module, source: int = 0) -> None:
         return
     for buffer in module.buffers():
         if not is_sharded(buffer):
-            sent = buffer.detach().clone(memory_format=torch.contiguous_format)
+            written = _distinct(buffer.detach())
+            sent = written.clone(memory_format=torch.contiguous_format)
             dist.broadcast(sent.reshape(-1).view(torch.uint8), source)  # of any type, which the backend need not know
-            buffer.detach().copy_(sent)
+            written.copy_(sent)
+
+
+def _distinct(buffer: Tensor) -> Tensor:
+    """The part of an expanded tensor that has memory of its own."""
+    for dimension, step in enumerate(buffer.stride()):
+        if step == 0 and buffer.shape[dimension] > 1:
+            buffer = buffer.narrow(dimension, 0, 1)
+    return buffer
 
 
 def is_first_rank() -> bool:

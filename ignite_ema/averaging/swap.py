@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import warn_user
-from .memory import overlaps_itself
+from .memory import has_values, overlaps_itself
 from .names import Place, unwrapped
 from .pairing import Pairing, Slot, like
 from .sharding import fsdp_modules, local, reshard
@@ -116,7 +116,9 @@ class _SavedTensor:
         self.tensor = slot.online.get()
         self.home = self.tensor.detach()
         self.requires_grad = self.tensor.requires_grad
-        self._values = local(self.home).clone()
+        part = local(self.home)
+        self._values = part.clone()
+        self._bytes = part.untyped_storage().nbytes() if part.layout is torch.strided else 0
         self.version = -1
 
     def fill(self) -> None:
@@ -138,6 +140,8 @@ class _SavedTensor:
         if self.tensor.requires_grad != self.requires_grad and self.tensor.is_leaf:
             self.tensor.requires_grad_(self.requires_grad)
         if part.layout is torch.strided and not overlaps_itself(part):
+            if not has_values(part):  # freed to save memory
+                part.untyped_storage().resize_(self._bytes)
             _write(part, self._values)
 
     @property

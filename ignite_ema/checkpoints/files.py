@@ -57,8 +57,11 @@ def listed(names: Collection[Any], most: int = 8) -> str:
 def kind_of(value: Any) -> str:
     """What a value is, for a message."""
     kind = value if isinstance(value, type) else type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}" if issubclass(kind, ForeignObject) else kind.__name__
-    return f"an object of the class {name!r}" if issubclass(kind, ForeignObject) else name
+    return (
+        f"an object of the class '{kind.__module__}.{kind.__name__}'"
+        if issubclass(kind, ForeignObject)
+        else kind.__name__
+    )
 
 
 # --- tensors ---
@@ -79,8 +82,9 @@ def view_of(tensor: Tensor) -> Any:
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors in memory of their own; tied tensors stay tied."""
-    copies: dict[Any, Tensor] = {}
-    return {name: copies.setdefault(view_of(value), value.detach().clone()) for name, value in tensors.items()}
+    views = {name: view_of(value) for name, value in tensors.items()}
+    copies = {view: tensors[name].detach().clone() for view, name in {views[name]: name for name in tensors}.items()}
+    return {name: copies[view] for name, view in views.items()}
 
 
 def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,57 +147,26 @@ def restricted_unpickler(
     return RestrictedUnpickler
 
 
-def _plain(name: str) -> Callable[..., Tensor]:
-    """A function of torch that rebuilds a tensor; parameters come back as plain tensors, without hooks."""
-    rebuild = getattr(torch._utils, name)
-    return lambda *args: rebuild(*args).detach()
-
-
+_PLAIN = ("bool", "bytearray", "complex", "dict", "float", "frozenset", "list", "set", "tuple")
 _REBUILDERS = ("tensor", "tensor_v2", "tensor_v3", "sparse_tensor", "meta_tensor_no_storage")
-_BUILDERS: dict[Pair, Callable[..., Any]] = {
-    **{("torch._utils", f"_rebuild_{name}"): _plain(f"_rebuild_{name}") for name in _REBUILDERS},
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-    ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
-    ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, kind, args, state: rebuild(*args),
-}
-_NAMES = {
+_NAMES: dict[str, tuple[str, ...]] = {
     "torch": ("Size", "device", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+    "torch._utils": tuple(f"_rebuild_{name}" for name in _REBUILDERS),
     "torch.serialization": ("_get_layout",),
     "torch.storage": ("UntypedStorage",),
-    "builtins": (
-        "bool",
-        "bytearray",
-        "complex",
-        "dict",
-        "float",
-        "frozenset",
-        "int",
-        "list",
-        "range",
-        "set",
-        "str",
-        "tuple",
-    ),
-    "__builtin__": (
-        "bool",
-        "bytearray",
-        "complex",
-        "dict",
-        "float",
-        "frozenset",
-        "list",
-        "long",
-        "set",
-        "tuple",
-        "unicode",
-        "xrange",
-    ),
+    "builtins": (*_PLAIN, "int", "range", "str"),
+    "__builtin__": (*_PLAIN, "long", "unicode", "xrange"),  # the names of Python 2, which protocol 2 writes
     "_codecs": ("encode",),  # bytes in protocol 2
-    "collections": ("OrderedDict", "defaultdict", "Counter", "deque"),
+    "collections": ("Counter", "OrderedDict", "defaultdict", "deque"),
     "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
     "numpy": ("dtype", "ndarray"),
     **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), ("_reconstruct", "scalar")),
     **dict.fromkeys(("numpy.core.numeric", "numpy._core.numeric"), ("_frombuffer",)),
+}
+_BUILDERS: dict[Pair, Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, kind, args, state: rebuild(*args),
 }
 
 

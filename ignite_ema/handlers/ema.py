@@ -358,7 +358,7 @@ class EMAHandler:
         momentum = self._momentum.take(engine.state, attachment.names[0], self.num_updates)
         if engine.should_terminate and (name := self.average.first_nonfinite()) is not None:
             warn_first_rank(
-                f"{name} has a NaN or an infinity while the run is being terminated, and the average was left as it is."
+                f"{name} holds a NaN or an infinity while the run is being terminated, and the average was left as it is."
             )
             return
         self.average.update(momentum)

@@ -520,7 +520,7 @@ class Averaging(RuleBasedStateMachine):
             tensor.clone() if not isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.data.clone(), False)
         )
         with pytest.raises(RuntimeError, match="is tied to|is frozen and|was frozen"):
-            self.handler._average.update(0.5)
+            self.handler.average.update(0.5)
         assert all_bits(self.twin) == held
         owner[key] = tensor
 

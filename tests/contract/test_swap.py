@@ -207,7 +207,7 @@ def test_a_wrapped_model_computes_the_averaged_weights(wrapper, process_group):
     handler = EMAHandler(model, 0.25)
     move(plain)
     x, output = torch.rand(2, 3).to(plain.kept.device), computed(model)
-    with given_back(plain, handler._average), handler.swapped():
+    with given_back(plain, handler.average), handler.swapped():
         assert torch.equal(computed(model), computed(handler.ema_model))
         assert not torch.equal(computed(model), output)
         model.train()(x).sum().backward()  # moves the statistics of the batch norm

@@ -77,7 +77,7 @@ class Subject:
         self.check()
         self.block()
         self.check()
-        assert self.handler._average.update(0.0)
+        assert self.handler.average.update(0.0)
 
 
 @contextlib.contextmanager

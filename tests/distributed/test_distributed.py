@@ -166,7 +166,7 @@ def updates_without_communication(folder, case):
     average = ModelAverage(run.model, ema_model=run.handler.ema_model) if is_sharded_case(case) else None
     with CommDebugMode() as seen:
         for _ in range(3):
-            run.handler._average.update(0.1)
+            run.handler.average.update(0.1)
             if average is not None:
                 average.update(0.1)
     assert seen.get_total_counts() == 0
@@ -221,7 +221,7 @@ def compiles_once(folder, whole_step):
         optimizer.zero_grad()
         (compiled_step(x) if whole_step else nn.functional.cross_entropy(model(x), x)).backward()
         optimizer.step()
-        handler._average.update(0.25)
+        handler.average.update(0.25)
     assert frames.frame_count == 1  # a break would have raised
     forward = compiled_step if whole_step else model
     with torch.no_grad():

@@ -161,7 +161,7 @@ def run(handler):
 
 
 def update(handler):
-    handler._average.update(0.5)
+    handler.average.update(0.5)
     return 2.5
 
 
@@ -182,7 +182,7 @@ def load(handler):
 
 
 def load_plain(handler):
-    handler._average.load_plain({name: torch.full(p.shape, 5.0) for name, p in Net().named_parameters()})
+    handler.average.load_plain({name: torch.full(p.shape, 5.0) for name, p in Net().named_parameters()})
     return 5.0
 
 
@@ -233,7 +233,7 @@ def trains(handler):
     optimizer.zero_grad()
     handler.model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    handler._average.update(1.0)
+    handler.average.update(1.0)
     assert output(handler.model) == output(handler.ema_model) != {16 * 2.0**3}
 
 

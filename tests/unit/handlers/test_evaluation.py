@@ -93,7 +93,7 @@ def test_two_handlers_swap_two_models_and_are_removed_in_any_order(order):
         due[index] -= 0.5
         assert evaluator.run([0]).output == due
     assert [model.weight.item() for model in models] == [1.0, 2.0]
-    assert handlers[0].swap_during(evaluator).is_active
+    assert handlers[0].swap_during(evaluator).is_attached
     assert evaluator.run([0]).output == [1.5, 2.0]
 
 
@@ -247,7 +247,7 @@ class Evaluation:
         self.model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
         self.handler = EMAHandler(self.model, 0.25, handle_buffers=dice.choice(["copy", "update", "ema_train"]))
         move(self.model)
-        self.handler._average.update(0.25)
+        self.handler.average.update(0.25)
         move(self.model)
         self.evaluator = Engine(self.evaluate)
         self.evaluator.interrupt_resume_enabled = self.way == "interrupt" or dice.random() < 0.5
@@ -342,7 +342,7 @@ def test_an_evaluation_that_is_interrupted_at_each_batch_goes_on_with_the_averag
     evaluator.add_event_handler(Events.COMPLETED, lambda: completed.append(True))
     while not completed:
         evaluator.run(range(3))
-        handler._average.update(0.5)  # not refused: the model has its own weights
+        handler.average.update(0.5)  # not refused: the model has its own weights
     assert model.weight.item() == 1.0
     assert seen == [5.0, 3.0, 2.0]
 

@@ -216,7 +216,7 @@ def test_repr_shows_the_momentum_in_force_and_never_raises():
     assert "; momentum 0.25; 0 updates;" in repr(handler)
     trainer.state.ema_momentum = "x"
     assert "; <TypeError>; 0 updates;" in repr(handler)
-    handler._average.module = None
+    handler.average.module = None
     trainer.state = None
     assert repr(handler).startswith("EMAHandler(<AttributeError>; <TypeError>; 0 updates")
     assert repr(EMAHandler.__new__(EMAHandler)).startswith("EMAHandler(<AttributeError>")

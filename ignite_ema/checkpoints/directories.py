@@ -1,0 +1,203 @@
+"""Reads directories of tensors: of ``save_pretrained``, and of :mod:`torch.distributed.checkpoint`."""
+
+import io
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+
+from .files import listed, load_file, load_stream, quoted, restricted_unpickler, verify
+
+__all__ = ["DirectoryReader", "PlainPlanner", "nested", "read_directory", "read_directory_metadata"]
+
+_SUFFIXES = (".safetensors", ".bin")  # of what save_pretrained writes, the better one first
+_CHECKPOINT = "torch.distributed.checkpoint"
+
+
+def read_directory(path: Path) -> Any:
+    """What a directory holds, nested as it was saved; nothing in it runs.
+
+    Raises:
+        FileNotFoundError, ValueError: if it holds no weights or those of several models, or is damaged.
+    """
+    if (path / ".metadata").is_file():
+        return _read_distributed(path)
+    for suffix in _SUFFIXES:
+        if index := _only(path, f"*{suffix}.index.json"):
+            return _read_shards(path, index)
+        if file := _only(path, f"*{suffix}"):
+            return load_file(file)
+    inside = [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if _may_be_weights(file)]
+    raise ValueError(
+        f"{quoted(path)} should be a file, or a directory that save_pretrained or torch.distributed.checkpoint wrote, "
+        f"got a directory with {listed([str(file.relative_to(path)) for file in inside])}; name the file in it that "
+        "holds the weights."
+    )
+
+
+def _only(path: Path, pattern: str) -> Path | None:
+    found = sorted(path.glob(pattern))
+    return found[0] if len(found) == 1 else None
+
+
+def _may_be_weights(path: Path) -> bool:
+    return (path / ".metadata").is_file() or path.suffix in (*_SUFFIXES, ".pt", ".pth", ".ckpt")
+
+
+def _read_shards(path: Path, index: Path) -> dict[str, Any]:
+    """The tensors of a model that is too large for one file."""
+    try:
+        places = {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{quoted(index)} should say which file has which tensor; restore it.") from error
+    if outside := [file for file in places.values() if Path(file).name != file]:
+        raise ValueError(f"{quoted(index)} should name files beside it, got {quoted(outside[0])}; restore it.")
+    shards = {file: load_file(path / file) for file in dict.fromkeys(places.values())}
+    if missing := [name for name, file in places.items() if name not in shards[file]]:
+        raise ValueError(
+            f"{quoted(path / places[missing[0]])} should have {quoted(missing[0])}, as its index says; copy it anew."
+        )
+    return {name: shards[file][name] for name, file in places.items()}
+
+
+# --- torch.distributed.checkpoint ---
+
+_DTYPES = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
+_METADATA = ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta")
+_TENSORS = ("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")
+_PAIRS = {
+    *((f"{_CHECKPOINT}.metadata", name) for name in (*_METADATA, *_TENSORS)),
+    *(("torch", name) for name in ("Size", *_DTYPES)),
+    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
+def read_directory_metadata(path: Path) -> Metadata:
+    """The table of contents of a directory that :mod:`torch.distributed.checkpoint` wrote, checked.
+
+    All files lie in the directory and are long enough, and the chunks of each tensor are all there.
+
+    Raises:
+        ValueError: if that is not so, or the table is damaged.
+    """
+    try:
+        with (path / ".metadata").open("rb") as file:
+            metadata: Metadata = restricted_unpickler(_PAIRS)(file).load()
+        sizes = {place.relative_path: _size_of(path, place.relative_path) for place in metadata.storage_data.values()}
+        fault = next((name for name, place in metadata.storage_data.items() if not _is_inside(place, sizes)), None)
+        names = [name for name, entry in metadata.state_dict_metadata.items() if not _is_whole(name, entry, metadata)]
+    except Exception as error:  # a damaged pickle can lead to nearly any
+        raise ValueError(
+            f"{quoted(path)} should be a checkpoint of {_CHECKPOINT}, but its table of contents, '.metadata', cannot "
+            "be read; it is damaged, take another copy."
+        ) from error
+    if fault is not None or names:
+        name = names[0] if fault is None else fault.fqn
+        raise ValueError(
+            f"{quoted(path)} should hold all that was saved, but {quoted(name)} is not whole in its files, one of "
+            "which is missing or cut short; take another copy."
+        )
+    return metadata
+
+
+def _size_of(directory: Path, name: str) -> int:
+    """The size of a file in a directory; 0 for anything elsewhere."""
+    file = directory / name
+    return file.stat().st_size if Path(name).name == name and file.is_file() else 0
+
+
+def _is_inside(place: Any, sizes: Mapping[str, int]) -> bool:
+    return bool(0 <= place.offset < place.offset + place.length <= sizes[place.relative_path])
+
+
+def _is_whole(name: str, entry: Any, metadata: Metadata) -> bool:
+    """True if an entry has a place for its bytes, or for chunks that cover its tensor."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return MetadataIndex(name) in metadata.storage_data
+    for chunk in entry.chunks:
+        place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+        if place.length < math.prod(chunk.sizes) * entry.properties.dtype.itemsize:
+            return False
+    return sum(math.prod(chunk.sizes) for chunk in entry.chunks) == math.prod(entry.size)
+
+
+class DirectoryReader(FileSystemReader):
+    """Reads a checkpoint whose table of contents has been checked, and verifies each chunk before any is loaded.
+
+    Attributes:
+        contents: the table of contents.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.contents = read_directory_metadata(path)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.contents
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        for index in {item.storage_index: None for item in plan.items}:
+            place = self.storage_data[index]
+            path = Path(self.path) / place.relative_path
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                chunk = io.BytesIO(file.read(place.length))
+            if not zipfile.is_zipfile(chunk):
+                raise ValueError(f"{quoted(path)} should have {quoted(index.fqn)}, but is damaged; take another copy.")
+            verify(chunk, f"{path} ({index.fqn})")
+        return plan
+
+
+class PlainPlanner(DefaultLoadPlanner):
+    """Reads values that are not tensors without running anything; for a state that is flat already."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = load_stream(value)
+
+
+def _read_distributed(path: Path) -> Any:
+    """All that a checkpoint holds, in this process alone, whether it is one of several or not."""
+    reader, planner = DirectoryReader(path), PlainPlanner()
+    content = {name: _room_for(entry) for name, entry in reader.contents.state_dict_metadata.items()}
+    planner.set_up_planner(content, reader.contents, is_coordinator=True)
+    reader.set_up_storage_reader(reader.contents, is_coordinator=True)
+    plan = reader.prepare_local_plan(planner.create_local_plan())
+    (plan,) = reader.prepare_global_plan(planner.create_global_plan([plan]))
+    reader.read_data(planner.finish_plan(plan), planner).wait()
+    return nested(content, reader.contents.planner_data or {})
+
+
+def _room_for(entry: Any) -> Any:
+    is_tensor = isinstance(entry, TensorStorageMetadata)
+    return torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None
+
+
+def nested(content: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> Any:
+    """The values at the paths that they had when they were saved; whole numbers in a path are places in a list."""
+    root: dict[Any, Any] = {}
+    for name, value in content.items():
+        *outer, last = paths.get(name, (name,))
+        inside = root
+        for key in outer:
+            inside = inside.setdefault(key, {})
+        inside[last] = value
+    return _with_lists(root)
+
+
+def _with_lists(value: Any) -> Any:
+    if type(value) is not dict:
+        return value
+    inside = {key: _with_lists(one) for key, one in value.items()}
+    return [inside[key] for key in sorted(inside)] if inside and all(type(key) is int for key in inside) else inside

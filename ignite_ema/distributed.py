@@ -1,0 +1,548 @@
+"""Checkpoints of sharded training: every rank saves its shards, and any number of ranks loads them.
+
+Ignite's ``Checkpoint`` asks every rank for its states and writes those of one. With :class:`ShardedSaver` it writes all
+of them, with :mod:`torch.distributed.checkpoint`. Reading a checkpoint runs nothing that is in it.
+"""
+
+import os
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from ignite.handlers.checkpoint import BaseSaveHandler, Checkpoint
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+
+from .averaging.sharding import broadcast_buffers, is_first_rank, is_sharded, on_all_ranks, on_first_rank, whole
+from .checkpoints.directories import DirectoryReader, PlainPlanner, nested
+from .checkpoints.files import ForeignObject, kind_of, sync_directory
+from .handlers.ema import EMAHandler
+
+__all__ = ["ShardedSaver", "gathered_state_dict", "load_objects", "sync_buffers"]
+
+_T = TypeVar("_T")
+KeyPath = tuple[str | int, ...]
+"""Where a value is in a nested state: keys of mappings, as strings, and places in lists."""
+
+
+class ShardedSaver(BaseSaveHandler):
+    """A save handler for Ignite's ``Checkpoint`` by which every rank saves what it holds. Make it on all ranks.
+
+    A checkpoint is a directory. It is written beside its place and renamed when all ranks are done; only then is the
+    checkpoint removed that ``n_saved`` drops. A run that is killed while it saves still has its last checkpoint.
+    Several machines have to share the file system.
+
+    The first rank's directory, file name and ``n_saved`` count for all. Ranks may save different names, as the
+    stages of a pipeline do. What several ranks have under one name, such as a buffer, is saved from the first of them,
+    unless it is sharded. An error on one rank is raised on all ranks.
+
+    Args:
+        dirname: where the checkpoints go; made if it is missing.
+        asynchronous: go on training as soon as the values have been copied to the CPU, and write in the background, one
+            checkpoint at a time. Call :meth:`wait` at the end of training, for the last one.
+        require_empty: raise if the directory holds checkpoints of another run.
+
+    Raises:
+        ValueError: if ``dirname`` is not empty and should be, or if there is no process group for asynchronous writing.
+
+    Examples:
+        >>> import os, tempfile, torch
+        >>> from ignite.engine import Engine, Events
+        >>> from ignite.handlers import Checkpoint
+        >>> from ignite_ema import EMAHandler
+        >>> from ignite_ema.distributed import load_objects
+        >>> model = torch.nn.Linear(1, 1)
+        >>> trainer = Engine(lambda engine, batch: None)
+        >>> directory = tempfile.mkdtemp()
+        >>> objects = {"model": model, "ema_handler": EMAHandler(model), "trainer": trainer}
+        >>> checkpoint = Checkpoint(objects, ShardedSaver(directory), n_saved=1)
+        >>> _ = trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint)
+        >>> _ = trainer.run([0, 0], max_epochs=3)
+        >>> os.listdir(directory)
+        ['checkpoint_6.pt']
+        >>> load_objects(objects, os.path.join(directory, "checkpoint_6.pt"))
+    """
+
+    def __init__(
+        self, dirname: str | os.PathLike[str], *, asynchronous: bool = False, require_empty: bool = True
+    ) -> None:
+        if asynchronous and not dist.is_initialized():
+            raise ValueError(
+                "asynchronous should be False if there is no process group, got True; call "
+                "torch.distributed.init_process_group first, or save with Ignite's DiskSaver."
+            )
+        self.dirname = on_first_rank(partial(_prepared, Path(dirname), require_empty))
+        self.asynchronous = asynchronous
+        self._dropped: list[str] = []
+        self._running: tuple[Future[Any], str, list[str]] | None = None
+        if asynchronous:
+            # A group of its own, or its messages would mix with those of training. torch's async_save is of no use: on
+            # the oldest torch it does not copy what is on the CPU, and a rank that cannot copy leaves the rest waiting.
+            self._group = dist.new_group(backend="gloo")
+            self._executor = ThreadPoolExecutor(1, "ShardedSaver")
+
+    def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
+        """Saves the states of this rank; to be called on all ranks.
+
+        Raises:
+            ValueError: on all ranks, if two have different tensors under one name.
+            RuntimeError: on all ranks, if one could not write. The checkpoint before is still there then.
+        """
+        self.wait()
+        name, dropped = on_first_rank(lambda: (filename, list(self._dropped)))
+        _check_agreement(checkpoint)
+        writer = _Writer(self.dirname / name, dropped)
+        with self._reported(name):
+            on_first_rank(writer.clear)
+            on_all_ranks(writer.check_seen)
+            if self.asynchronous:
+                copied = on_all_ranks(lambda: _copied(checkpoint))
+                self._running = self._executor.submit(_save, copied, writer, self._group), name, dropped
+                return
+            _save(checkpoint, writer)
+        self._forget(dropped)
+
+    def remove(self, filename: str) -> None:
+        """Notes that a checkpoint is no longer needed; it is removed when the next one is in place."""
+        self._dropped.append(filename)
+
+    def wait(self) -> None:
+        """Waits for what is being written in the background; to be called on all ranks.
+
+        Raises:
+            RuntimeError: on all ranks, if one could not write. The checkpoint before is still there then.
+        """
+        if self._running is not None:
+            (future, name, dropped), self._running = self._running, None
+            with self._reported(name):
+                future.result()
+            self._forget(dropped)
+
+    @contextmanager
+    def _reported(self, name: str) -> Iterator[None]:
+        """Removes a checkpoint that could not be written, and says why; what is raised inside is so on all ranks."""
+        try:
+            yield
+        except (Exception, CheckpointException) as error:
+            if is_first_rank():
+                shutil.rmtree(_hidden(self.dirname / name, "partial"), ignore_errors=True)
+            raise RuntimeError(
+                f"'{self.dirname / name}' should be saved by all ranks, but {_reason(error)}; the checkpoint before it "
+                "is still there: remove the cause, and save again."
+            ) from error
+
+    def _forget(self, dropped: Iterable[str]) -> None:
+        self._dropped = [name for name in self._dropped if name not in dropped]
+
+
+def _save(checkpoint: Mapping[str, Any], writer: "_Writer", group: Any = None) -> None:
+    # If ranks differ in what they all have, as in buffers, the first rank's is saved, not a mixture.
+    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    with nullcontext() if dist.is_initialized() else _without_group():
+        save(dict(checkpoint), storage_writer=writer, planner=planner, process_group=group)
+
+
+class _Writer(FileSystemWriter):
+    """Writes a checkpoint beside its place, to which the first rank moves it when all ranks have written."""
+
+    def __init__(self, target: Path, dropped: Iterable[str]) -> None:
+        self._beside, self._target, self._dropped = _hidden(target, "partial"), target, dropped
+        super().__init__(self._beside)
+
+    def clear(self) -> None:
+        shutil.rmtree(self._beside, ignore_errors=True)  # of a save that failed
+        self._beside.mkdir()
+
+    def check_seen(self) -> None:
+        if not self._beside.is_dir():
+            raise OSError(f"it does not see '{self._beside}', which the first rank has made")
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        super().finish(metadata, results)
+        sync_directory(self._beside)
+        old = _hidden(self._target, "old")
+        if replaces := self._target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self._target.rename(old)
+        try:
+            self._beside.rename(self._target)
+        except OSError:
+            if replaces:
+                old.rename(self._target)
+            raise
+        sync_directory(self._target.parent)
+        for path in (old, *(self._target.with_name(name) for name in self._dropped)):
+            if path != self._target and path.exists():
+                _remove(path)
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    """A name beside a checkpoint: "partial" while it is written or removed, "old" while another takes its place."""
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def _remove(path: Path) -> None:
+    """Renames it first, so that nothing half removed is taken for a checkpoint."""
+    trash = _hidden(path, "partial")
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _prepared(dirname: Path, require_empty: bool) -> Path:
+    """The directory, without what a killed run has left in it."""
+    names = sorted(path.name for path in dirname.iterdir()) if dirname.exists() else []
+    if require_empty and (found := [name for name in names if not name.startswith(".")]):
+        raise ValueError(
+            f"'{dirname}' should be empty, but has '{found[0]}' among {len(found)} entries; choose another "
+            "directory, or pass require_empty=False to go on in this one."
+        )
+    dirname.mkdir(parents=True, exist_ok=True)
+    for partial_ in dirname.glob(".*.partial"):
+        if partial_.is_dir():
+            shutil.rmtree(partial_, ignore_errors=True)
+    for old in dirname.glob(".*.old"):
+        if (old / ".metadata").is_file():
+            target = dirname / old.name.removeprefix(".").removesuffix(".old")
+            if target.exists():
+                _remove(old)
+            else:
+                old.rename(target)  # killed before the new checkpoint was moved here
+    return dirname.absolute()
+
+
+def _check_agreement(checkpoint: Mapping[str, Any]) -> None:
+    """Raises ValueError on all ranks if two have different tensors under one name, which would be mixed."""
+    tensors = {_text(at): value for at, value in _leaves(checkpoint).items() if isinstance(value, Tensor)}
+    placed = {name: getattr(tensor, "placements", "whole") for name, tensor in tensors.items()}
+    described = {name: f"({one.dtype}, {tuple(one.shape)}, {placed[name]})" for name, one in tensors.items()}
+    if difference := _difference(described):
+        raise ValueError(
+            f"What is saved under one name should be alike on all ranks, got {difference}; build the objects alike on "
+            "all ranks, or save them under different names."
+        )
+
+
+def _copied(value: Any) -> Any:
+    """A copy on the CPU; of a DTensor a copy of its shards."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(part) for key, part in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
+
+
+# Loading
+
+
+def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str]) -> None:
+    """Fills objects with what :class:`ShardedSaver` has saved of them, on any number of ranks; to be called on all.
+
+    Everything is read and verified before anything is changed, which takes memory for a second copy of the states.
+
+    Args:
+        to_load: all or some of the objects that were saved, under the same names. An optimizer need not have stepped.
+        checkpoint: the directory; the first rank's counts for all.
+
+    Raises:
+        FileNotFoundError: on all ranks, if it is not a checkpoint.
+        ValueError: on all ranks, if the checkpoint is damaged, or was not saved from these objects. Nothing has been
+            loaded then.
+        RuntimeError: on all ranks, if a model holds averaged weights (``swapped``).
+    """
+    path = on_first_rank(lambda: _found(Path(checkpoint)))
+    states = on_all_ranks(lambda: _current(to_load))
+    names = sorted(map(_text, _leaves(states)))
+    of_others = set().union(*_unequal(names)).difference(names)
+    loaded = on_all_ranks(lambda: _read(to_load, states, of_others, path))
+    on_all_ranks(lambda: Checkpoint.load_objects(dict(to_load), loaded))
+
+
+def _found(path: Path) -> Path:
+    if not path.exists() and _hidden(path, "old").exists():
+        path = _hidden(path, "old")  # a run was killed between two renames
+    if not (path / ".metadata").is_file():
+        raise FileNotFoundError(
+            f"'{path}' should be a directory that ShardedSaver wrote, but there is no '.metadata' in it; name one of "
+            "its checkpoints."
+        )
+    return path.absolute()
+
+
+def _current(to_load: Mapping[str, Any]) -> dict[str, Any]:
+    if not to_load:
+        raise ValueError("to_load should name the objects to be loaded, got none; pass those that were saved.")
+    for name, value in to_load.items():
+        if isinstance(value, EMAHandler) and value.average.is_swapped():
+            raise RuntimeError(
+                f"'{name}' should not be loaded while the model holds averaged weights; load it outside of swapped()."
+            )
+    return {name: _unwrapped(value).state_dict() for name, value in to_load.items()}
+
+
+def _unwrapped(value: Any) -> Any:
+    """As Ignite's ``Checkpoint`` unwraps it."""
+    return value.module if isinstance(value, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else value
+
+
+def _read(to_load: Mapping[str, Any], states: Mapping[str, Any], of_others: set[str], path: Path) -> dict[str, Any]:
+    """The states that were saved, in tensors that are sharded as the objects' own are."""
+    reader = DirectoryReader(path)
+    places = {name: _places(name, state, of_others, reader.contents) for name, state in states.items()}
+    targets: dict[str, Tensor | None] = {}
+    for name, value in to_load.items():
+        entries = {at: reader.contents.state_dict_metadata[key] for key, at in places[name].items()}
+        try:
+            made = _targets(value, _leaves(states[name]), entries)
+        except ValueError as error:
+            raise ValueError(
+                f"'{path}' should be a checkpoint of these objects, but '{name}' in it {error}; load it into the "
+                "objects that were saved, or take another one."
+            ) from None
+        targets |= {key: made[at] for key, at in places[name].items()}
+    try:
+        with _without_group():
+            load(targets, storage_reader=reader, planner=PlainPlanner(), no_dist=True)
+    except CheckpointException as error:
+        ((reason, _),) = error.failures.values()
+        if isinstance(reason, (OSError, ValueError)):
+            raise reason from error
+        raise ValueError(f"'{path}' cannot be read ({_first_line(reason)}); take another copy.") from error
+    return {
+        name: _state(value, {key: targets[key] for key in places[name]}, places[name], states[name])
+        for name, value in to_load.items()
+    }
+
+
+def _places(name: str, state: Any, of_others: set[str], contents: Metadata) -> dict[str, KeyPath]:
+    """The names in a checkpoint of what it has of an object, and the paths of these in the object's state.
+
+    What another rank asks for is that rank's, as in a pipeline, in which each stage has names of its own.
+    """
+    paths = contents.planner_data or {key: (key,) for key in contents.state_dict_metadata}
+    places = {key: tuple(path[1:]) for key, path in paths.items() if path[0] == name and len(path) > 1}
+    if not places and {str(key) for key in state} & {path[0] for path in paths.values()}:
+        places = {key: tuple(path) for key, path in paths.items()}  # a single object is saved without its name
+    return {key: at for key, at in places.items() if _text((name, *at)) not in of_others}
+
+
+@torch.no_grad()
+def _targets(value: Any, leaves: Mapping[KeyPath, Any], entries: Mapping[KeyPath, Any]) -> dict[KeyPath, Tensor | None]:
+    """Tensors to read into, sharded as the object's own are, and None for each other value.
+
+    Raises:
+        ValueError: with a part of a sentence, if the checkpoint does not fit the object.
+    """
+    if leaves and not entries:
+        raise ValueError("is missing")
+    is_optimizer = isinstance(value, Optimizer)
+    parameters = [parameter for group in value.param_groups for parameter in group["params"]] if is_optimizer else []
+    for at, leaf in leaves.items():
+        # The state of an optimizer, and a list of a metric, may have had other entries.
+        if at not in entries and isinstance(leaf, Tensor) and not is_optimizer and not isinstance(at[-1], int):
+            raise ValueError(f"has no '{_text(at)}'")
+    targets: dict[KeyPath, Tensor | None] = {}
+    for at, entry in entries.items():
+        if isinstance(value, nn.Module) and at not in leaves:
+            raise ValueError(f"has '{_text(at)}', which is not in the model")
+        if not isinstance(entry, TensorStorageMetadata):
+            targets[at] = None
+            continue
+        like, size, dtype = leaves.get(at), entry.size, entry.properties.dtype
+        if isinstance(like, Tensor) and like.shape != size:
+            raise ValueError(f"has '{_text(at)}' of shape {tuple(size)}, which is {tuple(like.shape)} here")
+        if not isinstance(like, Tensor) and is_optimizer and at[0] == "state" and str(at[1]).isdecimal():
+            if int(at[1]) >= len(parameters):
+                raise ValueError(f"has '{_text(at)}', and there are {len(parameters)} parameters here")
+            like = parameters[int(at[1])] if size else None  # the count of steps is on the CPU
+        if not isinstance(like, Tensor):
+            targets[at] = torch.zeros(size, dtype=dtype)
+        elif like.shape == size:
+            targets[at] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
+        else:
+            targets[at] = like.new_zeros(size, dtype=dtype)  # replicated, as torch's optimizers make it
+    return targets
+
+
+def _state(value: Any, read: Mapping[str, Any], places: Mapping[str, KeyPath], current: Any) -> Any:
+    """What was read, nested as in the object's own state."""
+    for key, leaf in read.items():
+        if (foreign := _foreign(leaf)) is not None:
+            raise ValueError(
+                f"'{key}' should be a plain value, but has {kind_of(foreign)}; load the other objects only, or save a "
+                "state of plain values."
+            )
+    state = _filled(nested(read, places), current)
+    if isinstance(value, Optimizer):  # if it has not stepped, its own state has no numbers as keys
+        saved = state.get("state", {}).items()
+        state["state"] = {int(key) if str(key).isdecimal() else key: entry for key, entry in saved}
+    return state
+
+
+def _foreign(value: Any) -> Any:
+    """An object in a value that could not be read, if there is one."""
+    if isinstance(value, ForeignObject):
+        return value
+    parts = [*value, *value.values()] if isinstance(value, Mapping) else value
+    is_container = isinstance(value, (Mapping, list, tuple, set, frozenset, deque))
+    return next(filter(None.__ne__, map(_foreign, parts)), None) if is_container else None
+
+
+def _leaves(state: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
+    """The values of a nested state by path, taken apart as torch.distributed.checkpoint does it."""
+    parts: Iterable[tuple[str | int, Any]]
+    if isinstance(state, Mapping):
+        parts = ((str(key), part) for key, part in state.items())
+    elif isinstance(state, list) and any(isinstance(part, (Tensor, Mapping, list)) for part in state):
+        parts = enumerate(state)
+    else:
+        return {path: state}
+    return {at: leaf for key, part in parts for at, leaf in _leaves(part, (*path, key)).items()}
+
+
+def _filled(saved: Any, current: Any) -> Any:
+    """What was saved, with the types of mappings and of their keys, and with empty mappings, which are not saved."""
+    if not isinstance(saved, dict) or not isinstance(current, dict):
+        return saved
+    filled = copy(current)  # a model's state keeps the versions of its modules
+    filled.clear()
+    for key, part in current.items():
+        if str(key) in saved or part == {}:
+            filled[key] = _filled(saved.get(str(key), {}), part)
+    new = saved.keys() - set(map(str, current))
+    filled.update({key: part for key, part in saved.items() if key in new})
+    return filled
+
+
+def _text(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+# Whole tensors on one rank, and equal buffers on all
+
+
+def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
+    """The plain averaged ``state_dict``, whole, on the CPU of the first rank, and nothing on the others.
+
+    It includes the frozen parameters that the average shares with the model (``share_frozen``). Gathers one tensor at a
+    time. Call it on all ranks; ``checkpoints.save_file`` writes the result on the first.
+
+    Raises:
+        TypeError: if ``handler`` is not an EMAHandler.
+        ValueError: on all ranks, if their averages have different tensors.
+    """
+    if not isinstance(handler, EMAHandler):
+        raise TypeError(
+            f"handler should be an EMAHandler, got {type(handler).__name__}; pass the one that averages it."
+        )
+    state = on_all_ranks(handler.average.state_dict)
+    tensors = {**handler.average.shared_tensors(), **state["averaged_tensors"]}
+    if difference := _difference({name: f"{tuple(tensor.shape)}" for name, tensor in tensors.items()}, complete=True):
+        raise ValueError(
+            f"The average should have the same tensors on all ranks, got {difference}; make the handler on all ranks, "
+            "of the same model."
+        )
+    copies: dict[str, Tensor] = {}
+    for name in dict.fromkeys(state["state_dict_names"].values()):
+        gathered = whole(tensors[name])
+        if is_first_rank():
+            copies[name] = gathered.detach().to("cpu", copy=True)
+    return {name: copies[first] for name, first in state["state_dict_names"].items() if copies}
+
+
+def sync_buffers(module: nn.Module, source: int = 0) -> None:
+    """Gives all ranks the buffers of one, such as batch-norm statistics; to be called on all.
+
+    Args:
+        module: the averaged twin, or a model; its parameters, and buffers that are sharded, are left alone.
+        source: the rank whose buffers the others get.
+
+    Without a process group there is one rank, and nothing to do.
+
+    Raises:
+        ValueError: on all ranks, if ``source`` is not a rank, or if their buffers differ in names, shapes or types;
+            nothing is changed then.
+
+    Examples:
+        >>> sync_buffers(nn.BatchNorm1d(2))
+    """
+    if not dist.is_initialized():
+        return
+    buffers = {name: buffer for name, buffer in module.named_buffers() if not is_sharded(buffer)}
+    described = {name: f"({buffer.dtype}, {tuple(buffer.shape)})" for name, buffer in buffers.items()}
+    if difference := _difference({"source": str(source), **described}, complete=True):
+        raise ValueError(
+            f"sync_buffers should be called with the same source and the same buffers on all ranks, got {difference}; "
+            "build the module alike on all."
+        )
+    if isinstance(source, bool) or source not in range(dist.get_world_size()):
+        raise ValueError(f"source should be a rank from 0 to {dist.get_world_size() - 1}, got {source!r}.")
+    broadcast_buffers(module, source)
+
+
+# Ranks
+
+
+def _gathered(value: _T) -> list[_T]:
+    """The values of all ranks, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _unequal(value: _T) -> list[_T]:
+    """The values of all ranks, in their order; only one, and only digests are sent, if all are equal."""
+    digests = _gathered(sha256(repr(value).encode()).hexdigest())
+    return _gathered(value) if len(set(digests)) > 1 else [value]
+
+
+def _difference(described: dict[str, str], *, complete: bool = False) -> str | None:
+    """The first name under which two ranks have different things, in words; with ``complete``, all need all names."""
+    ranks = _unequal(described)
+    first: dict[str, int] = {}
+    for rank, there in enumerate(ranks):
+        for name, what in there.items():
+            expected = ranks[first.setdefault(name, rank)][name]
+            if what != expected:
+                return f"'{name}' {expected} on rank {first[name]} and {what} on rank {rank}"
+    for rank, there in enumerate(ranks if complete else ()):
+        if missing := first.keys() - there.keys():
+            return f"'{min(missing)}' on rank {first[min(missing)]} and not on rank {rank}"
+    return None
+
+
+@contextmanager
+def _without_group() -> Iterator[None]:
+    """Silences torch's remark that there is no process group: that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])
+        return f"rank {rank} could not ({type(error).__name__}: {_first_line(error)})"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].removesuffix(".")
