@@ -206,8 +206,9 @@ class ModelAverage:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes memory of its own for tensors that have come from another process in shared memory."""
         vars(self).update(state)
-        tensors = map(local, (*self.module.parameters(), *self.module.buffers()))
-        give_own_memory(tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.is_shared())
+        shared = {id(parameter) for parameter in self.model.parameters()}
+        own = [local(one) for one in (*self.module.parameters(), *self.module.buffers()) if id(one) not in shared]
+        give_own_memory(tensor for tensor in own if tensor.device.type == "cpu" and tensor.is_shared())
 
     def __copy__(self) -> NoReturn:
         """Raises TypeError: two averages would move one twin."""

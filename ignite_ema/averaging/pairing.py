@@ -271,8 +271,11 @@ def _address(tensor: Tensor) -> object:
 
 
 def _alike(online: Tensor, averaged: Tensor) -> bool:
-    kinds = [(one.is_floating_point(), one.is_complex(), one.layout, one.shape) for one in (online, averaged)]
-    return kinds[0] == kinds[1]
+    if online.shape != averaged.shape or online.layout != averaged.layout:
+        return False
+    return online.dtype == averaged.dtype or (
+        online.is_floating_point() == averaged.is_floating_point() and online.is_complex() == averaged.is_complex()
+    )
 
 
 def _check_names(ours: dict[str, Place], theirs: dict[str, Place]) -> None:
@@ -309,19 +312,15 @@ def _treatment(place: Place, name: str, treatment_of: Callable[[str], Treatment]
 
 
 def _check_pair(slot: Slot, online: Tensor, averaged: Tensor) -> None:
-    for tensor, where in ((online, "model"), (averaged, "twin")):
-        if tensor.is_nested:
-            raise Mismatch(f"'{slot.name}' is a nested tensor in the {where}")
-    if (ours := sharding(online)) != (theirs := sharding(averaged)):
-        raise Mismatch(f"'{slot.name}' is {ours} in the model and {theirs} in the twin")
-    if not slot.may_change_shape:
+    if is_sharded(online) or is_sharded(averaged):
+        if (ours := sharding(online)) != (theirs := sharding(averaged)):
+            raise Mismatch(f"'{slot.name}' is {ours} in the model and {theirs} in the twin")
+    if not slot.may_change_shape and not _alike(online, averaged):
         if online.shape != averaged.shape:
-            raise Mismatch(
-                f"'{slot.name}' has shape {tuple(online.shape)} in the model and {tuple(averaged.shape)} in the twin"
-            )
-        if not _alike(online, averaged):
+            ours, theirs = (f"shape {tuple(one.shape)}" for one in (online, averaged))
+        else:
             ours, theirs = (f"{one.dtype} and {one.layout}" for one in (online, averaged))
-            raise Mismatch(f"'{slot.name}' has {ours} in the model, and {theirs} in the twin")
+        raise Mismatch(f"'{slot.name}' has {ours} in the model and {theirs} in the twin")
     for tensor, where in ((online, "model"), (averaged, "twin")):
         if not has_values(local(tensor)):
             raise Mismatch(f"'{slot.name}' has no memory for its values in the {where} (it was moved to meta, or freed)")

@@ -2,8 +2,8 @@
 
 The values change and the tensors stay, so that whatever refers to them (an optimizer, a compiled module) sees the right
 values before, inside and after. A generator does the work: its two nested ``finally`` clauses give back what is still to
-be given back, tensor by tensor, so that a second Ctrl-C in the first of them loses nothing. Python closes a generator
-that is dropped, so that the weights come back even if ``__exit__`` never runs.
+be given back, tensor by tensor, whatever cuts them short. Python closes a generator that is dropped, so that the weights
+come back even if ``__exit__`` never runs.
 """
 
 from collections.abc import Callable, Generator
@@ -21,7 +21,7 @@ from .sharding import fsdp_modules, local, reshard
 
 __all__ = ["Swapped", "is_swapped", "refuse_while_swapped"]
 
-_MARK = "_ignite_ema_swapped"  # of a module whose weights are averaged ones now; its own id, which a copy does not have
+_MARK = "_ignite_ema_swapped"  # the attribute of a module that is swapped
 
 
 def is_swapped(model: nn.Module) -> bool:
@@ -89,30 +89,58 @@ class _Saved:
     """What a model has of its own, to be given back.
 
     Attributes:
-        left: what has not been given back yet.
+        left: what has not been given back yet; the last is given back first.
         errors: what could not be given back, by name.
     """
 
     def __init__(self) -> None:
-        self.left: list[_SavedTensor] = []
+        self.left: list[_SavedTensor | _Mark] = []
         self.errors: dict[str, Exception] = {}
 
     def give_back(self) -> None:
-        """Gives back tensor by tensor; goes on from where it was cut short if it is called again."""
+        """Gives back one after the other, and then raises the Ctrl-C that came meanwhile; can be called again."""
+        interrupt: KeyboardInterrupt | None = None
         while self.left:
             try:
                 self.left[-1].give_back()
+                self.left.pop()
+            except KeyboardInterrupt as caught:
+                interrupt = caught
             except Exception as error:
-                self.errors[self.left[-1].slot.name] = error
-            self.left.pop()
+                self.errors[self.left.pop().name] = error
         torch.clear_autocast_cache()  # it has copies of the weights
+        if interrupt is not None:
+            raise interrupt
+
+    def changed(self) -> list[str]:
+        """The names of the parameters that were written to, or replaced, since they were filled."""
+        return [one.name for one in self.left if isinstance(one, _SavedTensor) and one.was_changed]
+
+
+class _Mark:
+    """Marks the modules of a model whose weights are averaged weights."""
+
+    name = "_modules"
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._modules = modules
+
+    def fill(self) -> None:
+        """Marks them; each by its own id, which a copy does not have."""
+        for module in self._modules:
+            vars(module)[_MARK] = id(module)
+
+    def give_back(self) -> None:
+        """Takes the marks off."""
+        for module in self._modules:
+            vars(module).pop(_MARK, None)
 
 
 class _SavedTensor:
     """A tensor of the model, its memory, and its values."""
 
     def __init__(self, slot: Slot) -> None:
-        self.slot = slot
+        self.slot, self.name = slot, slot.name
         self.tensor = slot.online.get()
         self.home = self.tensor.detach()
         self.requires_grad = self.tensor.requires_grad
@@ -152,15 +180,17 @@ class _SavedTensor:
         return self.slot.online.table.get(self.slot.online.key) is not self.tensor or _version(self.tensor) != self.version
 
 
-def _swap(pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None) -> Generator[None, None, None]:
-    saved = _Saved()
+def _swap(
+    pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None
+) -> Generator[None, None, None]:
     modules = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
     parts = fsdp_modules(model)
-    changed: list[_SavedTensor] = []
+    saved = _Saved()
+    changed: list[str] = []
     try:
         try:
-            for module, _ in modules.values():
-                vars(module)[_MARK] = id(module)
+            saved.left.append(_Mark([module for module, _ in modules.values()]))
+            saved.left[-1].fill()
             for slot in pairing.slots:
                 saved.left.append(_SavedTensor(slot))
                 saved.left[-1].fill()
@@ -168,27 +198,25 @@ def _swap(pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module]
             if buffers_from is not None:
                 buffers_from(model)
             yield
-            reshard(parts)
-            changed = [one for one in saved.left if one.was_changed]
+            _reshard(parts, model, pairing)
+            changed = saved.changed()
         finally:
-            _reshard_whatever_happened(parts)
+            _reshard(parts, model, pairing)
             saved.give_back()
     finally:
         saved.give_back()
-        for module, _ in modules.values():
-            vars(module).pop(_MARK, None)
     _report(saved.errors, modules, changed)
 
 
-def _reshard_whatever_happened(parts: list[nn.Module]) -> None:
+def _reshard(parts: list[nn.Module], model: nn.Module, pairing: Pairing) -> None:
     """Brings sharded parts back to their shards, also those that an exception has left in the middle of a pass."""
-    for part in parts:
-        part.reshard()  # type: ignore[operator]
-        part.state_dict()  # whose hook reshards a part that is in a forward pass
+    reshard(parts)
+    if parts and not pairing.is_current():
+        model.state_dict()  # whose hooks reshard in the middle of a pass, too
 
 
 def _report(
-    errors: dict[str, Exception], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[_SavedTensor]
+    errors: dict[str, Exception], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[str]
 ) -> None:
     """Says what happened to the model inside the block, once it has its own weights again."""
     for name, error in errors.items():
@@ -206,7 +234,7 @@ def _report(
                 )
     if changed:
         warn_user(
-            f"'{changed[0].slot.name}' was changed while the model held its averaged weights, and the change is "
+            f"'{changed[0]}' was changed while the model held its averaged weights, and the change is "
             "dropped. Train and load weights outside of swapped() and of the runs of swap_during()."
         )
 

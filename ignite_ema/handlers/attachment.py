@@ -19,6 +19,7 @@ Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
 _ATTACHMENTS = "_ignite_ema_attachments"  # the attribute of an engine under which its attachments are found
 
+_BEFORE_STEP = (None, Events.STARTED, Events.EPOCH_STARTED, Events.ITERATION_STARTED, Events.GET_BATCH_COMPLETED)
 # Ignite passes these handlers more than the engine, and listening to the first swallows the exception.
 _NOT_FOR_UPDATES = (Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH)
 
@@ -121,7 +122,8 @@ class Attachment(RemovableEventHandle):
 
     def note_reading(self) -> None:
         """Notes that the average is saved or evaluated now: an update that follows in the same iteration is late."""
-        if (engine := self.engine()) is not None:
+        engine = self.engine()
+        if engine is not None and engine.last_event_name not in _BEFORE_STEP:  # a step itself may use the average
             self._noted_at = engine.state.iteration
 
     def remove(self) -> None:

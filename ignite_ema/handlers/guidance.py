@@ -70,9 +70,9 @@ class Guidance:
                 f"The run of {counted(iterations, 'iteration')} should have updated the average of '{name}', but its "
                 "event never fired. Attach the handler with an event that this run fires.",
             )
-        if not updates or not average.initial_share > _TOO_MUCH:  # NaN: unknown
+        if not updates or not average.num_updates or not average.initial_share > _TOO_MUCH:  # NaN: unknown
             return
-        last = self._momentum.at(max(0, average.num_updates - 1))
+        last = self._momentum.at(average.num_updates - 1) or 0.0002
         self._tell_once(
             "initial share",
             f"After {counted(average.num_updates, 'update')} {average.initial_share:.0%} of the average of '{name}' is "
