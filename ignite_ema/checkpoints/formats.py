@@ -82,7 +82,8 @@ def _check_ignite_ema(state: State) -> None:
     if type(version) is not int or version != STATE_VERSION:
         got = shown_integer(version) if type(version) is int else kind_of(version)
         raise ValueError(
-            f"'ignite_ema_version' {whose} should be {STATE_VERSION}, got {got}; read it with the ignite_ema that wrote it."
+            f"'ignite_ema_version' {whose} should be {STATE_VERSION}, got {got}; read it with the ignite_ema that "
+            "wrote it."
         )
     for key in ("averaged_tensors", "state_dict_names"):
         if not isinstance(state.get(key), Mapping):

@@ -141,7 +141,7 @@ def test_twins_of_ones_own_and_parts_of_a_larger_tensor_are_stored_alone(tmp_pat
 @pytest.mark.parametrize(("samples", "times"), [(None, [1, 2, 3]), (lambda engine: 10, [10, 20, 40])])
 def test_a_nan_leaves_both_averages_alone(samples, times, tmp_path):
     """Time stands still; in samples the weights after it stand for the batches since the last update."""
-    with pytest.warns(UserWarning, match="has a NaN"):
+    with pytest.warns(UserWarning, match="a NaN or an infinity"):
         ema = kept(constant(), tmp_path, [1.0, 2.0, float("nan"), 3.0], skip_nonfinite=True, samples=samples)
     assert ema.num_updates == 3
     assert [one.time for one in stored(tmp_path)] == times
@@ -150,7 +150,7 @@ def test_a_nan_leaves_both_averages_alone(samples, times, tmp_path):
 
 
 def test_the_statistics_of_normalization_layers_are_averaged_and_nothing_else(tmp_path):
-    """"update" would average an observer's infinities and a mask, too (issue 21)."""
+    """An observer's infinities and a mask are no statistics (issue 21)."""
     model = nn.BatchNorm1d(2)
     model.register_buffer("min_val", torch.tensor(torch.inf))
     kept(model, tmp_path)
