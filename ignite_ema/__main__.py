@@ -2,7 +2,7 @@
 
 import sys
 
-from .cli.command import main
+from .cli import main
 
 __all__: list[str] = []
 

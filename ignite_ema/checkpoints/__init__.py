@@ -1,7 +1,6 @@
 """Averaged weights out of the files of other systems, as a plain ``state_dict`` under the model's own names."""
 
+from .files import load_file, save_file
 from .reading import Averaged, averaged_state_dict, read
-from .safe_load import load_file
-from .saving import save_file
 
 __all__ = ["Averaged", "averaged_state_dict", "load_file", "read", "save_file"]

@@ -1,155 +1,140 @@
-"""Where in a file averaged weights lie: in the format of a system, or under a name that says so, or else nowhere."""
+"""Finds averaged weights in what a file holds: in the format of a system, or under a name that says so, or nowhere."""
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from .comparison import Comparison
-from .formats import FORMATS, Found, State
-from .naming import quoted
-from .unpickling import ForeignObject, kind_of
+from .files import ForeignObject, is_dense, kind_of, quoted
+from .formats import FORMATS, Found, State, within
 
-__all__ = ["Detection"]
+__all__ = ["covers", "fault", "find", "merged", "plain_name", "raw_beside"]
 
 _WORDS = {"ema", "swa", "avg", "average", "averaged"}
 _MODEL_NAMES = ("state_dict", "model", "model_state_dict", "net", "network")
-_MOST_MODELS = 16  # state dicts side by side among which the raw weights are looked for
+_COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
+_DEPTH = 2  # levels of mappings below the first that are searched
 
 
-class Detection:
-    """Searches what a file holds."""
+def find(state: State) -> list[Found]:
+    """The averages in what a file holds, or if there are none its plain state dicts."""
+    return _averages(state, _DEPTH) or _plain(state)
 
-    def __init__(self) -> None:
-        self.comparison = Comparison()
-        self._seen: set[int] = set()
-        self._models: dict[int, dict[str, State]] = {}
 
-    def find(self, state: State) -> list[Found]:
-        """The averages in what a file holds, or, where there are none, its plain state dicts."""
-        return self._search(state) or self._plain(state)
+def _averages(state: State, depth: int) -> list[Found]:
+    """All averages that a mapping is, or that are in it.
 
-    def _search(self, state: State, depth: int = 2) -> list[Found]:
-        """All averages that a mapping is, or that are in it.
-
-        A model under the name of an average may have parts that look like one (an ``encoder_ema`` of its own): both
-        count.
-        """
-        self._seen.add(id(state))
-        found = [one for recognise in FORMATS.values() for one in recognise(state)]
-        parts = {part for one in found for part in one.parts}
-        if not depth or any(one.system == "ignite_ema" for one in found):
-            return found
-        for name, entry in ((str(name), entry) for name, entry in state.items() if isinstance(entry, Mapping)):
-            inside = self._search(entry, depth - 1) if id(entry) not in self._seen else []
-            if name not in parts and all(one.system == "mmagic" for one in inside):
-                inside += self._named(name, entry, state)
-            for one in inside:
-                parent, entry_name = (one.parent, one.entry) if one.entry else (state, name)
-                found.append(replace(one, path=(name, *one.path), parent=parent, entry=entry_name))
+    A model under the name of an average may have parts that look like one (an ``encoder_ema`` of its own): both count.
+    """
+    found = [one for recognize in FORMATS.values() for one in recognize(state)]
+    parts = {part for one in found for part in one.parts}
+    if not depth or any(one.system == "ignite_ema" for one in found):
         return found
+    for name, entry in ((str(name), entry) for name, entry in state.items() if isinstance(entry, Mapping)):
+        inside = _averages(entry, depth - 1)
+        if name not in parts and all(one.system == "mmagic" for one in inside):
+            inside += _named(name, entry, state)
+        for one in inside:
+            parent, entry_name = (one.parent, one.entry) if one.entry else (state, name)
+            found.append(replace(one, path=(name, *one.path), parent=parent, entry=entry_name))
+    return found
 
-    def _named(self, name: str, state: State, parent: State) -> Iterator[Found]:
-        """A model's state dict under a name with "ema" in it, as ``Checkpoint`` writes it, or with another such word.
 
-        The other words are those of meters too ("avg_loss"): they count where the model lies beside.
-        """
-        words = _WORDS.intersection(_words(name))
-        if not words or not self.comparison.has_tensors(state):
-            return
-        models = [model for key, model in self._models_in(parent).items() if not _WORDS.intersection(_words(key))]
-        if "ema" not in words and not any(self.comparison.are_alike(state, model) for model in models):
-            return
-        inner = self.comparison.unwrapped(state)  # as timm's ModelEmaV3 is, which a model of these names gives away
-        if not any(self.comparison.covers(model, state) for model in models):
-            state = inner if any(self.comparison.covers(model, inner) for model in models) else state
-        yield Found("Ignite", state)
+def _named(name: str, state: State, parent: State) -> Iterator[Found]:
+    """A model's state dict under a name with "ema" in it, as ``Checkpoint`` writes it, or with another such word.
 
-    def _models_in(self, parent: State) -> dict[str, State]:
-        """The entries of a mapping that hold tensors; of more than a few, those whose names are a model's."""
-        if id(parent) not in self._models:
-            models = {str(name): entry for name, entry in parent.items() if self.comparison.has_tensors(entry)}
-            if len(models) > _MOST_MODELS:
-                models = {name: entry for name, entry in models.items() if name in ("raw_model", *_MODEL_NAMES)}
-            self._models[id(parent)] = models
-        return self._models[id(parent)]
+    The other words are those of meters too ("avg_loss"): they count if the model lies beside.
+    """
+    words = _WORDS.intersection(_words(name))
+    if not words or not _has_tensors(state):
+        return
+    models = [model for key, model in _models_in(parent).items() if not _WORDS.intersection(_words(key))]
+    if "ema" not in words and not any(_are_alike(state, model) for model in models):
+        return
+    inner = _unwrapped(state)  # a timm ModelEmaV3 has this prefix; a model of the bare names gives it away
+    if any(covers(model, inner) for model in models) and not any(covers(model, state) for model in models):
+        state = inner
+    yield Found("Ignite", state)
 
-    def _plain(self, state: State) -> list[Found]:
-        """The state dicts of a file without a known average: itself, or the entries that are some.
 
-        What has the names and shapes of the model but other values may be an average, of whatever name: it has to be
-        chosen.
-        """
-        if self.comparison.is_state_dict(state):
-            return [Found("plain", state)]
-        entries = dict(self._state_dicts(state, set()))
-        outer = [path for path in entries if len(path) == 1]
-        models = [path for path in outer if path[0] in _MODEL_NAMES] or outer[:_MOST_MODELS]
-        parent = {".".join(path): entry for path, entry in entries.items()}
-        found = []
-        for path, entry in entries.items():
-            alike = [other for other in models if other != path and self.comparison.are_alike(entry, entries[other])]
-            twin = next((other for other in alike if not self._are_same(entry, entries[other])), None)
-            note = "" if twin is None or path in models[:1] else f"of the names and shapes of {quoted(twin[0])}"
-            if len(path) == 1 or note:
-                rank = 1 if note or path in models else 2
-                label = ".".join(path)
-                found.append(Found("plain", entry, None, None, path, parent, label, rank=rank, note=note))
-        return found
+def _plain(state: State) -> list[Found]:
+    """The state dicts of a file without a known average: the file itself, or entries of it.
 
-    def fault(self, state: State) -> str | None:
-        """What is wrong in a mapping in which nothing was found, if it looks like a state dict, or one lies in it."""
-        if self.comparison.has_tensors(state):
-            return f"in it, {_wrong_in(state)}"
-        for name, entry in state.items():
-            is_model = str(name) in _MODEL_NAMES or _WORDS.intersection(_words(str(name)))
-            if is_model and (isinstance(entry, (list, tuple)) or (isinstance(entry, ForeignObject) and not entry)):
-                return f"its {quoted(name)} is no state dict, but {kind_of(entry)}"
-            if isinstance(entry, Mapping) and (is_model or self.comparison.has_tensors(entry)):
-                return f"in its {quoted(name)}, {_wrong_in(entry)}"
-        return None
+    An entry with the names and shapes of the model but other values may be an average, whatever its name: it has to
+    be chosen.
+    """
+    if _is_state_dict(state):
+        return [Found("plain", state)]
+    entries = dict(_state_dicts(state, _DEPTH))
+    outer = [path for path in entries if len(path) == 1]
+    models = [path for path in outer if path[0] in _MODEL_NAMES]
+    likely, models = models or outer, models or outer[:1]
+    parent = {".".join(path): entry for path, entry in entries.items()}
+    found = []
+    for path, entry in entries.items():
+        twins = [model for model in models if model != path and _are_alike(entry, entries[model])]
+        twins = [model for model in twins if not _are_same(entry, entries[model])]
+        note = f"of the names and shapes of {quoted(twins[0][0])}" if twins and path not in models[:1] else ""
+        if len(path) == 1 or note:
+            rank = 1 if note or path in likely else 2
+            found.append(Found("plain", entry, None, None, path, parent, ".".join(path), rank=rank, note=note))
+    return found
 
-    def _state_dicts(self, state: State, seen: set[int], depth: int = 2) -> Iterator[tuple[tuple[str, ...], State]]:
-        """The state dicts in a mapping, and the keys that lead to them."""
-        for name, entry in state.items():
-            if self.comparison.is_state_dict(entry):
-                yield (str(name),), entry
-            elif isinstance(entry, Mapping) and depth > 1 and id(entry) not in seen:
-                seen.add(id(entry))
-                for path, inner in self._state_dicts(entry, seen, depth - 1):
-                    yield (str(name), *path), inner
 
-    def _are_same(self, one: State, other: State) -> bool:
-        return len(one) == len(other) and self.comparison.are_same(one, other)
+def _state_dicts(state: State, depth: int) -> Iterator[tuple[tuple[str, ...], State]]:
+    """The state dicts in a mapping, and the keys that lead to them."""
+    for name, entry in state.items():
+        if _is_state_dict(entry):
+            yield (str(name),), entry
+        elif isinstance(entry, Mapping) and depth > 1:
+            for path, inner in _state_dicts(entry, depth - 1):
+                yield (str(name), *path), inner
 
-    def merged(self, found: list[Found]) -> list[Found]:
-        """Those that differ: where several are bit for bit the same, one is enough, and ours has its count."""
-        first, *others = sorted(found, key=lambda one: one.system != "ignite_ema")
-        return [first, *(one for one in others if not self._repeats(first, one))]
 
-    def _repeats(self, first: Found, other: Found) -> bool:
-        if isinstance(first.tensors, list) or isinstance(other.tensors, list):
-            return False
-        if first.system == "ignite_ema":  # which may lack frozen tensors
-            return bool(first.tensors) and self.comparison.are_same(first.tensors, other.tensors)
-        return self._are_same(first.tensors, other.tensors)
+def merged(found: list[Found]) -> list[Found]:
+    """Those that differ: if several are bit for bit the same, one is enough; of ours, which has its count."""
+    first, *others = sorted(found, key=lambda one: one.system != "ignite_ema")
+    return [first, *(one for one in others if not _repeats(first, one))]
 
-    def raw_beside(self, tensors: State, found: Found) -> State | None:
-        """The raw weights among the other entries of a file: what covers all names and shapes, if that is one alone.
 
-        An entry that is the average once more, as in a checkpoint for deployment, is taken only where there is no
-        other.
-        """
-        models = {name: entry for name, entry in self._models_in(found.parent).items() if name != found.entry}
-        fitting = {name: entry for name, entry in models.items() if self.comparison.covers(entry, tensors)}
-        others = {name: entry for name, entry in fitting.items() if not self.comparison.are_same(tensors, entry)}
-        fitting = {_snake(name): entry for name, entry in (others or fitting).items()}
-        own = "_".join(word for word in re.split("[^a-z0-9]+", _snake(found.entry)) if word not in _WORDS)
-        for model in ("raw_model", own, "model", "state_dict"):
-            if model in fitting:
-                return fitting[model]
-        return next(iter(fitting.values())) if len(fitting) == 1 else None
+def _repeats(first: Found, other: Found) -> bool:
+    if isinstance(first.tensors, list) or isinstance(other.tensors, list):
+        return False
+    if first.system == "ignite_ema":  # which may lack frozen tensors
+        return bool(first.tensors) and _holds(other.tensors, first.tensors)
+    return _are_same(first.tensors, other.tensors)
+
+
+def raw_beside(tensors: State, found: Found) -> State | None:
+    """The raw weights among the other entries of a file: what covers all names and shapes, if only one does.
+
+    An entry that repeats the average, as in a checkpoint for deployment, is taken only if there is no other.
+    """
+    models = {name: entry for name, entry in _models_in(found.parent).items() if name != found.entry}
+    fitting = {name: entry for name, entry in models.items() if covers(entry, tensors)}
+    others = {name: entry for name, entry in fitting.items() if not _holds(entry, tensors)}
+    fitting = {_snake(name): entry for name, entry in (others or fitting).items()}
+    own = "_".join(word for word in re.split("[^a-z0-9]+", _snake(found.entry)) if word not in _WORDS)
+    for model in ("raw_model", own, "model", "state_dict"):
+        if model in fitting:
+            return fitting[model]
+    return next(iter(fitting.values())) if len(fitting) == 1 else None
+
+
+def fault(state: State) -> str | None:
+    """What is wrong in a mapping in which nothing was found, if it looks like a state dict, or one lies in it."""
+    if _has_tensors(state):
+        return f"in it, {_wrong_in(state)}"
+    for name, entry in state.items():
+        is_model = str(name) in _MODEL_NAMES or _WORDS.intersection(_words(str(name)))
+        if is_model and (isinstance(entry, (list, tuple)) or (isinstance(entry, ForeignObject) and not entry)):
+            return f"its {quoted(name)} is no state dict, but {kind_of(entry)}"
+        if isinstance(entry, Mapping) and (is_model or _has_tensors(entry)):
+            return f"in its {quoted(name)}, {_wrong_in(entry)}"
+    return None
 
 
 def _wrong_in(state: State) -> str:
@@ -162,6 +147,14 @@ def _wrong_in(state: State) -> str:
     return "there are no tensors"
 
 
+# --- names ---
+
+
+def plain_name(name: Any) -> str:
+    """The name without the component that ``torch.compile`` puts into it."""
+    return _COMPILED.sub("", str(name))
+
+
 def _words(name: str) -> list[str]:
     """``netEMA_2`` is of the words "net" and "ema"."""
     return [word for word in re.split("[^a-z]+", _snake(name)) if word]
@@ -170,3 +163,69 @@ def _words(name: str) -> list[str]:
 def _snake(name: str) -> str:
     """``netEMA`` as ``net_ema``."""
     return re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+# --- comparisons of state dicts by names, shapes and values ---
+
+
+def _has_tensors(state: Any) -> bool:
+    return isinstance(state, Mapping) and any(isinstance(value, Tensor) for value in state.values())
+
+
+def _is_state_dict(state: Any) -> bool:
+    """True for a mapping from names to tensors, with extra state at most."""
+    return _has_tensors(state) and all(
+        isinstance(name, str) and (isinstance(value, Tensor) or name.endswith("_extra_state"))
+        for name, value in state.items()
+    )
+
+
+def _models_in(parent: State) -> dict[str, State]:
+    return {str(name): entry for name, entry in parent.items() if _has_tensors(entry)}
+
+
+def _unwrapped(state: State) -> State:
+    """The state dict without ``module.`` before all of its names; itself if a name has none."""
+    inner = within(state, "module.")
+    return inner if len(inner) == len(state) else state
+
+
+def _shapes(state: State) -> dict[str, Any]:
+    shapes = ((plain_name(name), value) for name, value in state.items())
+    return {name: value.shape if isinstance(value, Tensor) and not value.is_nested else None for name, value in shapes}
+
+
+def covers(state: State, tensors: State) -> bool:
+    """True if ``state`` has a tensor of the same name and shape for each of ``tensors``, which has some."""
+    return _has_tensors(tensors) and _shapes(tensors).items() <= _shapes(state).items()
+
+
+def _are_alike(one: State, other: State) -> bool:
+    """True if one covers the other, wrapped or not."""
+    one, other = _unwrapped(one), _unwrapped(other)
+    return covers(one, other) or covers(other, one)
+
+
+def _are_same(one: State, other: State) -> bool:
+    return len(one) == len(other) and _holds(one, other)
+
+
+def _holds(state: State, tensors: State) -> bool:
+    """True if all of ``tensors`` are in ``state``, bit for bit."""
+    own = {plain_name(name): value for name, value in state.items()}
+    return all(
+        plain_name(name) in own and (own[plain_name(name)] is value or _are_equal(own[plain_name(name)], value))
+        for name, value in tensors.items()
+    )
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    for value in (one, other):
+        if not isinstance(value, Tensor) or value.is_nested or value.is_meta or not is_dense(value):
+            return False
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Its bytes: a NaN is equal to itself there."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)

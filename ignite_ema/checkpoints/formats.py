@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
-from ..averaging.state import STATE_VERSION as VERSION
+from ..averaging.state import STATE_VERSION
 from ..averaging.checks import shown_integer
-from .naming import listed, quoted
-from .unpickling import kind_of
+from .files import is_dense, kind_of, listed, quoted
 
 __all__ = ["FORMATS", "Found", "Names", "State", "Tensors", "within"]
 
@@ -60,45 +58,40 @@ class Found:
 
 
 def _ignite_ema(state: State) -> Iterator[Found]:
-    """The state of our handler: averaged tensors by path, and the names that a ``state_dict`` has for the paths.
+    """The state of our handler: averaged tensors, and for each name of a ``state_dict`` that of its averaged tensor.
 
-    A name whose path is not there belongs to a frozen tensor that the average shared with the model.
+    A name whose averaged tensor is not there belongs to a frozen tensor that the average shared with the model.
     """
     if "ignite_ema_version" not in state or "averaged_tensors" not in state:
         return
     _check_ignite_ema(state)
-    tensors, paths = state["averaged_tensors"], state["state_dict_names"]
-    named = {name: tensors[path] for name, path in paths.items() if path in tensors}
-    if tensors and paths and not named:
+    tensors, names = state["averaged_tensors"], state["state_dict_names"]
+    named = {name: tensors[averaged] for name, averaged in names.items() if averaged in tensors}
+    if tensors and names and not named:
         raise ValueError(
             f"'state_dict_names' of the state of an EMAHandler should name averaged tensors, got "
-            f"{quoted(next(iter(paths.values())))}, which is none; take another checkpoint."
+            f"{quoted(next(iter(names.values())))}, which is not there; take another checkpoint."
         )
-    frozen = tuple(name for name in paths if name not in named)
+    frozen = tuple(name for name in names if name not in named)
     yield Found("ignite_ema", named, None, _count(state, "num_updates"), frozen=frozen)
 
 
 def _check_ignite_ema(state: State) -> None:
-    """Raises ValueError, naming the entry, where the state of a handler is not of the form that it saves."""
+    """Raises ValueError, naming the entry, if the state of a handler is not of the form that it saves."""
     version, whose = state["ignite_ema_version"], "of the state of an EMAHandler"
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version != STATE_VERSION:
         got = shown_integer(version) if type(version) is int else kind_of(version)
         raise ValueError(
-            f"'ignite_ema_version' {whose} should be {VERSION}, got {got}; read it with the ignite_ema that wrote it."
+            f"'ignite_ema_version' {whose} should be {STATE_VERSION}, got {got}; read it with the ignite_ema that wrote it."
         )
-    for key in ("num_updates", "num_skipped"):
-        if type(count := state.get(key, 0)) is not int:
-            raise ValueError(f"{key!r} {whose} should be an integer, got {kind_of(count)}; take another checkpoint.")
-        _count(state, key)
     for key in ("averaged_tensors", "state_dict_names"):
         if not isinstance(state.get(key), Mapping):
             got = f"is {kind_of(state[key])}" if key in state else "is missing"
             raise ValueError(f"{key!r} {whose} should be a mapping, but {got}; take another checkpoint.")
-    for name, path in state["state_dict_names"].items():
-        if not isinstance(name, str) or not isinstance(path, str):
-            wrong = path if isinstance(name, str) else name
+    for name, averaged in state["state_dict_names"].items():
+        if not isinstance(name, str) or not isinstance(averaged, str):
             raise ValueError(
-                f"'state_dict_names' {whose} should have text alone, got {kind_of(wrong)} for {quoted(name)}; take "
+                f"'state_dict_names' {whose} should have text alone, got {kind_of(averaged)} for {quoted(name)}; take "
                 "another checkpoint."
             )
 
@@ -254,7 +247,7 @@ def _count(state: State, name: str) -> int | None:
     """A whole number, plain or in a tensor of one element."""
     value = state.get(name)
     if isinstance(value, Tensor):
-        if value.is_meta or value.layout != torch.strided or value.is_floating_point() or value.is_complex():
+        if value.is_meta or not is_dense(value) or value.is_floating_point() or value.is_complex():
             return None
         value = int(value) if value.numel() == 1 else None
     if not isinstance(value, int):

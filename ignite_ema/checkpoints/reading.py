@@ -9,25 +9,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from .cleaning import cleaned, completed, named
-from .comparison import plain_name
-from .detection import Detection
-from .formats import FORMATS, Found, Names, State, within
-from .memory import copied, mebibytes
-from .naming import listed, quoted
-from .safe_load import OpenFile, open_file
-from .unpickling import ForeignObject, kind_of
+from .detection import covers, fault, find, merged, plain_name, raw_beside
+from .files import ForeignObject, copied, kind_of, listed, load_file, mebibytes, quoted
+from .formats import FORMATS, Found, Names, State, Tensors, within
 
-__all__ = [
-    "Averaged",
-    "SeveralAverages",
-    "averaged_state_dict",
-    "choices",
-    "read",
-    "read_held",
-    "read_mapped",
-    "read_part",
-]
+__all__ = ["Averaged", "SeveralAverages", "Source", "averaged_state_dict", "choices", "read", "read_part"]
 
 Source: TypeAlias = str | os.PathLike[str] | State
 Base: TypeAlias = nn.Module | Source | None
@@ -44,9 +30,9 @@ class Averaged:
             a state dict without any average.
         tensors: the averaged weights under the model's own names: of a file in memory of their own, of a mapping not
             copied.
-        online: the raw weights of the same names, where the file has them.
-        num_updates: how many updates the average has behind it, where the file states just that. The counts of
-            mmengine (``steps``) and ema-pytorch (``step``) are of calls, only some of which update: None.
+        online: the raw weights of the same names, if the file has them.
+        num_updates: how many updates the average has behind it, if the file states just that. The counts of mmengine
+            (``steps``) and ema-pytorch (``step``) are of calls, only some of which update: None.
     """
 
     system: str
@@ -63,6 +49,10 @@ class Averaged:
         )
 
 
+class SeveralAverages(ValueError):
+    """A file holds several averages, and nothing says which is meant."""
+
+
 def read(
     source: Source,
     *,
@@ -73,13 +63,13 @@ def read(
 ) -> Averaged:
     """The averaged weights in a checkpoint of this or another system.
 
-    ``_orig_mod.`` (of ``torch.compile``) is taken out of all names; ``module.`` only where the format itself puts it
+    ``_orig_mod.`` (of ``torch.compile``) is taken out of all names; ``module.`` only if the format itself puts it
     there, or with ``strip_prefix``: the names of a bare timm ``ModelEmaV3`` look like those of a wrapped model. Extra
     state (``_extra_state``) that is not a tensor is left out. diffusers and torch_ema keep parameters only, no buffers.
 
-    Where a file holds several averages, ``key`` has to choose, and the message lists them. Averages that are bit for
-    bit the same are one. A file without a known average gives its plain weights; where several entries have the same
-    names and shapes but other values, the choice has to be made, too.
+    If a file holds several averages, ``key`` has to choose, and the message lists them. Averages that are bit for bit
+    the same are one. A file without a known average gives its plain weights; if several entries have the same names
+    and shapes but other values, the choice has to be made, too.
 
     mmcv and mmdetection 2 swap at the end of an epoch: ``key="model"`` is the average then. In a file that was saved
     within an epoch, or by an ``IterBasedRunner``, it is the other way round: ``key="ema_"`` takes the average from the
@@ -88,12 +78,14 @@ def read(
     An average of ``share_frozen=True`` lacks the frozen tensors. They are taken from the raw weights in the same file,
     or from ``base``.
 
-    Of a file of ``torch.save`` all that is returned is verified by the checksums in it. safetensors has none.
+    Nothing in a file runs. A file of ``torch.save`` is verified by the checksums in it; safetensors has none.
 
     Args:
-        source: a path, or what was loaded from one.
-        key: chooses where there are several averages: the last part of an entry's path, such as "generator_ema", the
-            whole path, joined by dots, or the name of a system.
+        source: a path, or what was loaded from one. The path may be of a directory: of ``save_pretrained``, with one or
+            several ``.safetensors`` or ``.bin`` files, of ``ShardedSaver`` or any of torch.distributed.checkpoint,
+            which is loaded as a whole, in one process.
+        key: chooses among several averages: the last part of an entry's path, such as "generator_ema", the whole path,
+            joined by dots, or the name of a system.
         names: for lists without names (diffusers, torch_ema), the model, or a mapping from its names to its
             parameters, in their order; the number and each shape have to agree. Unused for all other formats.
         base: what has the tensors that the average lacks, such as frozen ones and buffers: a model, a state dict, or a
@@ -101,8 +93,8 @@ def read(
         strip_prefix: what begins all names of the average and is taken off them, such as "module.".
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: where nothing is recognised, or several averages are, or a list has
-            no names, or the average has no tensors, or tensors without values; says what was found and the way out.
+        TypeError, ValueError, FileNotFoundError: if nothing is recognized, or several averages are, or a list has no
+            names, or the average has no tensors, or tensors without values; says what was found and the way out.
 
     Examples:
         >>> import torch
@@ -113,7 +105,12 @@ def read(
         >>> found.system, found.num_updates, sorted(found.tensors)
         ('torch AveragedModel', 1, ['bias', 'weight'])
     """
-    found = read_mapped(source, key, names, base, strip_prefix)
+    found, lacks = read_part(source, key, names, base, strip_prefix)
+    if lacks:
+        raise ValueError(
+            f"The average in {_named_source(source)} should have all tensors of its model, but it shared {len(lacks)} "
+            f"frozen ones with it, {listed(lacks)}; pass the model, or its file, as base (--base FILE)."
+        )
     return _changed(found, copied) if isinstance(source, (str, os.PathLike)) else found
 
 
@@ -128,64 +125,57 @@ def averaged_state_dict(
     """The averaged weights alone, ready for ``model.load_state_dict``; see :func:`read`.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: as :func:`read`, and where there are plain weights alone and ``key``
-            does not choose them.
+        TypeError, ValueError, FileNotFoundError: as :func:`read`, and if there are plain weights alone and ``key`` does
+            not choose them.
     """
-    found = read_mapped(source, key, names, base, strip_prefix)
+    found = read(source, key=key, names=names, base=base, strip_prefix=strip_prefix)
     if found.system == "plain" and key is None:
         raise ValueError(
             f"{_named_source(source)} should hold an average, but it has plain weights alone; use them as they are, or "
             "take another checkpoint."
         )
-    return copied(found.tensors) if isinstance(source, (str, os.PathLike)) else found.tensors
-
-
-def read_mapped(source: Source, key: str | None, names: Names, base: Base, strip_prefix: str | None) -> Averaged:
-    """What `read` gives, with tensors that are still mapped to the file."""
-    averaged, lacks = read_part(source, key, names, base, strip_prefix)
-    if lacks:
-        raise ValueError(
-            f"The average in {_named_source(source)} should have all tensors of its model, but it shared {len(lacks)} "
-            f"frozen ones with it, {listed(lacks)}; pass the model, or its file, as base (--base FILE)."
-        )
-    return averaged
+    return found.tensors
 
 
 def read_part(
-    source: Source, key: str | None, names: Names, base: Base, strip_prefix: str | None
+    source: Source, key: str | None, names: Names, base: Base = None, strip_prefix: str | None = None
 ) -> tuple[Averaged, list[str]]:
-    """As `read_mapped`, and the frozen tensors that neither the source nor the base has."""
+    """What `read` gives, still mapped to the file, and the frozen tensors that neither the source nor the base has."""
     _check_prefix(strip_prefix)
-    averaged, frozen = read_held(source, key, names)
     where = _named_source(source)
+    averaged, frozen = _read(source, key, names, where)
     averaged = _stripped(averaged, strip_prefix, where)
     lacks = [name for name in frozen if name not in averaged.tensors]
-    return (averaged, lacks) if base is None else (_based(averaged, lacks, base, where), [])
+    if base is None:
+        return averaged, lacks
+    other, _ = _read(base.state_dict() if isinstance(base, nn.Module) else base, None, None, "base")
+    tensors = _completed(averaged.tensors, other.online or other.tensors, lacks, where)
+    return replace(averaged, tensors=tensors, online=None), []
 
 
-def read_held(source: Source, key: str | None, names: Names, role: str = "source") -> tuple[Averaged, Sequence[str]]:
+def choices(source: Source, key: str | None = None) -> list[Found]:
+    """The averages in a file, or if there are none its plain weights, each of them once; with a key those it fits."""
+    found = _found(_content(source), _named_source(source))
+    return merged([one for one in found if key is None or one.answers_to(key)])
+
+
+def _read(source: Source, key: str | None, names: Names, where: str) -> tuple[Averaged, Sequence[str]]:
     """What a source itself has of an average, still mapped to the file, and the names of all frozen tensors."""
-    where, detection = _named_source(source, role), Detection()
-    opened = _opened(source)
-    found = _chosen(_found(opened.content, detection, where), key, where, detection)
-    averaged = _averaged(found, names, where, detection)
-    opened.verify(averaged.tensors.items())
-    opened.verify((averaged.online or {}).items())
-    return averaged, found.frozen
+    found = _chosen(_found(_content(source), where), key, where)
+    return _averaged(found, names, where), found.frozen
 
 
-def choices(source: Source) -> list[Found]:
-    """The averages in a file, or where there are none its plain weights, each of them once."""
-    detection = Detection()
-    return detection.merged(_found(_opened(source).content, detection, _named_source(source)))
+def _content(source: Source) -> Any:
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    if Path(source).is_dir():
+        from .directories import read_directory  # torch.distributed takes a while to import
+
+        return read_directory(Path(source))
+    return load_file(source)
 
 
-def _opened(source: Source) -> OpenFile:
-    """The file, or for a mapping one that has no checksums."""
-    return open_file(source) if isinstance(source, (str, os.PathLike)) else OpenFile(Path(), source)
-
-
-def _found(content: Any, detection: Detection, where: str) -> list[Found]:
+def _found(content: Any, where: str) -> list[Found]:
     if not isinstance(content, Mapping) or (isinstance(content, ForeignObject) and not content):
         raise TypeError(
             f"{where} should be, or hold, a mapping such as a state dict, got {kind_of(content)}; pass the "
@@ -200,11 +190,11 @@ def _found(content: Any, detection: Detection, where: str) -> list[Found]:
         raise ValueError(
             f"{where} should hold averaged weights or a state dict, but is empty; take another checkpoint."
         )
-    found = detection.find(content)
+    found = find(content)
     if not found:
-        if fault := detection.fault(content):
+        if wrong := fault(content):
             raise ValueError(
-                f"{where} should hold averaged weights or a state dict, but {fault}; load it, correct that, and pass "
+                f"{where} should hold averaged weights or a state dict, but {wrong}; load it, correct that, and pass "
                 "the mapping."
             )
         raise ValueError(
@@ -219,11 +209,7 @@ def _named_source(source: Source, role: str = "source") -> str:
     return quoted(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else role
 
 
-class SeveralAverages(ValueError):
-    """A file holds several averages, and nothing says which is meant."""
-
-
-def _chosen(found: list[Found], key: str | None, where: str, detection: Detection) -> Found:
+def _chosen(found: list[Found], key: str | None, where: str) -> Found:
     """The one average that is meant: by key, by rank, or as the only one."""
     if key is None:
         first = min(one.rank for one in found)
@@ -232,7 +218,7 @@ def _chosen(found: list[Found], key: str | None, where: str, detection: Detectio
         chosen = [one for one in found if one.answers_to(key)]
     if not chosen:
         raise ValueError(f"key should be one of {_listed_choices(found)} in {where}, got {quoted(key)}.")
-    chosen = detection.merged(chosen)
+    chosen = merged(chosen)
     if len(chosen) > 1:
         raise SeveralAverages(
             f"{where} should hold one average, got several; choose one by its key (--key): {_listed_choices(chosen)}."
@@ -246,24 +232,109 @@ def _listed_choices(found: list[Found]) -> str:
     return ", ".join(shown[:_MOST_SHOWN] + [f"… ({len(shown)} in all)"] * (len(shown) > _MOST_SHOWN))
 
 
-def _averaged(found: Found, names: Names, where: str, detection: Detection) -> Averaged:
-    tensors = cleaned(named(found, found.tensors, names, where), where)
+def _averaged(found: Found, names: Names, where: str) -> Averaged:
+    tensors = _cleaned(_with_names(found, found.tensors, names, where), where)
     if (online := found.online) is None:
-        online = detection.raw_beside(tensors, found)
-    online = None if online is None else named(found, online, names, where)
+        online = raw_beside(tensors, found)
+    online = None if online is None else _with_names(found, online, names, where)
     raw = {plain_name(name): value for name, value in (online or {}).items()}
     frozen = {name: raw[name] for name in found.frozen if name in raw}
-    tensors |= cleaned(frozen, where) if frozen else {}
-    if not detection.comparison.covers(raw, tensors) or any(raw[name].is_meta for name in tensors):
+    tensors |= _cleaned(frozen, where) if frozen else {}
+    if not covers(raw, tensors) or any(raw[name].is_meta for name in tensors):
         return Averaged(found.system, tensors, None, found.num_updates)
-    return Averaged(found.system, tensors, cleaned({name: raw[name] for name in tensors}, where), found.num_updates)
+    return Averaged(found.system, tensors, _cleaned({name: raw[name] for name in tensors}, where), found.num_updates)
 
 
-def _based(averaged: Averaged, lacks: Sequence[str], base: nn.Module | Source, where: str) -> Averaged:
-    """The average with what it lacks taken from the base."""
-    held, _ = read_held(base.state_dict() if isinstance(base, nn.Module) else base, None, None, "base")
-    tensors = completed(averaged.tensors, held.online or held.tensors, lacks, where)
-    return replace(averaged, tensors=tensors, online=None)
+def _with_names(found: Found, tensors: Tensors, names: Names, where: str) -> State:
+    """The tensors under their names, which for a list have to come from outside."""
+    if isinstance(tensors, Mapping):
+        return tensors
+    if names is None:
+        raise ValueError(
+            f"{where} holds a list of {len(tensors)} tensors without names, as {found.system} saves them; pass the "
+            "model, or its dict(model.named_parameters()), as names (on the command line: --names FILE, a file of "
+            "that mapping)."
+        )
+    if not isinstance(names, (nn.Module, Mapping)):
+        raise TypeError(
+            f"names should be a model, or a mapping from names to its parameters, got {kind_of(names)}; pass "
+            "dict(model.named_parameters())."
+        )
+    known = dict(names.named_parameters() if isinstance(names, nn.Module) else names)
+    if len(known) != len(tensors):
+        raise ValueError(
+            f"names should be of {len(tensors)} tensors, as many as {found.system} has in {where}, got {len(known)}; "
+            "pass dict(model.named_parameters()) of the model that was averaged, without buffers."
+        )
+    for (name, value), tensor in zip(known.items(), tensors, strict=True):
+        if not isinstance(value, Tensor) or not isinstance(tensor, Tensor) or _shape(value) != _shape(tensor):
+            raise ValueError(
+                f"{quoted(name)} of names should have the shape of its tensor in {where}, {_shape(tensor)}, got "
+                f"{_shape(value)}; pass the parameters in the order of model.parameters()."
+            )
+    return dict(zip(known, tensors, strict=True))
+
+
+def _cleaned(state: State, where: str) -> dict[str, Tensor]:
+    """A plain state dict: tensors with values alone, without gradients, under names without ``_orig_mod.``."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) and str(name).endswith("_extra_state"):
+            continue
+        plain = plain_name(name)
+        if fault := _fault_of(value):
+            raise ValueError(f"{quoted(name)} of the weights in {where} should {fault}.")
+        if plain in tensors:
+            raise ValueError(
+                f"{quoted(plain)} should be in {where} once, but it is there with and without '_orig_mod.'; load the "
+                "file, take one out, and pass the mapping."
+            )
+        tensors[plain] = value.detach()
+    if not tensors:
+        raise ValueError(f"The average in {where} should have tensors, but it is empty; take another checkpoint.")
+    return tensors
+
+
+def _fault_of(value: Any) -> str | None:
+    """What is wrong with a value of a state dict, if anything is."""
+    if not isinstance(value, Tensor):
+        return f"be a tensor, got {kind_of(value)}; load the file, take it out, and pass the mapping"
+    if value.is_nested:
+        return "be a plain tensor, got a nested one; load the file, convert it, and pass the mapping"
+    if value.is_meta:
+        return "have values, got a tensor on the meta device, a shape alone; take another checkpoint"
+    return None
+
+
+def _completed(tensors: dict[str, Tensor], base: State, missing: Sequence[str], where: str) -> dict[str, Tensor]:
+    """The tensors of an average, and what a base has beside them.
+
+    Args:
+        tensors: of the average.
+        base: a state dict of the same model.
+        missing: the names that have to come from the base, and no others; where it is empty, all that it has.
+        where: what holds the average, for messages.
+    """
+    held = _cleaned(base, "base")
+    for name in tensors.keys() & held.keys():
+        if tensors[name].shape != held[name].shape:
+            raise ValueError(
+                f"{quoted(name)} of base should have the shape that it has in {where}, {_shape(tensors[name])}, got "
+                f"{_shape(held[name])}; pass a state dict of the same model (--base)."
+            )
+    if lacking := [name for name in missing if name not in held]:
+        raise ValueError(
+            f"base should have what the average in {where} lacks, but has no {listed(lacking)}; pass a state dict of "
+            "the same model (--base)."
+        )
+    added = {name: held[name] for name in (missing or held) if name not in tensors}
+    if not added:
+        raise ValueError(f"base should add to the average in {where}, but that has all of its tensors; leave it out.")
+    return tensors | added
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {kind_of(value)}"
 
 
 def _check_prefix(prefix: object) -> None:

@@ -1,104 +1,113 @@
-"""The command ``python -m ignite_ema.demo``."""
+"""The command ``python -m ignite_ema.demo``: runs, a table, a picture."""
 
 import argparse
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from io import TextIOWrapper
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
-from ignite.engine import Events
 
-from .report import draw, percent, print_table
-from .training import (
-    EPOCH_LENGTH,
-    EVALUATE_EVERY,
-    LABEL_NOISE,
-    WARMUP_ITERS,
-    Run,
-    build,
-    checkpoint,
-    load_data,
-    show_progress,
-    stopped_and_resumed,
-    train,
-)
+from . import AVERAGED, DPI, ONLINE, WIDTH, dress, headline, training
+from .training import Run, stopped_and_resumed
 
 __all__ = ["main"]
 
-EXAMPLES = """examples:
-  python -m ignite_ema.demo                          five seeds, 20 epochs each
-  python -m ignite_ema.demo --seeds 1 --epochs 5     a quick look
-  python -m ignite_ema.demo --out runs/ema --force   into a directory that may hold files already
-"""
-
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ignite_ema.demo",
-        description="Trains a small net on noisy labels and shows what the average of its weights is worth.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="of each run (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="number of seeds (default: %(default)s)")
+    about = "Trains a small net on noisy labels and shows what the average of its weights is worth."
+    parser = argparse.ArgumentParser(prog="python -m ignite_ema.demo", description=about)
+    numbers = {"epochs": (20, 2, "of each run"), "seed": (0, 0, "the first seed"), "seeds": (5, 1, "number of seeds")}
+    for name, (default, _, what) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
     out = Path("ignite_ema_demo")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="where files go (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="write into DIR although it holds files")
     parsed = parser.parse_args(arguments)
-    for name, least in (("epochs", 2), ("seed", 0), ("seeds", 1)):
+    for name, (_, least, _) in numbers.items():
         if getattr(parsed, name) < least:
             parser.error(f"--{name} should be at least {least}, got {getattr(parsed, name)}.")
-    if missing := [module for module in ("matplotlib", "rich", "sklearn", "tqdm") if find_spec(module) is None]:
-        parser.error(
-            f'the demo needs {", ".join(missing)}, which is not installed; pip install "ignite-ema[demo]" brings it.'
-        )
+    if missing := [module for module in ("matplotlib", "sklearn", "tqdm") if find_spec(module) is None]:
+        way_out = 'pip install "ignite-ema[demo]" brings it.'
+        parser.error(f"the demo needs {', '.join(missing)}, which is not installed; {way_out}")
     try:
         parsed.out.mkdir(parents=True, exist_ok=True)
         occupied = any(parsed.out.iterdir())
     except OSError as error:
         parser.error(f"--out should be a directory, got '{parsed.out}' ({error.strerror}); pass another one.")
     if occupied and not parsed.force:
-        parser.error(
-            f"--out should be a new or an empty directory, got '{parsed.out}', which holds files; pass --force to "
-            "overwrite those of an earlier demo, or another --out."
-        )
+        way_out = "pass --force to overwrite those of an earlier demo, or another --out."
+        parser.error(f"--out should be a new or an empty directory, got '{parsed.out}', which holds files; {way_out}")
     return parsed
 
 
-def _difference(expected: Run, got: Run) -> str | None:
-    """Where two runs differ by a bit, in the words of ``torch.testing``; None where they do not."""
-    try:
-        torch.testing.assert_close(got.state(), expected.state(), rtol=0, atol=0, equal_nan=True)
-    except AssertionError as error:
-        return str(error)
-    return None
+def _percent(values: Sequence[float]) -> str:
+    """The mean and, of several values, the standard deviation."""
+    return f"{100 * mean(values):.1f}" + (f" (sd {100 * stdev(values):.1f})" if len(values) > 1 else "")
+
+
+def _table(runs: Mapping[int, Run]) -> str:
+    """Online and averaged test accuracy at the end, and the range of each over the last quarter."""
+    lines = ["Test accuracy (%) at the end, and its range over the last quarter"]
+    lines.append(f"{'seed':>4}{'online':>22}{'averaged':>22}{'gain':>7}")
+    for seed, run in runs.items():
+        tails = [curve[-(len(curve) // 4) :] for curve in (run.online, run.averaged)]
+        cells = [f"{_percent(tail[-1:])}, {100 * min(tail):.1f} to {100 * max(tail):.1f}" for tail in tails]
+        lines.append(f"{seed:>4}{cells[0]:>22}{cells[1]:>22}{100 * (run.averaged[-1] - run.online[-1]):>+7.1f}")
+    online, averaged = _at_the_end(runs)
+    return "\n".join([*lines, f"mean{online:>22}{averaged:>22}"])
+
+
+def _at_the_end(runs: Mapping[int, Run]) -> tuple[str, str]:
+    return _percent([run.online[-1] for run in runs.values()]), _percent([run.averaged[-1] for run in runs.values()])
+
+
+def _draw(runs: Mapping[int, Run], path: Path) -> None:
+    """Draws both accuracies over the iterations: the first seed strong, the others light."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 4.5), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    first, *others = runs
+    iterations = [training.EVALUATE_EVERY * (i + 1) for i in range(len(runs[first].online))]
+    lowest = min(min(run.online[4:] + run.averaged[4:]) for run in runs.values())
+    dress(axes, xlabel="iteration", ylabel="test accuracy (%)", xlim=(0, iterations[-1]))
+    axes.set_ylim(max(0, 10 * int(10 * lowest) - 5), 100)
+    axes.axvspan(0, min(training.WARMUP_ITERS, iterations[-1]), color="0.95", lw=0)
+    axes.text(0.04, 0.02, "momentum warm-up", color="0.4", fontsize=9, transform=axes.transAxes)
+    ends = {"averaged": 100 * runs[first].averaged[-1], "online": 100 * runs[first].online[-1]}
+    ends["online"] = min(ends["online"], ends["averaged"] - 4)  # or the labels would overlap
+    for name, color, width in (("online", ONLINE, 1.1), ("averaged", AVERAGED, 3.0)):
+        for seed in [*others, first]:
+            accuracies = [100 * accuracy for accuracy in getattr(runs[seed], name)]
+            lw, alpha = (width, 1.0) if seed == first else (width / 2, 0.35)
+            axes.plot(iterations, accuracies, color=color, lw=lw, alpha=alpha)
+        axes.text(1.01 * iterations[-1], ends[name], name, color=color, va="center", weight="bold")
+    online, averaged = _at_the_end(runs)
+    over = f"{len(runs)} seeds; light: all but seed {first}" if others else f"seed {first}"
+    noise = f"Digits, {100 * training.LABEL_NOISE:.0f} % of the training labels random, constant learning rate"
+    headline(figure, f"{noise}\nTest accuracy (%) at the end: averaged {averaged}, online {online}; {over}")
+    figure.savefig(path, pil_kwargs={"optimize": True})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the demo; returns its exit status: 0, or 1 where the resumed run differs."""
-    started = time.perf_counter()
+    """Runs the demo; returns its exit status: 0, or 1 if the resumed run differs."""
     options = _parsed(arguments)
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # ± is not worth a traceback on an ASCII terminal
     torch.set_num_threads(1)  # on tensors this small, threads cost more than they bring
-    (data, test), out, epochs, first = load_data(), options.out, options.epochs, options.seed
+    (data, test), out, epochs, first = training.load_data(), options.out, options.epochs, options.seed
     runs: dict[int, Run] = {}
     for seed in range(first, first + options.seeds):
-        runs[seed] = run = build(test, seed)
-        best = checkpoint({"ema_model": run.handler.ema_model}, out / f"best_seed{seed}.pt", score="accuracy")
-        run.averaged_evaluator.add_event_handler(Events.COMPLETED, best)
-        show_progress(run, f"Seed {seed}", epochs)
-        train(run, data, seed, epochs)
-    stop, path = EPOCH_LENGTH * epochs // 2 + EPOCH_LENGTH // 4, out / f"resume_seed{first}.pt"
+        run = training.build(test, seed, out / f"best_seed{seed}.pt")
+        runs[seed] = training.train(run, data, seed, epochs, f"Seed {seed}")
+    end, path = training.EPOCH_LENGTH * epochs, out / f"resume_seed{first}.pt"
+    stop = end // 2 + training.EPOCH_LENGTH // 4  # in the middle of an epoch
     resumed = stopped_and_resumed(data, test, first, epochs, stop, path)
-    print_table(runs)
-    title = f"Digits, {100 * LABEL_NOISE:.0f} % of the training labels random, constant learning rate"
-    draw(runs, title, EVALUATE_EVERY, WARMUP_ITERS, out / "demo.png")
-    if (difference := _difference(runs[first], resumed)) is not None:
+    print(_table(runs))
+    _draw(runs, out / "demo.png")
+    try:
+        torch.testing.assert_close(resumed.state(), runs[first].state(), rtol=0, atol=0, equal_nan=True)
+    except AssertionError as difference:
         print(
             f"The run that resumed at iteration {stop} should end with the bits of the run that never stopped; please "
             f"report this with your versions of torch and pytorch-ignite:\n{difference}",
@@ -107,13 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     winner = max(runs, key=lambda seed: max(runs[seed].averaged))
     print(
-        f"Resume   {path}: seed {first}, stopped at iteration {stop} of {EPOCH_LENGTH * epochs}, rebuilt,\n"
-        "         loaded and finished, has the bits of the run that never stopped: weights,\n"
-        "         average, count, momentum and optimizer.\n"
+        f"Resume   {path}: seed {first}, stopped at iteration {stop} of {end}, rebuilt, loaded and finished,\n"
+        "         has the bits of the run that never stopped: weights, average, count, momentum and optimizer.\n"
         f"Best     {out / f'best_seed{winner}.pt'}: the averaged model at its best on the test images,\n"
-        f"         {percent([max(runs[winner].averaged)])} %; one file for each seed.\n"
-        f"Picture  {out / 'demo.png'}\n"
-        f"Took     {time.perf_counter() - started:.1f} s, imports apart"
+        f"         {_percent([max(runs[winner].averaged)])} %; one file for each seed.\n"
+        f"Picture  {out / 'demo.png'}"
     )
     return 0
 

@@ -1,6 +1,6 @@
-"""The runs of the demo: data, network, training, an interrupted run that resumes."""
+"""The runs of the demo: data, network, training, and a run that is interrupted and resumed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -14,59 +14,37 @@ from torch import Tensor, nn
 
 from ..handlers.ema import EMAHandler
 
-__all__ = [
-    "BATCH_SIZE",
-    "EPOCH_LENGTH",
-    "EVALUATE_EVERY",
-    "LABEL_NOISE",
-    "WARMUP_ITERS",
-    "Run",
-    "batches",
-    "build",
-    "checkpoint",
-    "load_data",
-    "network",
-    "show_progress",
-    "stopped_and_resumed",
-    "train",
-]
+__all__ = ["EPOCH_LENGTH", "Run", "batches", "build", "load_data", "network", "stopped_and_resumed", "train"]
 
 Batch = tuple[Tensor, Tensor]
 
 TRAINING_IMAGES, BATCH_SIZE, LABEL_NOISE = 1024, 32, 0.3
 EPOCH_LENGTH = TRAINING_IMAGES // BATCH_SIZE
 EVALUATE_EVERY = EPOCH_LENGTH // 4  # a divisor, so that the last iteration is evaluated
-LEARNING_RATE, WEIGHT_DECAY = 0.1, 0.02
 MOMENTUM, MOMENTUM_WARMUP, WARMUP_ITERS = 0.01, 0.2, 160
 
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of one training run, and the test accuracies, in [0, 1], of the online and of the averaged model."""
+    """The parts of a training run, and the test accuracies, in [0, 1], of the online and the averaged model."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     trainer: Engine
     handler: EMAHandler
-    averaged_evaluator: Engine
     online: list[float] = field(default_factory=list)
     averaged: list[float] = field(default_factory=list)
 
     def to_save(self) -> dict[str, Any]:
-        """What a checkpoint has to hold for an exact resume."""
+        """What a checkpoint needs for an exact resume."""
         averaged = {"ema_model": self.handler.ema_model, "ema_handler": self.handler}
         return {"model": self.model, **averaged, "trainer": self.trainer, "optimizer": self.optimizer}
 
     def state(self) -> dict[str, Any]:
-        """What an interrupted run has to end with, too: tensors and numbers."""
-        return {
-            "model": self.model.state_dict(),
-            "ema_model": self.handler.ema_model.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
-            "num_updates": self.handler.num_updates,
-            "iteration": self.trainer.state.iteration,
-            "ema_momentum": getattr(self.trainer.state, "ema_momentum", None),
-        }
+        """What a resumed run has to reproduce: tensors and numbers."""
+        parts = {"model": self.model.state_dict(), "ema_model": self.handler.ema_model.state_dict()}
+        numbers = [self.handler.num_updates, *map(vars(self.trainer.state).get, ("iteration", "ema_momentum"))]
+        return {**parts, "optimizer": self.optimizer.state_dict()["state"], "count, iteration and momentum": numbers}
 
 
 def load_data() -> tuple[Batch, Batch]:
@@ -93,17 +71,23 @@ def network() -> nn.Module:
     )
 
 
-def build(test: Batch, seed: int) -> Run:
-    """A fresh model, its optimizer, trainer and average, evaluated on ``test`` every few iterations."""
+def build(test: Batch, seed: int, best: Path | None = None) -> Run:
+    """A fresh model with its optimizer, trainer and average, evaluated on ``test`` every few iterations.
+
+    ``best`` is the file that gets the averaged model when its accuracy is the highest so far.
+    """
     torch.manual_seed(seed)
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.02)
     trainer = create_supervised_trainer(model, optimizer, nn.functional.cross_entropy)
     handler = EMAHandler(model, MOMENTUM, MOMENTUM_WARMUP, WARMUP_ITERS, handle_buffers="update")
     handler.attach(trainer)  # first, so that evaluations and checkpoints find the average of their own iteration
     online = create_supervised_evaluator(model, {"accuracy": Accuracy()})
     averaged = create_supervised_evaluator(handler.ema_model, {"accuracy": Accuracy()})
-    run = Run(model, optimizer, trainer, handler, averaged)
+    if best is not None:
+        saver = _saver(best, {"ema_model": handler.ema_model}, score_name="accuracy")
+        averaged.add_event_handler(Events.COMPLETED, saver)
+    run = Run(model, optimizer, trainer, handler)
 
     @trainer.on(Events.ITERATION_COMPLETED(every=EVALUATE_EVERY))
     def evaluate() -> None:
@@ -111,6 +95,10 @@ def build(test: Batch, seed: int) -> Run:
         run.averaged.append(averaged.run([test]).metrics["accuracy"])
 
     return run
+
+
+def _saver(path: Path, objects: dict[str, Any], **options: Any) -> Checkpoint:
+    return Checkpoint(objects, DiskSaver(path.parent, require_empty=False), filename_pattern=path.name, **options)
 
 
 def batches(images: Tensor, labels: Tensor, seed: int, start: int) -> Iterator[Batch]:
@@ -122,37 +110,27 @@ def batches(images: Tensor, labels: Tensor, seed: int, start: int) -> Iterator[B
         yield images[chosen], labels[chosen]
 
 
-def train(run: Run, data: Batch, seed: int, epochs: int) -> None:
-    """Trains up to ``epochs``, from wherever the trainer is."""
+def train(run: Run, data: Batch, seed: int, epochs: int, title: str = "") -> Run:
+    """Trains up to ``epochs`` from wherever the trainer is; a title adds a bar that shows loss and momentum."""
+    if title:
+        ProgressBar(persist=True, desc=title).attach(
+            run.trainer,
+            output_transform=lambda loss: {"loss": loss},
+            event_name=Events.EPOCH_COMPLETED(every=max(1, epochs // 5)),  # seldom enough for a log file
+            closing_event_name=Events.COMPLETED,
+            state_attributes=["ema_momentum"],
+        )
     run.trainer.run(batches(*data, seed, run.trainer.state.iteration), max_epochs=epochs, epoch_length=EPOCH_LENGTH)
-
-
-def show_progress(run: Run, title: str, epochs: int) -> None:
-    """A bar on stderr with the loss and the momentum; it moves seldom enough for a log file."""
-    ProgressBar(persist=True, desc=title).attach(
-        run.trainer,
-        output_transform=lambda loss: {"loss": loss},
-        event_name=Events.EPOCH_COMPLETED(every=max(1, epochs // 5)),
-        closing_event_name=Events.COMPLETED,
-        state_attributes=["ema_momentum"],
-    )
-
-
-def checkpoint(objects: Mapping[str, Any], path: Path, score: str | None = None) -> Checkpoint:
-    """Saves the objects as ``path``; with a score only where it is the best so far."""
-    saver = DiskSaver(path.parent, require_empty=False)  # it writes a temporary file and renames it
-    return Checkpoint(objects, saver, score_name=score, filename_pattern=path.name)
+    return run
 
 
 def stopped_and_resumed(data: Batch, test: Batch, seed: int, epochs: int, stop: int, path: Path) -> Run:
     """Trains to iteration ``stop``, then from the checkpoint to the end with objects that were never trained."""
     stopped = build(test, seed)
     at_stop = Events.ITERATION_COMPLETED(once=stop)
-    stopped.trainer.add_event_handler(at_stop, checkpoint(stopped.to_save(), path))
+    stopped.trainer.add_event_handler(at_stop, _saver(path, stopped.to_save()))
     stopped.trainer.add_event_handler(at_stop, stopped.trainer.terminate)
     train(stopped, data, seed, epochs)
     resumed = build(test, seed + 1)  # other weights: all that it should know comes from the file
     Checkpoint.load_objects(resumed.to_save(), path)
-    show_progress(resumed, f"Seed {seed}, resumed", epochs)
-    train(resumed, data, seed, epochs)
-    return resumed
+    return train(resumed, data, seed, epochs, f"Seed {seed}, resumed")

@@ -1,63 +1,97 @@
-"""Keeps the averages from which any averaging length can be rebuilt after training; see :mod:`ignite_ema.posthoc`."""
+"""Keeps the averages from which an average of any length can be rebuilt later; see :mod:`ignite_ema.posthoc`."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from ignite.engine import Engine, Events
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
+from ..averaging.average import ModelAverage
 from ..averaging.buffers import BufferPolicy
-from ..averaging.summaries import one_line
+from ..averaging.checks import (
+    check_count,
+    check_saved_mapping,
+    one_line,
+    refuse_shallow_copy,
+    warn_first_rank,
+    warn_user,
+)
+from ..averaging.names import tensors_of
+from ..averaging.sharding import is_first_rank, on_first_rank, whole
+from ..averaging.state import check_average_state
+from ..checkpoints.files import compact
+from ..posthoc.snapshots import StoredSnapshot, prepare, read_frozen, write, write_frozen
 from ..schedules import PowerFunction
-from .attachment import Handles
-from .events import Event, check_name, members_of
-from .posthoc_arguments import check_options, check_others, check_parameters, checked_twins, checked_widths
-from .posthoc_state import VERSION, check_posthoc_state
-from .power_average import Clock, PowerAverage, PowerOfSamples
-from .snapshots import Snapshots
+from .attachment import (
+    Attachment,
+    Attachments,
+    Event,
+    attachments,
+    check_attachable,
+    members_of,
+    optimizer_with_hooks,
+)
 
 __all__ = ["PostHocEMA"]
+
+_VERSION = 3
+_STATE: dict[str, type | tuple[type, ...]] = {
+    "ignite_ema_posthoc_version": int,
+    "sigma_rels": list,
+    "time_unit": str,
+    "samples_seen": int,
+    "updated_at": int,
+    "run_id": str,
+    "snapshot_times": list,
+    "optimizer_stepped": list,
+}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class PostHocEMA:
     """Keeps power-function averages of a few widths and stores snapshots, from which any length can be rebuilt later.
 
-    The widths are relative to the run so far, and at each snapshot all averages are written to one file. What can be
-    rebuilt, and how well, follows from the snapshots' times alone: with two widths and 64 evenly spaced snapshots,
-    ``sigma_rel`` from 0.04 to 0.25 to 1.5 %; see :func:`ignite_ema.posthoc.residual`.
+    The widths are relative to the run so far, and each snapshot has all averages in one file. What can be rebuilt, and
+    how well, follows from the snapshots' times alone: with two widths and 64 evenly spaced snapshots, ``sigma_rel``
+    from 0.04 to 0.25 to 1.5 %; see :func:`ignite_ema.posthoc.residual`.
 
     Args:
         model: the online model, as for :class:`~ignite_ema.EMAHandler`.
         sigma_rels: the widths of the averages, each in (0, 1/√12).
-        dirname: where the snapshots go, as ``snapshot_<time>.pt``; made where it is missing.
-        handle_buffers: as for ``EMAHandler``, but not "ema_train", and "update" where it is left out: a long average
-            goes badly with the batch-norm statistics of the last batches. What is not averaged is stored as it is.
-        samples: called with the engine when an iteration starts, says how many samples its batch has. Time is counted
-            in samples then, for batches whose size changes; without it in updates, at whatever interval they are made.
-        snapshot_dtype: in which type the averages are stored: float32, float64, bfloat16 or float16. 16 bits halve the
-            files and round each weight by up to 0.4 % (bfloat16) or 0.05 % (float16), in the mean 0.17 and 0.02 %. What
-            is rebuilt is off by that, times the norm of the coefficients where it is above 1: with 64 snapshots 2.3 for
-            a width of 0.04, and 17 for 0.02.
+        dirname: the directory of the snapshots, ``snapshot_<time>.pt``; made if it is missing.
+        handle_buffers: as for ``EMAHandler``, but not "ema_train". The default, "statistics", averages the statistics
+            of normalization layers: a long average does not match those of the last batches. Buffers that are not
+            averaged are stored as they are.
+        samples: called with the engine when an iteration starts, returns the number of samples in its batch. Time is
+            then counted in samples, for batches whose size changes; without it in updates, at whatever interval they
+            are made. True: :meth:`update` is told the number.
+        snapshot_dtype: the type in which the averages are stored: float32, float64, bfloat16 or float16. 16 bits halve
+            the files and round each weight by up to 0.4 % (bfloat16) or 0.05 % (float16), on average 0.17 and 0.02 %.
+            What is rebuilt is off by that, times the norm of the coefficients if it is above 1: with 64 snapshots 2.3
+            for a width of 0.04, and 17 for 0.02.
         ema_models: twins of your own, one for each width, for models that cannot be deep-copied.
-        dtype, device, share_frozen, skip_nonfinite, stochastic_rounding, flatten: as for ``EMAHandler``.
+        dtype, device, share_frozen, skip_nonfinite, stochastic_rounding: as for ``EMAHandler``.
 
     Attributes:
-        streams: an :class:`~ignite_ema.EMAHandler` for each width, with its ``ema_model`` and ``swapped()``.
+        streams: a :class:`~ignite_ema.ModelAverage` for each width.
         sigma_rels: what was passed, as a tuple.
+        dirname: the directory of the snapshots; can be set to another one that exists, after :meth:`reset`.
         time_unit: "updates" or "samples".
+        time: the time of the last update: the number of updates, or of samples, since the start.
 
     Raises:
         TypeError, ValueError, RuntimeError: for an argument of the wrong type or value, as for ``EMAHandler``.
-        OSError: where the directory cannot be made.
+        OSError: if the directory cannot be made.
 
     Note:
-        In a process group build, attach, save and reset it on all ranks. The first one writes, and alone returns paths;
-        what goes wrong there is raised on all. They talk when it is built, when a run starts and at each snapshot, and
-        not at an update. Of a sharded model the first rank gathers each snapshot in its CPU memory.
+        In a process group build, attach, load, save and reset it on all ranks. The first one writes, and it alone
+        returns paths; an error there is raised on all. The ranks communicate when it is built, when a run starts and at
+        each snapshot, and not at an update. The first rank gathers each snapshot of a sharded model in its CPU memory.
 
     Examples:
         >>> import tempfile, torch
@@ -79,8 +113,8 @@ class PostHocEMA:
         sigma_rels: Sequence[float] = (0.05, 0.10),
         *,
         dirname: str | os.PathLike[str],
-        handle_buffers: BufferPolicy = "update",
-        samples: Callable[[Engine], int] | None = None,
+        handle_buffers: BufferPolicy = "statistics",
+        samples: Callable[[Engine], int] | bool | None = None,
         snapshot_dtype: torch.dtype = torch.float32,
         ema_models: Sequence[nn.Module] | None = None,
         dtype: torch.dtype | None = None,
@@ -88,50 +122,52 @@ class PostHocEMA:
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
-        flatten: bool = False,
     ) -> None:
-        self.sigma_rels = checked_widths(sigma_rels)
-        check_options(handle_buffers, samples, snapshot_dtype)
-        schedule = PowerFunction if samples is None else PowerOfSamples
+        self.sigma_rels = _checked_widths(sigma_rels)
+        _check_options(handle_buffers, samples, snapshot_dtype)
+        self._samples, self._dtype = samples if callable(samples) else None, snapshot_dtype
+        self._exponents = [PowerFunction(sigma_rel).gamma + 1 for sigma_rel in self.sigma_rels]
+        self.time_unit = "samples" if samples else "updates"
         self.streams = tuple(
-            PowerAverage(
+            ModelAverage(
                 model,
-                schedule(sigma_rel),
-                handle_buffers=handle_buffers,
+                handle_buffers,
+                momentum=None if samples else PowerFunction(sigma_rel),
                 ema_model=twin,
                 dtype=dtype,
                 device=device,
                 share_frozen=share_frozen,
                 skip_nonfinite=skip_nonfinite,
                 stochastic_rounding=stochastic_rounding,
-                flatten=flatten,
             )
-            for sigma_rel, twin in zip(self.sigma_rels, checked_twins(ema_models, self.sigma_rels), strict=True)
+            for sigma_rel, twin in zip(self.sigma_rels, _checked_twins(ema_models, self.sigma_rels), strict=True)
         )
-        check_parameters(self.streams[0].ema_model)
-        self._clock = Clock(samples, self.streams)
-        self.time_unit = self._clock.unit
-        self._snapshots = Snapshots(self.streams, self.sigma_rels, self._clock, Path(dirname), snapshot_dtype)
+        if not any(True for _ in self.model.parameters()):
+            raise ValueError("model should have parameters, got none; there is nothing to average.")
         self.dirname = Path(dirname)
+        on_first_rank(lambda: self.dirname.mkdir(parents=True, exist_ok=True))
+        self._attachments = Attachments()
+        self._start_anew()
+        self._start_is_known = False
+
+    def _start_anew(self) -> None:
+        """Another run, at time 0 and without snapshots."""
+        self.time: int = 0
+        self._seen: int = 0  # samples
+        self._run_id: str = on_first_rank(lambda: uuid4().hex)
+        self._times: list[int] = []
+        self._resumed_at: int | None = 0  # the time of the state; None once the directory is prepared to go on from it
+        self._start_is_known = True
+
+    __copy__ = refuse_shallow_copy
 
     def __repr__(self) -> str:
         return one_line(
             "PostHocEMA",
-            lambda: f"{type(self.model).__name__}: sigma_rel {' and '.join(f'{one:g}' for one in self.sigma_rels)}",
+            lambda: f"{type(self.model).__name__}: sigma_rel {' and '.join(f'{width:g}' for width in self.sigma_rels)}",
             lambda: f"at {self.time} {self.time_unit}",
-            lambda: f"{len(self._snapshots.times)} snapshots in {str(self.dirname)!r}",
+            lambda: f"{len(self._times)} snapshots in {str(self.dirname)!r}",
         )
-
-    @property
-    def dirname(self) -> Path:
-        """Where the snapshots go; can be set to another directory that is there, after :meth:`reset`."""
-        return self._snapshots.directory
-
-    @dirname.setter
-    def dirname(self, value: Path) -> None:
-        self._snapshots.directory = value
-        for average in self.streams:
-            average.directory = value.resolve()
 
     @property
     def model(self) -> nn.Module:
@@ -143,10 +179,26 @@ class PostHocEMA:
         """The number of updates made so far."""
         return self.streams[0].num_updates
 
-    @property
-    def time(self) -> int:
-        """The time of the last update: the number of updates, or of samples, since the start."""
-        return self._clock.time
+    def update(self, samples: int | None = None) -> bool:
+        """Updates all averages, in a loop without an engine; call :meth:`save` from time to time.
+
+        Args:
+            samples: the number of samples since the last update, if time is counted in samples.
+
+        Returns:
+            Whether the update was made: False if ``skip_nonfinite`` left it out.
+
+        Raises:
+            TypeError, ValueError: for samples if time is counted in updates, or a wrong number.
+        """
+        if self.time_unit == "samples":
+            self._count(samples, "samples should be")
+        elif samples is not None:
+            raise TypeError(
+                f"samples should be left out if time is counted in updates, got {samples!r}; pass samples=True to "
+                "PostHocEMA to count them."
+            )
+        return self._update()
 
     def attach(
         self,
@@ -155,73 +207,86 @@ class PostHocEMA:
         event: Event = Events.ITERATION_COMPLETED,
         snapshot_event: Event = Events.EPOCH_COMPLETED,
         *,
-        optimizer: Optimizer | None = None,
-    ) -> Handles:
+        optimizer: Any = None,
+    ) -> Attachment:
         """Updates the averages at ``event``, and writes a snapshot at ``snapshot_event``, and at the end of a run.
 
         The momentum of the i-th average is published as ``engine.state.<name>_<i>``. Attach before what saves a
-        checkpoint at the same event. A run that is terminated writes no last snapshot; call :meth:`save` for it. Where
-        one resumes, those later than the state that was loaded are set aside, as ``….pt.superseded``.
+        checkpoint at the same event. A run that is terminated writes no last snapshot; call :meth:`save` then. If a run
+        resumes, snapshots that are later than its state are set aside, as ``….pt.superseded``.
 
         Args:
             engine: the trainer.
             name: of the attributes.
             event: when to update.
             snapshot_event: when to write; dozens, evenly spaced, are enough. Without an update since, none is written.
-            optimizer: update only where this optimizer has stepped since the last event.
+            optimizer: update only if this optimizer, or the one that it wraps, has stepped since the last event.
 
         Returns:
             A handle whose ``remove()`` undoes this call.
 
         Raises:
             TypeError, ValueError, RuntimeError: as ``EMAHandler.attach`` does; nothing is attached then. The run raises
-                ValueError at its start where the directory has snapshots of another one.
+                ValueError at its start if the directory has snapshots of another one.
         """
-        moments = members_of(snapshot_event, engine)
-        check_name(name)
-        check_others(engine, name, self.streams)
-        handles = Handles()
-        try:
-            for index, average in enumerate(self.streams):
-                handles.add(average.attach(engine, f"{name}_{index}", event=event, optimizer=optimizer))
-            # After what refuses a second time: handlers are removed by equality, and this would take the first's away.
-            if self.time_unit == "samples":
-                handles.add(engine.add_event_handler(Events.ITERATION_STARTED, self._clock.count))
-            handles.add(engine.add_event_handler(Events.STARTED, self._start))
-            for moment in moments:
-                handles.add(engine.add_event_handler(moment, self._save))
-            handles.add(engine.add_event_handler(Events.COMPLETED, self._save_last))
-        except BaseException:
-            handles.remove()
-            raise
-        return handles
+        names = tuple(f"{name}_{index}" for index in range(len(self.streams)))
+        check_attachable(self, engine, [name, *names], event, snapshot_event)
+        if self.time_unit == "samples" and self._samples is None:
+            raise TypeError(
+                "samples should be a function of the engine to count its batches, got True; pass one such as "
+                "lambda engine: len(engine.state.batch[0]) to PostHocEMA."
+            )
+        others = (other.owner for other in attachments(engine) if isinstance(other.owner, PostHocEMA))
+        if any(other.dirname.resolve() == self.dirname.resolve() for other in others):
+            raise ValueError(
+                f"dirname should be another than '{self.dirname}', where another PostHocEMA of this engine writes; "
+                "give each its own directory."
+            )
+        steps = optimizer_with_hooks(optimizer, self.model)
+        if taken := [taken for taken in names if hasattr(engine.state, taken)]:
+            warn_user(
+                f"Attribute '{taken[0]}' already exists in Engine.state, made by another handler or loaded with the "
+                "engine, and is overwritten. Choose another name."
+            )
+        attachment = Attachment(self, engine, names, event, set(names).difference(taken), steps)
+        if self._samples is not None:
+            attachment.call_at(engine, Events.ITERATION_STARTED, self._count_batch)
+        for moment in members_of(snapshot_event, engine):
+            attachment.call_at(engine, moment, self._save)  # type: ignore[arg-type]  # a string is as good
+        attachment.call_at(engine, Events.COMPLETED, self._save_last)
+        self._attachments.add(attachment)
+        self._publish()
+        return attachment
 
     def save(self) -> Path | None:
-        """Writes a snapshot now; returns its path, or None where there is one of this time or no update yet.
+        """Writes a snapshot now; returns its path, or None if there is one of this time or no update yet.
 
         Raises:
-            OSError, RuntimeError, ValueError: where it cannot be written, a weight is beyond the range of float16, or
-                the averages are of different times. On all ranks.
+            OSError, RuntimeError, ValueError: if it cannot be written, a weight is beyond the range of the snapshots'
+                type, the averages are of different times, or the directory has snapshots of another run. On all ranks.
         """
-        return self._snapshots.write(0, 0)
+        return self._write(0, 0)
 
     def reset(self) -> None:
         """Starts again: the averages become the model, and time 0. A run then needs a directory without snapshots."""
         for average in self.streams:
             average.reset()
-        self._clock.set(0, 0)
-        self._snapshots.start_anew(anywhere=True)
+        self._start_anew()
+        self._publish()
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: each average's, time, and which snapshots there are; tensors and plain values only."""
+        for attachment in self._attachments:
+            attachment.note_reading()
         return {
-            "ignite_ema_posthoc_version": VERSION,
+            "ignite_ema_posthoc_version": _VERSION,
             "sigma_rels": list(self.sigma_rels),
             "time_unit": self.time_unit,
-            "samples_seen": self._clock.seen,
+            "samples_seen": self._seen,
             "updated_at": self.time,
-            "run_id": self._snapshots.run_id,
-            "snapshot_times": list(self._snapshots.times),
+            "run_id": self._run_id,
+            "snapshot_times": list(self._times),
+            "optimizer_stepped": sorted(self._attachments.stepped()),
             **{f"stream_{index}": average.state_dict() for index, average in enumerate(self.streams)},
         }
 
@@ -232,18 +297,214 @@ class PostHocEMA:
             TypeError, ValueError: for a state with a missing, unexpected or wrong entry, or of another model, widths
                 or unit of time; nothing has been loaded then.
         """
-        check_posthoc_state(state, self.state_dict(), self.streams)
-        for index, average in enumerate(self.streams):
+        _check_state(state, self.sigma_rels, self.time_unit)
+        for index, average in enumerate(self.streams):  # what the first takes fits the others, too
             average.load_state_dict(state[f"stream_{index}"])
-        self._clock.set(state["samples_seen"], state["updated_at"])
-        self._snapshots.load(state["run_id"], state["snapshot_times"])
+        self._seen, self.time = state["samples_seen"], state["updated_at"]
+        self._run_id, self._times = state["run_id"], list(state["snapshot_times"])
+        self._resumed_at, self._start_is_known = self.time, True
+        self._attachments.load_stepped(state["optimizer_stepped"])
+        self._publish()
 
-    def _start(self, engine: Engine) -> None:
-        self._snapshots.begin_run(engine.state.iteration)
+    def _next_time(self) -> int:
+        return self._seen if self.time_unit == "samples" else self.time + 1
+
+    def _count(self, samples: object, what: str) -> None:
+        if type(samples) is not int or samples < 1:
+            raise ValueError(f"{what} the number of samples in the batch, an integer of at least 1, got {samples!r}.")
+        self._seen += samples
+
+    def _publish(self) -> list[float]:
+        """Shows each average's next λ on the engines: from time t to t' it is 1 - (t / t') ^ (γ + 1)."""
+        momenta = [1.0] * len(self.streams)
+        if self.time > 0:
+            step = math.log1p((self.time - self._next_time()) / self._next_time())
+            momenta = [-math.expm1(exponent * step) for exponent in self._exponents]
+        for attachment in self._attachments:
+            for name, momentum in zip(attachment.names, momenta, strict=True):
+                setattr(attachment.engine().state, name, momentum)
+        return momenta
+
+    def _update(self) -> bool:
+        momenta = self._publish()
+        moved = [average.update(momentum) for average, momentum in zip(self.streams, momenta, strict=True)]
+        if moved[0]:  # as the others, which look at the same weights
+            self.time, self._start_is_known = self._next_time(), True
+        return moved[0]
+
+    def _on_event(self, engine: Engine, attachment: Attachment) -> None:
+        if engine.should_terminate and (name := self.streams[0].first_nonfinite()) is not None:
+            warn_first_rank(
+                f"{name} has a NaN or an infinity while the run is being terminated, and the averages were left as "
+                "they are."
+            )
+            return
+        self._update()
+
+    def _on_run_start(self, engine: Engine, attachment: Attachment) -> None:
+        if not self._start_is_known and attachment.first_iteration > 0:
+            warn_first_rank(
+                f"The trainer resumes at iteration {attachment.first_iteration}, but its PostHocEMA was not restored, "
+                'and the averages start anew; put it into the checkpoint ("posthoc_ema": posthoc_ema) and load it with '
+                "Checkpoint.load_objects, or call reset() if they are meant to start here."
+            )
+        self._start_is_known = True
+        self._prepare()
+
+    def _on_run_end(self, engine: Engine, attachment: Attachment) -> None:
+        """The first update copies: there is nothing to say about the share of the initial weights."""
+
+    def _count_batch(self, engine: Engine) -> None:
+        if self._samples is not None:
+            self._count(self._samples(engine), "samples should return")
 
     def _save(self, engine: Engine) -> None:
-        self._snapshots.write(engine.state.iteration, engine.state.epoch)
+        self._write(engine.state.iteration, engine.state.epoch)
 
     def _save_last(self, engine: Engine) -> None:
         if not engine.should_terminate:  # else it may go on, and should write then what it would have written
             self._save(engine)
+
+    def _prepare(self) -> None:
+        """Once for a run, and for each state that is loaded: the directory has the past of this run alone."""
+        if self._resumed_at is None:
+            return
+        begun, shared = self._resumed_at, self.streams[0].shared_tensors()
+
+        def prepared() -> tuple[list[int], bool]:
+            times = prepare(self.dirname, self._run_id, begun, self._times)
+            return times, bool(shared) and read_frozen(self.dirname, self._run_id) is None
+
+        self._times, lacks_frozen = on_first_rank(prepared)
+        if lacks_frozen:
+            frozen = _gathered(shared)
+            on_first_rank(lambda: write_frozen(compact(frozen), self._run_id, self.dirname))
+        self._resumed_at = None
+
+    def _write(self, iteration: int, epoch: int) -> Path | None:
+        """Writes a snapshot; returns its path, on the first rank, or None if nothing has moved since the last one."""
+        if not self.time:
+            return None
+        self._prepare()
+        if self.time in self._times[-1:]:
+            return None
+        if len(counts := {average.num_updates for average in self.streams}) > 1:
+            raise RuntimeError(
+                f"The averages should be of one time, got {sorted(counts)} updates; reset() or load the PostHocEMA as "
+                "a whole."
+            )
+        shared = self.streams[0].shared_tensors()
+        gathered = [_gathered(average.averaged_tensors()) for average in self.streams]
+
+        def written() -> Path:
+            contents = [_contents(*one, self._dtype) for one in zip(self.streams, gathered, strict=True)]
+            snapshot = StoredSnapshot(
+                time=self.time,
+                time_unit=self.time_unit,
+                num_updates=self.num_updates,
+                iteration=iteration,
+                epoch=epoch,
+                sigma_rels=list(self.sigma_rels),
+                averaged=[averaged for averaged, _ in contents],
+                copied=contents[0][1],
+                state_dict_names=self.streams[0].state_dict()["state_dict_names"],
+                frozen_shapes={name: list(tensor.shape) for name, tensor in shared.items()},
+                run_id=self._run_id,
+            )
+            return write(snapshot, self.dirname)
+
+        path = on_first_rank(written)
+        self._times.append(self.time)
+        return path if is_first_rank() else None
+
+
+def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, whole, in the CPU memory of the first rank; nothing on the others. All ranks have to call this."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if is_first_rank():
+            gathered[name] = full.cpu()
+    return gathered
+
+
+def _contents(
+    average: ModelAverage, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a snapshot stores: averaged tensors in ``dtype``, buffers at least in float32, and copies of all others."""
+    treatments, own = average.treatments(), tensors_of(average.model)
+    averaged, copied = {}, {}
+    for name in list(tensors):
+        tensor = tensors.pop(name)  # a narrow copy takes its place
+        if treatments[name] != "average":
+            copied[name] = tensor
+            continue
+        wide = dtype if isinstance(own[name], nn.Parameter) else torch.promote_types(dtype, torch.float32)
+        averaged[name] = tensor.to(tensor.dtype if tensor.is_complex() else wide).contiguous()
+        narrows = averaged[name].dtype != tensor.dtype
+        if narrows and not bool((averaged[name].isfinite() | ~tensor.isfinite()).all()):
+            raise ValueError(
+                f"'{name}' should be within ±{torch.finfo(wide).max:g} to be stored in {wide}, got "
+                f"{tensor.abs().max().item():g}; pass another snapshot_dtype, such as torch.bfloat16."
+            )
+    return compact(averaged), compact(copied)
+
+
+def _checked_widths(sigma_rels: Sequence[float]) -> tuple[float, ...]:
+    if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Sequence) or not sigma_rels:
+        raise TypeError(f"sigma_rels should be a sequence of widths such as (0.05, 0.10), got {sigma_rels!r}.")
+    widths = tuple(float(PowerFunction(sigma_rel).sigma_rel) for sigma_rel in sigma_rels)
+    if len(set(widths)) < len(widths):
+        raise ValueError(f"sigma_rels should be different widths, got {sigma_rels!r}; name each once.")
+    return widths
+
+
+def _check_options(handle_buffers: BufferPolicy, samples: object, snapshot_dtype: torch.dtype) -> None:
+    if handle_buffers == "ema_train":
+        raise ValueError(
+            "handle_buffers should be 'statistics', 'copy', 'update' or a mapping, got 'ema_train': an average that is "
+            "rebuilt from snapshots has made no forward passes of its own."
+        )
+    if samples is not None and not isinstance(samples, bool) and not callable(samples):
+        raise TypeError(
+            f"samples should be a function of the engine, got {samples!r}; pass one such as "
+            "lambda engine: len(engine.state.batch[0])."
+        )
+    if snapshot_dtype not in _DTYPES:
+        raise ValueError(f"snapshot_dtype should be one of {', '.join(map(str, _DTYPES))}, got {snapshot_dtype!r}.")
+
+
+def _checked_twins(twins: Sequence[nn.Module] | None, sigma_rels: Sequence[float]) -> Sequence[nn.Module | None]:
+    """A twin of the user's own, or None, for each width."""
+    if twins is None:
+        return [None] * len(sigma_rels)
+    if len({id(twin) for twin in twins}) != len(sigma_rels) or len(twins) != len(sigma_rels):
+        raise ValueError(
+            f"ema_models should be {len(sigma_rels)} different modules, one for each width, got {twins!r}."
+        )
+    return twins
+
+
+def _check_state(state: Mapping[str, Any], sigma_rels: Sequence[float], time_unit: str) -> None:
+    """Raises TypeError or ValueError, naming the entry, unless ``state`` may be loaded."""
+    own = {"ignite_ema_posthoc_version": _VERSION, "sigma_rels": list(sigma_rels), "time_unit": time_unit}
+    for key, value in own.items():
+        if isinstance(state, Mapping) and key in state and repr(state[key]) != repr(value):
+            raise ValueError(
+                f"{key!r} of the state should be {value!r}, got {state[key]!r}; make the PostHocEMA as it was made "
+                "when the state was saved."
+            )
+    streams = [f"stream_{index}" for index in range(len(sigma_rels))]
+    check_saved_mapping(state, {**_STATE, **dict.fromkeys(streams, Mapping)}, "a PostHocEMA")
+    for key in ("samples_seen", "updated_at"):
+        check_count(state[key], f"{key!r} of the state")
+    for stream in streams:
+        check_average_state(state[stream])
+    forms = [
+        (one["num_updates"], {name: getattr(x, "shape", None) for name, x in one["averaged_tensors"].items()})
+        for one in map(state.__getitem__, streams)
+    ]
+    if any(form != forms[0] for form in forms) or max(state["snapshot_times"], default=0) > state["updated_at"]:
+        raise ValueError(
+            "The averages of the state should be of the same model and time; load what state_dict() gave, unchanged."
+        )

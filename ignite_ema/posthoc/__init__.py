@@ -7,16 +7,8 @@ are not needed for that. Karras et al. 2024 (arXiv 2312.02696), section 3 and ap
 """
 
 from .fitting import GOOD, coefficients, fitted, planned, residual, residuals
-from .profiles import (
-    ExponentialProfile,
-    PowerProfile,
-    Profile,
-    SampledProfile,
-    Snapshot,
-    UniformProfile,
-    inner_products,
-)
-from .reconstruction import gamma_from_sigma_rel, reconstruct, rounding, sigma_rel_from_gamma, stored
+from .profiles import ExponentialProfile, PowerProfile, Profile, SampledProfile, Snapshot, UniformProfile
+from .reconstruction import gamma_from_sigma_rel, reconstruct, rounding, sigma_rel_from_gamma, stored, sweep
 
 __all__ = [
     "GOOD",
@@ -29,7 +21,6 @@ __all__ = [
     "coefficients",
     "fitted",
     "gamma_from_sigma_rel",
-    "inner_products",
     "planned",
     "reconstruct",
     "residual",
@@ -37,4 +28,5 @@ __all__ = [
     "rounding",
     "sigma_rel_from_gamma",
     "stored",
+    "sweep",
 ]

@@ -1,33 +1,17 @@
-"""Which sum of known averages comes closest to one that is wanted, and how close: least squares over their profiles."""
+"""Which weighted sum of known averages comes closest to a target, and how close: least squares over their profiles."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
-from typing import TypeAlias
+import numbers
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .profiles import ExponentialProfile, PowerProfile, Profile, Snapshot, UniformProfile, inner_products
+from .profiles import PowerProfile, Profile, Snapshot, inner_products
 
-__all__ = [
-    "GOOD",
-    "as_profile",
-    "coefficients",
-    "fitted",
-    "planned",
-    "reach",
-    "residual",
-    "residuals",
-    "windows_at_snapshots",
-]
+__all__ = ["GOOD", "as_profile", "coefficients", "fitted", "planned", "residual", "residuals"]
 
-_LENGTHS = [k / 100 for k in range(1, 29)]  # among which the reach of snapshots is looked for
-_HALF_LIVES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # among which one is looked for
-GOOD = 0.01  # a residual up to which an average is the one that was asked for
-_NEAR = 32  # windows of which each is tried
-
-Noise: TypeAlias = Callable[[Tensor], float]
+GOOD = 0.01  # up to this residual, an average counts as the one that was asked for
 
 
 def coefficients(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> Tensor:
@@ -46,7 +30,7 @@ def coefficients(snapshots: Sequence[Snapshot], target: Profile | float, end: fl
     Raises:
         TypeError, ValueError: if there are no snapshots, or an argument is not a profile or not a time.
     """
-    return fitted(snapshots, [as_profile(target)], end)[0][0]
+    return fitted(snapshots, [target], end)[0][0]
 
 
 def residual(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> float:
@@ -66,44 +50,58 @@ def residuals(
     snapshots: Sequence[Snapshot], targets: Iterable[Profile | float], end: float | None = None
 ) -> list[float]:
     """The :func:`residual` of each target; faster than calling it for each."""
-    return fitted(snapshots, [as_profile(target) for target in targets], end)[1]
+    return fitted(snapshots, list(targets), end)[1]
 
 
 def planned(times: Iterable[float], sigma_rels: Sequence[float] = (0.05, 0.10)) -> list[Snapshot]:
     """The snapshots that a ``PostHocEMA`` with these widths would store at these times; for planning a run."""
-    ordered = list(times)
-    return [Snapshot(PowerProfile(sigma_rel), time) for time in ordered for sigma_rel in sigma_rels]
+    return [Snapshot(PowerProfile(sigma_rel), time) for time in times for sigma_rel in tuple(sigma_rels)]
 
 
 def fitted(
-    snapshots: Sequence[Snapshot], targets: Sequence[Profile], end: float | None = None
+    snapshots: Sequence[Snapshot], targets: Sequence[Profile | float], end: float | None = None
 ) -> tuple[Tensor, list[float]]:
     """The :func:`coefficients` for each target, of shape (targets, n), and the residuals."""
-    if not snapshots:
-        raise ValueError("snapshots should be one or more, got none; without them nothing can be rebuilt.")
-    for one in snapshots:
-        if not isinstance(one, Snapshot):
+    if not snapshots or not targets:
+        missing = "targets" if snapshots else "snapshots"
+        raise ValueError(f"{missing} should be at least one, got none; pass those to fit.")
+    for snapshot in snapshots:
+        if not isinstance(snapshot, Snapshot):
             raise TypeError(
-                f"snapshots should be of type Snapshot, got {one!r}; posthoc.planned(times=...) makes them of times."
+                f"snapshots should be of type Snapshot, got {snapshot!r}; posthoc.planned(times=...) makes them from "
+                "times."
             )
-    wanted = [Snapshot(target, max(one.time for one in snapshots) if end is None else end) for target in targets]
-    own = torch.cat([_gram([one], [one])[0] for one in wanted])
-    for one, norm in zip(wanted, own.tolist(), strict=True):
+    last = max(snapshot.time for snapshot in snapshots) if end is None else end
+    wanted = [Snapshot(as_profile(target), last) for target in targets]
+    norms = torch.cat([_gram([target], [target])[0] for target in wanted])
+    for target, norm in zip(wanted, norms.tolist(), strict=True):
         if not 0 < norm < math.inf:
             raise ValueError(
-                f"target should have a density that float64 can hold, got {one.profile}; choose a longer one."
+                f"target should have a density that float64 can hold, got {target.profile}; choose a longer average."
             )
     gram, mixed = _gram(snapshots, snapshots), _gram(snapshots, wanted)
     solved = _solved(gram, torch.cat([mixed, torch.ones(len(snapshots), 1, dtype=torch.float64)], dim=1))
     free, ones = solved[:, :-1], solved[:, -1:]
-    found = free + ones * ((1 - free.sum(dim=0)) / ones.sum())  # a Lagrange multiplier: the least squares with sum 1
-    distances = own - 2 * (found * mixed).sum(dim=0) + (found * (gram @ found)).sum(dim=0)
-    return found.T, (distances.clamp(min=0) / own).sqrt().tolist()
+    found = free + ones * ((1 - free.sum(dim=0)) / ones.sum())  # a Lagrange multiplier: least squares with sum 1
+    distances = norms - 2 * (found * mixed).sum(dim=0) + (found * (gram @ found)).sum(dim=0)
+    return found.T, (distances.clamp(min=0) / norms).sqrt().tolist()
+
+
+def as_profile(target: Profile | float) -> Profile:
+    """``target``, or the power function of this ``sigma_rel``."""
+    if isinstance(target, Profile):
+        return target
+    if isinstance(target, bool) or not isinstance(target, numbers.Real):
+        raise TypeError(
+            f"target should be a profile or a number, got {target!r}; pass a sigma_rel such as 0.15, or a profile "
+            "such as ExponentialProfile(0.05)."
+        )
+    return PowerProfile(target)
 
 
 def _solved(gram: Tensor, right: Tensor) -> Tensor:
-    """``gram`` to the power of -1, times ``right``; where there is no inverse, as of equal snapshots, the shortest."""
-    scale = gram.diagonal().rsqrt()[:, None]  # to a diagonal of 1, for the profiles of neighbours are nearly the same
+    """``gram`` to the power of -1, times ``right``; the shortest solution if it is singular (equal snapshots)."""
+    scale = gram.diagonal().rsqrt()[:, None]  # to a diagonal of 1: the profiles of neighbors are nearly the same
     factor, failed = torch.linalg.cholesky_ex(gram * scale * scale.T)
     if not failed:
         return scale * torch.cholesky_solve(scale * right, factor)
@@ -114,124 +112,24 @@ def _solved(gram: Tensor, right: Tensor) -> Tensor:
     return result
 
 
-def reach(
-    snapshots: Sequence[Snapshot], target: Profile, noise: Noise = lambda row: 0.0, max_residual: float = GOOD
-) -> str:
-    """What to ask for in place of a target that is not to be had, none of it refused in its turn: a clause.
-
-    Args:
-        snapshots: the snapshots.
-        target: the profile that was asked for.
-        noise: says of coefficients, of shape (n,), how much they amplify the rounding of the snapshots.
-        max_residual: how far the target may be; above 1 % windows and half-lives that are rough are named, too.
-    """
-    if isinstance(target, UniformProfile):
-        windows = windows_at_snapshots(snapshots, target.window, noise, max_residual)
-        if windows:
-            named = (f"{x:.9g}{'' if off <= GOOD else f' ({off:.1%} off)'}" for x, off in windows.items())
-            return f"let its window begin at a snapshot, such as {' or '.join(named)}"
-    lengths = []
-    if isinstance(target, ExponentialProfile):
-        found = _nearest_half_life(snapshots, target.half_life, noise, max_residual)
-        lengths += [f"half_life is {'good' if off <= GOOD else f'{off:.1%} off'} at {x:g}" for x, off in found]
-    distances = _distances(snapshots, PowerProfile, _LENGTHS, noise)
-    if good := [x for x, distance in zip(_LENGTHS, distances, strict=True) if distance <= min(GOOD, max_residual)]:
-        lengths.append(f"sigma_rel is good {_ranges(good)}")
-    return f"choose another length ({', '.join(lengths)})" if lengths else "take more snapshots next time"
-
-
-def windows_at_snapshots(
-    snapshots: Sequence[Snapshot], window: float, noise: Noise, max_residual: float, count: int = 2
-) -> dict[float, float]:
-    """The windows of a ``UniformProfile`` within ``max_residual`` that are nearest to ``window``, the nearest first.
-
-    Each begins at a snapshot, and comes with how far what can be had is from it.
-    """
-    times = sorted({one.time for one in snapshots})
-    windows = sorted((1 - time / times[-1] for time in [0, *times[:-1]]), key=lambda one: abs(one - window))
-    near = dict.fromkeys(
-        [*range(_NEAR), *(round(_NEAR * 1.2**step) for step in range(50))]
-    )  # and a few of the far ones
-    tried = [windows[index] for index in near if index < len(windows)]
-    spelled = [[float(f"{one:.{digits}g}") for digits in (4, 6, 9)] for one in tried]
-    values = [*dict.fromkeys(chain.from_iterable(spelled))]
-    distances = dict(zip(values, _distances(snapshots, UniformProfile, values, noise), strict=True))
-    accepted: dict[float, float] = {}
-    for one in spelled:
-        best = min(distances[x] for x in one)
-        limits = [1.05 * best, *(limit for limit in (GOOD, max_residual) if best <= limit)]
-        shortest = next(x for x in one if distances[x] <= min(limits))
-        if best <= max_residual and len(accepted) < count:
-            accepted[shortest] = distances[shortest]
-    return accepted
-
-
-def _nearest_half_life(
-    snapshots: Sequence[Snapshot], half_life: float, noise: Noise, max_residual: float
-) -> list[tuple[float, float]]:
-    """A half-life within ``max_residual`` that is near to ``half_life``, and how far what can be had is from it.
-
-    One by one, from the nearest on, for each takes a quadrature; at most one, and none where none is found.
-    """
-
-    def first(lengths: Iterable[float]) -> list[tuple[float, float]]:
-        for x in lengths:
-            [distance] = _distances(snapshots, ExponentialProfile, [x], noise)
-            if distance <= max_residual:
-                return [(x, distance)]
-        return []
-
-    found = first(sorted(_HALF_LIVES, key=lambda x: abs(math.log(x / half_life))))
-    if not found:
-        return []
-    start = found[0][0]
-    gap = min(max(half_life / start, 0.4), 2.5)  # to the next of the list
-    return first(float(f"{start * gap ** (k / 8):.2g}") for k in range(7, 0, -1)) or found
-
-
-def _distances(
-    snapshots: Sequence[Snapshot], kind: Callable[[float], Profile], lengths: Sequence[float], noise: Noise
-) -> list[float]:
-    """For each length how far what can be had is from it: the residual, or what rounding comes to."""
-    rows, distances = fitted(snapshots, list(map(kind, lengths)))
-    return [max(distance, noise(row)) for row, distance in zip(rows, distances, strict=True)]
-
-
-def _ranges(good: Sequence[float]) -> str:
-    """Hundredths in words: ``from 0.03 to 0.06 and at 0.1``."""
-    runs: list[list[int]] = []
-    for k in (round(100 * x) for x in good):
-        if runs and runs[-1][-1] == k - 1:
-            runs[-1].append(k)
-        else:
-            runs.append([k])
-    words = [f"from {run[0] / 100:g} to {run[-1] / 100:g}" if len(run) > 1 else f"at {run[0] / 100:g}" for run in runs]
-    return " and ".join(words)
-
-
-def as_profile(target: Profile | float) -> Profile:
-    """``target``, or the power function of this ``sigma_rel``."""
-    return target if isinstance(target, Profile) else PowerProfile(target)
-
-
-def _times(snapshots: Sequence[Snapshot]) -> Tensor:
-    return torch.tensor([one.time for one in snapshots], dtype=torch.float64)
-
-
 def _gram(rows: Sequence[Snapshot], columns: Sequence[Snapshot]) -> Tensor:
-    """The inner products of all with all, a block for each two profiles."""
+    """The inner products of all pairs, computed in a block for each pair of profiles."""
     result = torch.empty(len(rows), len(columns), dtype=torch.float64)
-    for one, here in _by_profile(rows):
+    for profile, here in _by_profile(rows):
         for other, there in _by_profile(columns):
-            block = inner_products(one, _times([rows[i] for i in here]), other, _times([columns[j] for j in there]))
+            block = inner_products(profile, _times(rows, here), other, _times(columns, there))
             result[torch.tensor(here)[:, None], torch.tensor(there)] = block
     return result
 
 
+def _times(snapshots: Sequence[Snapshot], indices: Sequence[int]) -> Tensor:
+    return torch.tensor([snapshots[index].time for index in indices], dtype=torch.float64)
+
+
 def _by_profile(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Profile, list[int]]]:
-    profiles: list[Profile] = []  # and not a set: a profile of one's own may have no hash
-    for one in snapshots:
-        if one.profile not in profiles:
-            profiles.append(one.profile)
+    profiles: list[Profile] = []  # not a set: a user's own profile may not be hashable
+    for snapshot in snapshots:
+        if snapshot.profile not in profiles:
+            profiles.append(snapshot.profile)
     for profile in profiles:
-        yield profile, [index for index, one in enumerate(snapshots) if one.profile == profile]
+        yield profile, [index for index, snapshot in enumerate(snapshots) if snapshot.profile == profile]

@@ -27,8 +27,8 @@ __all__ = [
     "inner_products",
 ]
 
-_PANELS = 40  # of the quadrature, to each end; they halve in width, down to 1e-12 of the range
-_NODES = 16  # in each panel
+_PANELS = 40  # of the quadrature, towards each end; each is half as wide as the last, down to 1e-12 of the range
+_NODES = 16  # per panel
 
 
 class Profile(ABC):
@@ -217,57 +217,57 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
 
 
-def inner_products(one: Profile, ends: Tensor, other: Profile, other_ends: Tensor) -> Tensor:
+def inner_products(p: Profile, ends: Tensor, q: Profile, other_ends: Tensor) -> Tensor:
     """∫ p(τ) q(τ) dτ for a profile p at each of n times, and a profile q at each of m times.
 
-    In closed form for two power functions, for two exponentials, and if one is piecewise constant; otherwise by
+    In closed form for two power functions, for two exponentials, and if either is piecewise constant; otherwise by
     Gauss-Legendre quadrature on panels that narrow towards both ends of the range.
 
     Args:
-        one: the profile p.
+        p: a profile.
         ends: the times at which its averages are taken, above 0; float64, of shape (n,).
-        other: the profile q, which may be the same.
+        q: another profile, or the same.
         other_ends: the times of its averages; float64, of shape (m,).
 
     Returns:
         A float64 tensor of shape (n, m).
     """
     s, t = ends[:, None], other_ends[None, :]
-    if isinstance(one, PowerProfile) and isinstance(other, PowerProfile):
-        a, b = one.gamma, other.gamma
+    if isinstance(p, PowerProfile) and isinstance(q, PowerProfile):
+        a, b = p.gamma, q.gamma
         exponent = torch.where(s < t, s.new_tensor(b), s.new_tensor(-a))  # plain numbers would give float32
         return (a + 1) * (b + 1) / (a + b + 1) * (s / t) ** exponent / torch.maximum(s, t)
-    if isinstance(one, ExponentialProfile) and isinstance(other, ExponentialProfile):
-        return _of_exponentials(one._rate / s, s, other._rate / t, t)
-    if isinstance(other, _Steps):
-        return _with_steps(one, s, other, t)
-    if isinstance(one, _Steps):
-        return _with_steps(other, t, one, s)
-    return _by_quadrature(one, s, other, t)
+    if isinstance(p, ExponentialProfile) and isinstance(q, ExponentialProfile):
+        return _of_exponentials(p._rate / s, s, q._rate / t, t)
+    if isinstance(q, _Steps):
+        return _with_steps(p, s, q, t)
+    if isinstance(p, _Steps):
+        return _with_steps(q, t, p, s)
+    return _by_quadrature(p, s, q, t)
 
 
 def _of_exponentials(a: Tensor, s: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """For decay with the rates a and b, per unit of time."""
+    """For exponential decay at the rates a and b, per unit of time."""
     last = torch.minimum(s, t)
     heights = a * b / (torch.expm1(-a * s) * torch.expm1(-b * t))
     return heights * torch.exp(-a * (s - last) - b * (t - last)) * -torch.expm1(-(a + b) * last) / (a + b)
 
 
-def _with_steps(one: Profile, s: Tensor, steps: _Steps, t: Tensor) -> Tensor:
+def _with_steps(p: Profile, s: Tensor, steps: _Steps, t: Tensor) -> Tensor:
     edges = (steps.edges * (t / s)[..., None]).clamp(max=1.0)
-    return (one.cumulative(edges).diff(dim=-1) * steps.heights).sum(dim=-1) / t
+    return (p.cumulative(edges).diff(dim=-1) * steps.heights).sum(dim=-1) / t
 
 
-def _by_quadrature(one: Profile, s: Tensor, other: Profile, t: Tensor) -> Tensor:
+def _by_quadrature(p: Profile, s: Tensor, q: Profile, t: Tensor) -> Tensor:
     x, weights = _nodes()
     last = torch.minimum(s, t)
     tau = last[..., None] * x
-    values = one.density(tau / s[..., None]) * other.density(tau / t[..., None])
+    values = p.density(tau / s[..., None]) * q.density(tau / t[..., None])
     return values @ weights * last / (s * t)
 
 
 def _nodes() -> tuple[Tensor, Tensor]:
-    """Where to evaluate an integrand on (0, 1), and with which weights."""
+    """Nodes and weights of the quadrature on (0, 1)."""
     # Golub and Welsch 1969: nodes and weights of Gauss and Legendre from the eigenvectors of a tridiagonal matrix.
     k = torch.arange(1, _NODES, dtype=torch.float64)
     off = torch.diag(k / (4 * k**2 - 1).sqrt(), 1)

@@ -1,30 +1,29 @@
-"""Any averaging profile, rebuilt from the snapshots of a ``PostHocEMA``."""
+"""Rebuilds averages of any profile from the snapshots of a :class:`~ignite_ema.PostHocEMA`."""
 
 import math
 import numbers
 import os
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.memory import copied
-from ..checkpoints.naming import listed, quoted
-from ..checkpoints.safe_load import load_file
-from ..checkpoints.unpickling import kind_of
+from ..averaging.checks import warn_user
+from ..checkpoints.files import load_file, verify
 from ..schedules import PowerFunction
-from .fitting import GOOD, as_profile, fitted, reach
+from .fitting import GOOD, as_profile, fitted
 from .profiles import Profile
-from .snapshot_files import StoredSnapshot, frozen_path, read_all, read_frozen
+from .snapshots import StoredSnapshot, frozen_path, path_of, read_all, read_frozen
 
-__all__ = ["gamma_from_sigma_rel", "reconstruct", "reconstruct_all", "rounding", "sigma_rel_from_gamma", "stored"]
+__all__ = ["gamma_from_sigma_rel", "reconstruct", "rounding", "sigma_rel_from_gamma", "stored", "sweep"]
 
 Base: TypeAlias = "Mapping[str, Tensor] | str | os.PathLike[str] | None"
+_Target = TypeVar("_Target", bound=Profile | float)
+_Score = TypeVar("_Score")
 
 _CHUNK = 2**23  # numbers, of all snapshots together, that are in memory in float64 at a time
 
@@ -59,21 +58,21 @@ def stored(dirname: str | os.PathLike[str], step: int | None = None) -> list[Sto
         step: the time of the last snapshot to return; None: all are returned.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no snapshot, or none at ``step``; if a file is damaged; if the
+        FileNotFoundError, ValueError: if there is no snapshot, or none at ``step``; if a file cannot be read; if the
             snapshots are not all of one run.
         TypeError: if ``step`` is not an integer.
     """
     snapshots = read_all(Path(dirname))
     if step is not None and type(step) is not int:
         raise TypeError(f"step should be the time of a snapshot, an integer, got {step!r}.")
-    end = snapshots[-1].time if step is None else step
-    if all(one.time != end for one in snapshots):
-        nearest = sorted(sorted(one.time for one in snapshots), key=lambda time: abs(time - end))[:2]
+    times = [snapshot.time for snapshot in snapshots]
+    if step is not None and step not in times:
+        nearest = sorted(sorted(times, key=lambda time: abs(time - step))[:2])
         raise ValueError(
             f"step should be the time of a snapshot, in {snapshots[0].time_unit}, got {step!r}; nearest in "
-            f"'{dirname}': {' and '.join(map(str, sorted(nearest)))}."
+            f"'{dirname}': {' and '.join(map(str, nearest))}."
         )
-    return [one for one in snapshots if one.time <= end]
+    return [snapshot for snapshot in snapshots if step is None or snapshot.time <= step]
 
 
 @overload
@@ -111,11 +110,11 @@ def reconstruct(
 ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
     """Reconstructs the average with the profile ``target`` from the snapshots of a ``PostHocEMA``.
 
-    Reads the files once, a part of a tensor at a time, so that memory holds the results and little more, however many
+    Adds the snapshots a part of a tensor at a time, so that memory holds the results and little more, however many
     snapshots there are. Computes in float64. Buffers that are not averaged come from the snapshot at ``step``.
 
     Args:
-        dirname: where the snapshots are.
+        dirname: the directory of the snapshots.
         target: a profile, or the ``sigma_rel`` of a power function; or a sequence of several, to read the files once
             for all of them.
         step: the time at which the average is taken, in updates (or samples): the time of a snapshot; None: the last.
@@ -131,7 +130,7 @@ def reconstruct(
 
     Raises:
         FileNotFoundError, ValueError: if there are no snapshots, none at ``step``, or some of another run; if the
-            residual, or the error from rounding to 16 bits (:func:`rounding`), is above ``max_residual``; if a tensor
+            residual, or the error from rounding to 16 bits (:func:`rounding`), is above ``max_residual``; if a file
             has changed since it was written; if frozen parameters are missing.
         TypeError: if a target is neither a profile nor a number.
 
@@ -140,119 +139,48 @@ def reconstruct(
         taken from the last one.
     """
     is_several = isinstance(target, Sequence) and not isinstance(target, (str, bytes))
-    wanted: Sequence[Any] = target if is_several else [target]  # type: ignore[assignment]
-    for one in wanted:
-        if not isinstance(one, (Profile, numbers.Real)) or isinstance(one, bool):
-            raise TypeError(
-                f"target should be a profile or a number, got {one!r}; pass a sigma_rel such as 0.15, or a profile "
-                "such as ExponentialProfile(0.05)."
-            )
-    _, states, _ = reconstruct_all(dirname, wanted, step, max_residual, progress, base)
+    sources = _sources(dirname, target if is_several else [target], step, max_residual, base)  # type: ignore[list-item, arg-type]
+    total = sum(tensor.numel() for tensor in sources.used[-1].averaged[0].values())
+    with _bar(total, unit=" weights", unit_scale=True) if progress else nullcontext() as bar:
+        states = _rebuilt(sources, sources.weights, bar)
     return states if is_several else states[0]
 
 
-def reconstruct_all(
+def sweep(
     dirname: str | os.PathLike[str],
-    wanted: Sequence[Profile | float],
-    step: int | None,
-    max_residual: float,
-    progress: bool,
+    profiles: Iterable[_Target],
+    score: Callable[[dict[str, Tensor]], _Score],
+    step: int | None = None,
+    *,
+    max_residual: float = 0.10,
     base: Base = None,
-) -> tuple[list[StoredSnapshot], list[dict[str, Tensor]], list[float]]:
-    """The snapshots that are used, and for each target the state dict and the residual."""
-    if not isinstance(max_residual, numbers.Real) or isinstance(max_residual, bool) or not max_residual >= 0:
-        raise ValueError(f"max_residual should be a number of at least 0, got {max_residual!r}; 0.1 is 10%.")
-    used = stored(dirname, step)
-    targets = list(map(as_profile, wanted))
-    if not targets:
-        raise ValueError("target should be a profile or several, got none.")
-    known = [snapshot for one in used for snapshot in one.snapshots]
-    weights, distances = fitted(known, targets)
-    for one, distance in zip(targets, distances, strict=True):
-        _check(used, one, distance, max_residual)
-    last = used[-1]
-    for one, row in zip(targets, weights, strict=True):
-        _check_rounding(last, one, row, max_residual)
-    frozen = _frozen(last, Path(dirname), base)
-    results = _rebuilt(used, weights, progress)
-    plain = [{name: {**result, **frozen}[path] for name, path in last.state_dict_names.items()} for result in results]
-    return used, plain, distances
+) -> list[tuple[_Target, _Score]]:
+    """Reconstructs the average of each profile in turn, and scores it. Shows a progress bar if tqdm is installed.
 
+    Args:
+        dirname: the directory of the snapshots.
+        profiles: profiles, or ``sigma_rel`` of power functions.
+        score: called with the state dict of an average; what it returns is its score, such as an accuracy.
+        step: as for :func:`reconstruct`.
+        max_residual: as there.
+        base: as there.
 
-def _rebuilt(used: Sequence[StoredSnapshot], weights: Tensor, progress: bool) -> list[dict[str, Tensor]]:
-    """For each row of weights, of shape (targets, n), the tensors by path; verified before they are added."""
-    last = used[-1]
-    results: list[dict[str, Tensor]] = [{} for _ in weights]
-    total = sum(tensor.numel() for tensor in last.averaged[0].values())
-    with _bar(total) if progress else nullcontext() as bar:
-        for path in last.averaged[0]:
-            for one in used:
-                one.verify(path)
-            parts = [stream[path] for one in used for stream in one.averaged]
-            for result, tensor in zip(results, _combined(parts, weights, bar), strict=True):
-                result[path] = tensor
-    for path in last.copied:
-        last.verify(path)
-    for result in results:
-        result.update({path: tensor.clone() for path, tensor in last.copied.items()})
-    return results
+    Returns:
+        Pairs of a profile, as it was passed, and its score, in order.
 
-
-def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Tensor]:
-    """The frozen parameters by name, checked, in memory of their own."""
-    shapes = snapshot.frozen_shapes
-    if not shapes:
-        if base is not None:
-            raise ValueError(f"base should be left out, for the snapshots in '{dirname}' are complete; leave it out.")
-        return {}
-    if base is None:
-        if not frozen_path(dirname).exists():
-            raise FileNotFoundError(
-                f"'{dirname}' should have '{frozen_path(dirname).name}' with the {len(shapes)} frozen parameters, such "
-                f"as '{next(iter(shapes))}', that the averages share with the model, but lacks it; restore it, or pass "
-                "base= (--base FILE), the weights of the model."
-            )
-        tensors: Mapping[str, Tensor] = read_frozen(dirname, snapshot.run_id)
-        source = f"'{frozen_path(dirname)}'"
-    else:
-        tensors = load_file(base) if isinstance(base, (str, os.PathLike)) else base
-        source = "base" if tensors is base else f"base '{base}'"
-    if not isinstance(tensors, Mapping):
-        raise TypeError(f"{source} should be a state dict, got {type(tensors).__name__}; pass one of the model.")
-    for name, shape in shapes.items():
-        found = tensors.get(name)
-        if not isinstance(found, Tensor) or list(found.shape) != list(shape) or found.is_meta:
-            has = f"it has {listed(tensors)}" if name not in tensors else f"it is {_described(found)} there"
-            raise ValueError(
-                f"{source} should have the frozen {quoted(name)} of shape {tuple(shape)}, but {has}; pass the plain "
-                "state dict of the model that was trained."
-            )
-    return copied({name: tensors[name] for name in shapes})
-
-
-def _described(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return kind_of(value)
-    return "on the meta device" if value.is_meta else f"of shape {tuple(value.shape)}"
-
-
-def _check(used: Sequence[StoredSnapshot], target: Profile, distance: float, max_residual: float) -> None:
-    if distance <= min(max_residual, GOOD):
-        return
-    known = [snapshot for one in used for snapshot in one.snapshots]
-    is_refused = distance > max_residual
-    advice = reach(known, target, partial(rounding, used[-1]), max_residual if is_refused else GOOD)
-    if is_refused:
-        accepting = f", or accept it with max_residual={math.ceil(100 * distance) / 100} (--max-residual)"
-        raise ValueError(
-            f"target should be within the reach of the snapshots, but what they give differs from {target} by "
-            f"{distance:.1%}; {advice}{accepting if distance < 0.2 else ''}."
-        )
-    warnings.warn(
-        f"The snapshots give {target} roughly: what they give differs by {distance:.1%}, where {GOOD:.0%} is good; "
-        f"{advice}.",
-        stacklevel=4,
-    )
+    Raises:
+        TypeError, ValueError, OSError: as :func:`reconstruct` does, before anything is scored.
+    """
+    targets = list(profiles)
+    sources = _sources(dirname, targets, step, max_residual, base)
+    scores = []
+    with _bar(len(targets), unit=" averages") if find_spec("tqdm") else nullcontext() as bar:
+        for target, row in zip(targets, sources.weights, strict=True):
+            [state] = _rebuilt(sources, row[None])
+            scores.append((target, score(state)))
+            if bar is not None:
+                bar.update()
+    return scores
 
 
 def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:
@@ -266,16 +194,101 @@ def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:
     return float(0.43 * coarsest / 2 * coefficients.norm().clamp(min=1))
 
 
-def _check_rounding(last: StoredSnapshot, target: Profile, coefficients: Tensor, limit: float) -> None:
-    noise = rounding(last, coefficients)
-    text = (
-        f"The sum that gives {target} amplifies the rounding of the snapshots to {noise:.1%} of a weight; choose a "
-        "longer average, or store float32 next time"
-    )
-    if noise > limit:
-        raise ValueError(f"{text}, or accept it with max_residual={math.ceil(100 * noise) / 100} (--max-residual).")
-    if noise > GOOD:
-        warnings.warn(f"{text}.", stacklevel=4)
+class _Sources(NamedTuple):
+    """What averages are rebuilt from, all of it verified.
+
+    ``weights``, of shape (targets, n), has a row for each target and a column for each average in the snapshots.
+    """
+
+    used: list[StoredSnapshot]
+    weights: Tensor
+    frozen: dict[str, Tensor]
+
+
+def _sources(
+    dirname: str | os.PathLike[str],
+    targets: Sequence[Profile | float],
+    step: int | None,
+    max_residual: float,
+    base: Base,
+) -> _Sources:
+    """Reads and verifies the snapshots, and fits the targets; raises if a target is out of reach."""
+    if not isinstance(max_residual, numbers.Real) or isinstance(max_residual, bool) or not max_residual >= 0:
+        raise ValueError(f"max_residual should be a number of at least 0, got {max_residual!r}; 0.1 is 10%.")
+    used = stored(dirname, step)
+    weights, residuals = fitted([known for snapshot in used for known in snapshot.snapshots], targets)
+    for target, row, residual in zip(map(as_profile, targets), weights, residuals, strict=True):
+        _check(
+            f"The closest sum of snapshots differs from {target} by",
+            residual,
+            max_residual,
+            "choose another length or end time (step=), store more snapshots",
+        )
+        _check(
+            f"The sum that gives {target} amplifies the rounding of each weight to",
+            rounding(used[-1], row),
+            max_residual,
+            "choose a longer average, store float32 snapshots",
+        )
+    frozen = _frozen(used[-1], Path(dirname), base)
+    for snapshot in used:
+        verify(path_of(Path(dirname), snapshot.time))
+    return _Sources(used, weights, frozen)
+
+
+def _check(finding: str, error: float, limit: float, remedy: str) -> None:
+    """Raises ValueError if an error is above the limit; warns if it is above 1 %."""
+    if error > limit:
+        accepted = math.ceil(100 * error) / 100
+        raise ValueError(
+            f"{finding} {error:.1%}, more than max_residual={limit:g}; {remedy}, or accept it with "
+            f"max_residual={accepted:g} (--max-residual)."
+        )
+    if error > GOOD:
+        warn_user(f"{finding} {error:.1%}, where up to {GOOD:.0%} is good; {remedy}.")
+
+
+def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Tensor]:
+    """The frozen parameters by name, in memory of their own."""
+    shapes = snapshot.frozen_shapes
+    if not shapes:
+        if base is not None:
+            raise ValueError(f"base should be left out: the snapshots in '{dirname}' are complete.")
+        return {}
+    tensors: Any = base
+    if base is None:
+        tensors = read_frozen(dirname, snapshot.run_id)
+        if tensors is None:
+            raise FileNotFoundError(
+                f"'{frozen_path(dirname)}' should have the {len(shapes)} frozen parameters that the averages share "
+                "with the model, but it is missing or of another run; restore it, or pass the weights of the model as "
+                "base= (--base FILE)."
+            )
+        verify(frozen_path(dirname))
+    elif isinstance(base, (str, os.PathLike)):
+        tensors = load_file(base)
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"base should be a state dict, got {type(tensors).__name__}; pass one of the model.")
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if not isinstance(tensor, Tensor) or list(tensor.shape) != list(shape):
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"base should have the frozen '{name}' of shape {tuple(shape)}, got {got}; pass the plain state dict "
+                "of the model that was trained."
+            )
+    return {name: tensors[name].detach().clone() for name in shapes}
+
+
+def _rebuilt(sources: _Sources, weights: Tensor, bar: Any = None) -> list[dict[str, Tensor]]:
+    """The state dict for each row of weights, of shape (targets, n)."""
+    last = sources.used[-1]
+    results = [{name: tensor.clone() for name, tensor in last.copied.items()} | sources.frozen for _ in weights]
+    for name in last.averaged[0]:
+        parts = [stream[name] for snapshot in sources.used for stream in snapshot.averaged]
+        for result, tensor in zip(results, _combined(parts, weights, bar), strict=True):
+            result[name] = tensor
+    return [{name: result[stored] for name, stored in last.state_dict_names.items()} for result in results]
 
 
 def _combined(parts: Sequence[Tensor], weights: Tensor, bar: Any) -> list[Tensor]:
@@ -299,9 +312,9 @@ def _combined(parts: Sequence[Tensor], weights: Tensor, bar: Any) -> list[Tensor
     return results
 
 
-def _bar(total: int) -> Any:
+def _bar(total: int, **options: Any) -> Any:
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("progress=True needs the package tqdm; pip install tqdm.") from error
-    return tqdm(total=total, unit=" weights", unit_scale=True)
+    return tqdm(total=total, **options)

@@ -1,7 +1,7 @@
-"""Measures what averages of several libraries cost, in turns: ``python -m tests.benchmarks``.
+"""Measures what averages of several libraries cost, in turns and with cold caches: ``python -m tests.benchmarks``.
 
-Each update goes through an event of an Ignite engine. ``lerp`` is the limit: one ``lerp_`` over as many contiguous
-bytes. Times are medians; ``× ours`` compares those of the same round.
+Each update goes through an event of an Ignite engine. The limit is one ``lerp_`` over as many contiguous bytes, the
+floor one bare ``torch._foreach_lerp_`` of the same tensors. Times are medians; multiples compare those of one round.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from torch import nn
 
 from .measure import Call, busy, machine, ratios, summary, timed, write
 from .models import AVERAGED_IN, MODELS
-from .peers import LIMIT, OURS, PEERS, Peer, built, event, limit, update_of
+from .peers import FLOOR, LIMIT, OURS, PEERS, Peer, built, event, floor, limit, update_of
 from .report import draw, show
 
 MOMENTUM = 0.001
@@ -26,10 +26,12 @@ def costs(model: nn.Module, dtype: torch.dtype | None, rounds: int, updates_only
     """For "update", "state_dict", "swapped" and "construction" the figures of each peer that has it.
 
     ``ms`` is the time of one, ``to_ours`` how many times as long as ours it took in the same round; of updates also
-    ``to_limit``. All are medians with quartiles.
+    ``to_limit`` and, if the average has the type of the weights, ``to_floor``. All are medians with quartiles.
     """
     peers, missing = built(PEERS, model, MOMENTUM, dtype)
     updates = {name: update_of(peer) for name, peer in peers.items()} | {"event": event(), LIMIT: limit(model, dtype)}
+    if dtype is None:
+        updates[FLOOR] = floor(model)
     figures: dict[str, Any] = {"missing": missing, "update": _figures(updates, rounds)}
     if not updates_only:
         few = max(2, rounds // 5)
@@ -44,11 +46,11 @@ def costs(model: nn.Module, dtype: torch.dtype | None, rounds: int, updates_only
 
 def _figures(calls: dict[str, Call], rounds: int) -> dict[str, Any]:
     times = timed(calls, range(rounds))
+    against = {"to_ours": OURS, "to_limit": LIMIT, "to_floor": FLOOR}
     return {
         name: {
             "ms": summary(times[name], 1000),
-            "to_ours": summary(ratios(times[name], times[OURS])),
-            **({"to_limit": summary(ratios(times[name], times[LIMIT]))} if LIMIT in times else {}),
+            **{key: summary(ratios(times[name], times[other])) for key, other in against.items() if other in times},
         }
         for name in calls
     }

@@ -11,40 +11,46 @@ from datetime import datetime, timezone
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import quantiles
+from time import perf_counter
 from typing import Any, TypeAlias
 
 import torch
-from torch.utils.benchmark import Timer
 
 __all__ = ["Call", "busy", "machine", "ratios", "summary", "timed", "write"]
 
 Call: TypeAlias = Callable[[], object]
 
-_BATCH_SECONDS = 0.01
+_SWEPT = 2**25  # floats, more than a cache holds
 _PACKAGES = {"pytorch-ignite", "torch", "diffusers", "ema-pytorch", "lightning", "timm", "torch-ema"}
 
 
 def timed(calls: Mapping[str, Call], rounds: Iterable[object]) -> dict[str, list[float]]:
-    """Seconds per call of each, once in every round, in batches of about 10 ms.
+    """Seconds of one call of each in every round; before each, the caches are emptied, as a training step does.
 
     Every round has an order of its own: torch's threads go on spinning for a moment after a parallel operation, and
-    where cores are scarce, the one that always came next would pay for it.
+    where cores are scarce, whatever always came next would pay for it.
     """
-    timers = {
-        name: Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        for name, call in calls.items()
-    }
-    batches = {name: max(1, round(_BATCH_SECONDS / _seconds(timer, 3))) for name, timer in timers.items()}
+    for call in (*calls.values(), *calls.values()):  # the first two calls may copy, or allocate
+        call()
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    swept = [torch.zeros(_SWEPT, device=device) for device in devices]
     values: dict[str, list[float]] = {name: [] for name in calls}
     shuffled = random.Random(0)
     for _ in rounds:
         for name in shuffled.sample(list(calls), len(calls)):
-            values[name].append(_seconds(timers[name], batches[name]))
+            for tensor in swept:
+                tensor.add_(1)
+            values[name].append(_seconds(calls[name]))
     return values
 
 
-def _seconds(timer: Timer, batch: int) -> float:
-    return timer.timeit(batch).mean
+def _seconds(call: Call) -> float:
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else int
+    synchronize()
+    start = perf_counter()
+    call()
+    synchronize()
+    return perf_counter() - start
 
 
 def ratios(numerators: Iterable[float], denominators: Iterable[float]) -> list[float]:

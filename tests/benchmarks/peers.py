@@ -5,13 +5,12 @@ what other libraries offer is called by an event handler. Averages of one model 
 leaves the model as it is. Buffers are treated as each library does by default; diffusers and torch_ema leave them out.
 """
 
-import importlib.util
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from ignite_ema import EMAHandler
 
-OURS, LIMIT = "ignite_ema", "lerp"
+OURS, LIMIT, FLOOR = "ignite_ema", "lerp", "foreach lerp"
 _MOMENTUM = 0.001
 
 Update: TypeAlias = Callable[[], object]
@@ -77,10 +76,7 @@ def averaged_model(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.d
 
 def lightning(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
     """The callback ``EMAWeightAveraging``, without its trainer: torch's averaging, tensor by tensor."""
-    _package("lightning")
-    from lightning.pytorch.callbacks import EMAWeightAveraging
-
-    callback: Any = EMAWeightAveraging(decay=1 - momentum)
+    callback = _imported("lightning.pytorch.callbacks").EMAWeightAveraging(decay=1 - momentum)
     callback._average_model = average = AveragedModel(model, use_buffers=True, avg_fn=get_ema_avg_fn(1 - momentum))
     average.module.to(dtype=dtype)
 
@@ -95,21 +91,13 @@ def lightning(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype 
 
 
 def timm(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
-    path = Path(_package("timm"), "utils", "model_ema.py")  # the package itself wants torchvision
-    spec = importlib.util.spec_from_file_location("timm_model_ema", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    average = module.ModelEmaV3(model, decay=1 - momentum, dtype=dtype)
+    average = _imported("timm.utils").ModelEmaV3(model, decay=1 - momentum, dtype=dtype)
     return Peer(_at_event(partial(average.update, model)), average.module.parameters, average.module.state_dict)
 
 
 def diffusers(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
-    _package("diffusers")
-    from diffusers.training_utils import EMAModel
-
-    average = EMAModel(model.parameters(), decay=1 - momentum, min_decay=1 - momentum, foreach=True)
+    make = _imported("diffusers.training_utils").EMAModel
+    average = make(model.parameters(), decay=1 - momentum, min_decay=1 - momentum, foreach=True)
     average.to(dtype=dtype)
 
     @contextmanager
@@ -124,10 +112,7 @@ def diffusers(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype 
 
 
 def ema_pytorch(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
-    _package("ema_pytorch")
-    from ema_pytorch import EMA
-
-    average = EMA(
+    average = _imported("ema_pytorch").EMA(
         model,
         ema_model=None if dtype is None else deepcopy(model).to(dtype=dtype),
         beta=1 - momentum,
@@ -142,10 +127,8 @@ def ema_pytorch(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtyp
 
 
 def torch_ema(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
-    _package("torch_ema")
-    from torch_ema import ExponentialMovingAverage
-
-    average = ExponentialMovingAverage(model.parameters(), decay=1 - momentum, use_num_updates=False)
+    make = _imported("torch_ema").ExponentialMovingAverage
+    average = make(model.parameters(), decay=1 - momentum, use_num_updates=False)
     average.to(dtype=dtype)
     update = _at_event(average.update)
     return Peer(update, lambda: average.shadow_params, average.state_dict, average.average_parameters)
@@ -153,7 +136,6 @@ def torch_ema(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype 
 
 PEERS: dict[str, Build] = {
     OURS: ignite_ema,
-    f"{OURS} flat": partial(ignite_ema, flatten=True),
     "ignite": ignite,
     "AveragedModel": averaged_model,
     "timm": timm,
@@ -197,14 +179,19 @@ def limit(model: nn.Module, dtype: torch.dtype | None = None) -> Update:
     return partial(averaged.lerp_, online, _MOMENTUM)
 
 
+def floor(model: nn.Module) -> Update:
+    """One bare foreach operation on the same tensors: what every average takes that leaves them where they are."""
+    online = [parameter.detach() for parameter in model.parameters()]
+    return partial(torch._foreach_lerp_, [parameter.clone() for parameter in online], online, _MOMENTUM)
+
+
 def _at_event(function: Callable[[], Any]) -> Callable[[Engine], object]:
     # The lambda takes no engine, and Ignite looks at that when it is added.
     return lambda engine: engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: function())
 
 
-def _package(name: str) -> str:
-    """Where a package is; without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise Unavailable(f"{name} is not installed")
-    return spec.submodule_search_locations[0]
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unavailable("not installed; the extra peers brings it") from error

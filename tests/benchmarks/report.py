@@ -8,8 +8,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .models import TITLES
-from .peers import LIMIT, OURS
+from ignite_ema.demo import AVERAGED
+
+from .models import TARGETS, TITLES
+from .peers import FLOOR, LIMIT, OURS
 
 __all__ = ["console", "draw", "multiple", "origin", "show"]
 
@@ -30,25 +32,27 @@ def show(figures: Mapping[str, Any]) -> None:
             if models and all(cost in model for model in models.values()):
                 output.print(_table(cost + title, cost, models))
     output.print(origin(figures), highlight=False)
+    missing = [
+        f"{peer} ({reason})" for model in figures["models"].values() for peer, reason in model["missing"].items()
+    ]
+    if missing:
+        output.print(f"Left out: {', '.join(dict.fromkeys(missing))}.", highlight=False)
 
 
 def _table(title: str, cost: str, models: Mapping[str, Any]) -> Table:
-    table = Table("", "ms", "× ours", "quartiles", "× limit", title=title, box=SIMPLE_HEAD, title_justify="left")
+    against = {"to_limit": "× limit", "to_floor": "× floor"} if cost == "update" else {}
+    columns = ("", "ms", "× ours", "quartiles", *against.values())
+    table = Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left")
     for name, model in models.items():
         table.add_row(f"[bold]{TITLES[name]}[/]")
         for peer, figure in model[cost].items():
-            ours, limit = figure["to_ours"], figure.get("to_limit")
+            ours = figure["to_ours"]
             spread = f"{multiple(ours['q1'])} to {multiple(ours['q3'])}"
-            table.add_row(
-                f"  {peer}",
-                f"{figure['ms']['median']:.3g}",
-                multiple(ours["median"]),
-                spread,
-                multiple(limit["median"]) if limit else "",
-                style="green" if peer.startswith(OURS) else "",
-            )
-        for peer, reason in model["missing"].items():
-            table.add_row(f"  {peer}: {reason}")
+            multiples = [multiple(figure[key]["median"]) if key in figure else "" for key in against]
+            if "to_floor" in figure and peer == OURS and name in TARGETS:
+                multiples[-1] += f" (at most {TARGETS[name]})"
+            cells = (f"  {peer}", f"{figure['ms']['median']:.3g}", multiple(ours["median"]), spread, *multiples)
+            table.add_row(*cells, style="green" if peer == OURS else "")
     return table
 
 
@@ -72,7 +76,7 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
 
     models = figures["models"]
     peers = list(dict.fromkeys(peer for model in models.values() for peer in (*model["update"], *model["missing"])))
-    peers = [peer for peer in peers if peer not in ("event", LIMIT)]
+    peers = [peer for peer in peers if peer not in ("event", LIMIT, FLOOR)]
     rows = -(-len(models) // 3)
     figure = Figure(figsize=(8, 0.8 + rows * (0.5 + 0.22 * len(peers))), dpi=200, layout="constrained")
     panels = figure.subplots(rows, min(3, len(models)), sharey=True, squeeze=False).flatten()
@@ -85,7 +89,7 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
                 axes.text(1.1, row, "not available", fontsize=7, va="center", color="0.45")
                 continue
             time = update[peer]["to_limit"]
-            color = "tab:blue" if peer.startswith(OURS) else "0.75"
+            color = AVERAGED if peer == OURS else "0.75"
             axes.barh(row, time["median"] - 1, left=1, height=0.68, color=color)
             axes.text(1.08 * max(1, time["median"]), row, f"{multiple(time['median'])}×", va="center", fontsize=7)
         axes.set_xscale("log")

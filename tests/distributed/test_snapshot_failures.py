@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from ignite_ema import PostHocEMA
-from ignite_ema.handlers import snapshots as module
+from ignite_ema.handlers import posthoc as module
 from ignite_ema.posthoc import stored
 from tests.distributed.test_snapshots import Run
 from tests.distributed.worker import Net
@@ -45,44 +45,6 @@ def cannot_write(folder, case):
 def test_a_snapshot_that_cannot_be_written_is_told_on_all_ranks(case, world, tmp_path):
     assert world(cannot_write, case) == [[2, 3]] * 2
     assert [one.time for one in stored(tmp_path / "snapshots")] == [2, 3]
-
-
-def stands_elsewhere(folder, case, how):
-    run = Run(case, folder / "snapshots").train(3)
-    state = run.ema.state_dict()
-    if dist.get_rank() == 1:
-        if how == "updates":
-            for average in run.ema.streams:
-                average.num_updates = 2
-        elif how == "snapshots":
-            run.ema.load_state_dict({**state, "snapshot_times": []})
-        else:
-            run.ema.load_state_dict({**state, "run_id": "another"})
-    with pytest.raises(RuntimeError, match="should stand at one point on all ranks, got .* on rank 0 and .* on rank 1"):
-        run.ema.save()
-    return True
-
-
-@cases
-@pytest.mark.parametrize("how", ["updates", "snapshots", "run"])
-def test_ranks_that_stand_at_different_points_are_told(how, case, world, tmp_path):
-    assert world(stands_elsewhere, case, how) == [True, True]
-    assert [one.time for one in stored(tmp_path / "snapshots")] == [2]
-
-
-def loads_on_one_rank(folder):
-    state = Run("plain", folder / "snapshots").train(3).ema.state_dict()
-    run = Run("plain", folder / "snapshots")
-    run.trainer.logger.disabled = True
-    if dist.get_rank() == 0:
-        run.ema.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="let all load the same state and make the same updates"):
-        run.train()
-    return run.ema.num_updates
-
-
-def test_a_state_that_one_rank_alone_loads_is_told_before_training(world):
-    assert world(loads_on_one_rank) == [3, 0]
 
 
 def has_no_folder(folder):

@@ -8,8 +8,8 @@ from ignite.handlers import Checkpoint
 
 from ignite_ema import PostHocEMA
 from ignite_ema.distributed import ShardedSaver, load_objects
-from ignite_ema.handlers import snapshots
-from ignite_ema.posthoc import reconstruct, snapshot_files, stored
+from ignite_ema.handlers import posthoc as handler
+from ignite_ema.posthoc import reconstruct, snapshots, stored
 from tests.distributed.worker import CASES, Net, full, is_sharded_case
 
 LAST = 8
@@ -58,9 +58,9 @@ def writes(folder, case):
 
     def write(*args):
         written.append(args)
-        return snapshot_files.write(*args)
+        return snapshots.write(*args)
 
-    snapshots.write = write
+    handler.write = write
     run = Run(case, folder / "snapshots").train()
     assert run.ema.time == LAST
     assert run.ema.state_dict()["snapshot_times"] == [2, 4, 6, 8]
@@ -101,7 +101,7 @@ def resumes(folder, case):
     resumed.train()
     assert resumed.ema.state_dict()["snapshot_times"] == [2, 4, 6, 8]
     for stream in resumed.ema.streams:
-        assert full(stream.ema_model.body.weight).isfinite().all()
+        assert full(stream.module.body.weight).isfinite().all()
 
 
 @in_worlds
@@ -133,7 +133,7 @@ def narrows_and_overflows(folder):
     run.train(3)
     with torch.no_grad():
         for stream in run.ema.streams:
-            for parameter in stream.ema_model.parameters():
+            for parameter in stream.module.parameters():
                 parameter.fill_(1e6)
     with pytest.raises(ValueError, match="should be within ±65504 to be stored in torch.float16, got 1e.06"):
         run.ema.save()

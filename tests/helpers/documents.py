@@ -5,6 +5,7 @@ The blocks of a page build on each other: ``--dist loadfile`` lets one process r
 
 import os
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from sybil import Sybil
@@ -14,6 +15,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 def _enter(namespace):
     namespace["_left"], namespace["_folder"] = Path.cwd(), tempfile.TemporaryDirectory()
     os.chdir(namespace["_folder"].name)
+    namespace["missing"] = lambda package: find_spec(package) is None  # for blocks that need an extra: "skip: next if"
 
 
 def _leave(namespace):

@@ -5,8 +5,6 @@
 
 import argparse
 import functools
-import importlib
-import importlib.util
 import logging
 import tempfile
 import warnings
@@ -76,7 +74,7 @@ def need(package):
     """The package, imported without its warnings; skips where it is missing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip(package, reason=f"needs {package}", exc_type=ImportError)
+        return pytest.importorskip(package, reason=f'needs {package}: pip install -e ".[peers]"', exc_type=ImportError)
 
 
 def torch_averaged_model():
@@ -101,21 +99,9 @@ def nested():
     return peer
 
 
-def timms_model_ema():
-    """Its class from its file alone, without torchvision, which timm imports."""
-    package = importlib.util.find_spec("timm")
-    if package is None:
-        pytest.skip("timm is not installed: pip install --no-deps timm")
-    file = Path(package.submodule_search_locations[0]) / "utils" / "model_ema.py"
-    spec = importlib.util.spec_from_file_location("timm_model_ema", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.ModelEmaV3
-
-
 def timm():
     model = net()
-    average = timms_model_ema()(model, decay=0.8)
+    average = need("timm.utils").ModelEmaV3(model, decay=0.8)
     optimizer = train(model, lambda: average.update(model))
     path = path_of("timm.pth.tar")
     content = {

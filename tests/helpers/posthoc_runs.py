@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ignite_ema import PostHocEMA
-from ignite_ema.posthoc import snapshot_files
+from ignite_ema.posthoc import snapshots
 
 LAST = 40
 EVERY_5 = Events.ITERATION_COMPLETED(every=5)
@@ -107,7 +107,7 @@ def files(folder):
     """The bits of each, short enough to be shown; but for the name of the run, which is drawn."""
     found = {}
     for path in sorted(path for path in folder.iterdir() if path.suffix == ".pt"):
-        one = dataclasses.replace(snapshot_files.read(path), run_id="the run", _file=None)
+        one = dataclasses.replace(snapshots.read(path), run_id="the run")
         file = io.BytesIO()
         torch.save(tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, vars(one)), file)
         found[path.name] = hashlib.sha256(file.getvalue()).hexdigest()[:8]
@@ -116,4 +116,4 @@ def files(folder):
 
 def times_in(folder):
     """The times of the snapshots that lie there."""
-    return sorted(snapshot_files.paths_in(folder))
+    return sorted(snapshots.paths_in(folder))

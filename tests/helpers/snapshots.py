@@ -2,7 +2,7 @@
 
 import torch
 
-from ignite_ema.posthoc.snapshot_files import StoredSnapshot
+from ignite_ema.posthoc.snapshots import StoredSnapshot
 
 
 def make_snapshot(time, value=None, **changes):
@@ -29,5 +29,5 @@ def write_raw(folder, **changes):
     """A file as it should be, but for some entries."""
     content = {"ignite_ema_snapshot": 2, **vars(make_snapshot(65)), **changes}
     path = folder / "snapshot_65.pt"
-    torch.save({key: value for key, value in content.items() if value is not ... and key != "_file"}, path)
+    torch.save({key: value for key, value in content.items() if value is not ...}, path)
     return path

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from ignite_ema import __version__
-from ignite_ema.cli import checkpoints, main
-from ignite_ema.cli.arguments import parser
+from ignite_ema import cli
+from ignite_ema.cli import main
+
 
 ROOT = Path(__file__).parents[2]
 ONE = {"größe.w": torch.ones(1)}
@@ -38,7 +39,7 @@ def test_help(name, command):
     assert max(map(len, text.splitlines())) <= 100
     for line in text.splitlines():
         if line.startswith("  ignite-ema ") and name:  # its examples are commands
-            assert parser().parse_args(shlex.split(line.partition("|")[0])[1:]).run
+            assert cli._parser().parse_args(shlex.split(line.partition("|")[0])[1:]).run
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "--help"], ["reconstruct", "--help"]])
@@ -70,7 +71,7 @@ def test_ctrl_c(command, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "read_part", stop)
+    monkeypatch.setattr(reading, "read_part", stop)
     assert command("inspect", "file.pt", file=FILE)[0] == 130
 
 

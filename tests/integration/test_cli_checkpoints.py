@@ -8,7 +8,7 @@ import torch
 
 from ignite_ema import EMAHandler
 from ignite_ema.checkpoints import load_file
-from ignite_ema.cli import checkpoints as cli_checkpoints
+from ignite_ema import cli
 from tests.helpers.files import files_in
 from tests.helpers.peer_files import diffusers, equal, gan, ignite_ema, made, mmagic, prefixed, state
 
@@ -169,8 +169,8 @@ def test_sparse_tensors_are_counted_and_not_measured(command):
 
 
 def test_tied_tensors_are_compared_once(command, monkeypatch):
-    compared, square = [], cli_checkpoints._square
-    monkeypatch.setattr(cli_checkpoints, "_square", lambda *tensors: compared.append(tensors) or square(*tensors))
+    compared, square = [], cli._square
+    monkeypatch.setattr(cli, "_square", lambda *tensors: compared.append(tensors) or square(*tensors))
     one, other = torch.ones(4), torch.zeros(4)
     file = {"model": {f"a{at}.w": one for at in range(9)}, "ema": {f"a{at}.w": other for at in range(9)}}
     assert command("inspect", "file.pt", file=file)[1].count("distance  1.000e+00") == 10
@@ -301,7 +301,7 @@ def test_what_torch_cannot_compute_is_one_sentence(error, reason, command, monke
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(cli_checkpoints, "_square", fail)
+    monkeypatch.setattr(cli, "_square", fail)
     said = f"ignite-ema: 'file.pt' cannot be worked on: {reason}\n"
     assert command("inspect", "file.pt", file=FILE) == (1, "", said)
 

@@ -120,7 +120,7 @@ with warnings.catch_warnings():
     except ImportError:
         SupervisedTrainer = None
 
-monai = pytest.mark.skipif(SupervisedTrainer is None, reason="needs MONAI: pip install --no-deps monai")
+monai = pytest.mark.skipif(SupervisedTrainer is None, reason='needs MONAI: pip install -e ".[peers]"')
 
 
 class Monai:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from matplotlib import image
 
-from ignite_ema import demo
 from ignite_ema.demo import __main__ as command
+from ignite_ema.demo import training as demo
 
 QUICK = ["--epochs", "2", "--seeds", "1"]
 
@@ -100,7 +100,7 @@ def test_what_is_there_is_not_written_over(
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "rich", "sklearn", "tqdm"])
+@pytest.mark.parametrize("module", ["matplotlib", "sklearn", "tqdm"])
 def test_a_missing_extra_is_named_with_the_way_to_get_it(
     module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ from ignite_ema.schedules import (
     RatioWarmup,
     Rescaled,
 )
-from tests.helpers.peer_files import need, timms_model_ema
+from tests.helpers.peer_files import need
 
 EPOCHS, EPOCH = 6, 6
 ITERATIONS = EPOCHS * EPOCH
@@ -159,7 +159,7 @@ def real_timm(steps=True, **options):
     def update(averaged, model, iteration):
         averaged.update(model, step=iteration if steps else None)
 
-    return real(lambda model: timms_model_ema()(model, **options), update, state_of("module"))
+    return real(lambda model: need("timm.utils").ModelEmaV3(model, **options), update, state_of("module"))
 
 
 def real_of_parameters(module, name, **options):
@@ -463,16 +463,11 @@ def measured(case):
     return model, lambda iteration: {name: one for name, one in after(iteration).items() if name not in COUNTERS}
 
 
-def parameter(case):
-    # timm is there for the slow tests alone: what it requires would bring another torch
-    return pytest.param(case, id=case.id, marks=[pytest.mark.slow] if case.id.startswith("timm") else [])
-
-
 def test_every_case_has_a_name_of_its_own():
     assert len({case.id for case in CASES}) == len(CASES)
 
 
-@pytest.mark.parametrize("case", [parameter(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_the_average_is_theirs(case):
     """After each iteration; where theirs is the model itself, ours is, too, bit for bit."""
     model, after = (measured if case.real else defined)(case)
@@ -534,7 +529,6 @@ def test_buffers_that_follow_between_the_updates_are_one_line():
     run(trainer)
 
 
-@pytest.mark.slow
 def test_dtype_holds_the_average_of_a_bfloat16_model_as_timms_does():
     model, theirs = Net().bfloat16(), Net().bfloat16()
     handler = EMAHandler(model, copying(1, 1 - 0.9), handle_buffers="update", dtype=torch.float32)

@@ -11,7 +11,7 @@ from ignite_ema import EMAHandler
 from tests.helpers.bits import contents, copied
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is built from a configuration
-zoo = pytest.importorskip("transformers", reason='the zoo needs transformers: pip install -e ".[zoo]"')
+zoo = pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[peers]"')
 
 # transformers' own, of what it builds or computes with
 

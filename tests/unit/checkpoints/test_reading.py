@@ -89,7 +89,6 @@ FORGED = "a\n\x1b[2Jdistance  0.000e+00  all\u202e"
         {FORGED: state(1), FORGED + "b": state(2)},
         {"ema": {FORGED: 3, "w": ONE}},
         {"ema": {FORGED: torch.zeros(1, device="meta")}},
-        {"ema": {FORGED: torch.zeros(1).expand(10**9)}},
         {"ema_" + FORGED: state(1), "ema": state(2)},
     ],
 )
@@ -102,10 +101,8 @@ def test_names_in_messages_are_quoted(content):
 # --- values ---
 
 META = nn.Linear(2, 2, device="meta").state_dict()
-HUGE = {"w": torch.zeros(1).expand(10**13)}
 NO_TENSOR = "'n' of the weights in source should be a tensor, got int"
 EMPTY = "The average in source should have tensors, but it is empty"
-REPEATED = "should have memory for its shape.*got 4 bytes that are repeated"
 
 
 @pytest.mark.parametrize(
@@ -119,10 +116,6 @@ REPEATED = "should have memory for its shape.*got 4 bytes that are repeated"
         ({"ema": META}, "should have values, got a tensor on the meta device"),
         (META, "should have values, got a tensor on the meta device"),
         ({"module.w": META["bias"], "n_averaged": META["bias"][0]}, "should have values, got a tensor on the meta"),
-        ({"ema": HUGE}, REPEATED),
-        (HUGE, REPEATED),
-        ({"ema": HUGE, "model": HUGE}, REPEATED),
-        ({"ema": {str(i): torch.zeros(1).expand(2**27) for i in range(3)}}, REPEATED),
     ],
 )
 def test_what_is_no_weight_is_named(content, message):
@@ -240,7 +233,7 @@ LINEAR = "an object of the class 'torch.nn.modules.linear.Linear'"
         (
             {"state_dict_ema": {"w": argparse.Namespace}},
             ValueError,
-            "should be a tensor, got the object named 'argparse.Namespace'",
+            "should be a tensor, got an object of the class 'argparse.Namespace'",
         ),
     ],
 )

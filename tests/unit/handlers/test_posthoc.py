@@ -3,13 +3,14 @@
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import TerminateOnNan
 from torch import nn
 from torch.nn.parallel import DataParallel
 
-from ignite_ema import EMAHandler, PostHocEMA, posthoc
+from ignite_ema import EMAHandler, EMAWarning, PostHocEMA, posthoc
 from ignite_ema.posthoc import PowerProfile, reconstruct, stored
 from ignite_ema.schedules import PowerFunction
-from tests.helpers.bits import contents
+from tests.helpers.bits import assert_same_bits, contents
 from tests.helpers.models import Tied, compiled, constant, module
 from tests.helpers.posthoc_runs import LAST, Run, batches, files, kept, size_of_batch, times_in
 
@@ -49,7 +50,7 @@ def test_streams_and_files_hold_the_sums_of_power_functions(samples, every, tmp_
                 torch.testing.assert_close(tensor.double(), due, rtol=1e-5, atol=1e-5)  # float32 updates
         assert one.copied["1.num_batches_tracked"] == one.iteration
     for stream, averaged in zip(run.ema.streams, snapshots[-1].averaged, strict=True):
-        assert all(torch.equal(stream.ema_model.state_dict()[name], tensor) for name, tensor in averaged.items())
+        assert all(torch.equal(stream.module.state_dict()[name], tensor) for name, tensor in averaged.items())
 
 
 def test_the_momentum_is_published_and_counts_each_update_by_its_batch(tmp_path):
@@ -75,10 +76,10 @@ def test_rebuilt_averages_load_into_a_fresh_model(tmp_path):
     got = reconstruct(tmp_path, 0.1)
     fresh = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     fresh.load_state_dict(got, strict=True)
-    for name, tensor in run.ema.streams[1].ema_model.state_dict().items():
+    for name, tensor in run.ema.streams[1].module.state_dict().items():
         torch.testing.assert_close(fresh.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
     assert got["1.num_batches_tracked"] == LAST
-    with pytest.warns(UserWarning, match="differs by"):
+    with pytest.warns(UserWarning, match="differs from ExponentialProfile"):
         wider = reconstruct(tmp_path, posthoc.ExponentialProfile(0.2))
     assert wider["1.running_mean"].ne(got["1.running_mean"]).all()  # averaged, too
 
@@ -99,7 +100,7 @@ def test_buffers_that_are_not_averaged_are_those_of_the_snapshot(tmp_path):
     "wrap", [lambda model: model, DataParallel, compiled], ids=["plain", "DataParallel", "compiled"]
 )
 def test_tied_weights_are_stored_once_under_plain_names_and_rebuilt_tied(wrap, tmp_path):
-    kept(wrap(Tied()), tmp_path)
+    kept(wrap(Tied()), tmp_path, handle_buffers="update")
     one = stored(tmp_path)[0]
     assert {"first.weight", "cache"} <= one.averaged[0].keys()
     assert "second.weight" not in one.averaged[0]
@@ -122,7 +123,7 @@ def test_tied_weights_are_stored_once_under_plain_names_and_rebuilt_tied(wrap, t
 def test_types_are_stored_as_asked_for_and_rebuilt(dtype, options, stored_in, rebuilt_in, tmp_path):
     model = module(w=nn.Parameter(torch.zeros(2, dtype=dtype)))
     ema = kept(model, tmp_path, [1.0, 1.0078125] * 5, **options)
-    got, due = reconstruct(tmp_path, 0.1)["w"], ema.streams[1].ema_model.w
+    got, due = reconstruct(tmp_path, 0.1)["w"], ema.streams[1].module.w
     assert (stored(tmp_path)[0].averaged[0]["w"].dtype, got.dtype) == (stored_in, rebuilt_in)
     assert due.abs().ne(due.to(dtype).abs().bfloat16()).all()  # held in more than 16 bits
     torch.testing.assert_close(got.to(due.dtype), due.data, rtol=1e-6, atol=0)
@@ -131,7 +132,7 @@ def test_types_are_stored_as_asked_for_and_rebuilt(dtype, options, stored_in, re
 def test_twins_of_ones_own_and_parts_of_a_larger_tensor_are_stored_alone(tmp_path):
     twins = [module(w=nn.Parameter(torch.zeros(1000, 100)[:2])) for _ in range(2)]
     ema = kept(module(w=nn.Parameter(torch.zeros(2, 100))), tmp_path, ema_models=twins)
-    assert [stream.ema_model for stream in ema.streams] == twins
+    assert [stream.module for stream in ema.streams] == twins
     assert torch.equal(stored(tmp_path)[-1].averaged[1]["w"], twins[1].w)
     assert twins[0].w.untyped_storage().nbytes() == 400_000
     assert (tmp_path / "snapshot_3.pt").stat().st_size < 10_000
@@ -140,12 +141,82 @@ def test_twins_of_ones_own_and_parts_of_a_larger_tensor_are_stored_alone(tmp_pat
 @pytest.mark.parametrize(("samples", "times"), [(None, [1, 2, 3]), (lambda engine: 10, [10, 20, 40])])
 def test_a_nan_leaves_both_averages_alone(samples, times, tmp_path):
     """Time stands still; in samples the weights after it stand for the batches since the last update."""
-    with pytest.warns(UserWarning, match="holds a NaN"):
+    with pytest.warns(UserWarning, match="has a NaN"):
         ema = kept(constant(), tmp_path, [1.0, 2.0, float("nan"), 3.0], skip_nonfinite=True, samples=samples)
     assert ema.num_updates == 3
     assert [one.time for one in stored(tmp_path)] == times
     due = sums(times, [{"w": torch.tensor(value)} for value in (1.0, 2.0, 3.0)], "w", GAMMAS[0])
-    assert ema.streams[0].ema_model.weight.item() == pytest.approx(due.item(), rel=1e-6)
+    assert ema.streams[0].module.weight.item() == pytest.approx(due.item(), rel=1e-6)
+
+
+def test_the_statistics_of_normalization_layers_are_averaged_and_nothing_else(tmp_path):
+    """"update" would average an observer's infinities and a mask, too (issue 21)."""
+    model = nn.BatchNorm1d(2)
+    model.register_buffer("min_val", torch.tensor(torch.inf))
+    kept(model, tmp_path)
+    one = stored(tmp_path)[0]
+    assert list(one.averaged[0]) == ["weight", "bias", "running_mean", "running_var"]
+    assert list(one.copied) == ["num_batches_tracked", "min_val"]
+    kept(nn.Linear(1, 1), tmp_path / "without")  # a model without such buffers
+
+
+# Without an engine
+
+
+def test_a_loop_without_an_engine_writes_what_an_engine_does(tmp_path):
+    for name in ("updates", "samples"):
+        run = Run(tmp_path / name, **({"samples": size_of_batch} if name == "samples" else {})).train(20)
+        own = Run(tmp_path / f"own {name}", attach=False, samples=name == "samples")
+        for k, batch in enumerate(batches(20), start=1):
+            own.trainer.state.iteration = k
+            own.step(own.trainer, batch)
+            assert own.ema.update(len(batch)) if name == "samples" else own.ema.update()
+            if k % 5 == 0:
+                assert own.ema.save() == tmp_path / f"own {name}" / f"snapshot_{own.ema.time}.pt"
+        assert (own.ema.time, own.ema.time_unit) == (run.ema.time, name)
+        for one, other in zip(stored(tmp_path / name), stored(tmp_path / f"own {name}"), strict=True):
+            assert one.time == other.time
+            assert_same_bits([one.averaged, one.copied], [other.averaged, other.copied])
+
+
+def test_a_loop_without_an_engine_resumes(tmp_path):
+    model = constant()
+
+    def train(ema, values):
+        for value in values:
+            model.weight.data.fill_(value)
+            ema.update()
+            ema.save()
+        return ema
+
+    due = train(PostHocEMA(model, dirname=tmp_path / "one"), [1.0, 2.0, 3.0, 4.0])
+    first = train(PostHocEMA(model, dirname=tmp_path / "two"), [1.0, 2.0])
+    second = PostHocEMA(model, dirname=tmp_path / "two")
+    second.load_state_dict(first.state_dict())
+    train(second, [3.0, 4.0])
+    assert times_in(tmp_path / "two") == [1, 2, 3, 4]
+    for one, other in zip(due.streams, second.streams, strict=True):
+        assert torch.equal(one.module.weight, other.module.weight)
+
+
+@pytest.mark.parametrize(
+    ("samples", "argument", "error", "message"),
+    [
+        (None, 3, TypeError, "samples should be left out .* counted in updates, got 3; pass samples=True"),
+        (True, None, ValueError, "samples should be the number of samples .* got None"),
+        (True, 0, ValueError, "samples should be the number of samples .* got 0"),
+    ],
+)
+def test_samples_that_do_not_fit_the_clock_are_refused(samples, argument, error, message, tmp_path):
+    ema = PostHocEMA(constant(), dirname=tmp_path, samples=samples)
+    with pytest.raises(error, match=message):
+        ema.update(argument)
+    assert (ema.time, ema.num_updates) == (0, 0)
+
+
+def test_an_engine_needs_a_function_to_count_samples(tmp_path):
+    with pytest.raises(TypeError, match="samples should be a function .* got True"):
+        PostHocEMA(constant(), dirname=tmp_path, samples=True).attach(Engine(lambda engine, batch: None))
 
 
 # 16 bits
@@ -241,14 +312,14 @@ def test_saving_by_hand(tmp_path):
     assert times_in(tmp_path) == [5, 7]
     run.ema.streams[1].reset()
     run.train(8)
-    with pytest.raises(RuntimeError, match=r"should be of one time, got \[1, 8\] updates; leave the counts of single"):
+    with pytest.raises(RuntimeError, match=r"should be of one time, got \[1, 8\] updates"):
         run.ema.save()
 
 
 def test_a_snapshot_that_someone_else_wrote_is_not_overwritten(tmp_path):
     run = Run(tmp_path).train(4)
     (tmp_path / "snapshot_5.pt").write_text("precious")
-    with pytest.raises(FileExistsError, match="snapshot_5.pt' is there already, and this run has not written it"):
+    with pytest.raises(FileExistsError, match="snapshot_5.pt' exists already, and this run has not written it"):
         run.train(8)
     assert (tmp_path / "snapshot_5.pt").read_text() == "precious"
 
@@ -301,11 +372,10 @@ def traces(engine):
 def test_attaching_twice_or_half_way_leaves_no_more_and_remove_takes_everything_off(options, tmp_path):
     run = Run(tmp_path, attach=False, **options)
     before = traces(run.trainer)
-    other = EMAHandler(run.model, PowerFunction(0.1)).attach(run.trainer, "posthoc_momentum_1")
-    with pytest.raises(ValueError, match="name should be another than 'posthoc_momentum_1'"):
-        run.attach()
-    other.remove()
-    assert traces(run.trainer) == before
+    for wrong in ({"event": "no event"}, {"snapshot_event": "no event"}, {"name": ""}, {"optimizer": run.model}):
+        with pytest.raises((TypeError, ValueError)):
+            run.ema.attach(run.trainer, **wrong)
+        assert traces(run.trainer) == before
     with run.attach() as handle:
         attached = traces(run.trainer)
         assert attached != before
@@ -327,10 +397,11 @@ def test_two_on_a_trainer_need_names_and_folders_of_their_own(tmp_path):
     run = Run(tmp_path / "one")
     before = traces(run.trainer)
     other = PostHocEMA(run.model, (0.2,), dirname=tmp_path / "two")
-    with pytest.raises(ValueError, match="name should be another than 'posthoc_momentum', which another PostHocEMA of"):
-        other.attach(run.trainer)
+    with pytest.warns(EMAWarning, match="Attribute 'posthoc_momentum_0' already exists .* Choose another name"):
+        other.attach(run.trainer).remove()
+    assert run.trainer.state.posthoc_momentum_0 == 1  # of the first one
     same = PostHocEMA(run.model, dirname=tmp_path / "two" / ".." / "one")
-    with pytest.raises(ValueError, match="dirname should be another than '.*one', which another PostHocEMA of this"):
+    with pytest.raises(ValueError, match="dirname should be another than '.*one', where another PostHocEMA"):
         same.attach(run.trainer, name="other")
     assert traces(run.trainer) == before
     other.attach(run.trainer, "other", snapshot_event=EVENT(every=8))
@@ -338,7 +409,7 @@ def test_two_on_a_trainer_need_names_and_folders_of_their_own(tmp_path):
     plain.attach(run.trainer)
     run.train(16)
     assert times_in(tmp_path / "two") == [8, 16]
-    assert torch.equal(run.ema.streams[0].ema_model[0].weight, plain.ema_model[0].weight)
+    assert torch.equal(run.ema.streams[0].module[0].weight, plain.ema_model[0].weight)
     names = {name for name in vars(run.trainer.state) if "momentum" in name or "other" in name}
     assert names == {"posthoc_momentum_0", "posthoc_momentum_1", "other_0", "ema_momentum"}
 
@@ -347,7 +418,7 @@ def test_streams_swap_in_and_out(tmp_path):
     run = Run(tmp_path).train(8)
     before = contents(run.model)
     with run.ema.streams[0].swapped():
-        assert torch.equal(run.model[0].weight, run.ema.streams[0].ema_model[0].weight)
+        assert torch.equal(run.model[0].weight, run.ema.streams[0].module[0].weight)
         for action in (lambda: run.ema.load_state_dict(run.ema.state_dict()), run.ema.reset):
             with pytest.raises(RuntimeError, match="while the model holds its own weights"):
                 action()
@@ -357,8 +428,46 @@ def test_streams_swap_in_and_out(tmp_path):
 def test_one_stream_is_enough_and_the_folder_is_made_with_its_parents(tmp_path):
     folder = tmp_path / "a" / "b"
     run = Run(str(folder), sigma_rels=[0.1]).train(10)
-    assert torch.equal(reconstruct(folder, 0.1)["0.weight"], run.ema.streams[0].ema_model[0].weight)
+    assert torch.equal(reconstruct(folder, 0.1)["0.weight"], run.ema.streams[0].module[0].weight)
     assert run.ema.sigma_rels == (0.1,)
+
+
+# Warnings
+
+
+def test_weights_and_averages_that_are_loaded_at_the_start_of_a_run_count_as_restored(tmp_path):
+    """MONAI's CheckpointLoader loads at STARTED, when the handler is attached already (issue 23)."""
+    state = Run(tmp_path).train(8).saved()
+    second = Run(tmp_path)
+    second.trainer.load_state_dict(state["trainer"])
+    second.trainer.add_event_handler(Events.STARTED, lambda: second.ema.load_state_dict(state["ema"]))
+    second.train()
+    assert second.ema.num_updates == LAST
+
+
+def test_a_state_that_is_saved_before_the_update_of_its_event_is_told(tmp_path):
+    run = Run(tmp_path, attach=False)
+    run.trainer.add_event_handler(EVENT(every=2), lambda: run.ema.state_dict())
+    run.attach()
+    with pytest.warns(EMAWarning, match="was saved or evaluated in iteration 2 before the update") as record:
+        run.train(8)
+    assert len(record) == 1
+
+
+def test_weights_that_are_not_finite_when_the_run_is_terminated_are_left_out(tmp_path):
+    """TerminateOnNan only sets a flag, and the update of the same event still comes (issue 23)."""
+    run = Run(tmp_path, attach=False)
+    run.trainer.add_event_handler(EVENT, TerminateOnNan(lambda output: run.model[0].weight.sum()))
+    run.attach()
+
+    @run.trainer.on(Events.ITERATION_STARTED(once=4))
+    def break_a_weight():
+        run.model[0].weight.data[0, 0] = torch.nan
+
+    with pytest.warns(EMAWarning, match="NaN or an infinity while the run is being terminated"):
+        run.train()
+    assert (run.trainer.state.iteration, run.ema.num_updates) == (4, 3)
+    assert all(stream.module[0].weight.isfinite().all() for stream in run.ema.streams)
 
 
 # Starting again
@@ -370,7 +479,7 @@ def test_reset_starts_again(samples, times, tmp_path):
     run.ema.reset()
     assert (run.ema.num_updates, run.ema.time, run.ema.state_dict()["samples_seen"]) == (0, 0, 0)
     for stream in run.ema.streams:
-        assert torch.equal(stream.ema_model[0].weight, run.model[0].weight)
+        assert torch.equal(stream.module[0].weight, run.model[0].weight)
     run.ema.dirname = tmp_path / "two"
     run.ema.dirname.mkdir()
     run.train(20)
@@ -378,5 +487,5 @@ def test_reset_starts_again(samples, times, tmp_path):
     assert times_in(tmp_path / "two") == times
     assert stored(tmp_path / "one")[0].run_id != stored(tmp_path / "two")[0].run_id
     run.ema.reset()
-    with pytest.raises(ValueError, match="should have no snapshots when a run starts"):
+    with pytest.raises(ValueError, match="snapshots of this run alone"):
         run.train(24)

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from ignite_ema.posthoc import snapshot_files
+from ignite_ema.posthoc import snapshots
 from tests.helpers.snapshots import make_snapshot
 
 
@@ -22,7 +22,7 @@ def one_thread():
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     for time in range(1, 65):
-        snapshot_files.write(make_snapshot(time), folder)
+        snapshots.write(make_snapshot(time), folder)
     return folder
 
 

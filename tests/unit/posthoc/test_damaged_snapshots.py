@@ -1,4 +1,4 @@
-"""Every flipped bit in what is read of a snapshot is noticed, with the file and the tensor."""
+"""Every flipped bit in what is read of a snapshot is noticed, and the file is named."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ignite_ema import PostHocEMA
-from ignite_ema.checkpoints.safe_load import open_file
+from ignite_ema.checkpoints.files import load_file
 from ignite_ema.posthoc import reconstruct, stored
 
 
@@ -31,23 +31,22 @@ def flip(path, tensor):
 
 
 @pytest.mark.parametrize(
-    ("file", "places", "said"),
+    ("file", "places"),
     [
-        ("snapshot_4.pt", ("averaged", 0, "0.weight"), "the bytes of '0.weight' have"),
-        ("snapshot_16.pt", ("averaged", 1, "0.weight"), "the bytes of '0.weight' have"),
-        ("snapshot_8.pt", ("averaged", 1, "1.running_var"), "its entry 'archive/data/[0-9]+' has"),  # a small one
-        ("snapshot_frozen.pt", ("tensors", "2.weight"), "the bytes of '2.weight'"),
+        ("snapshot_4.pt", ("averaged", 0, "0.weight")),
+        ("snapshot_16.pt", ("averaged", 1, "0.weight")),
+        ("snapshot_8.pt", ("averaged", 1, "1.running_var")),
+        ("snapshot_frozen.pt", ("tensors", "2.weight")),
     ],
 )
-def test_a_flipped_bit_is_noticed_where_it_is_read(file, places, said, tmp_path):
+def test_a_flipped_bit_is_noticed_where_it_is_read(file, places, tmp_path):
     train(tmp_path)
-    tensor = open_file(tmp_path / file).content
+    tensor = load_file(tmp_path / file)
     for place in places:
         tensor = tensor[place]
     flip(tmp_path / file, tensor)
-    if places[-1] != "1.running_var":
-        assert len(stored(tmp_path)) == 4  # the list of snapshots costs no more than their headers
-    with pytest.raises(ValueError, match=f"{file}' should hold what was written, but {said}"):
+    assert len(stored(tmp_path)) == 4  # the list of snapshots costs no more than their headers
+    with pytest.raises(ValueError, match=f"{file}' .* has changed since"):
         reconstruct(tmp_path, 0.1)
     if file == "snapshot_16.pt":
         assert reconstruct(tmp_path, 0.1, step=12)

@@ -8,7 +8,7 @@ from torch import nn
 from ignite_ema import PostHocEMA
 from ignite_ema.checkpoints import save_file
 from ignite_ema.cli import main
-from ignite_ema.posthoc import reconstruct, snapshot_files, stored
+from ignite_ema.posthoc import reconstruct, snapshots, stored
 
 
 class Adapted(nn.Module):
@@ -46,7 +46,7 @@ def test_what_is_rebuilt_is_complete_and_in_order(tmp_path):
     Adapted(frozen=False).load_state_dict(got, strict=True)
     assert torch.equal(got["embedding.weight"], model.embedding.weight)
     assert got["output.weight"] is got["embedding.weight"]
-    torch.testing.assert_close(got["adapter.weight"], ema.streams[1].ema_model.adapter.weight.data)
+    torch.testing.assert_close(got["adapter.weight"], ema.streams[1].module.adapter.weight.data)
 
 
 def test_frozen_weights_are_stored_once(tmp_path):
@@ -63,14 +63,14 @@ def test_frozen_weights_are_stored_once(tmp_path):
 
 def test_a_run_that_resumes_elsewhere_stores_them_there(tmp_path):
     model, ema = run(tmp_path / "one", 2)
-    with pytest.warns(UserWarning, match="lacks 2"):
+    with pytest.warns(UserWarning, match="2 are missing"):
         run(tmp_path / "other", 4, model, ema.state_dict())
     assert list(reconstruct(tmp_path / "other", 0.1, max_residual=9)) == list(model.state_dict())
 
 
 def test_those_of_a_run_without_snapshots_make_room(tmp_path):
     run(tmp_path)
-    for path in snapshot_files.paths_in(tmp_path).values():
+    for path in snapshots.paths_in(tmp_path).values():
         path.unlink()
     model, _ = run(tmp_path)
     assert torch.equal(reconstruct(tmp_path, 0.1)["embedding.weight"], model.embedding.weight)
@@ -87,10 +87,7 @@ def test_another_file_of_that_name_stays(tmp_path):
     assert (tmp_path / "snapshot_frozen.pt").read_text() == "mine"
 
 
-MISSING = (
-    "should have 'snapshot_frozen.pt' with the 2 frozen parameters, such as 'embedding.weight', that the averages "
-    "share with the model, but lacks it; restore it, or pass base= "
-)
+MISSING = "snapshot_frozen.pt' should have the 1 frozen param.* missing .*; restore it, or pass .* base="
 
 
 @pytest.fixture
@@ -119,11 +116,10 @@ def test_what_is_missing_is_said_or_taken_from_a_base(lacking, tmp_path):
         (
             {"a": torch.zeros(2), "b": torch.zeros(2)},
             ValueError,
-            r"base should have the frozen 'embedding.weight' of shape \(100, 50\), but it has 'a', 'b'; pass the plain",
+            r"base should have the frozen 'embedding.weight' of shape \(100, 50\), got NoneType; pass the plain",
         ),
-        ({"embedding.weight": torch.zeros(2)}, ValueError, r"shape \(100, 50\), but it is of shape \(2,\) there; pass"),
-        ({"embedding.weight": 3}, ValueError, "but it is int there; pass"),
-        ({"embedding.weight": torch.zeros(100, 50, device="meta")}, ValueError, "but it is on the meta device there"),
+        ({"embedding.weight": torch.zeros(2)}, ValueError, r"shape \(100, 50\), got \(2,\); pass"),
+        ({"embedding.weight": 3}, ValueError, "got int; pass"),
         (3.5, TypeError, "base should be a state dict, got float; pass one of the model"),
     ],
 )
@@ -137,7 +133,7 @@ def test_a_base_that_is_not_needed_is_refused(tmp_path):
     trainer = Engine(lambda engine, batch: None)
     PostHocEMA(model, dirname=tmp_path).attach(trainer)
     trainer.run([0])
-    with pytest.raises(ValueError, match="base should be left out, for the snapshots in '.*' are complete"):
+    with pytest.raises(ValueError, match="base should be left out: .* are complete"):
         reconstruct(tmp_path, 0.1, base=model.state_dict())
 
 
@@ -145,7 +141,7 @@ def test_the_command_takes_a_base(lacking, tmp_path, capsys):
     dirname, model = lacking
     arguments = ["reconstruct", str(dirname), "--sigma-rel", "0.1", "--out", str(tmp_path / "out.pt")]
     assert main(arguments) == 1
-    assert "pass base= (--base FILE)" in capsys.readouterr().err
+    assert "base= (--base FILE)" in capsys.readouterr().err
     save_file(model.state_dict(), tmp_path / "base.pt")
     assert main([*arguments, "--base", str(tmp_path / "base.pt")]) == 0
     assert ", 5 tensors, " in capsys.readouterr().out
@@ -155,5 +151,5 @@ def test_those_of_another_run_are_refused(tmp_path):
     run(tmp_path / "one")
     run(tmp_path / "other")
     (tmp_path / "one" / "snapshot_frozen.pt").replace(tmp_path / "other" / "snapshot_frozen.pt")
-    with pytest.raises(ValueError, match="should be of the run of the snapshots beside it, but it is of another one"):
+    with pytest.raises(FileNotFoundError, match="missing or of another run"):
         reconstruct(tmp_path / "other", 0.1)

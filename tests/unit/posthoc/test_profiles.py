@@ -15,9 +15,9 @@ from ignite_ema.posthoc import (
     SampledProfile,
     Snapshot,
     UniformProfile,
-    inner_products,
     residual,
 )
+from ignite_ema.posthoc.profiles import inner_products
 
 
 class Triangle(Profile):

@@ -7,8 +7,8 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ignite_ema import PostHocEMA
-from ignite_ema.posthoc import run_directory, snapshot_files, stored
+from ignite_ema import EMAWarning, PostHocEMA
+from ignite_ema.posthoc import snapshots, stored
 from tests.helpers.files import files_in
 from tests.helpers.snapshots import make_snapshot
 
@@ -40,7 +40,7 @@ def stop_in_the_middle(folder, sender):
         multiprocessing.Event().wait()
 
     ema = make(folder, 1)
-    ema.streams[0].num_updates = ema.streams[1].num_updates = 2
+    ema.update()
     torch.save = wait
     ema.save()
 
@@ -59,9 +59,8 @@ def killed(tmp_path):
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_as_it_is_told(killed):
-    with pytest.raises(ValueError, match=r"no snapshots when a run starts.* killed .* delete '.*/snapshot_\*.pt'"):
+    with pytest.raises(ValueError, match=r"got 'snapshot_1.pt' of another .* delete '.*/snapshot_\*.pt' to start again"):
         make(killed, 1)
-    assert files_in(killed) == ["snapshot_1.pt"]  # what the killed write left is cleaned up
     (killed / "snapshot_1.pt").unlink()
     make(killed, 3)
     assert [one.time for one in stored(killed)] == [1, 2, 3]
@@ -71,7 +70,7 @@ def test_a_checkpoint_at_the_start_lets_it_start_again_by_itself(tmp_path):
     first = make(tmp_path)
     state = first.state_dict()
     second = make(tmp_path, 2, state)  # and is killed
-    with pytest.warns(UserWarning, match="later than the state that was loaded, of time 0: 2"):
+    with pytest.warns(UserWarning, match="had 2 snapshots that are later than the loaded state, of time 0"):
         make(tmp_path, 3, state)
     assert [one.time for one in stored(tmp_path)] == [1, 2, 3]
     assert {one.run_id for one in stored(tmp_path)} == {second.state_dict()["run_id"]}
@@ -95,33 +94,36 @@ def test_the_state_of_the_seed_is_left_alone(tmp_path):
     assert torch.equal(torch.rand(1), due)
 
 
-@pytest.mark.parametrize(
-    ("times", "loaded_time", "run_id"),
-    [([5], None, "run"), ([5], 7, "run"), ([5, 10], 12, "run"), ([5, 10, 20], 20, "other"), ([], 3, "other")],
-)
-def test_a_directory_with_anything_else_is_refused_and_nothing_is_moved(times, loaded_time, run_id, tmp_path):
-    for time in (5, 6, 10, 20):
-        snapshot_files.write(make_snapshot(time), tmp_path)
+def test_a_directory_with_a_snapshot_of_another_run_is_refused_and_nothing_is_moved(tmp_path):
+    for time in (5, 6, 10):
+        snapshots.write(make_snapshot(time), tmp_path)
+    snapshots.write(make_snapshot(20, run_id="other"), tmp_path)
     before = files_in(tmp_path)
-    with pytest.raises(ValueError, match="should be a snapshot of the run that goes on, but it is of another one; ch"):
-        run_directory.prepare(tmp_path, run_id, times, loaded_time)
+    with pytest.raises(ValueError, match=r"snapshots of this run alone, got 'snapshot_20.pt' of another"):
+        snapshots.prepare(tmp_path, "run", 7, [5, 6])
     assert files_in(tmp_path) == before
 
 
+def test_a_snapshot_of_the_very_time_of_the_state_is_taken_over(tmp_path):
+    for time in (5, 10):
+        snapshots.write(make_snapshot(time), tmp_path)
+    assert snapshots.prepare(tmp_path, "run", 10, [5]) == [5, 10]
+
+
 def test_what_is_set_aside_is_on_the_disk_before_the_run_goes_on(tmp_path, monkeypatch):
-    snapshot_files.write(make_snapshot(5), tmp_path)
+    snapshots.write(make_snapshot(5), tmp_path)
     synced = []
-    monkeypatch.setattr(run_directory, "sync_directory", lambda folder: synced.append(files_in(folder)))
-    with pytest.warns(UserWarning, match="set aside"):
-        run_directory.prepare(tmp_path, "run", [], 3)
+    monkeypatch.setattr(snapshots, "sync_directory", lambda folder: synced.append(files_in(folder)))
+    with pytest.warns(EMAWarning, match="set aside"):
+        assert snapshots.prepare(tmp_path, "run", 3, []) == []
     assert synced == [["snapshot_5.pt.superseded"]]
 
 
 def test_what_was_set_aside_before_is_kept(tmp_path):
     for attempt in (1.0, 2.0, 3.0):
-        snapshot_files.write(make_snapshot(5, attempt), tmp_path)
-        with pytest.warns(UserWarning, match="set aside as '….superseded'"):
-            run_directory.prepare(tmp_path, "run", [], 3)
+        snapshots.write(make_snapshot(5, attempt), tmp_path)
+        with pytest.warns(EMAWarning, match="set aside as '….superseded'"):
+            snapshots.prepare(tmp_path, "run", 3, [])
     names = ["snapshot_5.pt.superseded", "snapshot_5.pt.superseded.2", "snapshot_5.pt.superseded.3"]
     assert files_in(tmp_path) == names
     kept = [torch.load(tmp_path / name)["averaged"][0]["b"].item() for name in names]

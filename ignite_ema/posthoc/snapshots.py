@@ -1,0 +1,238 @@
+"""The snapshot files of a :class:`~ignite_ema.PostHocEMA`: one for each time, with all its averages at that time.
+
+Frozen parameters that the averages share with the model are stored once for the run, in a file of their own.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..averaging.checks import warn_user
+from ..checkpoints.files import load_file, sync_directory, whole_file
+from .profiles import PowerProfile, Snapshot
+
+__all__ = [
+    "StoredSnapshot",
+    "frozen_path",
+    "is_snapshot_name",
+    "path_of",
+    "paths_in",
+    "prepare",
+    "read",
+    "read_all",
+    "read_frozen",
+    "write",
+    "write_frozen",
+]
+
+_VERSION = 2
+_NAME = re.compile(r"snapshot_(\d+)\.pt")
+
+
+@dataclass(frozen=True)
+class StoredSnapshot:
+    """The content of a snapshot file; its tensors are mapped to the file.
+
+    Attributes:
+        time: the time at which the averages were taken: updates, or samples, since the start of the run.
+        time_unit: "updates" or "samples".
+        num_updates: the number of updates of each average.
+        iteration: the trainer's iteration, for information.
+        epoch: the trainer's epoch, for information.
+        sigma_rels: the relative widths of the averages.
+        averaged: for each width the averaged tensors by name.
+        copied: the tensors that are not averaged, by name.
+        state_dict_names: for each name in the ``state_dict`` of the model, the name under which its tensor is stored.
+        frozen_shapes: the shapes, by name, of the frozen parameters that are stored once for the run.
+        run_id: identifies the run that wrote the file; a resumed run keeps it.
+    """
+
+    time: int
+    time_unit: str
+    num_updates: int
+    iteration: int
+    epoch: int
+    sigma_rels: Sequence[float]
+    averaged: Sequence[Mapping[str, Tensor]]
+    copied: Mapping[str, Tensor]
+    state_dict_names: Mapping[str, str]
+    frozen_shapes: Mapping[str, Sequence[int]]
+    run_id: str
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """The profile and the time of each average in the file."""
+        return [Snapshot(PowerProfile(sigma_rel), self.time) for sigma_rel in self.sigma_rels]
+
+
+_TYPES = {
+    **dict.fromkeys(("time_unit", "run_id"), str),
+    **dict.fromkeys(("time", "num_updates", "iteration", "epoch"), int),
+    **dict.fromkeys(("sigma_rels", "averaged"), list),
+    **dict.fromkeys(("copied", "state_dict_names", "frozen_shapes"), dict),
+}
+
+
+def path_of(dirname: Path, time: int) -> Path:
+    """The path of the snapshot of this time."""
+    return dirname / f"snapshot_{time}.pt"
+
+
+def frozen_path(dirname: Path) -> Path:
+    """The path of the file with the frozen parameters of a run."""
+    return dirname / "snapshot_frozen.pt"
+
+
+def paths_in(dirname: Path) -> dict[int, Path]:
+    """The snapshot files in a directory by their times, in order."""
+    matches = ((_NAME.fullmatch(path.name), path) for path in (dirname.iterdir() if dirname.is_dir() else ()))
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def is_snapshot_name(path: Path) -> bool:
+    """Whether a file of this name would be taken for a snapshot, or for the frozen parameters beside it."""
+    return _NAME.fullmatch(path.name) is not None or path == frozen_path(path.parent)
+
+
+# --- writing ---
+
+
+def write(snapshot: StoredSnapshot, dirname: Path) -> Path:
+    """Writes a snapshot, whole or not at all, and returns its path. The same snapshot gives the same bytes.
+
+    Raises:
+        FileExistsError, OSError: if there is a snapshot of that time already, or the file cannot be written.
+    """
+    path = path_of(dirname, snapshot.time)
+    if path.exists():
+        raise FileExistsError(
+            f"'{path}' exists already, and this run has not written it; give each run a directory of its own."
+        )
+    _save({"ignite_ema_snapshot": _VERSION, **vars(snapshot)}, path, force=False)
+    return path
+
+
+def write_frozen(tensors: Mapping[str, Tensor], run_id: str, dirname: Path) -> None:
+    """Writes the frozen parameters of a run; those of an earlier run without snapshots are overwritten."""
+    content = {"ignite_ema_frozen": _VERSION, "run_id": run_id, "tensors": dict(tensors)}
+    _save(content, frozen_path(dirname), force=True)
+
+
+def _save(content: Mapping[str, Any], path: Path, *, force: bool) -> None:
+    with whole_file(path, force=force) as temporary, temporary.open("wb") as file:  # a path would change the bytes
+        torch.save(content, file)
+
+
+def prepare(dirname: Path, run_id: str, time: int, times: Sequence[int]) -> list[int]:
+    """Lets a run start, or go on, in a directory: snapshots that are later than its state are set aside.
+
+    Args:
+        dirname: the directory.
+        run_id: identifies the run.
+        time: that of the state from which the run goes on; 0 for a run that starts.
+        times: those of the snapshots that the run has written, according to that state.
+
+    Returns:
+        The times of the snapshots that the run has written until then.
+
+    Raises:
+        ValueError: if there are snapshots of another run; nothing has been moved then.
+    """
+    found = paths_in(dirname)
+    for path in found.values():
+        if read(path).run_id != run_id:
+            raise ValueError(
+                f"'{dirname}' should have snapshots of this run alone, got '{path.name}' of another one; load the "
+                f"PostHocEMA from its checkpoint to resume that run, delete '{dirname / 'snapshot_*.pt'}' to start "
+                "again, or choose another directory."
+            )
+    if missing := [one for one in times if one not in found]:
+        warn_user(
+            f"'{dirname}' should have the {len(times)} snapshots that this run has written, but {len(missing)} are "
+            f"missing, the first of time {missing[0]}; restore them, or some lengths cannot be rebuilt."
+        )
+    if later := [path for one, path in found.items() if one > time]:
+        for path in later:
+            path.rename(_free_name(path))
+        sync_directory(dirname)
+        warn_user(
+            f"'{dirname}' had {len(later)} snapshots that are later than the loaded state, of time {time}, from "
+            f"'{later[0].name}' on; they are set aside as '….superseded', and will be written again."
+        )
+    return sorted({*times, *(one for one in found if one <= time)})
+
+
+def _free_name(path: Path) -> Path:
+    """An unused name for a snapshot that is set aside; those of earlier attempts stay."""
+    first = path.with_name(f"{path.name}.superseded")
+    others = (first.with_name(f"{first.name}.{number}") for number in count(2))
+    return next(name for name in chain([first], others) if not os.path.lexists(name))
+
+
+# --- reading ---
+
+
+def read(path: Path) -> StoredSnapshot:
+    """The content of a snapshot file, not verified.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such file, or :func:`write` did not write it.
+    """
+    content = load_file(path, verified=False)
+    if not isinstance(content, dict) or "ignite_ema_snapshot" not in content:
+        raise ValueError(f"'{path}' should be a snapshot of a PostHocEMA, but it is another file; move it elsewhere.")
+    version = content.pop("ignite_ema_snapshot")
+    if version != _VERSION:
+        raise ValueError(
+            f"'{path}' should be of version {_VERSION}, got {version}; read it with the ignite_ema that wrote it."
+        )
+    if content.keys() != _TYPES.keys() or not all(type(content[key]) is kind for key, kind in _TYPES.items()):
+        raise ValueError(f"'{path}' should have the entries that a PostHocEMA writes, but it has others; restore it.")
+    snapshot = StoredSnapshot(**content)
+    if path != path_of(path.parent, snapshot.time):
+        raise ValueError(f"'{path}' should be named 'snapshot_{snapshot.time}.pt', after its time; rename it.")
+    return snapshot
+
+
+def read_all(dirname: Path) -> list[StoredSnapshot]:
+    """All snapshots in a directory, in the order of their times, not verified.
+
+    Raises:
+        FileNotFoundError, ValueError: if there are none, a file is not a snapshot, or they are not all of one run.
+    """
+    paths = paths_in(dirname)
+    if not paths:
+        raise FileNotFoundError(
+            f"'{dirname}' should be a directory with the snapshots of a PostHocEMA, but it has no file such as "
+            "'snapshot_1000.pt'; check the path."
+        )
+    snapshots = {path: read(path) for path in paths.values()}
+    *others, (last_path, last) = snapshots.items()
+    for path, snapshot in others:
+        if _form(snapshot) != _form(last):
+            raise ValueError(
+                f"'{path}' should be of the run of '{last_path.name}', with the same widths, names and shapes, but it "
+                "is of another one; keep the snapshots of each run in a directory of their own."
+            )
+    return list(snapshots.values())
+
+
+def _form(snapshot: StoredSnapshot) -> tuple[object, ...]:
+    """What two snapshots must have in common to be added."""
+    shapes = [{name: tensor.shape for name, tensor in stream.items()} for stream in snapshot.averaged]
+    names = snapshot.state_dict_names, snapshot.frozen_shapes
+    return snapshot.run_id, snapshot.time_unit, snapshot.sigma_rels, names, shapes
+
+
+def read_frozen(dirname: Path, run_id: str) -> dict[str, Tensor] | None:
+    """The frozen parameters of a run by name, not verified; None if there is no file of this run."""
+    content = load_file(frozen_path(dirname), verified=False) if frozen_path(dirname).exists() else {}
+    tensors: dict[str, Tensor] | None = content.get("tensors") if content.get("run_id") == run_id else None
+    return tensors
