@@ -103,13 +103,6 @@ def attach(handler):
     return 3.0
 
 
-def run(handler):
-    trainer = Engine(lambda engine, batch: None)
-    handler.attach(trainer)
-    trainer.run([0])
-    return 2.5
-
-
 def update(handler):
     handler.average.update(0.5)
     return 2.5
@@ -143,7 +136,7 @@ def swap(handler):
 
 
 LOOKING_AT_ONE = [attach, state, load, load_plain]
-ENTRANCES = [construction, attach, run, update, reset, state, load, load_plain, swap]
+ENTRANCES = [construction, attach, update, reset, state, load, load_plain, swap]
 
 
 def state_of_fives(handler):
@@ -158,15 +151,13 @@ def prepared(policy):
         shards(module)
     handler = EMAHandler(model, 0.5, ema_model=twin)
     fill(model, 1.0)
-    handler._guidance.start_is_known = True  # or a run would warn that the model has other weights
     return handler
 
 
-def entrance_meets_state(entrance, state, policy, whose):
+def entrance_meets_state(entrance, state, policy):
     handler = prepared(policy)
     for module in (handler.model, handler.ema_model):
-        if whose in ("both", "model" if module is handler.model else "twin"):
-            state(module)
+        state(module)
     fill(handler.model, 2.0)
     average = entrance(handler)
     if entrance in LOOKING_AT_ONE:
@@ -199,7 +190,7 @@ def swap_leaves_the_model_as_it_was(state, policy):
 
 def meets_all(folder, policy, entrances=ENTRANCES):
     for entrance, state in product(entrances, STATES):
-        entrance_meets_state(entrance, state, policy, "both")
+        entrance_meets_state(entrance, state, policy)
     for state in STATES:
         swap_leaves_the_model_as_it_was(state, policy)
 
@@ -208,22 +199,13 @@ def meets_all(folder, policy, entrances=ENTRANCES):
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_every_entrance_meets_gathered_weights(entrance, state):
-    entrance_meets_state(entrance, state, "default", "both")
+    entrance_meets_state(entrance, state, "default")
 
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("state", STATES)
 def test_a_swap_leaves_the_model_as_it_was(state):
     swap_leaves_the_model_as_it_was(state, "default")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("whose", ["model", "twin"])
-@pytest.mark.parametrize("policy", ["default", True, False])
-def test_every_entrance_meets_gathered_weights_of_one(policy, whose):
-    for entrance, state in product(ENTRANCES, STATES):
-        entrance_meets_state(entrance, state, policy, whose)
 
 
 @pytest.mark.slow
