@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..averaging.checks import one_line, warn_first_rank, warn_user
+from ..averaging.sharding import fsdp_modules, reshard
 
 __all__ = [
     "Attachment",
@@ -298,6 +299,7 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
                 "optimizer should be a torch.optim.Optimizer, or have it as .optimizer, got "
                 f"{type(optimizer).__name__}. Pass the one that trains."
             )
+    reshard(fsdp_modules(model))  # or it has the gathered parameters, which no optimizer has
     parameters = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in parameters for group in found.param_groups for parameter in group["params"]):
         warn_user(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..averaging.average import ModelAverage
-from ..averaging.checks import counted, warn_first_rank
+from ..averaging.checks import counted, warn_first_rank, warn_user
 from ..averaging.kernels import norms
 from ..averaging.names import tensors_of
 from ..averaging.sharding import local
@@ -50,7 +50,7 @@ class Guidance:
                 "Checkpoint.load_objects, or call handler.reset() if the average is meant to start here."
             )
         elif is_stale and self._momentum.at(0) < 1:
-            warn_first_rank(
+            warn_user(  # on each rank: DistributedDataParallel gives the others the weights of the first
                 f"The model has other weights than when the EMA handler of '{name}' was made (loaded or synchronised "
                 "since), and the average starts from the old weights. Call handler.reset() when the model is ready."
             )
