@@ -35,13 +35,14 @@ from .state import (
     STATE_VERSION,
     check_average_state,
     check_fit,
+    check_shared,
     equal_values,
     part_for_rank,
     plain_tensors,
 )
 from .stochastic_rounding import StochasticRounding
 from .swap import Swapped, is_swapped, refuse_while_swapped
-from .twin import check_model, stripped, twin_of
+from .twin import check_model, settle, stripped, twin_of
 
 __all__ = ["ModelAverage"]
 
@@ -142,7 +143,8 @@ class ModelAverage:
         self._share_frozen, self._skip_nonfinite = share_frozen, skip_nonfinite
         self._rounding = StochasticRounding() if stochastic_rounding else None
         self._told: set[str] = set() if dtype is None else {"narrow"}  # of which warnings are given once
-        self.module = twin_of(self.model, ema_model, dtype, device, share_frozen, handle_buffers == "ema_train")
+        trains = handle_buffers == "ema_train"
+        self.module = twin_of(self.model, ema_model, dtype, device, share_frozen, trains)
         try:
             self._pairing: Pairing | None = self._paired()
         except Mismatch as mismatch:
@@ -151,6 +153,7 @@ class ModelAverage:
             ) from None
         buffers = [slot.name for slot in self._pairing.slots if slot.online.is_buffer]
         check_patterns(self.handle_buffers, buffers)
+        settle(self.module, ema_model is not None, trains)
         if ema_model is not None:
             self.reset()
         self._warn_of_options_without_effect()
@@ -454,6 +457,9 @@ class ModelAverage:
                     "model, and freeze and share its parameters, as they were then, or start from what fits with "
                     "load_averaged(state, strict=False)."
                 )
+        for slot in self._current().shared:
+            if slot.name in tensors:
+                check_shared(slot.name, slot.online.get(), tensors[slot.name])
         for name, slot in slots.items():
             check_fit(name, slot.averaged.get(), tensors[name], slot.may_change_shape)
         self._fill({name: tensors[name] for name in slots})
@@ -528,11 +534,7 @@ class ModelAverage:
                         "strict=False takes what fits."
                     )
                 if first in shared:
-                    if not equal_values(shared[first].online.get(), value):
-                        raise ValueError(
-                            f"'{name}' is frozen and shared with the model, and should be equal there to what is "
-                            "loaded, but is not. Load the weights into the model first."
-                        )
+                    check_shared(name, shared[first].online.get(), value)
                     continue
                 check_fit(name, slots[first].averaged.get(), value, slots[first].may_change_shape)
                 if first in chosen and not equal_values(chosen[first], value):

@@ -15,6 +15,7 @@ __all__ = [
     "STATE_VERSION",
     "check_average_state",
     "check_fit",
+    "check_shared",
     "equal_values",
     "part_for_rank",
     "plain_tensors",
@@ -110,8 +111,17 @@ def check_fit(name: str, own: Tensor, loaded: object, shape_may_differ: bool = F
         )
     if not _keeps_values(loaded, own):
         raise ValueError(
-            f"'{name}' of the averaged tensors should fit into {own.dtype}, got {loaded.dtype}. Make the average with "
-            f"dtype={loaded.dtype}."
+            f"'{name}' of the averaged tensors should fit into {own.dtype}, got {loaded.dtype}. "
+            + (f"Make the average with dtype={loaded.dtype}." if loaded.is_floating_point() else "Convert it first.")
+        )
+
+
+def check_shared(name: str, own: Tensor, loaded: object) -> None:
+    """Raises ValueError unless ``loaded`` equals ``own``, a frozen parameter that the model and the twin share."""
+    if not equal_values(own, loaded):
+        raise ValueError(
+            f"'{name}' is frozen and shared with the model, and should be equal there to what is loaded, but is not. "
+            "Load the weights into the model first."
         )
 
 
