@@ -480,7 +480,8 @@ def _checked_twins(twins: Sequence[nn.Module] | None, sigma_rels: Sequence[float
         return [None] * len(sigma_rels)
     if len({id(twin) for twin in twins}) != len(sigma_rels) or len(twins) != len(sigma_rels):
         raise ValueError(
-            f"ema_models should be {len(sigma_rels)} different modules, one for each width, got {len({id(twin) for twin in twins})}."
+            f"ema_models should be {len(sigma_rels)} different modules, one for each width, got "
+            f"{len({id(twin) for twin in twins})}."
         )
     return twins
 
