@@ -35,7 +35,7 @@ from .sharding import local
 from .state import STATE_VERSION, check_average_state, complete_tensors, fill, fitting_tensors
 from .stochastic_rounding import StochasticRounding
 from .swap import Swapped, is_swapped, refuse_while_swapped
-from .twin import check_model, stripped, twin_of
+from .twin import check_model, settle, stripped, twin_of
 
 __all__ = ["ModelAverage"]
 
@@ -131,7 +131,8 @@ class ModelAverage:
         self._share_frozen, self._skip_nonfinite = share_frozen, skip_nonfinite
         self._rounding = StochasticRounding() if stochastic_rounding else None
         self._told: set[str] = set() if dtype is None else {"narrow"}  # of which warnings are given once
-        self.module = twin_of(self.model, ema_model, dtype, device, share_frozen, handle_buffers == "ema_train")
+        trains = handle_buffers == "ema_train"
+        self.module = twin_of(self.model, ema_model, dtype, device, share_frozen, trains)
         try:
             self._pairing: Pairing | None = self._paired()
         except Mismatch as mismatch:
@@ -140,6 +141,7 @@ class ModelAverage:
             ) from None
         buffers = [slot.name for slot in self._pairing.slots if slot.online.is_buffer]
         check_patterns(self.handle_buffers, buffers)
+        settle(self.module, ema_model is not None, trains)
         if ema_model is not None:
             self.reset()
         self._warn_of_options_without_effect()

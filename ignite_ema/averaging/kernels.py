@@ -49,8 +49,8 @@ _NATIVE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.co
 
 
 def copying_kernel_for(online: Tensor, averaged: Tensor) -> Kernel:
-    """The kernel that copies whatever the weight."""
-    if averaged.layout is not torch.strided:
+    """The kernel that copies whatever the weight, once the average has the layout of ``online``."""
+    if online.layout is not torch.strided:
         return _copy_sparse
     return _copy_staged if leaves_gpu(averaged, online) else _copy_strided
 

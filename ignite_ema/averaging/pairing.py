@@ -232,9 +232,10 @@ class Pairing:
         others = [  # modules, shared parameters and what is None: compared by identity alone
             (table, key)
             for table in self._all_tables
-            for key in table
+            for key, _ in table.items()  # the tables of TorchScript cannot be iterated over
             if (id(table), key) not in places or (id(table), key) in shared
         ]
+        others += [(vars(one), "_modules") for one in modules if one._modules]  # del of a Sequential makes a new table
         self._tables: list[Any] = [*(place.table for place in read), *(table for table, _ in others)]
         self._keys = [*(place.key for place in read), *(key for _, key in others)]
         self._objects = list(map(getitem, self._tables, self._keys))

@@ -89,6 +89,9 @@ def complete_tensors(pairing: Pairing, state: Mapping[str, Any]) -> dict[str, Te
                 f"The averaged tensors should be those of this model, but the state {fault} '{name}'. Build the model, "
                 f"and freeze and share its parameters, as they were then. {_ANOTHER_MODEL}"
             )
+    for slot in pairing.shared:
+        if slot.name in tensors:
+            _check_equal_to_shared(slot.name, slot, tensors[slot.name])
     for name, slot in slots.items():
         _check_fit(name, slot, tensors[name])
     return {name: tensors[name] for name in slots}
@@ -192,8 +195,8 @@ def _check_fit(name: str, slot: Slot, loaded: object) -> None:
         )
     if not _keeps_values(loaded, own):
         raise ValueError(
-            f"'{name}' of the averaged tensors should fit into {own.dtype}, got {loaded.dtype}. Make the average with "
-            f"dtype={loaded.dtype}."
+            f"'{name}' of the averaged tensors should fit into {own.dtype}, got {loaded.dtype}. "
+            + (f"Make the average with dtype={loaded.dtype}." if loaded.is_floating_point() else "Convert it first.")
         )
 
 

@@ -16,7 +16,7 @@ from .memory import has_values
 from .names import name_of, tensors_of, unwrapped
 from .sharding import is_sharded, local, sharding
 
-__all__ = ["check_model", "stripped", "twin_of"]
+__all__ = ["check_model", "settle", "stripped", "twin_of"]
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -65,7 +65,7 @@ def twin_of(
     share_frozen: bool,
     trains: bool,
 ) -> nn.Module:
-    """The averaged twin of ``model``, in eval mode (in train mode if it ``trains``), without gradients.
+    """The averaged twin of ``model``, which :func:`settle` has to make ready.
 
     Args:
         model: the model; ``DistributedDataParallel`` and compiled modules inside it become plain modules.
@@ -82,15 +82,24 @@ def twin_of(
     if own is not None:
         _check_own_twin(own, dtype, device, share_frozen)
         _materialise(own, model)
-        _refuse_changing_mode(own, trains, on_copies=False)
-        twin = own
-    else:
-        dtype, device = _checked_dtype(dtype), _checked_device(device)
-        _refuse_changing_mode(model, trains, on_copies=True)
-        twin = _copied(model, dtype, device, share_frozen)
-        _warn_of_shared_functions(model, twin)
+        return own
+    dtype, device = _checked_dtype(dtype), _checked_device(device)
+    _refuse_changing_mode(model, trains, on_copies=True)
+    twin = _copied(model, dtype, device, share_frozen)
+    _warn_of_shared_functions(model, twin)
+    return twin
+
+
+def settle(twin: nn.Module, is_own: bool, trains: bool) -> None:
+    """Puts a twin that fits the model into eval mode (into train mode if it ``trains``), and turns gradients off.
+
+    Raises:
+        RuntimeError: if the mode of the user's own twin changes its weights.
+    """
+    if is_own:
+        _refuse_changing_mode(twin, trains, on_copies=False)
     _set_mode(twin, trains)
-    return twin.requires_grad_(False)
+    twin.requires_grad_(False)
 
 
 def _check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> None:

@@ -312,11 +312,13 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
 
 def _takes_hooks(optimizer: Any) -> bool:
     """Whether step hooks can be registered: a wrapper may be of the class, and not have been made as an optimizer."""
+    if not isinstance(optimizer, Optimizer):
+        return False
     try:
         optimizer.register_step_post_hook(_word).remove()
     except AttributeError:
         return False
-    return isinstance(optimizer, Optimizer)
+    return True
 
 
 def _watch_steps(optimizer: Optimizer, attachment: "ref[Attachment]") -> RemovableHandle:

@@ -97,7 +97,6 @@ class EMAHandler:
         stochastic_rounding: bool = False,
     ) -> None:
         schedule = schedule_from(momentum, momentum_warmup, warmup_iters)
-        self._momentum = Momentum(momentum, schedule)
         #: The :class:`~ignite_ema.ModelAverage` that the handler drives.
         self.average = ModelAverage(
             model,
@@ -110,6 +109,7 @@ class EMAHandler:
             skip_nonfinite=skip_nonfinite,
             stochastic_rounding=stochastic_rounding,
         )
+        self._momentum = Momentum(momentum, schedule)
         self._guidance = Guidance(self.average, self._momentum)
         self._attachments = Attachments()
 
@@ -329,11 +329,12 @@ class EMAHandler:
             found = read(source, key=key, names=unwrapped(self.ema_model) if names is None else names)
             tensors, count = found.tensors, found.num_updates
         count = count if num_updates is None else num_updates
-        if count is None and self._momentum.counts and not self._guidance.start_is_known:
+        first = self._momentum.at(0)
+        if count is None and self._momentum.counts and not self._guidance.start_is_known and first < 1:
             raise ValueError(
                 "num_updates should be the number of updates that the loaded average counts for, which the checkpoint "
                 f"does not say: {described(self._momentum.schedule)} would go on with a momentum of "
-                f"{self._momentum.at(0):g}. Pass num_updates=, 0 to start the schedule."
+                f"{first:g}. Pass num_updates=, 0 to start the schedule."
             )
         if count is not None:
             check_count(count)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.helpers import own_warnings
+from ignite_ema import EMAWarning
 
 MOST_GROUPS = 20  # that scenarios may leave behind in a world; the threads of each wake up now and then
 TIMEOUT = 60  # seconds for a scenario, and for a message between ranks; the longest scenario needs five
@@ -181,7 +181,6 @@ def close_worlds() -> None:
 
 def _work(pipe, group, rank, ranks):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    own_warnings.mark_own_warnings()
     torch.set_num_threads(1)  # the bits of a sum depend on the number of threads
     dist.init_process_group(
         "gloo", init_method=f"file://{group}", rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT)
@@ -207,7 +206,7 @@ def _call(scenario, args):
     random.seed(0)
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", own_warnings.OwnWarning)
+        warnings.simplefilter("error", EMAWarning)
         try:
             return scenario(*args), None
         except BaseException:
