@@ -115,10 +115,12 @@ def schedule_of(momentum: float | Schedule) -> Schedule:
         raise TypeError(f"momentum should be a schedule, got the class {momentum.__name__}; make one: call it.")
     if callable(momentum):
         scheduled(momentum, 0)
-        _warn_of_decay(_final(momentum), "the last momentum of the schedule")
+        if momentum != Constant(1.0):
+            _warn_of_decay(_final(momentum), "the last momentum of the schedule")
         return momentum
     constant = constant_of(momentum)
-    _warn_of_decay(constant.momentum, "momentum")
+    if constant.momentum < 1:  # hard copies are meant
+        _warn_of_decay(constant.momentum, "momentum")
     return constant
 
 
@@ -254,7 +256,7 @@ def _final(schedule: Schedule) -> float:
 
 
 def _warn_of_decay(momentum: float, what: str) -> None:
-    if 0.9 <= momentum < 1:
+    if momentum >= 0.9:
         warn_user(
             f"{what} is the weight of the new weights, and {momentum:g} nearly copies them at each update. If it was "
             f"meant as a decay, pass 1 - {momentum:g} = {1 - momentum:g}."

@@ -251,6 +251,7 @@ class EMAHandler:
         self.average.reset(buffers_only=buffers_only)
         if not buffers_only:
             self._go_on()
+            self._guidance.start_here()
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
