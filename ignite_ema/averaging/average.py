@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from .checks import (
     module_summary,
     momentum_summary,
     one_line,
-    refuse_shallow_copy,
     schedule_of,
     scheduled,
     warn_first_rank,
@@ -200,10 +199,6 @@ class ModelAverage:
         shared = {id(parameter) for parameter in self.model.parameters()}
         own = [local(one) for one in (*self.module.parameters(), *self.module.buffers()) if id(one) not in shared]
         give_own_memory(tensor for tensor in own if tensor.device.type == "cpu" and tensor.is_shared())  # type: ignore[no-untyped-call]
-
-    def __copy__(self) -> NoReturn:
-        """Raises TypeError: two averages would move one twin."""
-        refuse_shallow_copy(self)
 
     def __repr__(self) -> str:
         return one_line(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_saved_mapping, shown_integer
+from .checks import check_count, check_saved_mapping
 from .kernels import copy
 from .memory import has_values
 from .pairing import Pairing, Slot, like
@@ -59,9 +59,8 @@ def check_average_state(
     if entries:
         version = entries["ignite_ema_version"]
         if type(version) is not int or version != STATE_VERSION:
-            got = shown_integer(version) if isinstance(version, int) else f"one of type {type(version).__name__}"
             raise ValueError(
-                f"'ignite_ema_version' of the state should be {STATE_VERSION}, got {got}; load it with the ignite_ema "
+                f"'ignite_ema_version' of the state should be {STATE_VERSION}, got {version!r}; load it with the ignite_ema "
                 "that wrote it."
             )
     check_saved_mapping(state, kinds, what)

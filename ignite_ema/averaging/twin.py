@@ -147,23 +147,18 @@ def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
-    """The device that is meant; raises TypeError or ValueError unless it is there and can store values."""
+    """The device that is meant; raises ValueError unless it is there and can store values."""
     if device is None:
         return None
     try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"device should be a torch.device or a name such as 'cpu' or 'cuda:0', got {device!r}.") from None
-    if found.type == "meta":
-        raise ValueError("device should be one that stores values, got 'meta'; pass 'cpu' or an accelerator.")
-    try:
-        torch.empty(0, device=found)
+        found = torch.empty(0, device=device).device
     except Exception as error:  # of which kind depends on the device
         reason = str(error).partition("\n")[0].removesuffix(".")
         raise ValueError(
-            f"device should be one that is there, got {str(device)!r} ({reason}); pass another."
+            f"device should be a device that is there, such as 'cpu' or 'cuda:0', got {device!r} ({reason})."
         ) from error
+    if found.type == "meta":
+        raise ValueError("device should be one that stores values, got 'meta'; pass 'cpu' or an accelerator.")
     return found
 
 

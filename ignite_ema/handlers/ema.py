@@ -17,7 +17,6 @@ from ..averaging.checks import (
     module_summary,
     momentum_summary,
     one_line,
-    refuse_shallow_copy,
     warn_first_rank,
 )
 from ..averaging.names import unwrapped
@@ -112,8 +111,6 @@ class EMAHandler:
         self._momentum = Momentum(momentum, schedule)
         self._guidance = Guidance(self.average, self._momentum)
         self._attachments = Attachments()
-
-    __copy__ = refuse_shallow_copy
 
     def __repr__(self) -> str:
         return one_line(
