@@ -56,8 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
-    except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"ignite-ema: {str(error).partition(chr(10))[0] or 'out of memory'}", file=sys.stderr)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"ignite-ema: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:  # of torch, about tensors that it cannot compute with
+        reason = str(error).partition("\n")[0] or "out of memory"
+        print(f"ignite-ema: {str(arguments.file)!r} cannot be worked on: {reason}", file=sys.stderr)
         return 1
     return 0
 

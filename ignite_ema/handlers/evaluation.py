@@ -4,7 +4,6 @@ from typing import Any, Protocol
 
 from ignite.engine import Engine, Events
 from ignite.engine.events import State
-from torch import nn
 
 from ..averaging.checks import check_flags, one_line, warn_user
 from ..averaging.sharding import broadcast_buffers
@@ -56,7 +55,7 @@ class EvaluationSwap:
                 "An EMAHandler should swap during the runs of an evaluator once, but it does so already. Call remove() "
                 "on the handle of that call first."
             )
-        self.owner = owner
+        self.owner: Any = owner
         self.is_attached = True
         self._buffers_from = broadcast_buffers if sync_buffers else None
         self._swap: Swapped | None = None
@@ -88,7 +87,8 @@ class EvaluationSwap:
                 "This engine is a copy of one that swap_during() was called with, and evaluates the model's own "
                 "weights. Call swap_during() with the copy."
             )
-            return type(engine).run(engine, *args, **kwargs)
+            state: State = type(engine).run(engine, *args, **kwargs)
+            return state
 
         copied._inner = run
         return copied
