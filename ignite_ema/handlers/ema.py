@@ -1,7 +1,7 @@
 """The Ignite handler: attaches a :class:`~ignite_ema.ModelAverage` to an engine."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from ignite.engine import Engine, Events
@@ -94,7 +94,11 @@ class EMAHandler:
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
+        **unknown: NoReturn,
     ) -> None:
+        for name, value in dict[str, Any](unknown).items():
+            way_out = f"; a momentum is 1 - decay: pass momentum={1 - value:g}" if name == "decay" else ""
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{way_out}.")
         schedule = schedule_from(momentum, momentum_warmup, warmup_iters)
         #: The :class:`~ignite_ema.ModelAverage` that the handler drives.
         self.average = ModelAverage(
@@ -332,7 +336,11 @@ class EMAHandler:
             raise ValueError(
                 "num_updates should be the number of updates that the loaded average counts for, which the checkpoint "
                 f"does not say: {described(self._momentum.schedule)} would go on with a momentum of "
+<<<<<<< HEAD
                 f"{first:g}. Pass num_updates=, 0 to start the schedule."
+=======
+                f"{self._momentum.at(0):g}. Pass num_updates=, such as num_updates=1000."
+>>>>>>> t3
             )
         if count is not None:
             check_count(count)

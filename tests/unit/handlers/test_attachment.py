@@ -170,7 +170,12 @@ def test_the_checkpoints_of_ignites_common_training_handlers_are_seen(is_early, 
     def checkpoints():
         to_save = {"ema_handler": handler, "trainer": trainer}
         common.setup_common_training_handlers(
-            trainer, to_save=to_save, save_every_iters=2, output_path=str(tmp_path), with_gpu_stats=False, with_pbars=False
+            trainer,
+            to_save=to_save,
+            save_every_iters=2,
+            output_path=str(tmp_path),
+            with_gpu_stats=False,
+            with_pbars=False,
         )
 
     with warnings.catch_warnings(record=True) as caught:
