@@ -336,11 +336,7 @@ class EMAHandler:
             raise ValueError(
                 "num_updates should be the number of updates that the loaded average counts for, which the checkpoint "
                 f"does not say: {described(self._momentum.schedule)} would go on with a momentum of "
-<<<<<<< HEAD
                 f"{first:g}. Pass num_updates=, 0 to start the schedule."
-=======
-                f"{self._momentum.at(0):g}. Pass num_updates=, such as num_updates=1000."
->>>>>>> t3
             )
         if count is not None:
             check_count(count)
