@@ -128,7 +128,6 @@ class _SavedTensor:
             _write(online, averaged)
         else:  # a copied or kept buffer of another shape, or one that cannot be written to
             self.slot.online.table[self.slot.online.key] = like(averaged, online)
-        self.version = _version(self.tensor)
 
     def give_back(self) -> None:
         """Makes the tensor what it was."""
@@ -167,6 +166,8 @@ def _swap(pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module]
             torch.clear_autocast_cache()
             if buffers_from is not None:
                 buffers_from(model)
+            for one in saved.left:  # not before: views of one storage count together
+                one.version = _version(one.tensor)
             yield
             reshard(parts)
             changed = [one for one in saved.left if one.was_changed]
