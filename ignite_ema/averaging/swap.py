@@ -93,12 +93,21 @@ class _Saved:
         errors: what could not be given back, by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._places = [
+            (module, table, key, tensor)
+            for module in model.modules()
+            for table in (module._parameters, module._buffers)
+            for key, tensor in table.items()
+        ]
         self.left: list[_SavedTensor] = []
         self.errors: dict[str, Exception] = {}
 
     def give_back(self) -> None:
         """Gives back tensor by tensor; goes on from where it was cut short if it is called again."""
+        for module, table, key, tensor in self._places:
+            if table.get(key, tensor) is not tensor:
+                setattr(module, key, tensor)  # not into the table: an LSTM has a list of its weights besides
         while self.left:
             try:
                 self.left[-1].give_back()
@@ -109,15 +118,15 @@ class _Saved:
 
 
 class _SavedTensor:
-    """A tensor of the model, its memory, and its values."""
+    """A tensor of the model, its memory, and its values, unless it is shared with the twin."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: Slot, is_shared: bool) -> None:
         self.slot = slot
         self.tensor = slot.online.get()
         self.home = self.tensor.detach()
         self.requires_grad = self.tensor.requires_grad
         part = local(self.home)
-        self._values = part.clone()
+        self._values = None if is_shared else part.clone()
         self._bytes = part.untyped_storage().nbytes() if part.layout is torch.strided else 0
         self.version = -1
 
@@ -131,14 +140,12 @@ class _SavedTensor:
 
     def give_back(self) -> None:
         """Makes the tensor what it was."""
-        place, part = self.slot.online, local(self.home)
-        if self.slot.online.key in place.table:
-            place.table[place.key] = self.tensor
+        part = local(self.home)
         if not _same_memory(self.tensor, self.home):  # cast or moved
             self.tensor.data = self.home
         if self.tensor.requires_grad != self.requires_grad and self.tensor.is_leaf:
             self.tensor.requires_grad_(self.requires_grad)
-        if part.layout is torch.strided and not overlaps_itself(part):
+        if self._values is not None and part.layout is torch.strided and not overlaps_itself(part):
             if not has_values(part):  # freed to save memory
                 part.untyped_storage().resize_(self._bytes)
             _write(part, self._values)
@@ -146,13 +153,13 @@ class _SavedTensor:
     @property
     def was_changed(self) -> bool:
         """Whether a parameter was written to, or replaced, since it was filled."""
-        if self.slot.online.is_buffer:
+        if self.slot.online.is_buffer or self._values is None:
             return False
         return self.slot.online.table.get(self.slot.online.key) is not self.tensor or _version(self.tensor) != self.version
 
 
 def _swap(pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None) -> Generator[None, None, None]:
-    saved = _Saved()
+    saved = _Saved(model)
     modules = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
     parts = fsdp_modules(model)
     changed: list[_SavedTensor] = []
@@ -160,8 +167,9 @@ def _swap(pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module]
         try:
             for module, _ in modules.values():
                 vars(module)[_MARK] = id(module)
+            saved.left += [_SavedTensor(slot, is_shared=True) for slot in pairing.shared]
             for slot in pairing.slots:
-                saved.left.append(_SavedTensor(slot))
+                saved.left.append(_SavedTensor(slot, is_shared=False))
                 saved.left[-1].fill()
             torch.clear_autocast_cache()
             if buffers_from is not None:
