@@ -193,7 +193,8 @@ def _swap(
         try:
             saved.left.append(modules)
             modules.mark()
-            saved.left += [_SavedTensor(slot, is_shared=True) for slot in pairing.shared]
+            plain = [slot for slot in pairing.shared if type(slot.online.get()) is nn.Parameter]
+            saved.left += [_SavedTensor(slot, is_shared=True) for slot in plain]
             tensors = []
             for slot in pairing.slots:
                 tensors.append(_SavedTensor(slot))
