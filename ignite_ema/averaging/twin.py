@@ -99,7 +99,8 @@ def settle(twin: nn.Module, is_own: bool, trains: bool) -> None:
     if is_own:
         _refuse_changing_mode(twin, trains, on_copies=False)
     _set_mode(twin, trains)
-    twin.requires_grad_(False)
+    for parameter in twin.parameters():  # all at once is not supported by TorchScript
+        parameter.requires_grad_(False)
 
 
 def _check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> None:
