@@ -1,7 +1,7 @@
 """The names of a model's tensors, and where its modules keep them.
 
-Names are those of ``model.state_dict()``, found by identity, so that a module that renames its entries there (activation
-checkpointing, Fabric) has the same names here. Wrappers are looked through.
+Names are those of ``model.state_dict()``, found by identity, so that a module that renames its entries there, such as
+activation checkpointing or Fabric, has the same names here. Wrappers are unwrapped.
 """
 
 from typing import Any, NamedTuple
@@ -129,4 +129,4 @@ def _named(places: list[tuple[str, str, Place]], saved: list[str]) -> dict[str, 
     if len(places_left) == len(names_left):
         return {**found, **{name: place for name, (_, place) in zip(names_left, places_left, strict=True)}}
     first = places[0][2]  # a module that stands under several names has one place for each of its tensors
-    return {**{name: first for name in names_left}, **found}
+    return {**found, **dict.fromkeys(names_left, first)}

@@ -1,9 +1,9 @@
 """The online model holds its averaged weights for a while, and then its own again, bit for bit.
 
-The values change and the tensors stay, so that whatever refers to them (an optimizer, a compiled module) sees the right
-values before, inside and after. A generator does the work: its two nested ``finally`` clauses give back what is still to
-be given back, tensor by tensor, whatever cuts them short. Python closes a generator that is dropped, so that the weights
-come back even if ``__exit__`` never runs.
+The values change and the tensors stay, so that whatever refers to them (an optimizer, a compiled module) sees the
+right values before, inside and after. A generator does the work: its two nested ``finally`` clauses give back what is
+still to be given back, tensor by tensor, whatever cuts them short. Python closes a generator that is dropped, so that
+the weights come back even if ``__exit__`` never runs.
 """
 
 from collections.abc import Callable, Generator
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from .checks import warn_user
 from .memory import has_values, overlaps_itself
-from .names import Place, unwrapped
 from .pairing import Pairing, Slot, like
 from .sharding import fsdp_modules, local, reshard
 
@@ -50,7 +49,10 @@ class Swapped(ContextDecorator):
     """
 
     def __init__(
-        self, pairing: Callable[[], Pairing], model: nn.Module, buffers_from: Callable[[nn.Module], object] | None = None
+        self,
+        pairing: Callable[[], Pairing],
+        model: nn.Module,
+        buffers_from: Callable[[nn.Module], object] | None = None,
     ) -> None:
         self._pairing, self._model, self._buffers_from = pairing, model, buffers_from
         self._steps: Generator[None, None, None] | None = None
@@ -94,7 +96,7 @@ class _Saved:
     """
 
     def __init__(self) -> None:
-        self.left: list[_SavedTensor | _Mark] = []
+        self.left: list[_SavedTensor | _SavedModules] = []
         self.errors: dict[str, Exception] = {}
 
     def give_back(self) -> None:
@@ -112,40 +114,45 @@ class _Saved:
         if interrupt is not None:
             raise interrupt
 
-    def changed(self) -> list[str]:
-        """The names of the parameters that were written to, or replaced, since they were filled."""
-        return [one.name for one in self.left if isinstance(one, _SavedTensor) and one.was_changed]
 
+class _SavedModules:
+    """The modules of a model, which are marked as swapped, and which tensor each has in which place."""
 
-class _Mark:
-    """Marks the modules of a model whose weights are averaged weights."""
+    name = "a module"
 
-    name = "_modules"
+    def __init__(self, model: nn.Module) -> None:
+        self.children = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
+        self._places = [
+            (module, table, key, tensor)
+            for module, _ in self.children.values()
+            for table in (module._parameters, module._buffers)
+            for key, tensor in table.items()
+        ]
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._modules = modules
-
-    def fill(self) -> None:
+    def mark(self) -> None:
         """Marks them; each by its own id, which a copy does not have."""
-        for module in self._modules:
+        for module, _ in self.children.values():
             vars(module)[_MARK] = id(module)
 
     def give_back(self) -> None:
-        """Takes the marks off."""
-        for module in self._modules:
+        """Puts each tensor back into its place, and takes the marks off."""
+        for module, table, key, tensor in self._places:
+            if table.get(key, tensor) is not tensor:
+                setattr(module, key, tensor)  # not into the table: an LSTM has a list of its weights besides
+        for module, _ in self.children.values():
             vars(module).pop(_MARK, None)
 
 
 class _SavedTensor:
-    """A tensor of the model, its memory, and its values."""
+    """A tensor of the model, its memory, and, unless it is shared with the twin, its values."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: Slot, is_shared: bool = False) -> None:
         self.slot, self.name = slot, slot.name
         self.tensor = slot.online.get()
         self.home = self.tensor.detach()
         self.requires_grad = self.tensor.requires_grad
         part = local(self.home)
-        self._values = part.clone()
+        self._values = None if is_shared else part.clone()
         self._bytes = part.untyped_storage().nbytes() if part.layout is torch.strided else 0
         self.version = -1
 
@@ -156,56 +163,58 @@ class _SavedTensor:
             _write(online, averaged)
         else:  # a copied or kept buffer of another shape, or one that cannot be written to
             self.slot.online.table[self.slot.online.key] = like(averaged, online)
-        self.version = _version(self.tensor)
 
     def give_back(self) -> None:
         """Makes the tensor what it was."""
-        place, part = self.slot.online, local(self.home)
-        if self.slot.online.key in place.table:
-            place.table[place.key] = self.tensor
+        part = local(self.home)
         if not _same_memory(self.tensor, self.home):  # cast or moved
             self.tensor.data = self.home
         if self.tensor.requires_grad != self.requires_grad and self.tensor.is_leaf:
             self.tensor.requires_grad_(self.requires_grad)
-        if part.layout is torch.strided and not overlaps_itself(part):
+        if self._values is not None and part.layout is torch.strided and not overlaps_itself(part):
             if not has_values(part):  # freed to save memory
                 part.untyped_storage().resize_(self._bytes)
             _write(part, self._values)
 
-    @property
     def was_changed(self) -> bool:
         """Whether a parameter was written to, or replaced, since it was filled."""
-        if self.slot.online.is_buffer:
+        place = self.slot.online
+        if place.is_buffer or self._values is None:
             return False
-        return self.slot.online.table.get(self.slot.online.key) is not self.tensor or _version(self.tensor) != self.version
+        return place.table.get(place.key) is not self.tensor or _version(self.tensor) != self.version
 
 
 def _swap(
     pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None
 ) -> Generator[None, None, None]:
-    modules = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
-    parts = fsdp_modules(model)
-    saved = _Saved()
+    saved, modules, parts = _Saved(), _SavedModules(model), fsdp_modules(model)
     changed: list[str] = []
     try:
         try:
-            saved.left.append(_Mark([module for module, _ in modules.values()]))
-            saved.left[-1].fill()
+            saved.left.append(modules)
+            modules.mark()
+            plain = [slot for slot in pairing.shared if type(slot.online.get()) is nn.Parameter]
+            saved.left += [_SavedTensor(slot, is_shared=True) for slot in plain]
+            tensors = []
             for slot in pairing.slots:
-                saved.left.append(_SavedTensor(slot))
-                saved.left[-1].fill()
+                tensors.append(_SavedTensor(slot))
+                saved.left.append(tensors[-1])
+                tensors[-1].fill()
             torch.clear_autocast_cache()
             if buffers_from is not None:
                 buffers_from(model)
+            for one in tensors:  # not before: views of one storage count together
+                one.version = _version(one.tensor)
             yield
             _reshard(parts, model, pairing)
-            changed = saved.changed()
+            changed = [one.name for one in tensors if one.was_changed()]
+            tensors.clear()
         finally:
             _reshard(parts, model, pairing)
             saved.give_back()
     finally:
         saved.give_back()
-    _report(saved.errors, modules, changed)
+    _report(saved.errors, modules.children, changed)
 
 
 def _reshard(parts: list[nn.Module], model: nn.Module, pairing: Pairing) -> None:

@@ -16,7 +16,7 @@ from .memory import has_values
 from .names import name_of, tensors_of, unwrapped
 from .sharding import is_sharded, local, sharding
 
-__all__ = ["check_model", "stripped", "twin_of"]
+__all__ = ["check_model", "settle", "stripped", "twin_of"]
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -51,9 +51,9 @@ def check_model(model: object, has_own_twin: bool) -> None:
             )
         if is_sharded(tensor) and not has_own_twin:
             raise RuntimeError(
-                f"ema_model should be a twin that is sharded as the model is, got None where '{name_of(model, tensor)}' "
-                f"is {sharding(tensor)}. Build the model again under torch.device('meta'), call fully_shard on it in the "
-                "same way, and pass it as ema_model=."
+                f"ema_model should be a twin that is sharded as the model is, got None, but "
+                f"'{name_of(model, tensor)}' is {sharding(tensor)}. Build the model again under torch.device('meta'), "
+                "call fully_shard on it in the same way, and pass it as ema_model=."
             )
 
 
@@ -65,7 +65,7 @@ def twin_of(
     share_frozen: bool,
     trains: bool,
 ) -> nn.Module:
-    """The averaged twin of ``model``, in eval mode (in train mode if it ``trains``), without gradients.
+    """The averaged twin of ``model``, which :func:`settle` has to make ready.
 
     Args:
         model: the model; ``DistributedDataParallel`` and compiled modules inside it become plain modules.
@@ -82,15 +82,24 @@ def twin_of(
     if own is not None:
         _check_own_twin(own, dtype, device, share_frozen)
         _materialise(own, model)
-        _refuse_changing_mode(own, trains, on_copies=False)
-        twin = own
-    else:
-        dtype, device = _checked_dtype(dtype), _checked_device(device)
-        _refuse_changing_mode(model, trains, on_copies=True)
-        twin = _copied(model, dtype, device, share_frozen)
-        _warn_of_shared_functions(model, twin)
+        return own
+    dtype, device = _checked_dtype(dtype), _checked_device(device)
+    _refuse_changing_mode(model, trains, on_copies=True)
+    twin = _copied(model, dtype, device, share_frozen)
+    _warn_of_shared_functions(model, twin)
+    return twin
+
+
+def settle(twin: nn.Module, is_own: bool, trains: bool) -> None:
+    """Puts a twin that fits the model into eval mode (into train mode if it ``trains``), and turns gradients off.
+
+    Raises:
+        RuntimeError: if the mode of the user's own twin changes its weights.
+    """
+    if is_own:
+        _refuse_changing_mode(twin, trains, on_copies=False)
     _set_mode(twin, trains)
-    return twin.requires_grad_(False)
+    twin.requires_grad_(False)
 
 
 def _check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> None:
@@ -138,23 +147,18 @@ def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
-    """The device that is meant; raises TypeError or ValueError unless it is there and can store values."""
+    """The device that is meant; raises ValueError unless it is there and can store values."""
     if device is None:
         return None
     try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"device should be a torch.device or a name such as 'cpu' or 'cuda:0', got {device!r}.") from None
-    if found.type == "meta":
-        raise ValueError("device should be one that stores values, got 'meta'; pass 'cpu' or an accelerator.")
-    try:
-        torch.empty(0, device=found)
+        found = torch.empty(0, device=device).device
     except Exception as error:  # of which kind depends on the device
         reason = str(error).partition("\n")[0].removesuffix(".")
         raise ValueError(
-            f"device should be one that is there, got {str(device)!r} ({reason}); pass another."
+            f"device should be a device that is there, such as 'cpu' or 'cuda:0', got {device!r} ({reason})."
         ) from error
+    if found.type == "meta":
+        raise ValueError("device should be one that stores values, got 'meta'; pass 'cpu' or an accelerator.")
     return found
 
 
@@ -190,9 +194,7 @@ def _materialise(twin: nn.Module, model: nn.Module) -> None:
         )
 
 
-def _copied(
-    model: nn.Module, dtype: torch.dtype | None, device: torch.device | None, share_frozen: bool
-) -> nn.Module:
+def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None, share_frozen: bool) -> nn.Module:
     """A deep copy of ``model`` without wrappers that shares no memory with it, but for frozen parameters if asked."""
     with torch.inference_mode(False), torch.no_grad():
         try:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ..averaging.checks import listed, shown_integer
+from ..averaging.checks import listed
 from ..averaging.state import STATE_VERSION
 from .files import is_dense, kind_of, quoted
 
@@ -80,7 +80,7 @@ def _check_ignite_ema(state: State) -> None:
     """Raises ValueError, naming the entry, if the state of a handler is not of the form that it saves."""
     version, whose = state["ignite_ema_version"], "of the state of an EMAHandler"
     if type(version) is not int or version != STATE_VERSION:
-        got = shown_integer(version) if type(version) is int else kind_of(version)
+        got = str(version) if type(version) is int else kind_of(version)
         raise ValueError(
             f"'ignite_ema_version' {whose} should be {STATE_VERSION}, got {got}; read it with the ignite_ema that "
             "wrote it."
@@ -254,7 +254,5 @@ def _count(state: State, name: str) -> int | None:
     if not isinstance(value, int):
         return None
     if not 0 <= value < 2**63:
-        raise ValueError(
-            f"'{name}' should be a number of updates, from 0 to 2**63 - 1, got {shown_integer(value)}; correct it."
-        )
+        raise ValueError(f"'{name}' should be a number of updates, from 0 to 2**63 - 1, got {value}; correct it.")
     return value

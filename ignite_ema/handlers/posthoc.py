@@ -17,7 +17,6 @@ from ..averaging.checks import (
     check_count,
     check_saved_mapping,
     one_line,
-    refuse_shallow_copy,
     warn_first_rank,
     warn_user,
 )
@@ -158,8 +157,6 @@ class PostHocEMA:
         self._times: list[int] = []
         self._resumed_at: int | None = 0  # the time of the state; None once the directory is prepared to go on from it
         self._start_is_known = True
-
-    __copy__ = refuse_shallow_copy
 
     def __repr__(self) -> str:
         return one_line(

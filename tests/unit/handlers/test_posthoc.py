@@ -352,6 +352,29 @@ def test_an_update_needs_a_step_of_the_optimizer(tmp_path):
     assert [one.iteration for one in stored(tmp_path)] == [4, 8, 12]
 
 
+def test_a_step_that_waits_for_its_update_is_in_the_state(tmp_path):
+    def made():
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = Engine(lambda engine, batch: batch == 0 and optimizer.step(lambda: None))
+        ema = PostHocEMA(model, dirname=tmp_path)
+        ema.attach(trainer, event=EVENT(every=2), optimizer=optimizer)
+        return trainer, ema
+
+    (trainer, first), (other, second) = made(), made()
+    trainer.run([0])
+    second.load_state_dict(first.state_dict())
+    other.run([1, 1])
+    assert (first.num_updates, second.num_updates) == (0, 1)
+
+
+def test_averaged_buffers_are_not_stored_in_16_bits(tmp_path):
+    kept(nn.BatchNorm1d(2), tmp_path, snapshot_dtype=torch.bfloat16)
+    dtypes = {name: tensor.dtype for name, tensor in stored(tmp_path)[0].averaged[0].items()}
+    narrow, wide = torch.bfloat16, torch.float32
+    assert dtypes == {"weight": narrow, "bias": narrow, "running_mean": wide, "running_var": wide}
+
+
 # Attaching
 
 
