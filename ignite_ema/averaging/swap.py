@@ -22,6 +22,7 @@ from .sharding import fsdp_modules, local, reshard
 __all__ = ["Swapped", "is_swapped", "refuse_while_swapped"]
 
 _MARK = "_ignite_ema_swapped"  # of a module whose weights are averaged ones now; its own id, which a copy does not have
+_TRIALS = 3  # of giving back a tensor
 
 
 def is_swapped(model: nn.Module) -> bool:
@@ -101,20 +102,28 @@ class _Saved:
             for key, tensor in table.items()
         ]
         self.left: list[_SavedTensor] = []
-        self.errors: dict[str, Exception] = {}
+        self.errors: dict[str, BaseException] = {}
 
     def give_back(self) -> None:
-        """Gives back tensor by tensor; goes on from where it was cut short if it is called again."""
+        """Gives back tensor by tensor; what cuts it short, such as Ctrl-C, is raised when all is done."""
+        raised: BaseException | None = None
         for module, table, key, tensor in self._places:
             if table.get(key, tensor) is not tensor:
                 setattr(module, key, tensor)  # not into the table: an LSTM has a list of its weights besides
         while self.left:
+            one = self.left[-1]
             try:
-                self.left[-1].give_back()
-            except Exception as error:
-                self.errors[self.left[-1].slot.name] = error
-            self.left.pop()
+                one.give_back()
+                self.left.pop()
+            except BaseException as error:
+                raised = error
+                one.failures += 1
+                if one.failures == _TRIALS:
+                    self.errors[one.slot.name] = error
+                    self.left.pop()
         torch.clear_autocast_cache()  # it has copies of the weights
+        if raised is not None and not self.errors:
+            raise raised
 
 
 class _SavedTensor:
@@ -129,6 +138,7 @@ class _SavedTensor:
         self._values = None if is_shared else part.clone()
         self._bytes = part.untyped_storage().nbytes() if part.layout is torch.strided else 0
         self.version = -1
+        self.failures = 0
 
     def fill(self) -> None:
         """Replaces the values by those of the twin."""
@@ -161,11 +171,12 @@ class _SavedTensor:
 def _swap(pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None) -> Generator[None, None, None]:
     saved = _Saved(model)
     modules = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
+    marked = [module for module, _ in modules.values()]
     parts = fsdp_modules(model)
     changed: list[_SavedTensor] = []
     try:
         try:
-            for module, _ in modules.values():
+            for module in marked:
                 vars(module)[_MARK] = id(module)
             saved.left += [_SavedTensor(slot, is_shared=True) for slot in pairing.shared]
             for slot in pairing.slots:
@@ -180,13 +191,18 @@ def _swap(pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module]
             reshard(parts)
             changed = [one for one in saved.left if one.was_changed]
         finally:
+            _unmark(marked)  # first: nobody looks while the weights are given back
             _reshard_whatever_happened(parts)
             saved.give_back()
     finally:
+        _unmark(marked)
         saved.give_back()
-        for module, _ in modules.values():
-            vars(module).pop(_MARK, None)
     _report(saved.errors, modules, changed)
+
+
+def _unmark(modules: list[nn.Module]) -> None:
+    for module in modules:
+        vars(module).pop(_MARK, None)
 
 
 def _reshard_whatever_happened(parts: list[nn.Module]) -> None:
@@ -197,7 +213,7 @@ def _reshard_whatever_happened(parts: list[nn.Module]) -> None:
 
 
 def _report(
-    errors: dict[str, Exception], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[_SavedTensor]
+    errors: dict[str, BaseException], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[_SavedTensor]
 ) -> None:
     """Says what happened to the model inside the block, once it has its own weights again."""
     for name, error in errors.items():
