@@ -110,7 +110,7 @@ def test_sparse_buffers_are_copied_and_cannot_be_averaged(to_sparse):
     model.graph = to_sparse(torch.ones(3, 3))  # with more values than before
     average.update(0.5)
     assert torch.equal(average.module.graph.to_dense(), torch.ones(3, 3))
-    with pytest.raises(TypeError, match=r"got 'graph' with layout torch\.sparse_\w+.*handle_buffers=\{\"graph\": \"copy\""):
+    with pytest.raises(TypeError, match=r"got 'graph' with layout torch\.sparse.*\{\"graph\": \"copy\""):
         ModelAverage(model, "update")
     ModelAverage(model, {"graph": "copy", "*": "update"})  # the way out
 

@@ -251,7 +251,7 @@ def test_a_layer_that_is_unfrozen_goes_on_with_the_way_out_of_its_error():
     model[1].weight.data.add_(1)
     old.update(0.5)
     model[0].requires_grad_(True)
-    with pytest.raises(RuntimeError, match=r"'0\.weight' was frozen .* new.load_averaged\(old.state_dict\(\), strict=F"):
+    with pytest.raises(RuntimeError, match=r"'0\.weight' was frozen .* new.load_averaged.*strict=False"):
         old.update(0.5)
     new = ModelAverage(model)
     with pytest.warns(EMAWarning, match=r"'0\.weight', '0\.bias' started from the model"):
