@@ -167,7 +167,9 @@ class _SavedTensor:
         online, averaged = self.slot.tensors()
         if online.shape == averaged.shape and online.layout is torch.strided and not overlaps_itself(online):
             _write(online, averaged)
-        else:  # a copied or kept buffer of another shape, or one that cannot be written to
+        elif online.layout is averaged.layout:  # of another shape, or expanded, which cannot be written to; maybe tied
+            self.tensor.data = like(averaged, online)
+        else:
             self.slot.online.table[self.slot.online.key] = like(averaged, online)
 
     def give_back(self) -> None:
