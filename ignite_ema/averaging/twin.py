@@ -215,7 +215,7 @@ def _copied(
         except Exception as error:
             raise RuntimeError(
                 f"model should be one that copy.deepcopy can copy, got {type(model).__name__} where "
-                f"{_obstacle(model, error)}. Build the twin yourself, the way the model is built, and pass it as "
+                f"{_obstacle(model, error).removesuffix('.')}. Build the twin yourself, the way the model is built, and pass it as "
                 "ema_model=."
             ) from error
     return twin
@@ -323,7 +323,7 @@ def _functions_in(module: nn.Module) -> Iterator[tuple[str, object]]:
         if name.endswith("_hooks") and isinstance(value, dict):
             for hook in value.values():
                 yield name.removeprefix("_").removesuffix("s"), hook
-        elif callable(value):
+        elif callable(value) and name != "extra_repr":  # which torchao sets, and computes nothing
             yield name, value
 
 
