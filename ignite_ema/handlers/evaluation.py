@@ -4,7 +4,6 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 from ignite.engine.events import State
-from torch import nn
 
 from ..averaging.checks import check_flags, one_line, warn_user
 from ..averaging.sharding import broadcast_buffers
@@ -50,7 +49,7 @@ class EvaluationSwap:
                 "An EMAHandler should swap during the runs of an evaluator once, but it does so already. Call remove() "
                 "on the handle of that call first."
             )
-        self.owner = owner
+        self.owner: Any = owner
         self.is_attached = True
         self._buffers_from = broadcast_buffers if sync_buffers else None
         self._swap: Swapped | None = None

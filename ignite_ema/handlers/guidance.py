@@ -57,7 +57,8 @@ class Guidance:
         elif is_stale and self._momentum.at(0) < 1:
             warn_first_rank(
                 f"The model has other weights than when the EMA handler of '{name}' was made or reset (loaded or "
-                "synchronised since), and the average starts from the old weights. Call handler.reset() when the model is ready."
+                "synchronised since), and the average starts from the old weights. Call handler.reset() when the model "
+                "is ready."
             )
 
     def check_end(self, name: str, iterations: int, updates: int) -> None:
