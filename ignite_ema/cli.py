@@ -32,7 +32,7 @@ _LENGTHS: dict[str, tuple[float, ...]] = {
     "sigma_rel": (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28),
     "half_life": (0.01, 0.02, 0.05, 0.1, 0.2),
     "last": (0.1, 0.2, 0.5),
-}  # what can be asked for, and the lengths that --list tries
+}  # what can be asked for, and the lengths that --list tries: of "last" the nearest that begin at a snapshot
 _CODES = """\
 exit codes:
   0  done
@@ -56,8 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
-    except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"ignite-ema: {str(error).partition(chr(10))[0] or 'out of memory'}", file=sys.stderr)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"ignite-ema: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:  # of torch, about tensors that it cannot compute with
+        reason = str(error).partition("\n")[0] or "out of memory"
+        print(f"ignite-ema: {str(arguments.file)!r} cannot be worked on: {reason}", file=sys.stderr)
         return 1
     return 0
 
@@ -435,7 +439,10 @@ def _facts_of_snapshots(directory: Path, step: int | None) -> dict[str, Any]:
     snapshots = posthoc.stored(directory, step)
     last = snapshots[-1]
     tensors = [tensor for stream in last.averaged for tensor in stream.values()]
-    tried = [(name, length) for name, lengths in _LENGTHS.items() for length in lengths]
+    windows = [1.0, *(1 - one.time / last.time for one in snapshots[:-1])]
+    nearest = {min(windows, key=lambda window: abs(window - length)) for length in _LENGTHS["last"]}
+    tried = [(name, length) for name in ("sigma_rel", "half_life") for length in _LENGTHS[name]]
+    tried += [("last", float(f"{window:.9g}")) for window in sorted(nearest)]
     known = [known for one in snapshots for known in one.snapshots]
     coefficients, residuals = posthoc.fitted(known, [_profile(*one) for one in tried])
     lengths = []

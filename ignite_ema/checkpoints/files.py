@@ -147,7 +147,7 @@ def restricted_unpickler(
     return RestrictedUnpickler
 
 
-_PLAIN = ("bool", "bytearray", "complex", "dict", "float", "frozenset", "list", "set", "tuple")
+_PLAIN = ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "list", "set", "tuple")
 _REBUILDERS = ("tensor", "tensor_v2", "tensor_v3", "sparse_tensor", "meta_tensor_no_storage")
 _NAMES: dict[str, tuple[str, ...]] = {
     "torch": ("Size", "device", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
@@ -228,9 +228,9 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
     _check_not_forced()
     try:
         return load()
-    except (MemoryError, OSError):
+    except OSError:
         raise
-    except Exception as error:  # a damaged file can lead to nearly any
+    except Exception as error:  # a damaged file can lead to nearly any, MemoryError too
         raise _not_torch(path, _DAMAGED) from error
 
 
@@ -396,7 +396,9 @@ def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
     temporary = target.with_name(f".ignite_ema-{uuid4().hex}.tmp")
     try:
         temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors replaces it by one that only the owner can read
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         _check_place(path, force)  # it may have appeared meanwhile

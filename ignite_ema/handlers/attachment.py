@@ -12,13 +12,24 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..averaging.checks import one_line, warn_first_rank, warn_user
+from ..averaging.sharding import fsdp_modules, reshard
 
-__all__ = ["Attachment", "Attachments", "Event", "Owner", "attachments", "check_attachable", "members_of", "optimizer_with_hooks"]
+__all__ = [
+    "Attachment",
+    "Attachments",
+    "Event",
+    "Owner",
+    "attachments",
+    "check_attachable",
+    "members_of",
+    "optimizer_with_hooks",
+]
 
 Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
 _ATTACHMENTS = "_ignite_ema_attachments"  # the attribute of an engine under which its attachments are found
 
+_BEFORE_STEP = (None, Events.STARTED, Events.EPOCH_STARTED, Events.ITERATION_STARTED, Events.GET_BATCH_COMPLETED)
 # Ignite passes these handlers more than the engine, and listening to the first swallows the exception.
 _NOT_FOR_UPDATES = (Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH)
 
@@ -75,7 +86,8 @@ class Attachment(RemovableEventHandle):
         update.__qualname__ = update.__name__ = f"{type(owner).__name__}.update"
         self._held: list[object] = [update]
         super().__init__(event, update, engine)  # type: ignore[arg-type]  # a string is as good
-        self.owner, self.names = owner, names
+        self.owner: Any = owner
+        self.names = names
         self.is_attached = True
         self.has_stepped = False
         self.watches_steps = optimizer is not None
@@ -121,7 +133,8 @@ class Attachment(RemovableEventHandle):
 
     def note_reading(self) -> None:
         """Notes that the average is saved or evaluated now: an update that follows in the same iteration is late."""
-        if (engine := self.engine()) is not None:
+        engine = self.engine()
+        if engine is not None and engine.last_event_name not in _BEFORE_STEP:  # a step itself may use the average
             self._noted_at = engine.state.iteration
 
     def remove(self) -> None:
@@ -174,7 +187,7 @@ class Attachment(RemovableEventHandle):
         if self._left_out and not self._has_updated:
             warn_first_rank(
                 f"The optimizer of {self.names_in_words} should have stepped in this run, but {self._left_out} events "
-                "passed without a step and the average has not moved. Attach the handler with the optimizer that trains."
+                "passed without a step and the average has not moved. Attach with the optimizer that trains."
             )
         elif self.is_attached:
             self.owner._on_run_end(engine, self)
@@ -286,6 +299,7 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
                 "optimizer should be a torch.optim.Optimizer, or have it as .optimizer, got "
                 f"{type(optimizer).__name__}. Pass the one that trains."
             )
+    reshard(fsdp_modules(model))  # or it has the gathered parameters, which no optimizer has
     parameters = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in parameters for group in found.param_groups for parameter in group["params"]):
         warn_user(
@@ -298,11 +312,13 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
 
 def _takes_hooks(optimizer: Any) -> bool:
     """Whether step hooks can be registered: a wrapper may be of the class, and not have been made as an optimizer."""
+    if not isinstance(optimizer, Optimizer):
+        return False
     try:
-        optimizer.register_step_post_hook(_word).remove()
+        optimizer.register_step_post_hook(lambda *_: None).remove()
     except AttributeError:
         return False
-    return isinstance(optimizer, Optimizer)
+    return True
 
 
 def _watch_steps(optimizer: Optimizer, attachment: "ref[Attachment]") -> RemovableHandle:

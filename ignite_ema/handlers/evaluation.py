@@ -76,13 +76,14 @@ class EvaluationSwap:
         copied.owner, copied.is_attached, copied._handles = self.owner, False, []
         engine = memo.get(id(self._engine), self._engine)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> State:
             if not swaps(engine):
                 warn_user(
                     "This engine is a copy of one that swap_during() was called with, and evaluates the model's own "
                     "weights. Call swap_during() with the copy."
                 )
-            return type(engine).run(engine, *args, **kwargs)
+            state: State = type(engine).run(engine, *args, **kwargs)
+            return state
 
         copied._inner = run
         return copied

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..averaging.average import ModelAverage
-from ..averaging.checks import counted, warn_first_rank
+from ..averaging.checks import counted, warn_first_rank, warn_user
 from ..averaging.kernels import norms
 from ..averaging.names import tensors_of
 from ..averaging.sharding import local
@@ -55,7 +55,7 @@ class Guidance:
                 "Checkpoint.load_objects, or call handler.reset() if the average is meant to start here."
             )
         elif is_stale and self._momentum.at(0) < 1:
-            warn_first_rank(
+            warn_user(  # on each rank: DistributedDataParallel gives the others the weights of the first
                 f"The model has other weights than when the EMA handler of '{name}' was made or reset (loaded or "
                 "synchronised since), and the average starts from the old weights. Call handler.reset() when the model "
                 "is ready."
@@ -78,7 +78,7 @@ class Guidance:
             )
         if not updates or not average.num_updates or not average.initial_share > _TOO_MUCH:  # NaN: unknown
             return
-        last = self._momentum.at(max(0, average.num_updates - 1))
+        last = self._momentum.at(average.num_updates - 1) or 0.0002
         self._tell_once(
             "initial share",
             f"After {counted(average.num_updates, 'update')} {average.initial_share:.0%} of the average of '{name}' is "

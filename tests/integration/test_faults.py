@@ -19,11 +19,11 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 
-from ignite_ema import EMAHandler, checkpoints
+from ignite_ema import EMAHandler, EMAWarning, checkpoints
 from ignite_ema.checkpoints import averaged_state_dict, load_file, read, save_file
 from ignite_ema.cli import main
 from ignite_ema.distributed import ShardedSaver, load_objects
-from tests.helpers import own_warnings, runs
+from tests.helpers import runs
 from tests.helpers.files import Evil, newest
 from tests.helpers.models import net as small_net
 
@@ -65,8 +65,7 @@ class Killed:
 
 
 def _begin(target, sender, *args):
-    own_warnings.mark_own_warnings()
-    warnings.simplefilter("error", own_warnings.OwnWarning)
+    warnings.simplefilter("error", EMAWarning)
     target(sender, *args)
     sender.send("ends")
     time.sleep(60)  # until it is killed

@@ -219,12 +219,12 @@ def test_a_post_hoc_average_is_rounded_so_too(tmp_path):
     post_hoc = PostHocEMA(model, sigma_rels=(0.05, 0.1), dirname=tmp_path, stochastic_rounding=True)
     trainer = Engine(lambda engine, batch: model.values.data.mul_(1.004 if engine.state.iteration % 2 else 1))
     post_hoc.attach(trainer, snapshot_event=Events.COMPLETED)
-    exact, handler = weights(magnitudes(1000), torch.bfloat16), post_hoc.streams[0]
-    wide = EMAHandler(model, momentum=handler.momentum_scheduler, dtype=torch.float32)
+    exact, average = weights(magnitudes(1000), torch.bfloat16), post_hoc.streams[0]
+    wide = EMAHandler(model, momentum=average.schedule, dtype=torch.float32)
     wide.attach(trainer, name="wide")
     trainer.run([0] * 200, max_epochs=1)
-    assert not torch.equal(handler.ema_model.values, exact.values)
-    error = (handler.ema_model.values.float() - wide.ema_model.values) / spacing(wide.ema_model.values, torch.bfloat16)
+    assert not torch.equal(average.module.values, exact.values)
+    error = (average.module.values.float() - wide.ema_model.values) / spacing(wide.ema_model.values, torch.bfloat16)
     assert error.square().mean().sqrt() < 1.5
 
 
