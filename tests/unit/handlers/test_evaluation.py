@@ -380,15 +380,3 @@ def test_an_evaluation_that_is_interrupted_at_each_batch_goes_on_with_the_averag
         handler.average.update(0.5)  # not refused: the model has its own weights
     assert model.weight.item() == 1.0
     assert seen == [5.0, 3.0, 2.0]
-
-
-def test_a_run_that_was_taken_is_refused_after_a_run_that_failed(kit):
-    _, handler, evaluator = kit
-    evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: 1 / 0)
-    run = evaluator.run
-    handler.swap_during(evaluator)
-    with pytest.raises(ZeroDivisionError):
-        evaluator.run([0])
-    forget_what_failed(evaluator)
-    with pytest.raises(RuntimeError, match="should be started as"):  # it is running no longer
-        run([0])
