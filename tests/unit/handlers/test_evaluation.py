@@ -14,6 +14,7 @@ from ignite_ema import EMAHandler, EMAWarning
 from tests.helpers.bits import bits, contents, places
 from tests.helpers.models import move
 from tests.helpers.runs import evaluator_of, scalar_handler
+from tests.helpers.worlds import run_world
 
 
 def forget_what_failed(engine):
@@ -242,6 +243,22 @@ def test_buffers_need_no_synchronising_in_one_process():
     with handler.swap_during(evaluator, sync_buffers=True):
         assert evaluator.run([0]).output == 0.0
     assert model.running_mean.item() == 3.0
+
+
+def evaluated_with_the_first_ranks_buffers(folder):
+    model, rank = nn.BatchNorm1d(1), float(torch.distributed.get_rank())
+    handler = EMAHandler(model, 0.25)
+    model.running_mean.fill_(rank)
+    handler.ema_model.running_mean.fill_(rank + 5)
+    evaluator = Engine(lambda engine, batch: model.running_mean.item())
+    with handler.swap_during(evaluator, sync_buffers=True):
+        seen = evaluator.run([0]).output
+    return seen, model.running_mean.item(), handler.ema_model.running_mean.item()
+
+
+@pytest.mark.slow
+def test_buffers_of_the_first_rank_are_used_on_all_for_the_run(tmp_path):
+    assert run_world(tmp_path, 2, evaluated_with_the_first_ranks_buffers) == [(5, 0, 5), (5, 1, 6)]
 
 
 # Ways out of an evaluation
