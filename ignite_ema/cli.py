@@ -195,31 +195,31 @@ def _names(path: Path | None) -> Any:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     """Prints what a checkpoint holds: of several averages which, of one its tensors and its distance to the model."""
-    from .checkpoints.reading import SeveralAverages, choices, read_part
+    from .checkpoints.reading import SeveralAverages, read_part
 
     file, key = arguments.file, arguments.key
     try:
         found, lacks = read_part(file, key, _names(arguments.names), arguments.base, arguments.strip_prefix)
-    except SeveralAverages:
-        several = [(one.label, one.system, len(one.tensors), one.note or None) for one in choices(file, key)]
-        print(_several_as_json(file, several) if arguments.json else "\n".join(_lines_of_several(file, several)))
+    except SeveralAverages as several:
+        averages = [
+            {"key": one.label, "format": one.system, "tensors": len(one.tensors), "note": one.note or None}
+            for one in several.choices
+        ]
+        shown = {"file": str(file), "averages": averages}
+        print(json.dumps(shown, indent=2) if arguments.json else "\n".join(_lines_of_several(shown)))
         return
     facts = _facts_of_file(file, found, lacks)
     layers = None if found.online is None else _distances(found.tensors, found.online)
     print(_as_json(facts, layers) if arguments.json else "\n".join(_lines_of_file(facts, layers)))
 
 
-def _several_as_json(file: Path, several: Sequence[tuple[Any, ...]]) -> str:
-    averages = [dict(zip(("key", "format", "tensors", "note"), one, strict=True)) for one in several]
-    return json.dumps({"file": str(file), "averages": averages}, indent=2)
-
-
-def _lines_of_several(file: Path, several: Sequence[tuple[Any, ...]]) -> Iterator[str]:
+def _lines_of_several(facts: Mapping[str, Any]) -> Iterator[str]:
     from .checkpoints.files import quoted
 
-    yield f"file      {quoted(file)}"
-    for key, system, count, note in several:
-        yield f"average   {quoted(key)}  ({system}, {count} tensors{f'; {note}' if note else ''})"
+    yield f"file      {quoted(facts['file'])}"
+    for one in facts["averages"]:
+        note = f"; {one['note']}" if one["note"] else ""
+        yield f"average   {quoted(one['key'])}  ({one['format']}, {one['tensors']} tensors{note})"
     yield "choose one by its key: --key, or its last part"
 
 
@@ -276,7 +276,8 @@ def _as_json(facts: Mapping[str, Any], layers: Mapping[str | None, float] | None
 
 
 def _lines_of_file(facts: Mapping[str, Any], layers: Mapping[str | None, float] | None) -> Iterator[str]:
-    from .checkpoints.files import listed, quoted
+    from .averaging.checks import listed
+    from .checkpoints.files import quoted
 
     yield f"file      {quoted(facts['file'])}"
     yield f"format    {facts['format'] if facts['format'] != 'plain' else 'plain (no average)'}"

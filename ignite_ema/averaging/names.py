@@ -129,4 +129,4 @@ def _named(places: list[tuple[str, str, Place]], saved: list[str]) -> dict[str, 
     if len(places_left) == len(names_left):
         return {**found, **{name: place for name, (_, place) in zip(names_left, places_left, strict=True)}}
     first = places[0][2]  # a module that stands under several names has one place for each of its tensors
-    return {**dict.fromkeys(names_left, first), **found}
+    return {**found, **dict.fromkeys(names_left, first)}

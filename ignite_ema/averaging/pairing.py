@@ -22,7 +22,7 @@ from .memory import give_own_memory, has_values, is_dense, sharing_memory
 from .names import Place, first_names, places_of
 from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sharding
 
-__all__ = ["Group", "Mismatch", "Pairing", "Slot"]
+__all__ = ["Group", "Mismatch", "Pairing", "Slot", "like", "nonfinite_in"]
 
 _requires_grad = attrgetter("requires_grad")
 

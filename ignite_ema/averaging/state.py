@@ -60,8 +60,8 @@ def check_average_state(
         version = entries["ignite_ema_version"]
         if type(version) is not int or version != STATE_VERSION:
             raise ValueError(
-                f"'ignite_ema_version' of the state should be {STATE_VERSION}, got {version!r}; load it with the ignite_ema "
-                "that wrote it."
+                f"'ignite_ema_version' of the state should be {STATE_VERSION}, got {version!r}; load it with the "
+                "ignite_ema that wrote it."
             )
     check_saved_mapping(state, kinds, what)
     for key in ("num_updates", "num_skipped"):

@@ -20,6 +20,7 @@ from .sharding import fsdp_modules, local, reshard
 
 __all__ = ["Swapped", "is_swapped", "refuse_while_swapped"]
 
+_TRIALS = 3  # of giving back a tensor
 _MARK = "_ignite_ema_swapped"  # the attribute of a module that is swapped
 
 
@@ -96,120 +97,132 @@ class _Saved:
     """
 
     def __init__(self) -> None:
-        self.left: list[_SavedTensor | _Mark] = []
-        self.errors: dict[str, Exception] = {}
+        self.left: list[_SavedTensor | _SavedModules] = []
+        self.errors: dict[str, BaseException] = {}
 
     def give_back(self) -> None:
-        """Gives back one after the other, and then raises the Ctrl-C that came meanwhile; can be called again."""
-        interrupt: KeyboardInterrupt | None = None
+        """Gives back one after the other; what cuts it short, such as Ctrl-C, is raised when all is done."""
+        raised: BaseException | None = None
         while self.left:
+            one = self.left[-1]
             try:
-                self.left[-1].give_back()
+                one.give_back()
                 self.left.pop()
-            except KeyboardInterrupt as caught:
-                interrupt = caught
-            except Exception as error:
-                self.errors[self.left.pop().name] = error
+            except BaseException as error:
+                raised = error
+                one.failures += 1
+                if one.failures == _TRIALS:
+                    self.errors[one.name] = error
+                    self.left.pop()
         torch.clear_autocast_cache()  # it has copies of the weights
-        if interrupt is not None:
-            raise interrupt
-
-    def changed(self) -> list[str]:
-        """The names of the parameters that were written to, or replaced, since they were filled."""
-        return [one.name for one in self.left if isinstance(one, _SavedTensor) and one.was_changed]
+        if raised is not None and not self.errors:
+            raise raised
 
 
-class _Mark:
-    """Marks the modules of a model whose weights are averaged weights."""
+class _SavedModules:
+    """The modules of a model, which are marked as swapped, and which tensor each has in which place."""
 
-    name = "_modules"
+    name = "a module"
+    failures = 0
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._modules = modules
+    def __init__(self, model: nn.Module) -> None:
+        self.children = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
+        self._places = [
+            (module, table, key, tensor)
+            for module, _ in self.children.values()
+            for table in (module._parameters, module._buffers)
+            for key, tensor in table.items()
+        ]
 
-    def fill(self) -> None:
+    def mark(self) -> None:
         """Marks them; each by its own id, which a copy does not have."""
-        for module in self._modules:
+        for module, _ in self.children.values():
             vars(module)[_MARK] = id(module)
 
     def give_back(self) -> None:
-        """Takes the marks off."""
-        for module in self._modules:
+        """Puts each tensor back into its place, and takes the marks off."""
+        for module, table, key, tensor in self._places:
+            if table.get(key, tensor) is not tensor:
+                setattr(module, key, tensor)  # not into the table: an LSTM has a list of its weights besides
+        for module, _ in self.children.values():
             vars(module).pop(_MARK, None)
 
 
 class _SavedTensor:
-    """A tensor of the model, its memory, and its values."""
+    """A tensor of the model, its memory, and, unless it is shared with the twin, its values."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: Slot, is_shared: bool = False) -> None:
         self.slot, self.name = slot, slot.name
         self.tensor = slot.online.get()
         self.home = self.tensor.detach()
         self.requires_grad = self.tensor.requires_grad
         part = local(self.home)
-        self._values = part.clone()
+        self._values = None if is_shared else part.clone()
         self._bytes = part.untyped_storage().nbytes() if part.layout is torch.strided else 0
         self.version = -1
+        self.failures = 0
 
     def fill(self) -> None:
         """Replaces the values by those of the twin."""
         online, averaged = self.slot.tensors()
         if online.shape == averaged.shape and online.layout is torch.strided and not overlaps_itself(online):
             _write(online, averaged)
-        else:  # a copied or kept buffer of another shape, or one that cannot be written to
+        elif online.layout is averaged.layout:  # of another shape, or expanded, which cannot be written to; maybe tied
+            self.tensor.data = like(averaged, online)
+        else:
             self.slot.online.table[self.slot.online.key] = like(averaged, online)
-        self.version = _version(self.tensor)
 
     def give_back(self) -> None:
         """Makes the tensor what it was."""
-        place, part = self.slot.online, local(self.home)
-        if self.slot.online.key in place.table:
-            place.table[place.key] = self.tensor
+        part = local(self.home)
         if not _same_memory(self.tensor, self.home):  # cast or moved
             self.tensor.data = self.home
         if self.tensor.requires_grad != self.requires_grad and self.tensor.is_leaf:
             self.tensor.requires_grad_(self.requires_grad)
-        if part.layout is torch.strided and not overlaps_itself(part):
+        if self._values is not None and part.layout is torch.strided and not overlaps_itself(part):
             if not has_values(part):  # freed to save memory
                 part.untyped_storage().resize_(self._bytes)
             _write(part, self._values)
 
-    @property
     def was_changed(self) -> bool:
         """Whether a parameter was written to, or replaced, since it was filled."""
-        if self.slot.online.is_buffer:
+        place = self.slot.online
+        if place.is_buffer or self._values is None:
             return False
-        return (
-            self.slot.online.table.get(self.slot.online.key) is not self.tensor or _version(self.tensor) != self.version
-        )
+        return place.table.get(place.key) is not self.tensor or _version(self.tensor) != self.version
 
 
 def _swap(
     pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None
 ) -> Generator[None, None, None]:
-    modules = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
-    parts = fsdp_modules(model)
-    saved = _Saved()
+    saved, modules, parts = _Saved(), _SavedModules(model), fsdp_modules(model)
     changed: list[str] = []
     try:
         try:
-            saved.left.append(_Mark([module for module, _ in modules.values()]))
-            saved.left[-1].fill()
+            saved.left.append(modules)
+            modules.mark()
+            plain = [slot for slot in pairing.shared if type(slot.online.get()) is nn.Parameter]
+            saved.left += [_SavedTensor(slot, is_shared=True) for slot in plain]
+            tensors = []
             for slot in pairing.slots:
-                saved.left.append(_SavedTensor(slot))
-                saved.left[-1].fill()
+                tensors.append(_SavedTensor(slot))
+                saved.left.append(tensors[-1])
+                tensors[-1].fill()
             torch.clear_autocast_cache()
             if buffers_from is not None:
                 buffers_from(model)
+            for one in tensors:  # not before: views of one storage count together
+                one.version = _version(one.tensor)
             yield
             _reshard(parts, model, pairing)
-            changed = saved.changed()
+            changed = [one.name for one in tensors if one.was_changed()]
+            tensors.clear()
         finally:
             _reshard(parts, model, pairing)
             saved.give_back()
     finally:
         saved.give_back()
-    _report(saved.errors, modules, changed)
+    _report(saved.errors, modules.children, changed)
 
 
 def _reshard(parts: list[nn.Module], model: nn.Module, pairing: Pairing) -> None:
@@ -220,7 +233,7 @@ def _reshard(parts: list[nn.Module], model: nn.Module, pairing: Pairing) -> None
 
 
 def _report(
-    errors: dict[str, Exception], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[str]
+    errors: dict[str, BaseException], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[str]
 ) -> None:
     """Says what happened to the model inside the block, once it has its own weights again."""
     for name, error in errors.items():

@@ -23,7 +23,6 @@ __all__ = [
     "copied",
     "is_dense",
     "kind_of",
-    "listed",
     "load_file",
     "load_stream",
     "mebibytes",
@@ -46,12 +45,6 @@ def quoted(name: Any) -> str:
     """A name from a file on one line, with escape sequences spelled out, and no longer than a line."""
     text = str(name)
     return repr(text if len(text) <= 120 else f"{text[:120]}…")
-
-
-def listed(names: Collection[Any], most: int = 8) -> str:
-    """The first names, quoted, and how many there are."""
-    first = [quoted(name) for name, _ in zip(names, range(most), strict=False)]
-    return ", ".join(first + [f"… ({len(names)} in all)"] * (len(names) > most)) or "none"
 
 
 def kind_of(value: Any) -> str:

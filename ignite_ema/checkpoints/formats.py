@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from ..averaging.checks import listed
 from ..averaging.state import STATE_VERSION
-from .files import is_dense, kind_of, listed, quoted
+from .files import is_dense, kind_of, quoted
 
 __all__ = ["FORMATS", "Found", "Names", "State", "Tensors", "within"]
 

@@ -1,7 +1,7 @@
 """The Ignite handler: attaches a :class:`~ignite_ema.ModelAverage` to an engine."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from ignite.engine import Engine, Events
@@ -23,7 +23,7 @@ from ..averaging.names import unwrapped
 from ..averaging.state import AVERAGE_STATE, check_average_state
 from ..averaging.swap import Swapped
 from ..checkpoints.formats import Names
-from ..checkpoints.reading import Source, read
+from ..checkpoints.reading import Source, read_part
 from ..schedules import Schedule
 from .attachment import Attachment, Attachments, Event, check_attachable, optimizer_with_hooks
 from .evaluation import EvaluationSwap, swaps
@@ -94,7 +94,11 @@ class EMAHandler:
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
+        **unknown: NoReturn,
     ) -> None:
+        for name, value in dict[str, Any](unknown).items():
+            way_out = f"; a momentum is 1 - decay: pass momentum={1 - value:g}" if name == "decay" else ""
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{way_out}.")
         schedule = schedule_from(momentum, momentum_warmup, warmup_iters)
         #: The :class:`~ignite_ema.ModelAverage` that the handler drives.
         self.average = ModelAverage(
@@ -324,7 +328,7 @@ class EMAHandler:
         if isinstance(source, Mapping) and "averaged_tensors" in source:
             tensors, count = source, source.get("num_updates")
         else:
-            found = read(source, key=key, names=unwrapped(self.ema_model) if names is None else names)
+            found, _ = read_part(source, key, unwrapped(self.ema_model) if names is None else names)
             tensors, count = found.tensors, found.num_updates
         count = count if num_updates is None else num_updates
         first = self._momentum.at(0)

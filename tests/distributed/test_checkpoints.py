@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter, deque
 from datetime import datetime, timedelta, timezone
+from threading import Event
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, EarlyStopping
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map
 
@@ -244,6 +246,21 @@ def test_a_checkpoint_of_other_objects_is_refused(tmp_path):
     fewer = torch.optim.AdamW(list(Small().model.parameters())[:1])
     with pytest.raises(ValueError, match=r"'optimizer' in it has 'state.1.\w+', and there are 1 parameters here"):
         load_objects({"optimizer": fewer}, path)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
+    model, goes_on, write = nn.Linear(2, 1), Event(), FileSystemWriter.write_data
+    nn.init.constant_(model.weight, 1)
+    monkeypatch.setattr(FileSystemWriter, "write_data", lambda *args: goes_on.wait(30) and write(*args))
+    saver = ShardedSaver(tmp_path, asynchronous=True)
+    saver({"model": model.state_dict(), "other": {"values": [torch.ones(1), (1, 2)]}}, "one.pt")
+    nn.init.constant_(model.weight, 2)
+    assert not (tmp_path / "one.pt").exists()
+    goes_on.set()
+    saver.wait()
+    load_objects({"model": model}, tmp_path / "one.pt")
+    assert model.weight.tolist() == [[1, 1]]
 
 
 # Values that are not tensors of a model

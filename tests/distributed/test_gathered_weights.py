@@ -1,4 +1,4 @@
-"""Every entrance meets models and twins whose weights a pass has left gathered, or on their way."""
+"""Every entrance meets models and twins whose weights a pass has left gathered."""
 
 from itertools import product
 
@@ -83,11 +83,7 @@ def is_gathered_by_hand(model):
         part.unshard()
 
 
-def gather_is_pending(model):
-    model.second.unshard(async_op=True)
-
-
-STATES = [is_sharded, is_gathered, is_gathered_with_a_graph, is_gathered_by_hand, gather_is_pending]
+STATES = [is_sharded, is_gathered, is_gathered_with_a_graph, is_gathered_by_hand]
 
 # The entrances. Each is given a handler of a model of 1 everywhere with an average of 3, both in the state, and after
 # that the model's shards became 2; each returns the average that is due. The forward passes afterwards are checked.

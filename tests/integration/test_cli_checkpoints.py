@@ -282,7 +282,7 @@ def test_what_torch_cannot_compute_is_one_sentence(error, reason, command, monke
     ("arguments", "message"),
     [
         (["inspect", "nowhere.pt"], "'nowhere.pt' should be a file, but there is none"),
-        (["inspect", "."], "got a directory with 'file.pt', 'list.pt', 'number.pt'; name the file in it"),
+        (["inspect", "."], "got one with 'file.pt', 'list.pt', 'number.pt'; name the file in it"),
         (["export", "file.pt", "out.bin"], "'out.bin' should end in .pt, .pth or .safetensors"),
         (["inspect", "file.pt", "--key", "x"], "key should be one of 'ema_model' (Ignite) in 'file.pt', got 'x'"),
         (["inspect", "list.pt"], "list of 1 tensors without names, as torch_ema saves them"),

@@ -92,7 +92,7 @@ def test_the_way_out_of_a_directory_of_several_models_is_to_name_a_file(tmp_path
     for name, fill in (("one.pt", 2), ("two.pt", 3), ("unet/model.bin", 1), ("vae", 1)):
         assert equal(read(tmp_path / name).tensors, state(fill))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="got a directory with none; name the file"):
+    with pytest.raises(ValueError, match="got neither; check the path"):
         read(tmp_path / "empty")
 
 

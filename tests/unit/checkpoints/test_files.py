@@ -202,7 +202,7 @@ def test_attributes_in_a_file_change_nothing_of_torch(tmp_path):
     """BUILD sets attributes: here of a function, and of a class."""
     before = torch._utils._rebuild_tensor_v2.__defaults__
     for target in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"cargparse\nNamespace\n"):
-        pickled = b"\x80\x02}X\x01\0\0\0w" + target + b"}}X\x0c\0\0\0__defaults__N\x85s\x86bs."
+        pickled = b"\x80\x02}X\x01\0\0\0w" + target + b"}}X\x0c\0\0\0__defaults__K\x01\x85s\x86bs."
         with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
             archive.writestr("a/data.pkl", pickled)
             archive.writestr("a/version", "3")
