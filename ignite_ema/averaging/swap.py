@@ -167,7 +167,7 @@ class _SavedTensor:
         online, averaged = self.slot.tensors()
         if online.shape == averaged.shape and online.layout is torch.strided and not overlaps_itself(online):
             _write(online, averaged)
-        elif online.layout is averaged.layout:  # of another shape, or expanded, which cannot be written to; maybe tied
+        elif online.layout is averaged.layout is torch.strided:  # of another shape, or expanded; it may be tied
             self.tensor.data = like(averaged, online)
         else:
             self.slot.online.table[self.slot.online.key] = like(averaged, online)
