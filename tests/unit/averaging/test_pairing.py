@@ -175,3 +175,52 @@ def test_a_buffer_that_is_replaced_in_every_iteration_is_followed():
         average.update(0.5)
         due = (due + n) / 2
     assert torch.equal(average.module.buffer, due)
+
+
+# Copied and kept buffers may change their shape, as position tables do that grow with the longest sequence.
+
+
+class Growing(nn.Module):
+    def __init__(self, persistent):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("table", torch.arange(2.0), persistent)
+
+    def forward(self, x):
+        if len(x) > len(self.table):
+            self.table = torch.arange(float(len(x)))
+        return x * self.scale + self.table[: len(x)]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("mode", ["copy", "statistics", "ema_train", {"table": "keep"}])
+def test_a_buffer_that_grows_is_followed(mode, persistent):
+    model = Growing(persistent)
+    average = ModelAverage(model, mode)
+    follows = mode in ("copy", "statistics")
+    for length in (5, 3, 7):
+        model(torch.ones(length))
+        assert average.update(0.5)
+        assert len(average.module.table) == (len(model.table) if follows else 2)
+        with average.swapped():
+            assert torch.equal(model(torch.ones(9)), average.module(torch.ones(9)))
+            average.module.table = average.module.table[:2]
+        assert len(model.table) == max(length, 5)
+    resumed = ModelAverage(Growing(persistent), mode)
+    average.update(0.5)
+    resumed.load_state_dict(average.state_dict())
+    assert len(resumed.module.table) == (len(average.module.table) if persistent else 2)
+    average.reset()
+    assert torch.equal(average.module.table, model.table)
+    average.module(torch.ones(20))  # the twin's own grows too
+    assert average.update(0.5)
+    assert len(average.module.table) == (7 if follows else 20)
+
+
+def test_a_buffer_that_is_averaged_keeps_its_shape():
+    model = Growing(True)
+    average = ModelAverage(model, "update")
+    model(torch.ones(5))
+    for action in (lambda: average.update(0.5), average.reset, average.swapped().__enter__):
+        with pytest.raises(RuntimeError, match=r"'table' has shape \(5,\) in the model and \(2,\) in the twin"):
+            action()
