@@ -29,7 +29,7 @@ from .checks import (
 )
 from .memory import give_own_memory
 from .names import names_of, tensors_of
-from .pairing import Group, Mismatch, Pairing, like, nonfinite_in
+from .pairing import Group, Mismatch, Pairing, like, nonfinite_in, replace
 from .sharding import local
 from .state import (
     STATE_VERSION,
@@ -570,7 +570,7 @@ class ModelAverage:
                     targets.append(local(own))
                     sources.append(part_for_rank(value, own))
                 else:
-                    slot.averaged.table[slot.averaged.key] = like(value, own)
+                    replace(slot.averaged, like(value, own))
             kernels.copy(targets, sources)
         self._told.add("moved")
 

@@ -22,7 +22,7 @@ from .memory import give_own_memory, has_values, sharing_memory
 from .names import Place, first_names, places_of, unwrapped
 from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sharding
 
-__all__ = ["Group", "Mismatch", "Pairing", "Slot"]
+__all__ = ["Group", "Mismatch", "Pairing", "Slot", "like", "nonfinite_in", "replace"]
 
 _requires_grad = attrgetter("requires_grad")
 
@@ -203,7 +203,7 @@ class Pairing:
             for slot in self.slots:
                 online, averaged = slot.online.get(), slot.averaged.get()
                 if slot.treatment == "copy" and not _alike(online, averaged):
-                    slot.averaged.table[slot.averaged.key] = like(online, averaged)
+                    replace(slot.averaged, like(online, averaged))
 
     def _group(self, kinds: list[tuple[Any, ...]]) -> None:
         members: dict[tuple[Any, ...], list[Slot]] = {}
@@ -263,6 +263,15 @@ def like(online: Tensor, averaged: Tensor) -> Tensor:
     same_kind = online.is_floating_point() == averaged.is_floating_point()
     dtype = averaged.dtype if same_kind and online.is_complex() == averaged.is_complex() else online.dtype
     return online.detach().to(averaged.device, dtype, copy=True)
+
+
+def replace(place: Place, values: Tensor) -> None:
+    """Puts values of another shape into the tensor at ``place``, which stays tied; of another layout, a new tensor."""
+    tensor = place.get()
+    if tensor.layout is values.layout:
+        tensor.data = values
+    else:
+        place.table[place.key] = values
 
 
 def _address(tensor: Tensor) -> object:

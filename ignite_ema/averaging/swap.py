@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .checks import warn_user
 from .memory import has_values, overlaps_itself
 from .names import Place, unwrapped
-from .pairing import Pairing, Slot, like
+from .pairing import Pairing, Slot, like, replace
 from .sharding import fsdp_modules, local, reshard
 
 __all__ = ["Swapped", "is_swapped", "refuse_while_swapped"]
@@ -126,11 +126,8 @@ class _SavedTensor:
         online, averaged = self.slot.tensors()
         if online.shape == averaged.shape and online.layout is torch.strided and not overlaps_itself(online):
             _write(online, averaged)
-        elif online.layout is averaged.layout:  # of another shape, or expanded, which cannot be written to; maybe tied
-            self.tensor.data = like(averaged, online)
-        else:
-            self.slot.online.table[self.slot.online.key] = like(averaged, online)
-        self.version = _version(self.tensor)
+        else:  # a copied or kept buffer of another shape, or one that cannot be written to
+            replace(self.slot.online, like(averaged, online))
 
     def give_back(self) -> None:
         """Makes the tensor what it was."""
@@ -166,6 +163,8 @@ def _swap(pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module]
             for slot in pairing.slots:
                 saved.left.append(_SavedTensor(slot))
                 saved.left[-1].fill()
+            for one in saved.left:  # now that all are filled: views of one memory count together
+                one.version = _version(one.tensor)
             torch.clear_autocast_cache()
             if buffers_from is not None:
                 buffers_from(model)
