@@ -550,7 +550,7 @@ class ModelAverage:
             )
         has_buffers = any(slots[name].online.is_buffer for name in chosen)
         for slot in slots.values() if strict else ():
-            if slot.name not in chosen and slot.is_saved and (has_buffers or not slot.online.is_buffer):
+            if slot.name not in chosen and slot.online.is_saved and (has_buffers or not slot.online.is_buffer):
                 raise ValueError(
                     f"The averaged tensors should be those of this model, but '{slot.name}' is missing. strict=False "
                     "starts it from the model."
