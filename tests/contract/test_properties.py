@@ -268,7 +268,7 @@ class Averaging(RuleBasedStateMachine):
         self.generator = torch.Generator().manual_seed(seed)
         self.spec, self.seed = spec, seed
         self.model = build(spec, seed)
-        buffers = [group[0] for group in ties(self.model) if is_buffer(self.model, group[0])]
+        buffers = [name for name in map(self.first_name, ties(self.model)) if is_buffer(self.model, name)]
         if mode == "mapping":
             mode = dict(zip(buffers, treatments, strict=False))
         frozen = [one for one in self.model.parameters() if not one.requires_grad]
@@ -316,9 +316,13 @@ class Averaging(RuleBasedStateMachine):
     def twin(self):
         return self.handler.ema_model
 
+    def first_name(self, group):
+        """Of tied tensors the first that ``state_dict()`` has."""
+        return next((name for name in group if name in self.model.state_dict()), group[0])
+
     def treatment(self, name):
         """What an update does with a tensor; of a tied one its first name decides."""
-        first = next(group[0] for group in self.ties if name in group)
+        first = self.first_name(next(group for group in self.ties if name in group))
         mode = self.handler.handle_buffers
         if name in self.shared:
             return "share"

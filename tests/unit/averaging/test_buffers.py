@@ -102,6 +102,24 @@ def test_a_buffer_that_grows_is_followed_if_it_is_not_averaged(policy):
     assert torch.equal(average.module.positions, model.positions)
 
 
+def test_tied_buffers_that_grow_stay_tied():
+    layers = [observed(), observed()]
+    for layer in layers:
+        layer.register_buffer("table", torch.zeros(2) if layer is layers[0] else layers[0].table)
+    model, other = nn.Sequential(*layers), nn.Sequential(observed(table=torch.ones(4)), observed(table=torch.ones(4)))
+    average = ModelAverage(model)
+    model[0].table = model[1].table = torch.ones(3)
+    with average.swapped():
+        assert model[0].table is model[1].table
+    average.update(0.5)
+    assert average.module[0].table is average.module[1].table
+    assert average.module[0].table.tolist() == [1.0, 1.0, 1.0]
+    average.load_averaged(other.state_dict())
+    assert average.module[0].table is average.module[1].table
+    assert average.module[0].table.tolist() == [1.0, 1.0, 1.0, 1.0]
+    average.update(0.5)
+
+
 @pytest.mark.parametrize("to_sparse", SPARSE.values(), ids=SPARSE)
 def test_sparse_buffers_are_copied_and_cannot_be_averaged(to_sparse):
     model = observed(graph=to_sparse(torch.eye(3)))

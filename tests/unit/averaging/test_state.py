@@ -170,6 +170,14 @@ def test_a_plain_state_is_loaded_and_what_it_has_no_place_for_stays(wrap, pair):
     assert contents(average.module) == due
 
 
+def test_a_plain_state_need_not_have_an_averaged_buffer_that_is_not_persistent(pair):
+    other = pair[1]
+    average = ModelAverage(Tied(), {"cache": "update"})
+    average.load_averaged(other.state_dict())
+    assert bits(average.module.first.weight) == bits(other.first.weight)
+    assert average.module.cache.tolist() == [0.0, 0.0]
+
+
 def test_parameters_alone_leave_the_buffers_alone(pair):
     average, other = pair
     buffers = {name: bits(tensor) for name, tensor in average.module.named_buffers()}
