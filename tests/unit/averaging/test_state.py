@@ -197,14 +197,6 @@ def test_a_tied_weight_may_have_either_name_a_narrower_type_and_a_nan(left_out, 
     torch.testing.assert_close(average.module.second.weight, due, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("wrap", [DataParallel, compiled])
-def test_the_names_are_those_of_the_model_without_wrappers(wrap):
-    other = Tied()
-    average = ModelAverage(wrap(Tied()))
-    average.load_averaged(copied(other.state_dict()))
-    assert bits(average.averaged_tensors()["first.weight"]) == bits(other.first.weight)
-
-
 class WithExtraState(nn.Linear):
     def get_extra_state(self):
         return {"note": "no tensor"}
