@@ -427,6 +427,8 @@ def test_updates_never_write_into_the_model(handler_class, expected):
     model.load_state_dict(constant(4.0).state_dict())
     update_towards(handler, model, 4.0)
     assert model.weight.item() == expected
+    is_aliased = handler.ema_model.weight.data_ptr() == model.weight.data_ptr()
+    assert is_aliased == (handler_class is not EMAHandler)
 
 
 # 20. Integers cannot be multiplied by a float in place, and 8-bit floats not at all.
