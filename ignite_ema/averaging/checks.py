@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..schedules import Constant, CopyUntil, Schedule
+from ..schedules import Constant, CopyUntil, Debiased, Schedule
 from .names import unwrapped
 from .sharding import is_first_rank
 
@@ -108,7 +108,7 @@ def schedule_of(momentum: float | Schedule) -> Schedule:
         raise TypeError(f"momentum should be a schedule, got the class {momentum.__name__}; make one: call it.")
     if callable(momentum):
         scheduled(momentum, 0)
-        if momentum != Constant(1.0):
+        if momentum not in (Constant(1.0), Debiased(1.0)):  # hard copies are meant
             _warn_of_decay(_final(momentum), "the last momentum of the schedule")
         return momentum
     constant = constant_of(momentum)
@@ -228,7 +228,8 @@ def _final(schedule: Schedule) -> float:
 
 def _warn_of_decay(momentum: float, what: str) -> None:
     if momentum >= 0.9:
+        way_out = f"pass 1 - {momentum:g} = {1 - momentum:g}" if momentum < 1 else "pass 1 minus each of its values"
         warn_user(
             f"{what} is the weight of the new weights, and {momentum:g} nearly copies them at each update. If it was "
-            f"meant as a decay, pass 1 - {momentum:g} = {1 - momentum:g}."
+            f"meant as a decay, {way_out}."
         )

@@ -20,6 +20,7 @@ from .sharding import fsdp_modules, local, reshard
 
 __all__ = ["Swapped", "is_swapped", "refuse_while_swapped"]
 
+_TRIALS = 3  # of giving back a tensor
 _MARK = "_ignite_ema_swapped"  # the attribute of a module that is swapped
 
 
@@ -97,28 +98,32 @@ class _Saved:
 
     def __init__(self) -> None:
         self.left: list[_SavedTensor | _SavedModules] = []
-        self.errors: dict[str, Exception] = {}
+        self.errors: dict[str, BaseException] = {}
 
     def give_back(self) -> None:
-        """Gives back one after the other, and then raises the Ctrl-C that came meanwhile; can be called again."""
-        interrupt: KeyboardInterrupt | None = None
+        """Gives back one after the other; what cuts it short, such as Ctrl-C, is raised when all is done."""
+        raised: BaseException | None = None
         while self.left:
+            one = self.left[-1]
             try:
-                self.left[-1].give_back()
+                one.give_back()
                 self.left.pop()
-            except KeyboardInterrupt as caught:
-                interrupt = caught
-            except Exception as error:
-                self.errors[self.left.pop().name] = error
+            except BaseException as error:
+                raised = error
+                one.failures += 1
+                if one.failures == _TRIALS:
+                    self.errors[one.name] = error
+                    self.left.pop()
         torch.clear_autocast_cache()  # it has copies of the weights
-        if interrupt is not None:
-            raise interrupt
+        if raised is not None and not self.errors:
+            raise raised
 
 
 class _SavedModules:
     """The modules of a model, which are marked as swapped, and which tensor each has in which place."""
 
     name = "a module"
+    failures = 0
 
     def __init__(self, model: nn.Module) -> None:
         self.children = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
@@ -155,13 +160,16 @@ class _SavedTensor:
         self._values = None if is_shared else part.clone()
         self._bytes = part.untyped_storage().nbytes() if part.layout is torch.strided else 0
         self.version = -1
+        self.failures = 0
 
     def fill(self) -> None:
         """Replaces the values by those of the twin."""
         online, averaged = self.slot.tensors()
         if online.shape == averaged.shape and online.layout is torch.strided and not overlaps_itself(online):
             _write(online, averaged)
-        else:  # a copied or kept buffer of another shape, or one that cannot be written to
+        elif online.layout is averaged.layout:  # of another shape, or expanded, which cannot be written to; maybe tied
+            self.tensor.data = like(averaged, online)
+        else:
             self.slot.online.table[self.slot.online.key] = like(averaged, online)
 
     def give_back(self) -> None:
@@ -225,7 +233,7 @@ def _reshard(parts: list[nn.Module], model: nn.Module, pairing: Pairing) -> None
 
 
 def _report(
-    errors: dict[str, Exception], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[str]
+    errors: dict[str, BaseException], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[str]
 ) -> None:
     """Says what happened to the model inside the block, once it has its own weights again."""
     for name, error in errors.items():

@@ -99,7 +99,8 @@ def settle(twin: nn.Module, is_own: bool, trains: bool) -> None:
     if is_own:
         _refuse_changing_mode(twin, trains, on_copies=False)
     _set_mode(twin, trains)
-    twin.requires_grad_(False)
+    for parameter in twin.parameters():  # all at once is not supported by TorchScript
+        parameter.requires_grad_(False)
 
 
 def _check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> None:
@@ -212,7 +213,7 @@ def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | 
         except Exception as error:
             raise RuntimeError(
                 f"model should be one that copy.deepcopy can copy, got {type(model).__name__} where "
-                f"{_obstacle(model, error)}. Build the twin yourself, the way the model is built, and pass it as "
+                f"{_obstacle(model, error).removesuffix('.')}. Build the twin yourself, the way the model is built, and pass it as "
                 "ema_model=."
             ) from error
     return twin
@@ -318,7 +319,7 @@ def _functions_in(module: nn.Module) -> Iterator[tuple[str, object]]:
         if isinstance(value, dict) and value and name.endswith("_hooks"):
             for hook in value.values():
                 yield name.removeprefix("_").removesuffix("s"), hook
-        elif callable(value):
+        elif callable(value) and name != "extra_repr":  # which torchao sets, and computes nothing
             yield name, value
 
 

@@ -23,7 +23,7 @@ from ..averaging.names import unwrapped
 from ..averaging.state import AVERAGE_STATE, check_average_state
 from ..averaging.swap import Swapped
 from ..checkpoints.formats import Names
-from ..checkpoints.reading import Source, read
+from ..checkpoints.reading import Source, read_part
 from ..schedules import Schedule
 from .attachment import Attachment, Attachments, Event, check_attachable, optimizer_with_hooks
 from .evaluation import EvaluationSwap, swaps
@@ -328,7 +328,7 @@ class EMAHandler:
         if isinstance(source, Mapping) and "averaged_tensors" in source:
             tensors, count = source, source.get("num_updates")
         else:
-            found = read(source, key=key, names=unwrapped(self.ema_model) if names is None else names)
+            found, _ = read_part(source, key, unwrapped(self.ema_model) if names is None else names)
             tensors, count = found.tensors, found.num_updates
         count = count if num_updates is None else num_updates
         first = self._momentum.at(0)

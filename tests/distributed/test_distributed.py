@@ -272,7 +272,7 @@ def refuses_twins(folder):
         EMAHandler(Even(), ema_model=sharded(Even()))
     with pytest.raises(
         RuntimeError,
-        match="ema_model should be a twin that is sharded as the model is, got None .* pass it as ema_model=",
+        match="ema_model should be a twin that is sharded as the model is, got None.* pass it as ema_model=",
     ):
         EMAHandler(model)
     assert local_bits(model) == before

@@ -101,8 +101,8 @@ class World:
                     self._processes[rank].join(10)
                     result, error = None, f"it ended with exit code {self._processes[rank].exitcode}"
                 outcomes[rank] = Outcome(result, error, monotonic() - begin)
-                if error:
-                    waiting = {}
+            if any(outcome and outcome.error for outcome in outcomes):
+                break
         late = "not waited for" if monotonic() - begin < timeout else f"it should end within {timeout} s"
         outcomes = [outcome or Outcome(None, late, monotonic() - begin) for outcome in outcomes]
         self.is_usable &= not any(outcome.error for outcome in outcomes)

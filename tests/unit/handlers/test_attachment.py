@@ -239,19 +239,24 @@ def test_a_removed_handle_leaves_an_attribute_that_was_there():
     assert trainer.state.ema_momentum == 0.5
 
 
-@pytest.mark.parametrize("refers", [False, True], ids=["", "the model and its schedule refer to the engine"])
-def test_the_handler_holds_no_strong_reference_to_the_engine(refers):
-    model = constant()
-    trainer = trainer_for(model)
-    alive = weakref.ref(trainer)
-    handler = EMAHandler(model, (lambda n: 0.5 if trainer else 0.1) if refers else 0.5)
-    handle = handler.attach(trainer)
-    if refers:
-        model.register_forward_hook(lambda *_: trainer.state.iteration)
-        del handler, handle, model
+def test_the_handler_holds_no_strong_reference_to_the_engine():
+    trainer, handler = set_up()
+    handle, alive = handler.attach(trainer), weakref.ref(trainer)
     del trainer
     gc.collect()
     assert alive() is None
-    if not refers:
-        handle.remove()
-        handler.state_dict()
+    handle.remove()
+    handler.state_dict()
+
+
+def test_an_engine_that_the_model_refers_to_is_collected():
+    def build():
+        model = constant()
+        trainer = trainer_for(model)
+        model.register_forward_hook(lambda *_: trainer.state.iteration)
+        EMAHandler(model, lambda n: 0.5 if trainer else 0.1).attach(trainer, optimizer=sgd(model))
+        return weakref.ref(trainer)
+
+    alive = build()
+    gc.collect()
+    assert alive() is None

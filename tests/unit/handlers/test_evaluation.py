@@ -210,7 +210,7 @@ def test_an_evaluator_that_runs_inside_a_swapped_one_sees_the_average_too(kit):
 
 
 def test_a_copy_of_the_evaluator_is_detached_and_says_so_when_it_runs(kit):
-    model, handler, evaluator = kit
+    _, handler, evaluator = kit
     with handler.swap_during(evaluator) as handle:
         copied = copy.deepcopy(evaluator)
         assert handle.is_attached

@@ -177,6 +177,32 @@ def test_weights_that_come_after_the_handler_was_made_or_reset_are_warned_about_
         trainer.run([0] * 4)
 
 
+class Quantised(torch.Tensor):
+    """A type that has few operations, as those of torchao."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch._foreach_norm:
+            raise NotImplementedError
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_frozen_parameters_of_a_type_without_norms_can_be_shared():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    model[0].weight = nn.Parameter(torch.ones(1, 1).as_subclass(Quantised), requires_grad=False)
+    model[0].bias.requires_grad_(False)
+    model[0].extra_repr = model[0].forward  # torchao sets a method of the module
+    trainer, handler = (
+        Engine(lambda engine, batch: model[1].weight.data.fill_(2.0)),
+        EMAHandler(model, share_frozen=True),
+    )
+    handler.attach(trainer)
+    trainer.state.ema_momentum = 1.0
+    trainer.run([0])
+    assert handler.ema_model[1].weight.item() == 2.0
+    assert handler.ema_model[0].weight is model[0].weight
+
+
 @pytest.mark.parametrize("schedule", [lambda n: 1 / (n + 1), 1.0], ids=["mean", "copies"])
 def test_a_first_update_that_copies_needs_no_reset(schedule):
     handler, trainer = set_up(schedule)

@@ -1,7 +1,6 @@
 """attach(optimizer=...): an event updates only if the optimizer has stepped since the last update."""
 
 import copy
-import gc
 from itertools import pairwise
 
 import pytest
