@@ -176,7 +176,9 @@ def test_a_function_that_a_copy_leaves_tied_to_the_model_is_named(name, change):
     twin = ModelAverage(model, ema_model=own).module  # the way out, silently
     nn.init.zeros_(model.head.weight)
     x = torch.rand(3, 2)
-    torch.testing.assert_close(twin(x).float(), Net.forward(twin, x), rtol=0, atol=0.05)  # autocast computes in bfloat16
+    torch.testing.assert_close(
+        twin(x).float(), Net.forward(twin, x), rtol=0, atol=0.05
+    )  # autocast computes in bfloat16
 
 
 def plain_hook(layer, inputs, output):
