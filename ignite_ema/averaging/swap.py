@@ -1,9 +1,9 @@
 """The online model holds its averaged weights for a while, and then its own again, bit for bit.
 
-The values change and the tensors stay, so that whatever refers to them (an optimizer, a compiled module) sees the right
-values before, inside and after. A generator does the work: its two nested ``finally`` clauses give back what is still to
-be given back, tensor by tensor, so that a second Ctrl-C in the first of them loses nothing. Python closes a generator
-that is dropped, so that the weights come back even if ``__exit__`` never runs.
+The values change and the tensors stay, so that whatever refers to them (an optimizer, a compiled module) sees the
+right values before, inside and after. A generator does the work: its two nested ``finally`` clauses give back what is
+still to be given back, tensor by tensor, whatever cuts them short. Python closes a generator that is dropped, so that
+the weights come back even if ``__exit__`` never runs.
 """
 
 from collections.abc import Callable, Generator
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from .checks import warn_user
 from .memory import has_values, overlaps_itself
-from .names import Place, unwrapped
-from .pairing import Pairing, Slot, like, replace
+from .pairing import Pairing, Slot, replace
 from .sharding import fsdp_modules, local, reshard
 
 __all__ = ["Swapped", "is_swapped", "refuse_while_swapped"]
 
-_MARK = "_ignite_ema_swapped"  # of a module whose weights are averaged ones now; its own id, which a copy does not have
+_TRIALS = 3  # of giving back a tensor
+_MARK = "_ignite_ema_swapped"  # the attribute of a module that is swapped
 
 
 def is_swapped(model: nn.Module) -> bool:
@@ -50,7 +50,10 @@ class Swapped(ContextDecorator):
     """
 
     def __init__(
-        self, pairing: Callable[[], Pairing], model: nn.Module, buffers_from: Callable[[nn.Module], object] | None = None
+        self,
+        pairing: Callable[[], Pairing],
+        model: nn.Module,
+        buffers_from: Callable[[nn.Module], object] | None = None,
     ) -> None:
         self._pairing, self._model, self._buffers_from = pairing, model, buffers_from
         self._steps: Generator[None, None, None] | None = None
@@ -89,107 +92,146 @@ class _Saved:
     """What a model has of its own, to be given back.
 
     Attributes:
-        left: what has not been given back yet.
+        left: what has not been given back yet; the last is given back first.
         errors: what could not be given back, by name.
     """
 
     def __init__(self) -> None:
-        self.left: list[_SavedTensor] = []
-        self.errors: dict[str, Exception] = {}
+        self.left: list[_SavedTensor | _SavedModules] = []
+        self.errors: dict[str, BaseException] = {}
 
     def give_back(self) -> None:
-        """Gives back tensor by tensor; goes on from where it was cut short if it is called again."""
+        """Gives back one after the other; what cuts it short, such as Ctrl-C, is raised when all is done."""
+        raised: BaseException | None = None
         while self.left:
+            one = self.left[-1]
             try:
-                self.left[-1].give_back()
-            except Exception as error:
-                self.errors[self.left[-1].slot.name] = error
-            self.left.pop()
+                one.give_back()
+                self.left.pop()
+            except BaseException as error:
+                raised = error
+                one.failures += 1
+                if one.failures == _TRIALS:
+                    self.errors[one.name] = error
+                    self.left.pop()
         torch.clear_autocast_cache()  # it has copies of the weights
+        if raised is not None and not self.errors:
+            raise raised
+
+
+class _SavedModules:
+    """The modules of a model, which are marked as swapped, and which tensor each has in which place."""
+
+    name = "a module"
+    failures = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        self.children = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
+        self._places = [
+            (module, table, key, tensor)
+            for module, _ in self.children.values()
+            for table in (module._parameters, module._buffers)
+            for key, tensor in table.items()
+        ]
+
+    def mark(self) -> None:
+        """Marks them; each by its own id, which a copy does not have."""
+        for module, _ in self.children.values():
+            vars(module)[_MARK] = id(module)
+
+    def give_back(self) -> None:
+        """Puts each tensor back into its place, and takes the marks off."""
+        for module, table, key, tensor in self._places:
+            if table.get(key, tensor) is not tensor:
+                setattr(module, key, tensor)  # not into the table: an LSTM has a list of its weights besides
+        for module, _ in self.children.values():
+            vars(module).pop(_MARK, None)
 
 
 class _SavedTensor:
-    """A tensor of the model, its memory, and its values."""
+    """A tensor of the model, its memory, and, unless it is shared with the twin, its values."""
 
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
+    def __init__(self, slot: Slot, is_shared: bool = False) -> None:
+        self.slot, self.name = slot, slot.name
         self.tensor = slot.online.get()
         self.home = self.tensor.detach()
         self.requires_grad = self.tensor.requires_grad
         part = local(self.home)
-        self._values = part.clone()
+        self._values = None if is_shared else part.clone()
         self._bytes = part.untyped_storage().nbytes() if part.layout is torch.strided else 0
         self.version = -1
+        self.failures = 0
 
     def fill(self) -> None:
         """Replaces the values by those of the twin."""
         online, averaged = self.slot.tensors()
         if online.shape == averaged.shape and online.layout is torch.strided and not overlaps_itself(online):
             _write(online, averaged)
-        else:  # a copied or kept buffer of another shape, or one that cannot be written to
-            replace(self.slot.online, like(averaged, online))
+        else:  # a copied or kept buffer of another shape, or a tensor that cannot be written to
+            replace(self.slot.online, averaged)
 
     def give_back(self) -> None:
         """Makes the tensor what it was."""
-        place, part = self.slot.online, local(self.home)
-        if self.slot.online.key in place.table:
-            place.table[place.key] = self.tensor
+        part = local(self.home)
         if not _same_memory(self.tensor, self.home):  # cast or moved
             self.tensor.data = self.home
         if self.tensor.requires_grad != self.requires_grad and self.tensor.is_leaf:
             self.tensor.requires_grad_(self.requires_grad)
-        if part.layout is torch.strided and not overlaps_itself(part):
+        if self._values is not None and part.layout is torch.strided and not overlaps_itself(part):
             if not has_values(part):  # freed to save memory
                 part.untyped_storage().resize_(self._bytes)
             _write(part, self._values)
 
-    @property
     def was_changed(self) -> bool:
         """Whether a parameter was written to, or replaced, since it was filled."""
-        if self.slot.online.is_buffer:
+        place = self.slot.online
+        if place.is_buffer or self._values is None:
             return False
-        return self.slot.online.table.get(self.slot.online.key) is not self.tensor or _version(self.tensor) != self.version
+        return place.table.get(place.key) is not self.tensor or _version(self.tensor) != self.version
 
 
-def _swap(pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None) -> Generator[None, None, None]:
-    saved = _Saved()
-    modules = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
-    parts = fsdp_modules(model)
-    changed: list[_SavedTensor] = []
+def _swap(
+    pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None
+) -> Generator[None, None, None]:
+    saved, modules, parts = _Saved(), _SavedModules(model), fsdp_modules(model)
+    changed: list[str] = []
     try:
         try:
-            for module, _ in modules.values():
-                vars(module)[_MARK] = id(module)
+            saved.left.append(modules)
+            modules.mark()
+            plain = [slot for slot in pairing.shared if type(slot.online.get()) is nn.Parameter]
+            saved.left += [_SavedTensor(slot, is_shared=True) for slot in plain]
+            tensors = []
             for slot in pairing.slots:
-                saved.left.append(_SavedTensor(slot))
-                saved.left[-1].fill()
-            for one in saved.left:  # now that all are filled: views of one memory count together
-                one.version = _version(one.tensor)
+                tensors.append(_SavedTensor(slot))
+                saved.left.append(tensors[-1])
+                tensors[-1].fill()
             torch.clear_autocast_cache()
             if buffers_from is not None:
                 buffers_from(model)
+            for one in tensors:  # not before: views of one storage count together
+                one.version = _version(one.tensor)
             yield
-            reshard(parts)
-            changed = [one for one in saved.left if one.was_changed]
+            _reshard(parts, model, pairing)
+            changed = [one.name for one in tensors if one.was_changed()]
+            tensors.clear()
         finally:
-            _reshard_whatever_happened(parts)
+            _reshard(parts, model, pairing)
             saved.give_back()
     finally:
         saved.give_back()
-        for module, _ in modules.values():
-            vars(module).pop(_MARK, None)
-    _report(saved.errors, modules, changed)
+    _report(saved.errors, modules.children, changed)
 
 
-def _reshard_whatever_happened(parts: list[nn.Module]) -> None:
+def _reshard(parts: list[nn.Module], model: nn.Module, pairing: Pairing) -> None:
     """Brings sharded parts back to their shards, also those that an exception has left in the middle of a pass."""
-    for part in parts:
-        part.reshard()  # type: ignore[operator]
-        part.state_dict()  # whose hook reshards a part that is in a forward pass
+    reshard(parts)
+    if parts and not pairing.is_current():
+        model.state_dict()  # whose hooks reshard in the middle of a pass, too
 
 
 def _report(
-    errors: dict[str, Exception], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[_SavedTensor]
+    errors: dict[str, BaseException], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[str]
 ) -> None:
     """Says what happened to the model inside the block, once it has its own weights again."""
     for name, error in errors.items():
@@ -207,7 +249,7 @@ def _report(
                 )
     if changed:
         warn_user(
-            f"'{changed[0].slot.name}' was changed while the model held its averaged weights, and the change is "
+            f"'{changed[0]}' was changed while the model held its averaged weights, and the change is "
             "dropped. Train and load weights outside of swapped() and of the runs of swap_during()."
         )
 

@@ -11,9 +11,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ignite_ema import EMAHandler, ModelAverage
-from ignite_ema.averaging import kernels, swap
-from tests.helpers.bits import contents, places, saved
+from ignite_ema import EMAHandler, EMAWarning, ModelAverage
+from tests.helpers.bits import assert_same_bits, contents, places
 from tests.helpers.models import Tied, compiled, constant, move
 from tests.helpers.runs import scalar_handler
 
@@ -122,7 +121,6 @@ def given_back(model, average):
     assert contents(model) == before
     assert places(model) == held_in
     assert contents(average.module) == due
-    assert not swap.any_swapped()
     assert average.update(0.0)
 
 
@@ -142,7 +140,8 @@ def test_the_model_is_the_twin_in_the_block_and_itself_again_after_it(kind, mode
             with average.swapped():
                 assert contents(model) == due
                 assert torch.equal(computed(model), computed(average.module))
-                assert [place[:2] for place in places(model)] == [place[:2] for place in held_in]
+                if kind not in ("expanded", "sparse", "sparse rows"):  # which cannot be written to
+                    assert [place[:2] for place in places(model)] == [place[:2] for place in held_in]
             assert torch.equal(computed(model), output)
 
 
@@ -242,37 +241,28 @@ ACTIONS = {
     "reset": lambda average: average.reset(),
     "reset of buffers": lambda average: average.reset(buffers_only=True),
     "swapped": lambda average: average.swapped().__enter__(),
-    "load_state_dict": lambda average: average.load_averaged_tensors(average.averaged_tensors()),
-    "load_plain": lambda average: average.load_plain(average.module.state_dict()),
+    "load_state_dict": lambda average: average.load_state_dict(average.state_dict()),
+    "load_averaged": lambda average: average.load_averaged(average.module.state_dict()),
 }
 
 SCOPES = {
     "the same average": None,
     "another of the model": lambda model: model,
     "one of a part": lambda model: model[1],
-    "one of a whole": lambda model: nn.Sequential(model),
-    "one of a model of a common weight": lambda model: Tensors(weight=model[1].weight),
-    "one of a model of a common buffer": lambda model: Tensors(weight=parameter(1), buffer=model[2].running_mean),
 }
 
 
-def assign_ones(model):
-    model.load_state_dict({name: torch.ones_like(one) for name, one in model.state_dict().items()}, assign=True)
-
-
-@pytest.mark.parametrize("scope", [*SCOPES, "tensors that were replaced"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("action", ACTIONS)
 def test_nothing_moves_an_average_while_its_model_holds_averaged_weights(action, scope):
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.BatchNorm1d(1))
     average = averaged(model)
-    other = ModelAverage(SCOPES[scope](model)) if SCOPES.get(scope) else average
+    other = ModelAverage(SCOPES[scope](model)) if SCOPES[scope] else average
     untouched = contents(other.module)
     with given_back(model, average):
         with average.swapped():
-            if scope == "tensors that were replaced":
-                assign_ones(model)
             inside = contents(model)
-            with pytest.raises(RuntimeError, match="while the model holds its own weights.*leave the block of swapped"):
+            with pytest.raises(RuntimeError, match="holds averaged weights now. Leave the block"):
                 ACTIONS[action](other)
             assert contents(model) == inside
             assert contents(other.module) == untouched
@@ -280,6 +270,15 @@ def test_nothing_moves_an_average_while_its_model_holds_averaged_weights(action,
             if action == "swapped":
                 stack.enter_context(other.swapped())
             assert contents(other.module) == untouched
+
+
+def test_a_model_is_not_swapped_while_a_part_of_it_holds_averaged_weights():
+    part = nn.Linear(1, 1)
+    average, whole = averaged(part), ModelAverage(nn.Sequential(part))
+    with given_back(part, average) as due, average.swapped():
+        with pytest.raises(RuntimeError, match="holds averaged weights now"):
+            whole.swapped().__enter__()
+        assert contents(part) == due
 
 
 def test_averages_of_other_models_go_on_in_the_block():
@@ -298,39 +297,23 @@ def test_a_handler_is_not_reset_or_loaded_in_the_block():
     state = copy.deepcopy({**handler.state_dict(), "num_updates": 7, "num_skipped": 3})
     with handler.swapped():
         for action in (handler.reset, lambda: handler.load_state_dict(state)):
-            with pytest.raises(RuntimeError, match="holds averaged ones now"):
+            with pytest.raises(RuntimeError, match="holds averaged weights now"):
                 action()
     assert (handler.num_updates, handler.num_skipped) == (5, 0)
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-def test_a_kept_buffer_of_another_shape_is_no_matter_to_an_update_but_cannot_be_swapped_in(flatten):
-    model = constant()
-    model.register_buffer("cache", torch.zeros(2), persistent=False)
-    average = ModelAverage(model, {"cache": "keep"}, flatten=flatten)
-    model.cache = torch.zeros(5)
-    with given_back(model, average):
-        for action in (average.swapped().__enter__, average.reset):
-            with pytest.raises(RuntimeError, match=r"'cache' has shape \(5,\) in the model and \(2,\)"):
-                action()
-    assert average.averaged_tensors()["cache"].shape == (2,)
-    average.load_averaged_tensors(average.averaged_tensors())
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_a_checkpoint_taken_in_the_block_is_that_of_before_and_says_where_it_was_taken(mode):
+def test_a_checkpoint_of_the_average_taken_in_the_block_is_that_of_before(mode):
     model = Tensors(weight=parameter(3), buffer=torch.rand(2))
     handler = EMAHandler(model, 0.25, handle_buffers=MODES[mode])
     move(model)
-    before = saved(handler), saved(handler.ema_model)
+    before, twin = copy.deepcopy(handler.state_dict()), contents(handler.ema_model)
     with handler.swapped():
-        inside = handler.state_dict()
-        assert saved(handler.ema_model) == before[1]
-    outside = handler.state_dict()
-    assert (inside["saved_while_swapped"], outside["saved_while_swapped"]) == (True, False)
-    assert str({**inside, "saved_while_swapped": False}) == str(outside)
-    assert (saved(handler), saved(handler.ema_model)) == before
-    with pytest.warns(UserWarning, match="saved inside swapped.*a model that was saved beside it holds averaged wei"):
+        with pytest.warns(EMAWarning, match="is saved inside swapped.*a model that is saved beside it has averaged"):
+            inside = handler.state_dict()
+        assert contents(handler.ema_model) == twin
+    assert_same_bits({**inside, "saved_while_swapped": False}, before)
+    with pytest.warns(EMAWarning, match="was saved inside swapped"):
         handler.load_state_dict(inside)
 
 
@@ -338,7 +321,7 @@ def test_training_in_the_block_is_warned_about():
     model, handler = scalar_handler()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     message = "'weight' was changed while .* and the change is dropped"
-    with pytest.warns(UserWarning, match=message), handler.swapped():
+    with pytest.warns(EMAWarning, match=message), handler.swapped():
         optimizer.step(model(torch.ones(1, 1)).sum().backward())
     with handler.swapped():  # nothing was
         model(torch.ones(1, 1)).sum().backward()
@@ -395,29 +378,6 @@ def test_return_break_continue_and_a_generator_that_is_closed_are_ways_out():
         while True:
             with average.swapped():
                 break
-
-
-@pytest.mark.filterwarnings("ignore:.*and the change is dropped:UserWarning")
-@pytest.mark.parametrize("hit", [(1,), (2,), (1, 2), (2, 3), (2, 3, 4)], ids=str)
-@pytest.mark.parametrize("part", [0, 0.5, 1])
-def test_an_interrupt_while_weights_are_copied_leaves_no_half(part, hit, monkeypatch):
-    model = Tied()
-    average, plain_copy, calls = averaged(model), kernels.copy, []
-
-    def interrupted(averaged, online):
-        calls.append(len(averaged))
-        stop = int(part * len(averaged)) if len(calls) in hit else len(averaged)
-        if stop:
-            plain_copy(averaged[:stop], online[:stop])
-        if len(calls) in hit:
-            raise KeyboardInterrupt
-
-    with given_back(model, average):
-        monkeypatch.setattr(kernels, "copy", interrupted)
-        with pytest.raises(KeyboardInterrupt) as caught, average.swapped():
-            fail(ValueError, model.half())
-        monkeypatch.undo()
-    assert isinstance(caught.value.__context__, (ValueError, KeyboardInterrupt)) or hit[0] == 1
 
 
 # Memory

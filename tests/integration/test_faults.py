@@ -321,6 +321,10 @@ def test_a_directory_that_lost_a_part_is_refused(tmp_path):
     (tmp_path / "copy" / ".metadata").unlink()
     with pytest.raises(FileNotFoundError, match="there is no '.metadata' in it; name one of"):
         load_objects(objects, tmp_path / "copy")
-    for entrance in (load_file, checkpoints.read, EMAHandler(net()).load_averaged):
-        with pytest.raises(ValueError, match="should be a file, got a directory; name the file in it"):
+    with pytest.raises(ValueError, match="should be a file, got a directory; name the file in it"):
+        load_file(folder)
+    assert checkpoints.read(folder).system == "ignite_ema"
+    (next(folder.glob("*.distcp"))).unlink()
+    for entrance in (checkpoints.read, EMAHandler(net()).load_averaged):
+        with pytest.raises(ValueError, match="should hold all that was saved, but .* is not whole in its files"):
             entrance(folder)
