@@ -35,6 +35,7 @@ def saved(run):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.filterwarnings("ignore:The run of 1 iteration should have updated")
 @pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize("stop", [1, 10, 33])
 def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, stop, attach_first):

@@ -82,26 +82,6 @@ def test_a_subclass_of_parameter_is_copied_by_its_own_rule():
     assert (type(weight), weight.scale, weight.requires_grad) == (Scaled, 3.0, False)
 
 
-class Odd(nn.Linear):
-    """Hides its parameters, and methods return nothing."""
-
-    def parameters(self, recurse=True):
-        return iter(())
-
-    def train(self, mode=True):
-        super().train(mode)
-
-    def requires_grad_(self, requires_grad=True):
-        super().requires_grad_(requires_grad)
-
-
-def test_a_model_of_odd_methods_is_held_in_the_type_too():
-    average = ModelAverage(Odd(1, 1).bfloat16(), dtype=torch.float32)
-    assert average.module.weight.dtype == torch.float32
-    assert not average.module.weight.requires_grad
-    assert not average.module.training
-
-
 def test_a_pattern_that_matches_nothing_raises_before_the_twin_is_touched():
     twin = nn.BatchNorm1d(2)
     with pytest.raises(ValueError, match="got 'mean'"):

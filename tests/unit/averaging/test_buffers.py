@@ -79,7 +79,7 @@ def test_a_buffer_that_grows_is_followed_if_it_is_not_averaged(policy):
     average = ModelAverage(model, policy)
     model.positions = torch.arange(5.0)
     if policy == "update":
-        with pytest.raises(RuntimeError, match=r"'positions' has shape \(5,\) in the model and \(2,\) in the twin"):
+        with pytest.raises(RuntimeError, match=r"'positions' has shape \(5,\) in the model and .*\(2,\) in the twin"):
             average.update(0.5)
         return
     average.update(0.5)
