@@ -373,4 +373,4 @@ class EMAHandler:
 
     def _on_run_end(self, engine: Engine, attachment: Attachment) -> None:
         name = attachment.names[0]
-        self._guidance.check_end(name, attachment.iterations, attachment.updates, engine.should_terminate)
+        self._guidance.check_end(name, attachment.iterations, attachment.updates, bool(engine.should_terminate))
