@@ -1,7 +1,7 @@
 """The names of a model's tensors, and where its modules keep them.
 
-Names are those of ``model.state_dict()``, found by identity, so that a module that renames its entries there (activation
-checkpointing, Fabric) has the same names here. Wrappers are looked through.
+Names are those of ``model.state_dict()``, found by identity, so that a module that renames its entries there
+(activation checkpointing, Fabric) has the same names here. Wrappers are looked through.
 """
 
 from typing import Any, NamedTuple

@@ -1,9 +1,9 @@
 """The online model holds its averaged weights for a while, and then its own again, bit for bit.
 
 The values change and the tensors stay, so that whatever refers to them (an optimizer, a compiled module) sees the right
-values before, inside and after. A generator does the work: its two nested ``finally`` clauses give back what is still to
-be given back, tensor by tensor, so that a second Ctrl-C in the first of them loses nothing. Python closes a generator
-that is dropped, so that the weights come back even if ``__exit__`` never runs.
+values before, inside and after. A generator does the work: its two nested ``finally`` clauses give back what is still
+to be given back, tensor by tensor, so that a second Ctrl-C in the first of them loses nothing. Python closes a
+generator that is dropped, so that the weights come back even if ``__exit__`` never runs.
 """
 
 from collections.abc import Callable, Generator
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from .checks import warn_user
 from .memory import has_values, overlaps_itself
-from .names import Place, unwrapped
 from .pairing import Pairing, Slot, like
 from .sharding import fsdp_modules, local, reshard
 
@@ -51,7 +50,10 @@ class Swapped(ContextDecorator):
     """
 
     def __init__(
-        self, pairing: Callable[[], Pairing], model: nn.Module, buffers_from: Callable[[nn.Module], object] | None = None
+        self,
+        pairing: Callable[[], Pairing],
+        model: nn.Module,
+        buffers_from: Callable[[nn.Module], object] | None = None,
     ) -> None:
         self._pairing, self._model, self._buffers_from = pairing, model, buffers_from
         self._steps: Generator[None, None, None] | None = None
@@ -165,10 +167,14 @@ class _SavedTensor:
         """Whether a parameter was written to, or replaced, since it was filled."""
         if self.slot.online.is_buffer or self._values is None:
             return False
-        return self.slot.online.table.get(self.slot.online.key) is not self.tensor or _version(self.tensor) != self.version
+        return (
+            self.slot.online.table.get(self.slot.online.key) is not self.tensor or _version(self.tensor) != self.version
+        )
 
 
-def _swap(pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None) -> Generator[None, None, None]:
+def _swap(
+    pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None
+) -> Generator[None, None, None]:
     saved = _Saved(model)
     modules = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
     marked = [module for module, _ in modules.values()]

@@ -161,7 +161,10 @@ TIED = {
         lambda model: setattr(model, "forward", lambda x, run=model.forward: run(x)),
     ],
     "body.forward": [lambda model: setattr(model.body, "forward", to_float32(model.body.forward))],
-    "scale": [lambda model: setattr(model, "scale", lambda x: model.head.weight * x)],
+    "scale": [
+        lambda model: setattr(model, "scale", lambda x: model.head.weight * x),
+        lambda model: setattr(model, "scale", functools.partial(lambda x, by: model.head(x) * by, by=2.0)),
+    ],
     "body.forward_hook": [closing_hook],
 }
 
@@ -176,7 +179,8 @@ def test_a_function_that_a_copy_leaves_tied_to_the_model_is_named(name, change):
     twin = ModelAverage(model, ema_model=own).module  # the way out, silently
     nn.init.zeros_(model.head.weight)
     x = torch.rand(3, 2)
-    torch.testing.assert_close(twin(x).float(), Net.forward(twin, x), rtol=0, atol=0.05)  # autocast computes in bfloat16
+    due = Net.forward(twin, x)
+    torch.testing.assert_close(twin(x).float(), due, rtol=0, atol=0.05)  # autocast computes in bfloat16
 
 
 def plain_hook(layer, inputs, output):
@@ -207,6 +211,13 @@ def test_functions_that_a_copy_binds_anew_are_fine(change):
     due = twin(x)
     nn.init.zeros_(model.head.weight)
     assert torch.equal(twin(x), due)
+
+
+def test_a_function_of_a_shared_frozen_parameter_is_fine():
+    model = Net()
+    model.head.requires_grad_(False)
+    model.scale = lambda x, weight=model.head.weight: weight * x
+    ModelAverage(model, share_frozen=True)
 
 
 # train() and eval() with side effects.
