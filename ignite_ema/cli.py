@@ -32,7 +32,7 @@ _LENGTHS: dict[str, tuple[float, ...]] = {
     "sigma_rel": (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28),
     "half_life": (0.01, 0.02, 0.05, 0.1, 0.2),
     "last": (0.1, 0.2, 0.5),
-}  # what can be asked for, and the lengths that --list tries
+}  # what can be asked for, and the lengths that --list tries: of "last" the nearest that begin at a snapshot
 _CODES = """\
 exit codes:
   0  done
@@ -56,8 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
-    except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"ignite-ema: {str(error).partition(chr(10))[0] or 'out of memory'}", file=sys.stderr)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"ignite-ema: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:  # of torch, about tensors that it cannot compute with
+        reason = str(error).partition("\n")[0] or "out of memory"
+        print(f"ignite-ema: {str(arguments.file)!r} cannot be worked on: {reason}", file=sys.stderr)
         return 1
     return 0
 
@@ -191,31 +195,31 @@ def _names(path: Path | None) -> Any:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     """Prints what a checkpoint holds: of several averages which, of one its tensors and its distance to the model."""
-    from .checkpoints.reading import SeveralAverages, choices, read_part
+    from .checkpoints.reading import SeveralAverages, read_part
 
     file, key = arguments.file, arguments.key
     try:
         found, lacks = read_part(file, key, _names(arguments.names), arguments.base, arguments.strip_prefix)
-    except SeveralAverages:
-        several = [(one.label, one.system, len(one.tensors), one.note or None) for one in choices(file, key)]
-        print(_several_as_json(file, several) if arguments.json else "\n".join(_lines_of_several(file, several)))
+    except SeveralAverages as several:
+        averages = [
+            {"key": one.label, "format": one.system, "tensors": len(one.tensors), "note": one.note or None}
+            for one in several.choices
+        ]
+        shown = {"file": str(file), "averages": averages}
+        print(json.dumps(shown, indent=2) if arguments.json else "\n".join(_lines_of_several(shown)))
         return
     facts = _facts_of_file(file, found, lacks)
     layers = None if found.online is None else _distances(found.tensors, found.online)
     print(_as_json(facts, layers) if arguments.json else "\n".join(_lines_of_file(facts, layers)))
 
 
-def _several_as_json(file: Path, several: Sequence[tuple[Any, ...]]) -> str:
-    averages = [dict(zip(("key", "format", "tensors", "note"), one, strict=True)) for one in several]
-    return json.dumps({"file": str(file), "averages": averages}, indent=2)
-
-
-def _lines_of_several(file: Path, several: Sequence[tuple[Any, ...]]) -> Iterator[str]:
+def _lines_of_several(facts: Mapping[str, Any]) -> Iterator[str]:
     from .checkpoints.files import quoted
 
-    yield f"file      {quoted(file)}"
-    for key, system, count, note in several:
-        yield f"average   {quoted(key)}  ({system}, {count} tensors{f'; {note}' if note else ''})"
+    yield f"file      {quoted(facts['file'])}"
+    for one in facts["averages"]:
+        note = f"; {one['note']}" if one["note"] else ""
+        yield f"average   {quoted(one['key'])}  ({one['format']}, {one['tensors']} tensors{note})"
     yield "choose one by its key: --key, or its last part"
 
 
@@ -272,7 +276,8 @@ def _as_json(facts: Mapping[str, Any], layers: Mapping[str | None, float] | None
 
 
 def _lines_of_file(facts: Mapping[str, Any], layers: Mapping[str | None, float] | None) -> Iterator[str]:
-    from .checkpoints.files import listed, quoted
+    from .averaging.checks import listed
+    from .checkpoints.files import quoted
 
     yield f"file      {quoted(facts['file'])}"
     yield f"format    {facts['format'] if facts['format'] != 'plain' else 'plain (no average)'}"
@@ -435,7 +440,10 @@ def _facts_of_snapshots(directory: Path, step: int | None) -> dict[str, Any]:
     snapshots = posthoc.stored(directory, step)
     last = snapshots[-1]
     tensors = [tensor for stream in last.averaged for tensor in stream.values()]
-    tried = [(name, length) for name, lengths in _LENGTHS.items() for length in lengths]
+    windows = [1.0, *(1 - one.time / last.time for one in snapshots[:-1])]
+    nearest = {min(windows, key=lambda window: abs(window - length)) for length in _LENGTHS["last"]}
+    tried = [(name, length) for name in ("sigma_rel", "half_life") for length in _LENGTHS[name]]
+    tried += [("last", float(f"{window:.9g}")) for window in sorted(nearest)]
     known = [known for one in snapshots for known in one.snapshots]
     coefficients, residuals = posthoc.fitted(known, [_profile(*one) for one in tried])
     lengths = []

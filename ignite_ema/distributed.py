@@ -37,8 +37,7 @@ from .handlers.ema import EMAHandler
 __all__ = ["ShardedSaver", "gathered_state_dict", "load_objects", "sync_buffers"]
 
 _T = TypeVar("_T")
-KeyPath = tuple[str | int, ...]
-"""Where a value is in a nested state: keys of mappings, as strings, and places in lists."""
+KeyPath = tuple[str | int, ...]  # of a value in a nested state: keys of mappings, as strings, and places in lists
 
 
 class ShardedSaver(BaseSaveHandler):
@@ -309,7 +308,7 @@ def _read(to_load: Mapping[str, Any], states: Mapping[str, Any], of_others: set[
     for name, value in to_load.items():
         entries = {at: reader.contents.state_dict_metadata[key] for key, at in places[name].items()}
         try:
-            made = _targets(value, _leaves(states[name]), entries)
+            made = _targets(value, states[name], entries)
         except ValueError as error:
             raise ValueError(
                 f"'{path}' should be a checkpoint of these objects, but '{name}' in it {error}; load it into the "
@@ -343,12 +342,13 @@ def _places(name: str, state: Any, of_others: set[str], contents: Metadata) -> d
 
 
 @torch.no_grad()
-def _targets(value: Any, leaves: Mapping[KeyPath, Any], entries: Mapping[KeyPath, Any]) -> dict[KeyPath, Tensor | None]:
+def _targets(value: Any, current: Any, entries: Mapping[KeyPath, Any]) -> dict[KeyPath, Tensor | None]:
     """Tensors to read into, sharded as the object's own are, and None for each other value.
 
     Raises:
         ValueError: with a part of a sentence, if the checkpoint does not fit the object.
     """
+    leaves = _leaves(current)
     if leaves and not entries:
         raise ValueError("is missing")
     is_optimizer = isinstance(value, Optimizer)
@@ -359,7 +359,7 @@ def _targets(value: Any, leaves: Mapping[KeyPath, Any], entries: Mapping[KeyPath
             raise ValueError(f"has no '{_text(at)}'")
     targets: dict[KeyPath, Tensor | None] = {}
     for at, entry in entries.items():
-        if isinstance(value, nn.Module) and at not in leaves:
+        if isinstance(value, nn.Module) and at[0] not in current:
             raise ValueError(f"has '{_text(at)}', which is not in the model")
         if not isinstance(entry, TensorStorageMetadata):
             targets[at] = None

@@ -7,17 +7,13 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.helpers import documents, own_warnings
+from tests.helpers import documents
 
 # The same examples at each test run, and others every night: pytest --hypothesis-profile nightly
 settings.register_profile("default", settings(deadline=None, derandomize=True, database=None))
 settings.register_profile("nightly", settings(deadline=None, max_examples=2000, print_blob=True))
 
-
-# What a newer version of another package warns about does not fail a test.
-own_warnings.mark_own_warnings()
-
-# Reasons to skip that nothing which can be installed takes away.
+# Reasons to skip that no installation can remove.
 UNAVOIDABLE = (
     "there is no CUDA device",
     "this torch gathers no weights on a CPU",
@@ -29,13 +25,14 @@ UNAVOIDABLE = (
 def pytest_configure(config):
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers, which would wait for each other's threads
     config.pluginmanager.register(documents, "documents")
-    config.addinivalue_line("filterwarnings", "error::tests.helpers.own_warnings.OwnWarning")
-    # Runs of a few updates end with most of their start; what is said of that has tests of its own.
-    config.addinivalue_line("filterwarnings", "ignore:After .* of the average of ")
+    # Our own warnings are errors; those of a newer version of another package are not.
+    config.addinivalue_line("filterwarnings", "error::ignite_ema.EMAWarning")
+    # Most runs here are a few updates long, and most of their average is its start. That warning has its own tests.
+    config.addinivalue_line("filterwarnings", "ignore:After .* of the average of .* is still:ignite_ema.EMAWarning")
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Where NO_SKIPS is set, as it is where everything is installed, a test that is skipped is an error."""
+    """With NO_SKIPS set, as it is if everything is installed, a skipped test is an error."""
     skipped = terminalreporter.stats.get("skipped", [])
     unexpected = [report for report in skipped if not any(text in str(report.longrepr) for text in UNAVOIDABLE)]
     if unexpected and os.environ.get("NO_SKIPS"):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from .checks import (
     module_summary,
     momentum_summary,
     one_line,
-    refuse_shallow_copy,
     schedule_of,
     scheduled,
     warn_first_rank,
@@ -29,23 +28,15 @@ from .checks import (
 )
 from .memory import give_own_memory
 from .names import names_of, tensors_of
-from .pairing import Group, Mismatch, Pairing, like, nonfinite_in
+from .pairing import Group, Mismatch, Pairing, nonfinite_in
+from .precision import stalled
 from .sharding import local
-from .state import (
-    STATE_VERSION,
-    check_average_state,
-    check_fit,
-    equal_values,
-    part_for_rank,
-    plain_tensors,
-)
+from .state import STATE_VERSION, check_average_state, complete_tensors, fill, fitting_tensors
 from .stochastic_rounding import StochasticRounding
 from .swap import Swapped, is_swapped, refuse_while_swapped
-from .twin import check_model, stripped, twin_of
+from .twin import check_model, settle, stripped, twin_of
 
 __all__ = ["ModelAverage"]
-
-_EPS = torch.finfo(torch.float32).eps
 
 
 class ModelAverage:
@@ -73,9 +64,8 @@ class ModelAverage:
             average alone and is counted in :attr:`num_skipped` instead. One that would bring it into an averaged buffer
             leaves these buffers alone. Buffers that are copied are not looked at. Pass the same on all ranks.
         stochastic_rounding: round parameters whose average is bfloat16 or float16 up as often as the fraction that is
-            cut off says, so that updates too small for the type add up (:mod:`ignite_ema.averaging.stochastic_rounding`).
-            For cases in which ``dtype=torch.float32``, more exact and ten times as fast on a CPU, does not fit into
-            memory.
+            cut off says, so that updates too small for the type add up. Use it if ``dtype=torch.float32``, more exact
+            and ten times as fast on a CPU, does not fit into memory.
 
     Attributes:
         model: the online model, without wrappers.
@@ -131,9 +121,7 @@ class ModelAverage:
     ) -> None:
         check_model(model, ema_model is not None)
         check_policy(handle_buffers)
-        check_flags(
-            share_frozen=share_frozen, skip_nonfinite=skip_nonfinite, stochastic_rounding=stochastic_rounding
-        )
+        check_flags(share_frozen=share_frozen, skip_nonfinite=skip_nonfinite, stochastic_rounding=stochastic_rounding)
         self.momentum = momentum
         self.model = stripped(model)
         self.handle_buffers = dict(handle_buffers) if isinstance(handle_buffers, Mapping) else handle_buffers
@@ -142,7 +130,8 @@ class ModelAverage:
         self._share_frozen, self._skip_nonfinite = share_frozen, skip_nonfinite
         self._rounding = StochasticRounding() if stochastic_rounding else None
         self._told: set[str] = set() if dtype is None else {"narrow"}  # of which warnings are given once
-        self.module = twin_of(self.model, ema_model, dtype, device, share_frozen, handle_buffers == "ema_train")
+        trains = handle_buffers == "ema_train"
+        self.module = twin_of(self.model, ema_model, dtype, device, share_frozen, trains)
         try:
             self._pairing: Pairing | None = self._paired()
         except Mismatch as mismatch:
@@ -151,6 +140,7 @@ class ModelAverage:
             ) from None
         buffers = [slot.name for slot in self._pairing.slots if slot.online.is_buffer]
         check_patterns(self.handle_buffers, buffers)
+        settle(self.module, ema_model is not None, trains)
         if ema_model is not None:
             self.reset()
         self._warn_of_options_without_effect()
@@ -171,8 +161,8 @@ class ModelAverage:
         unset = [slot.name for slot in averaged if not kernels.has_begun(slot.tensors()[1])]
         if unset:
             warn_user(
-                f"{listed(unset)} has no finite value yet, as the range of an observer has none, and is copied until it "
-                'has. If it is no statistic to be averaged, pass handle_buffers="statistics" or "copy".'
+                f"{listed(unset)} has no finite value yet, like the range of a new observer, and is copied until then. "
+                'If it is no statistic to be averaged, pass handle_buffers="statistics" or "copy".'
             )
 
     def _paired(self, before: Pairing | None = None) -> Pairing:
@@ -206,12 +196,10 @@ class ModelAverage:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes memory of its own for tensors that have come from another process in shared memory."""
         vars(self).update(state)
-        tensors = map(local, (*self.module.parameters(), *self.module.buffers()))
-        give_own_memory(tensor for tensor in tensors if tensor.device.type == "cpu" and tensor.is_shared())
-
-    def __copy__(self) -> NoReturn:
-        """Raises TypeError: two averages would move one twin."""
-        refuse_shallow_copy(self)
+        # A model that holds this average is still empty while it is copied or unpickled.
+        shared = {id(parameter) for parameter in (self.model.parameters() if vars(self.model) else ())}
+        own = [local(one) for one in (*self.module.parameters(), *self.module.buffers()) if id(one) not in shared]
+        give_own_memory(tensor for tensor in own if tensor.device.type == "cpu" and tensor.is_shared())  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return one_line(
@@ -280,8 +268,8 @@ class ModelAverage:
                 self.num_skipped += 1
                 self._tell_once(
                     "skipped",
-                    f"{name} holds a NaN or an infinity, and the average was left as it is. num_skipped counts from here "
-                    "on how often.",
+                    f"{name} holds a NaN or an infinity, and the average was left as it is. num_skipped counts from "
+                    "here on how often.",
                 )
                 return False
             groups = [group for group in groups if not group.are_buffers or self._has_finite(group)]
@@ -324,26 +312,16 @@ class ModelAverage:
 
     def _warn_if_stalled(self, momentum: float, resolution: float) -> None:
         """Warns, once, of an update that the type of the average rounds away."""
-        if momentum == 0 or ("moved" in self._told and resolution <= _EPS):
+        if momentum == 0 or ("moved" in self._told and resolution <= torch.finfo(torch.float32).eps):
             return  # the end of a schedule that goes to 0; 16 bits stall long before
-        needed = resolution / 2 / momentum
-        far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
-        wider = torch.float32 if resolution > _EPS else torch.float64
         can_round = self._rounding is None and any(one.dtype in kernels.NARROW for one in self._parameters())
-        self._tell_once(
-            "narrow",
-            f"A momentum of {momentum:g} is too small for the type of the average: a weight moves only if it differs "
-            f"from its average by about {far} its size, and is rounded back otherwise. Pass dtype={wider} to average "
-            f"in {str(wider).removeprefix('torch.')} (or an ema_model of that type)"
-            f"{', or stochastic_rounding=True' if can_round else ''}.",
-        )
+        self._tell_once("narrow", stalled(momentum, resolution, can_round))
 
     def _tell_once(self, what: str, message: str) -> None:
         if what not in self._told:
             self._told.add(what)
             warn_user(message)
 
-    @torch.no_grad()
     def reset(self, *, buffers_only: bool = False) -> None:
         """Starts again: the twin equals the model, buffers included, whatever ``handle_buffers`` says; counts are 0.
 
@@ -353,7 +331,7 @@ class ModelAverage:
         refuse_while_swapped(self.model, "reset")
         pairing = self._current()
         slots = [slot for slot in pairing.slots if slot.online.is_buffer or not buffers_only]
-        self._fill({slot.name: slot.online.get() for slot in slots})
+        self._fill(pairing, {slot.name: slot.online.get() for slot in slots})
         if not buffers_only:
             self.num_updates = self.num_skipped = 0
             self._initial_share = 1.0
@@ -444,19 +422,8 @@ class ModelAverage:
         check_average_state(state)
         if self.schedule is not None:
             scheduled(self.schedule, state["num_updates"])  # raises before anything has changed
-        slots = {slot.name: slot for slot in self._current().slots if slot.is_saved}
-        tensors = plain_tensors(state, ())
-        for name in (*slots, *state["averaged_tensors"]):
-            if name not in tensors or name not in self._current().first_names:
-                fault = "misses" if name in slots else "should not have"
-                raise ValueError(
-                    f"The averaged tensors should be those of this model, but the state {fault} '{name}'. Build the "
-                    "model, and freeze and share its parameters, as they were then, or start from what fits with "
-                    "load_averaged(state, strict=False)."
-                )
-        for name, slot in slots.items():
-            check_fit(name, slot.averaged.get(), tensors[name], slot.may_change_shape)
-        self._fill({name: tensors[name] for name in slots})
+        pairing = self._current()
+        self._fill(pairing, complete_tensors(pairing, state))
         self._num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
         self._initial_share = state["initial_share"]
         saved, own = state["momentum_schedule"], None if self.schedule is None else described(self.schedule)
@@ -484,92 +451,35 @@ class ModelAverage:
         refuse_while_swapped(self.model, "loaded")
         if not isinstance(source, Mapping):
             raise TypeError(
-                f"source should be a state_dict, got {type(source).__name__}. EMAHandler.load_averaged() also reads files."
+                f"source should be a state_dict, got {type(source).__name__}. EMAHandler.load_averaged() reads files."
             )
         count = self._count_after_load(source.get("num_updates") if num_updates is None else num_updates)
         pairing = self._current()
-        plain = plain_tensors(source, pairing.first_names)
-        values = self._chosen(pairing, plain, strict)
-        rest = [slot for slot in pairing.slots if slot.name not in values]
-        if not strict and rest:
-            self._fill({slot.name: slot.online.get() for slot in rest})
+        values = fitting_tensors(pairing, source, strict)
+        rest = {} if strict else {slot.name: slot.online.get() for slot in pairing.slots if slot.name not in values}
+        self._fill(pairing, {**values, **rest})
+        self._num_updates, self._initial_share = count, math.nan if rest else 0.0
+        if rest:
             warn_user(
-                f"{listed(slot.name for slot in rest)} started from the model, since the loaded weights have nothing "
-                f"that fits; {counted(len(values), 'tensor')} were loaded."
+                f"{listed(rest)} started from the model, since the loaded weights have nothing that fits; "
+                f"{counted(len(values), 'tensor')} were loaded."
             )
-        self._fill(values)
-        self._num_updates, self._initial_share = count, math.nan if rest and not strict else 0.0
 
-    def _count_after_load(self, count: object) -> int:
+    def _count_after_load(self, count: int | None) -> int:
         """The number of updates that loaded weights count for; raises unless the schedule leaves something of them."""
         count = self._num_updates if count is None else count
         check_count(count)
-        follows_count = self.schedule is not None and not isinstance(self.schedule, Constant)
-        if follows_count and count == 0 and scheduled(self.schedule, 0) == 1:
+        schedule = None if isinstance(self.schedule, Constant) else self.schedule
+        if schedule is not None and count == 0 and scheduled(schedule, 0) == 1:
             raise ValueError(
                 f"num_updates should say how many updates the loaded weights count for, got 0, after which "
-                f"{described(self.schedule)} copies the model over them. Pass the number of updates that they average, "
+                f"{described(schedule)} copies the model over them. Pass the number of updates that they average, "
                 "such as num_updates=1000."
             )
         return count
 
-    def _chosen(self, pairing: Pairing, plain: Mapping[str, Any], strict: bool) -> dict[str, Tensor]:
-        """Of loaded tensors those for the twin, by first name; raises ValueError if they should fit and do not."""
-        slots = {slot.name: slot for slot in pairing.slots}
-        shared = {slot.name: slot for slot in pairing.shared}
-        chosen: dict[str, Tensor] = {}
-        for name, value in plain.items():
-            first = pairing.first_names.get(name)
-            try:
-                if first is None:
-                    raise ValueError(
-                        f"The averaged tensors should be those of this model, but it has no '{name}'. They may be of "
-                        "another model, for which key= chooses if a file has several, or have a prefix too much. "
-                        "strict=False takes what fits."
-                    )
-                if first in shared:
-                    if not equal_values(shared[first].online.get(), value):
-                        raise ValueError(
-                            f"'{name}' is frozen and shared with the model, and should be equal there to what is "
-                            "loaded, but is not. Load the weights into the model first."
-                        )
-                    continue
-                check_fit(name, slots[first].averaged.get(), value, slots[first].may_change_shape)
-                if first in chosen and not equal_values(chosen[first], value):
-                    raise ValueError(f"'{name}' is tied to '{first}' in the model and should be equal to it, but is not.")
-                chosen[first] = value
-            except ValueError:
-                if strict:
-                    raise
-        if not chosen and slots:
-            raise ValueError(
-                "The loaded weights should have tensors of this model, but none fits by name and shape. Pass a "
-                "state_dict of the model, or names= or key= to say what a file has."
-            )
-        has_buffers = any(slots[name].online.is_buffer for name in chosen)
-        for slot in slots.values() if strict else ():
-            if slot.name not in chosen and slot.is_saved and (has_buffers or not slot.online.is_buffer):
-                raise ValueError(
-                    f"The averaged tensors should be those of this model, but '{slot.name}' is missing. strict=False "
-                    "starts it from the model."
-                )
-        return chosen
-
-    def _fill(self, values: Mapping[str, Tensor]) -> None:
-        """Copies ``values`` into the twin, by first name; a buffer of another shape is replaced."""
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
-        with torch.inference_mode(False), torch.no_grad():
-            for slot in self._current().slots:
-                if slot.name not in values:
-                    continue
-                own, value = slot.averaged.get(), values[slot.name]
-                if own.shape == value.shape and own.layout == value.layout:
-                    targets.append(local(own))
-                    sources.append(part_for_rank(value, own))
-                else:
-                    slot.averaged.table[slot.averaged.key] = like(value, own)
-            kernels.copy(targets, sources)
+    def _fill(self, pairing: Pairing, values: Mapping[str, Tensor]) -> None:
+        fill(pairing, values)
         self._told.add("moved")
 
     def _parameters(self) -> list[Tensor]:

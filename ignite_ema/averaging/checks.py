@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import math
 import numbers
 import os
 import sys
@@ -10,11 +9,10 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from torch import Tensor, nn
 
-from ..schedules import Constant, CopyUntil, Schedule
+from ..schedules import Constant, CopyUntil, Debiased, Schedule
 from .names import unwrapped
 from .sharding import is_first_rank
 
@@ -31,15 +29,11 @@ __all__ = [
     "module_summary",
     "momentum_summary",
     "one_line",
-    "refuse_shallow_copy",
     "schedule_of",
     "scheduled",
-    "shown_integer",
     "warn_first_rank",
     "warn_user",
 ]
-
-_LARGEST_COUNT = 2**63 - 1  # what files can store
 
 
 class EMAWarning(UserWarning):
@@ -87,11 +81,10 @@ def checked_momentum(value: object, what: str, verb: str = "be", when: str = "")
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{what} should {verb} a momentum, a number in [0, 1], got {value!r}{when}; 0.001 is usual.")
-    momentum = _as_float(value)
+    momentum = float(value)
     if not 0 <= momentum <= 1:
-        got = shown_integer(value) if isinstance(value, int) else repr(value)
         raise ValueError(
-            f"{what} should {verb} a momentum in [0, 1], got {got}{when}. It is the weight of the new weights, 1 - "
+            f"{what} should {verb} a momentum in [0, 1], got {value!r}{when}. It is the weight of the new weights, 1 - "
             "decay."
         )
     return momentum
@@ -115,10 +108,12 @@ def schedule_of(momentum: float | Schedule) -> Schedule:
         raise TypeError(f"momentum should be a schedule, got the class {momentum.__name__}; make one: call it.")
     if callable(momentum):
         scheduled(momentum, 0)
-        _warn_of_decay(_final(momentum), "the last momentum of the schedule")
+        if momentum not in (Constant(1.0), Debiased(1.0)):  # hard copies are meant
+            _warn_of_decay(_final(momentum), "the last momentum of the schedule")
         return momentum
     constant = constant_of(momentum)
-    _warn_of_decay(constant.momentum, "momentum")
+    if constant.momentum < 1:  # hard copies are meant
+        _warn_of_decay(constant.momentum, "momentum")
     return constant
 
 
@@ -126,11 +121,10 @@ def constant_of(momentum: object) -> Constant:
     """A plain momentum as a schedule; raises TypeError or ValueError unless it is a number in (0, 1]."""
     if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
         raise TypeError(f"momentum should be a float in (0, 1] or a schedule, got {momentum!r}; 0.001 is usual.")
-    value = _as_float(momentum)
+    value = float(momentum)
     if not 0 < value <= 1:
-        got = shown_integer(momentum) if isinstance(momentum, int) else momentum
         raise ValueError(
-            f"Invalid momentum: {got}. It should be in (0, 1], as the weight of the new weights (1 - decay)."
+            f"Invalid momentum: {momentum}. It should be in (0, 1], as the weight of the new weights (1 - decay)."
         )
     return Constant(value)
 
@@ -156,9 +150,8 @@ def check_count(value: object, name: str = "num_updates") -> None:
     """Raises TypeError or ValueError unless ``value`` can be a number of updates."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} should be an integer, got {value!r}: it counts updates.")
-    if not 0 <= value <= _LARGEST_COUNT:
-        limit = "0 or more" if value < 0 else "2**63 - 1 or less"
-        raise ValueError(f"{name} should be {limit}, got {shown_integer(value)}: it counts updates.")
+    if value < 0:
+        raise ValueError(f"{name} should be 0 or more, got {value}: it counts updates.")
 
 
 def check_saved_mapping(state: object, kinds: Mapping[str, type | tuple[type, ...]], what: str) -> None:
@@ -185,19 +178,6 @@ def check_saved_mapping(state: object, kinds: Mapping[str, type | tuple[type, ..
                 f"{key!r} of the state should be of type {names}, got {type(state[key]).__name__}; load what "
                 "state_dict() gave, unchanged."
             )
-
-
-def refuse_shallow_copy(thing: object) -> NoReturn:
-    """Raises TypeError: ``thing`` would share its averaged twin with the copy."""
-    raise TypeError(
-        f"{type(thing).__name__} should be copied with copy.deepcopy, got copy.copy, after which both would move the "
-        "same twin; deepcopy it, or make a new one of the same model."
-    )
-
-
-def shown_integer(value: int) -> str:
-    """``value`` in words; if it has too many digits to read, how many bits it has."""
-    return str(value) if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
 
 
 def listed(names: Iterable[object], most: int = 8) -> str:
@@ -238,13 +218,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _as_float(value: numbers.Real) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
 def _final(schedule: Schedule) -> float:
     """The momentum that a schedule ends with, by the name of its field; 0 if it has no such field."""
     while isinstance(schedule, CopyUntil):
@@ -254,8 +227,9 @@ def _final(schedule: Schedule) -> float:
 
 
 def _warn_of_decay(momentum: float, what: str) -> None:
-    if 0.9 <= momentum < 1:
+    if momentum >= 0.9:
+        way_out = f"pass 1 - {momentum:g} = {1 - momentum:g}" if momentum < 1 else "pass 1 minus each of its values"
         warn_user(
             f"{what} is the weight of the new weights, and {momentum:g} nearly copies them at each update. If it was "
-            f"meant as a decay, pass 1 - {momentum:g} = {1 - momentum:g}."
+            f"meant as a decay, {way_out}."
         )

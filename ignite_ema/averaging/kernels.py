@@ -1,6 +1,8 @@
 """The arithmetic of the average: in-place operations over lists of tensors.
 
-Every kernel takes two lists of equal length, whose i-th tensors have the same shape, and a ``weight`` in [0, 1]::
+Every kernel takes two lists of equal length, whose i-th tensors have the same shape, and a ``weight`` in [0, 1]. On an
+accelerator the number of operations does not grow with the number of tensors if these are flat, as those of a pairing
+are::
 
     averaged[i] = (1 - weight) * averaged[i] + weight * online[i]
 
@@ -24,12 +26,14 @@ __all__ = [
     "batches",
     "copy",
     "copying_kernel_for",
+    "gathered",
     "has_begun",
     "is_finite",
     "leaves_gpu",
     "lerping_kernel_for",
     "norms",
     "parts",
+    "split",
     "spoils",
 ]
 
@@ -45,8 +49,8 @@ _NATIVE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.co
 
 
 def copying_kernel_for(online: Tensor, averaged: Tensor) -> Kernel:
-    """The kernel that copies whatever the weight."""
-    if averaged.layout is not torch.strided:
+    """The kernel that copies whatever the weight, once the average has the layout of ``online``."""
+    if online.layout is not torch.strided:
         return _copy_sparse
     return _copy_staged if leaves_gpu(averaged, online) else _copy_strided
 
@@ -65,7 +69,7 @@ def lerping_kernel_for(
         narrow: the kernel for parameters whose average is in 16 bits, if they have their own.
     """
     if averaged.dtype not in _NATIVE:
-        return _lerp_widened
+        return _lerp_frozen
     if is_buffer:
         return _lerp_buffers
     if narrow is not None and averaged.dtype in NARROW:
@@ -74,7 +78,9 @@ def lerping_kernel_for(
         return _lerp_frozen
     if averaged.dtype == online.dtype and averaged.device == online.device:
         return _lerp
-    return _lerp_staged if leaves_gpu(averaged, online) else _lerp_converted
+    if leaves_gpu(averaged, online):
+        return _lerp_staged
+    return _lerp_converted if averaged.device.type == "cpu" else _lerp_through_scratch
 
 
 def copy(averaged: Tensors, online: Tensors) -> None:
@@ -113,7 +119,7 @@ def has_begun(tensor: Tensor) -> bool:
 
 def norms(tensors: Tensors) -> list[float]:
     """The Euclidean norms of those tensors that have one: a cheap mark by which to see that they have changed."""
-    native = [tensor for tensor in tensors if tensor.dtype in _NATIVE and tensor.layout is torch.strided]
+    native = [one for one in tensors if type(one) is Tensor and one.dtype in _NATIVE and one.layout is torch.strided]
     return torch.stack([norm.abs().double().cpu() for norm in torch._foreach_norm(native)]).tolist() if native else []
 
 
@@ -173,8 +179,17 @@ def _lerp_converted(averaged: Tensors, online: Tensors, weight: float) -> None:
         torch._foreach_copy_(averaged, online)
     elif weight != 0:
         # Parts that are converted and used while they are in the cache: as few bytes move as in one pass.
-        for average, value in parts(averaged, online, _CACHED if averaged[0].device.type == "cpu" else _LAUNCHED):
+        for average, value in parts(averaged, online, _CACHED):
             average.lerp_(value.to(average.device, average.dtype), weight)
+
+
+def _lerp_through_scratch(averaged: Tensors, online: Tensors, weight: float) -> None:
+    """As :func:`_lerp_converted`, in a number of operations that does not grow with the tensors."""
+    if weight == 1:
+        torch._foreach_copy_(averaged, online)
+    elif weight != 0:
+        for ours, theirs in batches(averaged, online, _LAUNCHED):
+            torch._foreach_lerp_(ours, split(gathered(theirs, ours[0].dtype, ours[0].device), ours), weight)
 
 
 def _copy_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
@@ -187,7 +202,7 @@ def _lerp_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
 
 
 def _lerp_frozen(averaged: Tensors, online: Tensors, weight: float) -> None:
-    """For frozen parameters, which may be masks of 0 and -inf."""
+    """For frozen parameters, which may be masks of 0 and -inf, and types without arithmetic (8-bit floats)."""
     _lerp_flat(averaged, online, weight, _mixed)
 
 
@@ -196,31 +211,28 @@ def _lerp_buffers(averaged: Tensors, online: Tensors, weight: float) -> None:
     _lerp_flat(averaged, online, weight, _healed)
 
 
-def _lerp_widened(averaged: Tensors, online: Tensors, weight: float) -> None:
-    """For types without arithmetic of their own (8-bit floats)."""
-    if weight == 1:
-        torch._foreach_copy_(averaged, online)
-    elif weight != 0:
-        for average, value in zip(averaged, online, strict=True):
-            average.copy_(_mixed(*_widened(average, value), weight))
-
-
 def _lerp_flat(averaged: Tensors, online: Tensors, weight: float, step: Callable[..., Tensor]) -> None:
     """Applies ``step`` to small tensors together, as one flat tensor."""
     if weight == 1:
         torch._foreach_copy_(averaged, online)
     elif weight != 0:
-        most = _CACHED if averaged[0].device.type == "cpu" else _LAUNCHED
-        for ours, theirs in batches(averaged, online, most):
-            before = torch.cat([average.reshape(-1) for average in ours])
-            moved = step(*_widened(before, torch.cat([value.reshape(-1) for value in theirs])), weight)
-            split = torch.split(moved, [average.numel() for average in ours])
-            torch._foreach_copy_(ours, [part.view(a.shape) for part, a in zip(split, ours, strict=True)])
+        dtype, device = _wide(averaged[0].dtype), averaged[0].device
+        for ours, theirs in batches(averaged, online, _CACHED if device.type == "cpu" else _LAUNCHED):
+            moved = step(gathered(ours, dtype, device), gathered(theirs, dtype, device), weight)
+            torch._foreach_copy_(ours, split(moved, ours))
 
 
-def _widened(average: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    before = average.to(_wide(average.dtype))
-    return before, value.to(before.device, before.dtype)
+def gathered(tensors: Tensors, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values of all tensors in one flat tensor."""
+    flat = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
+    torch._foreach_copy_(split(flat, tensors), tensors)
+    return flat
+
+
+def split(flat: Tensor, like: Tensors) -> list[Tensor]:
+    """The parts of a flat tensor, in the shapes of ``like``."""
+    pieces = torch.split(flat, [one.numel() for one in like])
+    return [part if one.ndim == 1 else part.view(one.shape) for part, one in zip(pieces, like, strict=True)]
 
 
 def _mixed(before: Tensor, after: Tensor, weight: float) -> Tensor:

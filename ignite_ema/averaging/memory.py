@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .sharding import local
 
-__all__ = ["give_own_memory", "has_values", "overlaps_itself", "sharing_memory"]
+__all__ = ["give_own_memory", "has_values", "is_dense", "overlaps_itself", "sharing_memory"]
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -20,6 +20,11 @@ def overlaps_itself(tensor: Tensor) -> bool:
             return True
         reach += (size - 1) * step
     return False
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements of a strided tensor fill the memory between the first and the last of them."""
+    return _extent(tensor) == tensor.numel() and not overlaps_itself(tensor)
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The names of a model's tensors, and where its modules keep them.
 
-Names are those of ``model.state_dict()``, found by identity, so that a module that renames its entries there
-(activation checkpointing, Fabric) has the same names here. Wrappers are looked through.
+Names are those of ``model.state_dict()``, found by identity, so that a module that renames its entries there, such as
+activation checkpointing or Fabric, has the same names here. Wrappers are unwrapped.
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["Place", "first_names", "names_of", "places_of", "tensors_of", "unwrapped"]
+__all__ = ["Place", "first_names", "name_of", "names_of", "places_of", "tensors_of", "unwrapped"]
 
 
 class Place(NamedTuple):
@@ -57,15 +57,18 @@ def places_of(root: nn.Module) -> dict[str, Place]:
         saved.setdefault(id(value), []).append(name)
     found: dict[int, list[tuple[str, str, Place]]] = {}
     for path, raw, module in _walk(root, "", "", set()):
-        for table in (module._parameters, module._buffers):
+        for table, is_buffer in ((module._parameters, False), (module._buffers, True)):
             for key, tensor in table.items():
                 if tensor is not None:
-                    is_saved = id(tensor) in saved or raw + key in state
-                    place = Place(table, key, table is module._buffers, is_saved)
+                    place = Place(table, key, is_buffer, id(tensor) in saved or raw + key in state)
                     found.setdefault(id(tensor), []).append((path + key, raw + key, place))
     names: dict[str, Place] = {}
     for identity, places in found.items():
-        names.update(_named(places, saved.get(identity, [])))
+        path, raw, place = places[0]
+        if len(places) == 1 and saved.get(identity, [raw]) == [raw]:
+            names[path] = place
+        else:
+            names.update(_named(places, saved.get(identity, [])))
     return names
 
 
@@ -79,6 +82,11 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of ``module`` by its first name, each tied tensor once."""
     places = places_of(module)
     return {first: places[first].get() for first in first_names(places).values()}
+
+
+def name_of(module: nn.Module, tensor: Tensor) -> str:
+    """The first name of a parameter or buffer of ``module``."""
+    return next(name for name, place in places_of(module).items() if place.get() is tensor)
 
 
 def names_of(module: nn.Module) -> dict[str, str]:

@@ -60,6 +60,6 @@ def _send(online: Tensors, side: torch.cuda.Stream) -> tuple[Tensors, torch.cuda
     flat = torch.empty(sum(sizes), dtype=online[0].dtype, pin_memory=True)
     values = [part.view(value.shape) for part, value in zip(torch.split(flat, sizes), online, strict=True)]
     with torch.cuda.stream(side):
-        for value, source in zip(values, online, strict=True):
-            value.copy_(source, non_blocking=True)
+        gathered = online[0].reshape(-1) if len(online) == 1 else torch.cat([value.reshape(-1) for value in online])
+        flat.copy_(gathered, non_blocking=True)
         return values, side.record_event()

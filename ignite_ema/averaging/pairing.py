@@ -9,7 +9,7 @@ no longer matches raises :class:`Mismatch`.
 The groups for the kernels hold detached aliases of the tensors, so that an update needs no ``no_grad``.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from operator import attrgetter, getitem, is_
 from typing import Any, NamedTuple
 
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from . import kernels
 from .buffers import Treatment
-from .memory import give_own_memory, has_values, sharing_memory
-from .names import Place, first_names, places_of, unwrapped
+from .memory import give_own_memory, has_values, is_dense, sharing_memory
+from .names import Place, first_names, places_of
 from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sharding
 
-__all__ = ["Group", "Mismatch", "Pairing", "Slot"]
+__all__ = ["Group", "Mismatch", "Pairing", "Slot", "like", "nonfinite_in"]
 
 _requires_grad = attrgetter("requires_grad")
 
@@ -57,7 +57,7 @@ class Slot(NamedTuple):
         return self.online.is_buffer and self.treatment != "average"
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The two tensors (online, averaged) as they are now, without gradients; of sharded tensors this rank's part."""
+        """The two tensors (online, averaged) as they are now, without gradients, this rank's part."""
         return local(self.online.get()).detach(), local(self.averaged.get()).detach()
 
 
@@ -140,7 +140,7 @@ class Pairing:
         # Everything is checked. From here on the twin may change: it follows the model in what is shared or copied.
         for name in followed:
             theirs[name].table[theirs[name].key] = ours[name].get()
-        self._once_shared = {id(slot.online.get()): slot.online.get() for slot in self.shared}
+        self._once_shared: dict[int, Tensor] = {id(slot.online.get()): slot.online.get() for slot in self.shared}
         self._follow_shapes()
         names = sharing_memory(
             [place.get() for place in ours.values()],
@@ -213,15 +213,15 @@ class Pairing:
         self.groups: list[Group] = []
         with torch.inference_mode(False):
             for (kernel, averages, *_), slots in members.items():
-                online, averaged = map(list, zip(*(slot.tensors() for slot in slots), strict=True))
+                online, averaged = map(list, zip(*(_flat(*slot.tensors()) for slot in slots), strict=True))
                 if averaged[0].layout is not torch.strided:  # an alias would not follow a new number of elements
-                    online, averaged = map(list, zip(*((one.online.get(), one.averaged.get()) for one in slots), strict=True))
+                    online, averaged = map(
+                        list, zip(*((one.online.get(), one.averaged.get()) for one in slots), strict=True)
+                    )
                 self.groups.append(Group(kernel, averaged, online, slots, averages))
         self.resolution = max((kind[2] for kind in kinds if kind), default=0.0)
 
-    def _remember(
-        self, online: nn.Module, averaged: nn.Module, ours: list[Place], theirs: list[Place]
-    ) -> None:
+    def _remember(self, online: nn.Module, averaged: nn.Module, ours: list[Place], theirs: list[Place]) -> None:
         """Notes what :meth:`is_current` compares with."""
         shared = {(id(place.table), place.key) for slot in self.shared for place in (slot.online, slot.averaged)}
         places = {(id(place.table), place.key): place for place in (*ours, *theirs)}
@@ -232,9 +232,10 @@ class Pairing:
         others = [  # modules, shared parameters and what is None: compared by identity alone
             (table, key)
             for table in self._all_tables
-            for key in table
+            for key, _ in table.items()  # the tables of TorchScript cannot be iterated over
             if (id(table), key) not in places or (id(table), key) in shared
         ]
+        others += [(vars(one), "_modules") for one in modules if one._modules]  # del of a Sequential makes a new table
         self._tables: list[Any] = [*(place.table for place in read), *(table for table, _ in others)]
         self._keys = [*(place.key for place in read), *(key for _, key in others)]
         self._objects = list(map(getitem, self._tables, self._keys))
@@ -264,6 +265,14 @@ def like(online: Tensor, averaged: Tensor) -> Tensor:
     return online.detach().to(averaged.device, dtype, copy=True)
 
 
+def _flat(online: Tensor, averaged: Tensor) -> tuple[Tensor, Tensor]:
+    """The two as one-dimensional views, if their elements lie in the same order."""
+    if online.layout is torch.strided and online.stride() == averaged.stride() and is_dense(online):
+        shape = (online.numel(),)
+        return online.as_strided(shape, (1,)), averaged.as_strided(shape, (1,))
+    return online, averaged
+
+
 def _address(tensor: Tensor) -> object:
     """Where a tensor lies that may be sharded, sparse or a lazy conjugate."""
     part = local(tensor)
@@ -271,8 +280,11 @@ def _address(tensor: Tensor) -> object:
 
 
 def _alike(online: Tensor, averaged: Tensor) -> bool:
-    kinds = [(one.is_floating_point(), one.is_complex(), one.layout, one.shape) for one in (online, averaged)]
-    return kinds[0] == kinds[1]
+    if online.shape != averaged.shape or online.layout != averaged.layout:
+        return False
+    return online.dtype == averaged.dtype or (
+        online.is_floating_point() == averaged.is_floating_point() and online.is_complex() == averaged.is_complex()
+    )
 
 
 def _check_names(ours: dict[str, Place], theirs: dict[str, Place]) -> None:
@@ -309,22 +321,20 @@ def _treatment(place: Place, name: str, treatment_of: Callable[[str], Treatment]
 
 
 def _check_pair(slot: Slot, online: Tensor, averaged: Tensor) -> None:
-    for tensor, where in ((online, "model"), (averaged, "twin")):
-        if tensor.is_nested:
-            raise Mismatch(f"'{slot.name}' is a nested tensor in the {where}")
-    if (ours := sharding(online)) != (theirs := sharding(averaged)):
+    are_sharded = is_sharded(online) or is_sharded(averaged)
+    if are_sharded and (ours := sharding(online)) != (theirs := sharding(averaged)):
         raise Mismatch(f"'{slot.name}' is {ours} in the model and {theirs} in the twin")
-    if not slot.may_change_shape:
+    if not slot.may_change_shape and not _alike(online, averaged):
         if online.shape != averaged.shape:
-            raise Mismatch(
-                f"'{slot.name}' has shape {tuple(online.shape)} in the model and {tuple(averaged.shape)} in the twin"
-            )
-        if not _alike(online, averaged):
+            ours, theirs = (f"shape {tuple(one.shape)}" for one in (online, averaged))
+        else:
             ours, theirs = (f"{one.dtype} and {one.layout}" for one in (online, averaged))
-            raise Mismatch(f"'{slot.name}' has {ours} in the model, and {theirs} in the twin")
+        raise Mismatch(f"'{slot.name}' has {ours} in the model and {theirs} in the twin")
     for tensor, where in ((online, "model"), (averaged, "twin")):
         if not has_values(local(tensor)):
-            raise Mismatch(f"'{slot.name}' has no memory for its values in the {where} (it was moved to meta, or freed)")
+            raise Mismatch(
+                f"'{slot.name}' has no memory for its values in the {where} (it was moved to meta, or freed)"
+            )
     if averaged.is_inference():
         raise Mismatch(f"'{slot.name}' of the twin was made inside torch.inference_mode() and cannot be written")
 

@@ -6,18 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_saved_mapping, shown_integer
+from .checks import check_count, check_saved_mapping
+from .kernels import copy
 from .memory import has_values
+from .pairing import Pairing, Slot, like
 from .sharding import is_sharded, local, sharding
 
 __all__ = [
     "AVERAGE_STATE",
     "STATE_VERSION",
     "check_average_state",
-    "check_fit",
-    "equal_values",
-    "part_for_rank",
-    "plain_tensors",
+    "complete_tensors",
+    "fill",
+    "fitting_tensors",
 ]
 
 STATE_VERSION = 4
@@ -58,10 +59,9 @@ def check_average_state(
     if entries:
         version = entries["ignite_ema_version"]
         if type(version) is not int or version != STATE_VERSION:
-            got = shown_integer(version) if isinstance(version, int) else f"one of type {type(version).__name__}"
             raise ValueError(
-                f"'ignite_ema_version' of the state should be {STATE_VERSION}, got {got}; load it with the ignite_ema "
-                "that wrote it."
+                f"'ignite_ema_version' of the state should be {STATE_VERSION}, got {version!r}; load it with the "
+                "ignite_ema that wrote it."
             )
     check_saved_mapping(state, kinds, what)
     for key in ("num_updates", "num_skipped"):
@@ -73,11 +73,94 @@ def check_average_state(
         )
 
 
-def plain_tensors(source: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """The tensors of a state of an average, or of the plain ``state_dict`` of a model, by every name.
+def complete_tensors(pairing: Pairing, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checked state for the twin, by first name.
 
-    Extra state of modules is left out. If ``module.`` is before every name, and not in ``known``, it is taken off.
+    Raises:
+        ValueError: unless these are just the twin's, and fit.
     """
+    slots = {slot.name: slot for slot in pairing.slots if slot.is_saved}
+    tensors = _plain(state, ())
+    for name in (*slots, *state["averaged_tensors"]):
+        if name not in tensors or name not in pairing.first_names:
+            fault = "misses" if name in slots else "should not have"
+            raise ValueError(
+                f"The averaged tensors should be those of this model, but the state {fault} '{name}'. Build the model, "
+                f"and freeze and share its parameters, as they were then. {_ANOTHER_MODEL}"
+            )
+    for slot in pairing.shared:
+        if slot.name in tensors:
+            _check_equal_to_shared(slot.name, slot, tensors[slot.name])
+    for name, slot in slots.items():
+        _check_fit(name, slot, tensors[name])
+    return {name: tensors[name] for name in slots}
+
+
+def fitting_tensors(pairing: Pairing, source: Mapping[str, Any], strict: bool) -> dict[str, Tensor]:
+    """The tensors of a state of an average, or of the plain ``state_dict`` of a model, for the twin, by first name.
+
+    Args:
+        pairing: the model and its twin.
+        source: what is loaded; parameters alone will do.
+        strict: whether all have to be there and fit.
+
+    Raises:
+        ValueError: if they should fit and do not, or if nothing fits.
+    """
+    slots = {slot.name: slot for slot in pairing.slots}
+    shared = {slot.name: slot for slot in pairing.shared}
+    found: dict[str, Tensor] = {}
+    for name, value in _plain(source, pairing.first_names).items():
+        first = pairing.first_names.get(name)
+        try:
+            if first in shared:
+                _check_equal_to_shared(name, shared[first], value)
+            elif first is not None:
+                _check_fit(name, slots[first], value)
+                if not _are_equal(found.setdefault(first, value), value):
+                    raise ValueError(
+                        f"'{name}' is tied to '{first}' in the model and should be equal to it, but is not."
+                    )
+            else:
+                raise ValueError(
+                    f"The averaged tensors should be those of this model, but it has no '{name}'. They may have a "
+                    f"prefix too much, or be of another model. {_ANOTHER_MODEL}"
+                )
+        except ValueError:
+            if strict:
+                raise
+    if not found and slots:
+        raise ValueError(
+            "The loaded weights should have tensors of this model, but none fits by name and shape. Pass a state_dict "
+            "of the model."
+        )
+    has_buffers = any(slots[name].online.is_buffer for name in found)
+    for name, slot in slots.items() if strict else ():
+        if name not in found and slot.is_saved and (has_buffers or not slot.online.is_buffer):
+            raise ValueError(
+                f"The averaged tensors should be those of this model, but '{name}' is missing. {_ANOTHER_MODEL}"
+            )
+    return found
+
+
+def fill(pairing: Pairing, values: Mapping[str, Tensor]) -> None:
+    """Copies ``values`` into the twin, by first name; a buffer of another shape is replaced."""
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    with torch.inference_mode(False), torch.no_grad():
+        for slot in pairing.slots:
+            if slot.name in values:
+                own, value = slot.averaged.get(), values[slot.name]
+                if own.shape == value.shape and own.layout == value.layout:
+                    targets.append(local(own))
+                    sources.append(_part_for_rank(value, own))
+                else:
+                    slot.averaged.table[slot.averaged.key] = like(value, own)
+        copy(targets, sources)
+
+
+def _plain(source: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """The tensors by every name, without extra state of modules, and without ``module.`` before every name."""
     if "averaged_tensors" in source:
         tensors, names = source["averaged_tensors"], source.get("state_dict_names", {})
         return {**tensors, **{name: tensors[first] for name, first in names.items() if first in tensors}}
@@ -88,8 +171,9 @@ def plain_tensors(source: Mapping[str, Any], known: Iterable[str]) -> dict[str, 
     return plain
 
 
-def check_fit(name: str, own: Tensor, loaded: object, shape_may_differ: bool = False) -> None:
-    """Raises ValueError unless ``loaded`` is a tensor whose values ``own`` can hold without loss."""
+def _check_fit(name: str, slot: Slot, loaded: object) -> None:
+    """Raises ValueError unless ``loaded`` is a tensor whose values the twin's can hold without loss."""
+    own = slot.averaged.get()
     if not isinstance(loaded, Tensor):
         raise ValueError(f"'{name}' of the averaged tensors should be a tensor, got {type(loaded).__name__}.")
     if loaded.is_nested or loaded.layout != own.layout or loaded.is_meta or not has_values(local(loaded)):
@@ -103,29 +187,37 @@ def check_fit(name: str, own: Tensor, loaded: object, shape_may_differ: bool = F
             f"'{name}' of the averaged tensors should be {sharding(own)}, got a tensor that is {sharding(loaded)}. "
             "Load it with ignite_ema.distributed.load_objects, which shards it anew."
         )
-    if loaded.shape != own.shape and not shape_may_differ:
+    if loaded.shape != own.shape and not slot.may_change_shape:
         raise ValueError(
             f"'{name}' of the averaged tensors should have shape {tuple(own.shape)}, got {tuple(loaded.shape)}: the "
             f"weights are of another model. {_ANOTHER_MODEL}"
         )
     if not _keeps_values(loaded, own):
         raise ValueError(
-            f"'{name}' of the averaged tensors should fit into {own.dtype}, got {loaded.dtype}. Make the average with "
-            f"dtype={loaded.dtype}."
+            f"'{name}' of the averaged tensors should fit into {own.dtype}, got {loaded.dtype}. "
+            + (f"Make the average with dtype={loaded.dtype}." if loaded.is_floating_point() else "Convert it first.")
         )
 
 
-def equal_values(own: Tensor, loaded: object) -> bool:
-    """Whether a tensor has the values of ``own``, in its own type."""
-    if not isinstance(loaded, Tensor) or loaded.is_nested or own.shape != loaded.shape:
-        return False
-    if not has_values(local(loaded)) or not has_values(local(own)):
+def _check_equal_to_shared(name: str, slot: Slot, loaded: object) -> None:
+    if not isinstance(loaded, Tensor) or not _are_equal(slot.online.get(), loaded):
+        raise ValueError(
+            f"'{name}' is frozen and shared with the model, and should be equal there to what is loaded, but is not. "
+            "Load the weights into the model first."
+        )
+
+
+def _are_equal(own: Tensor, loaded: Tensor) -> bool:
+    """Whether ``loaded`` has the values of ``own``, in its own type."""
+    if own is loaded:
+        return True
+    if own.shape != loaded.shape or not has_values(local(loaded)):
         return False
     own = own.to(loaded)
     return torch.equal(own, loaded) or bool(((own == loaded) | (own.isnan() & loaded.isnan())).all())
 
 
-def part_for_rank(loaded: Tensor, own: Tensor) -> Tensor:
+def _part_for_rank(loaded: Tensor, own: Tensor) -> Tensor:
     """The part of ``loaded`` for this rank's part of ``own``: of a full tensor its shard, without communication."""
     if is_sharded(own) and not is_sharded(loaded):
         from torch.distributed.tensor import DTensor, Replicate

@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .kernels import Tensors, batches, leaves_gpu
+from .kernels import Tensors, batches, gathered, leaves_gpu, split
 from .offload import stage
 
 __all__ = ["StochasticRounding"]
@@ -55,12 +55,12 @@ class StochasticRounding:
         turned = (rates * self.num_updates).bitwise_right_shift_(40).bitwise_and_(2**24 - 1).float().mul_(2.0**-24)
         thresholds = (starts[: -(-most // len(rates))] + turned).frac_().view(-1)
         for ours, theirs in batches(averaged, online, starts.numel()):
-            before = torch.cat([average.reshape(-1) for average in ours]).float()
+            device = ours[0].device
+            before = gathered(ours, torch.float32, device)
             # Rounded to what the average can hold, so that constant weights that are wider stay what they are there.
-            after = torch.cat([value.reshape(-1) for value in theirs]).to(before.device, ours[0].dtype).float()
+            after = gathered(theirs, ours[0].dtype, device).float()
             moved = _moved(before, after, weight, thresholds[: before.numel()], ours[0].dtype)
-            sizes = [average.numel() for average in ours]
-            torch._foreach_copy_(ours, [p.view(a.shape) for p, a in zip(torch.split(moved, sizes), ours, strict=True)])
+            torch._foreach_copy_(ours, split(moved, ours))
 
 
 def _moved(before: Tensor, after: Tensor, weight: float, thresholds: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,9 @@
 """The online model holds its averaged weights for a while, and then its own again, bit for bit.
 
-The values change and the tensors stay, so that whatever refers to them (an optimizer, a compiled module) sees the right
-values before, inside and after. A generator does the work: its two nested ``finally`` clauses give back what is still
-to be given back, tensor by tensor, so that a second Ctrl-C in the first of them loses nothing. Python closes a
-generator that is dropped, so that the weights come back even if ``__exit__`` never runs.
+The values change and the tensors stay, so that whatever refers to them (an optimizer, a compiled module) sees the
+right values before, inside and after. A generator does the work: its two nested ``finally`` clauses give back what is
+still to be given back, tensor by tensor, whatever cuts them short. Python closes a generator that is dropped, so that
+the weights come back even if ``__exit__`` never runs.
 """
 
 from collections.abc import Callable, Generator
@@ -20,8 +20,8 @@ from .sharding import fsdp_modules, local, reshard
 
 __all__ = ["Swapped", "is_swapped", "refuse_while_swapped"]
 
-_MARK = "_ignite_ema_swapped"  # of a module whose weights are averaged ones now; its own id, which a copy does not have
 _TRIALS = 3  # of giving back a tensor
+_MARK = "_ignite_ema_swapped"  # the attribute of a module that is swapped
 
 
 def is_swapped(model: nn.Module) -> bool:
@@ -92,26 +92,17 @@ class _Saved:
     """What a model has of its own, to be given back.
 
     Attributes:
-        left: what has not been given back yet.
+        left: what has not been given back yet; the last is given back first.
         errors: what could not be given back, by name.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._places = [
-            (module, table, key, tensor)
-            for module in model.modules()
-            for table in (module._parameters, module._buffers)
-            for key, tensor in table.items()
-        ]
-        self.left: list[_SavedTensor] = []
+    def __init__(self) -> None:
+        self.left: list[_SavedTensor | _SavedModules] = []
         self.errors: dict[str, BaseException] = {}
 
     def give_back(self) -> None:
-        """Gives back tensor by tensor; what cuts it short, such as Ctrl-C, is raised when all is done."""
+        """Gives back one after the other; what cuts it short, such as Ctrl-C, is raised when all is done."""
         raised: BaseException | None = None
-        for module, table, key, tensor in self._places:
-            if table.get(key, tensor) is not tensor:
-                setattr(module, key, tensor)  # not into the table: an LSTM has a list of its weights besides
         while self.left:
             one = self.left[-1]
             try:
@@ -121,18 +112,47 @@ class _Saved:
                 raised = error
                 one.failures += 1
                 if one.failures == _TRIALS:
-                    self.errors[one.slot.name] = error
+                    self.errors[one.name] = error
                     self.left.pop()
         torch.clear_autocast_cache()  # it has copies of the weights
         if raised is not None and not self.errors:
             raise raised
 
 
-class _SavedTensor:
-    """A tensor of the model, its memory, and its values, unless it is shared with the twin."""
+class _SavedModules:
+    """The modules of a model, which are marked as swapped, and which tensor each has in which place."""
 
-    def __init__(self, slot: Slot, is_shared: bool) -> None:
-        self.slot = slot
+    name = "a module"
+    failures = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        self.children = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
+        self._places = [
+            (module, table, key, tensor)
+            for module, _ in self.children.values()
+            for table in (module._parameters, module._buffers)
+            for key, tensor in table.items()
+        ]
+
+    def mark(self) -> None:
+        """Marks them; each by its own id, which a copy does not have."""
+        for module, _ in self.children.values():
+            vars(module)[_MARK] = id(module)
+
+    def give_back(self) -> None:
+        """Puts each tensor back into its place, and takes the marks off."""
+        for module, table, key, tensor in self._places:
+            if table.get(key, tensor) is not tensor:
+                setattr(module, key, tensor)  # not into the table: an LSTM has a list of its weights besides
+        for module, _ in self.children.values():
+            vars(module).pop(_MARK, None)
+
+
+class _SavedTensor:
+    """A tensor of the model, its memory, and, unless it is shared with the twin, its values."""
+
+    def __init__(self, slot: Slot, is_shared: bool = False) -> None:
+        self.slot, self.name = slot, slot.name
         self.tensor = slot.online.get()
         self.home = self.tensor.detach()
         self.requires_grad = self.tensor.requires_grad
@@ -147,7 +167,9 @@ class _SavedTensor:
         online, averaged = self.slot.tensors()
         if online.shape == averaged.shape and online.layout is torch.strided and not overlaps_itself(online):
             _write(online, averaged)
-        else:  # a copied or kept buffer of another shape, or one that cannot be written to
+        elif online.layout is averaged.layout is torch.strided:  # of another shape, or expanded; it may be tied
+            self.tensor.data = like(averaged, online)
+        else:
             self.slot.online.table[self.slot.online.key] = like(averaged, online)
 
     def give_back(self) -> None:
@@ -162,64 +184,56 @@ class _SavedTensor:
                 part.untyped_storage().resize_(self._bytes)
             _write(part, self._values)
 
-    @property
     def was_changed(self) -> bool:
         """Whether a parameter was written to, or replaced, since it was filled."""
-        if self.slot.online.is_buffer or self._values is None:
+        place = self.slot.online
+        if place.is_buffer or self._values is None:
             return False
-        return (
-            self.slot.online.table.get(self.slot.online.key) is not self.tensor or _version(self.tensor) != self.version
-        )
+        return place.table.get(place.key) is not self.tensor or _version(self.tensor) != self.version
 
 
 def _swap(
     pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None
 ) -> Generator[None, None, None]:
-    saved = _Saved(model)
-    modules = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
-    marked = [module for module, _ in modules.values()]
-    parts = fsdp_modules(model)
-    changed: list[_SavedTensor] = []
+    saved, modules, parts = _Saved(), _SavedModules(model), fsdp_modules(model)
+    changed: list[str] = []
     try:
         try:
-            for module in marked:
-                vars(module)[_MARK] = id(module)
-            saved.left += [_SavedTensor(slot, is_shared=True) for slot in pairing.shared]
+            saved.left.append(modules)
+            modules.mark()
+            plain = [slot for slot in pairing.shared if type(slot.online.get()) is nn.Parameter]
+            saved.left += [_SavedTensor(slot, is_shared=True) for slot in plain]
+            tensors = []
             for slot in pairing.slots:
-                saved.left.append(_SavedTensor(slot, is_shared=False))
-                saved.left[-1].fill()
+                tensors.append(_SavedTensor(slot))
+                saved.left.append(tensors[-1])
+                tensors[-1].fill()
             torch.clear_autocast_cache()
             if buffers_from is not None:
                 buffers_from(model)
-            for one in saved.left:  # not before: views of one storage count together
+            for one in tensors:  # not before: views of one storage count together
                 one.version = _version(one.tensor)
             yield
-            reshard(parts)
-            changed = [one for one in saved.left if one.was_changed]
+            _reshard(parts, model, pairing)
+            changed = [one.name for one in tensors if one.was_changed()]
+            tensors.clear()
         finally:
-            _unmark(marked)  # first: nobody looks while the weights are given back
-            _reshard_whatever_happened(parts)
+            _reshard(parts, model, pairing)
             saved.give_back()
     finally:
-        _unmark(marked)
         saved.give_back()
-    _report(saved.errors, modules, changed)
+    _report(saved.errors, modules.children, changed)
 
 
-def _unmark(modules: list[nn.Module]) -> None:
-    for module in modules:
-        vars(module).pop(_MARK, None)
-
-
-def _reshard_whatever_happened(parts: list[nn.Module]) -> None:
+def _reshard(parts: list[nn.Module], model: nn.Module, pairing: Pairing) -> None:
     """Brings sharded parts back to their shards, also those that an exception has left in the middle of a pass."""
-    for part in parts:
-        part.reshard()  # type: ignore[operator]
-        part.state_dict()  # whose hook reshards a part that is in a forward pass
+    reshard(parts)
+    if parts and not pairing.is_current():
+        model.state_dict()  # whose hooks reshard in the middle of a pass, too
 
 
 def _report(
-    errors: dict[str, BaseException], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[_SavedTensor]
+    errors: dict[str, BaseException], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[str]
 ) -> None:
     """Says what happened to the model inside the block, once it has its own weights again."""
     for name, error in errors.items():
@@ -237,7 +251,7 @@ def _report(
                 )
     if changed:
         warn_user(
-            f"'{changed[0].slot.name}' was changed while the model held its averaged weights, and the change is "
+            f"'{changed[0]}' was changed while the model held its averaged weights, and the change is "
             "dropped. Train and load weights outside of swapped() and of the runs of swap_during()."
         )
 

@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 
 from .checks import listed, warn_user
 from .memory import has_values
-from .names import tensors_of, unwrapped
+from .names import name_of, tensors_of, unwrapped
 from .sharding import is_sharded, local, sharding
 
-__all__ = ["check_model", "stripped", "twin_of"]
+__all__ = ["check_model", "settle", "stripped", "twin_of"]
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -43,17 +43,17 @@ def check_model(model: object, has_own_twin: bool) -> None:
                 "FullyShardedDataParallel (FSDP1), which makes one flat parameter of many. Use fully_shard."
             )
     _check_tensors("model", model)
-    for name, tensor in tensors_of(model).items():
+    for tensor in model.parameters():
         if hasattr(tensor, "ds_id"):
             raise RuntimeError(
                 "model should be whole, or sharded with torch.distributed.fsdp.fully_shard, got a model whose "
-                f"'{name}' is partitioned by DeepSpeed ZeRO-3. Use its stage 1 or 2, or fully_shard."
+                f"'{name_of(model, tensor)}' is partitioned by DeepSpeed ZeRO-3. Use its stage 1 or 2, or fully_shard."
             )
         if is_sharded(tensor) and not has_own_twin:
             raise RuntimeError(
-                f"ema_model should be a twin that is sharded as the model is, got None where '{name}' is "
-                f"{sharding(tensor)}. Build the model again under torch.device('meta'), call fully_shard on it in the "
-                "same way, and pass it as ema_model=."
+                f"ema_model should be a twin that is sharded as the model is, got None, but "
+                f"'{name_of(model, tensor)}' is {sharding(tensor)}. Build the model again under torch.device('meta'), "
+                "call fully_shard on it in the same way, and pass it as ema_model=."
             )
 
 
@@ -65,7 +65,7 @@ def twin_of(
     share_frozen: bool,
     trains: bool,
 ) -> nn.Module:
-    """The averaged twin of ``model``, in eval mode (in train mode if it ``trains``), without gradients.
+    """The averaged twin of ``model``, which :func:`settle` has to make ready.
 
     Args:
         model: the model; ``DistributedDataParallel`` and compiled modules inside it become plain modules.
@@ -82,37 +82,48 @@ def twin_of(
     if own is not None:
         _check_own_twin(own, dtype, device, share_frozen)
         _materialise(own, model)
-        _refuse_changing_mode(own, trains, on_copies=False)
-        twin = own
-    else:
-        dtype, device = _checked_dtype(dtype), _checked_device(device)
-        _refuse_changing_mode(model, trains, on_copies=True)
-        twin = _copied(model, dtype, device, share_frozen)
-        _warn_of_shared_functions(model, twin)
-    _set_mode(twin, trains)
-    for tensor in tensors_of(twin).values():
-        if tensor.requires_grad:
-            tensor.requires_grad_(False)
+        return own
+    dtype, device = _checked_dtype(dtype), _checked_device(device)
+    _refuse_changing_mode(model, trains, on_copies=True)
+    twin = _copied(model, dtype, device, share_frozen)
+    _warn_of_shared_functions(model, twin)
     return twin
 
 
+def settle(twin: nn.Module, is_own: bool, trains: bool) -> None:
+    """Puts a twin that fits the model into eval mode (into train mode if it ``trains``), and turns gradients off.
+
+    Raises:
+        RuntimeError: if the mode of the user's own twin changes its weights.
+    """
+    if is_own:
+        _refuse_changing_mode(twin, trains, on_copies=False)
+    _set_mode(twin, trains)
+    for parameter in twin.parameters():  # all at once is not supported by TorchScript
+        parameter.requires_grad_(False)
+
+
 def _check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> None:
-    """Raises RuntimeError if a tensor of ``module`` has no shape, or several, or no memory for its values."""
-    for path, tensor in tensors_of(module).items():
-        if tensor.is_nested:
-            raise RuntimeError(
-                f"{name} should have tensors with a shape, got '{path}', a nested tensor. Pad it, or keep it outside "
-                "of the parameters and buffers."
-            )
+    """Raises RuntimeError if a tensor of ``module`` has no shape, or no memory for its values."""
+    for tensor in _tensors(module):
         lacks = None
         if is_lazy(tensor):
-            lacks = "shape; run the model on one batch first"
+            lacks = "has no shape; run the model on one batch first"
+        elif tensor.is_nested:
+            lacks = "is a nested tensor without one shape; pad it, or keep it outside of the parameters and buffers"
         elif tensor.is_meta:
-            lacks = None if may_be_meta else "values; materialise it first"
+            lacks = None if may_be_meta else "has no values; materialise it first"
         elif not has_values(local(tensor)):
-            lacks = "memory for its values; load them first"
+            lacks = "has no memory for its values; load them first"
         if lacks is not None:
-            raise RuntimeError(f"{name} should be initialised before it is averaged, but '{path}' has no {lacks}.")
+            raise RuntimeError(
+                f"{name} should be initialised before it is averaged, but '{name_of(module, tensor)}' {lacks}."
+            )
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def _check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen: bool) -> None:
@@ -126,12 +137,6 @@ def _check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen
         )
     if share_frozen:
         raise ValueError("share_frozen should be False if you pass ema_model, got True. Leave one of the two out.")
-    for name, tensor in tensors_of(twin).items():
-        if tensor.is_inference():
-            raise ValueError(
-                f"ema_model should have tensors that can be updated, but '{name}' was made inside "
-                "torch.inference_mode(). Build the twin outside of it."
-            )
 
 
 def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
@@ -143,31 +148,26 @@ def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
-    """The device that is meant; raises TypeError or ValueError unless it is there and can store values."""
+    """The device that is meant; raises ValueError unless it is there and can store values."""
     if device is None:
         return None
     try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"device should be a torch.device or a name such as 'cpu' or 'cuda:0', got {device!r}.") from None
-    if found.type == "meta":
-        raise ValueError("device should be one that stores values, got 'meta'; pass 'cpu' or an accelerator.")
-    try:
-        torch.empty(0, device=found)
+        found = torch.empty(0, device=device).device
     except Exception as error:  # of which kind depends on the device
         reason = str(error).partition("\n")[0].removesuffix(".")
         raise ValueError(
-            f"device should be one that is there, got {str(device)!r} ({reason}); pass another."
+            f"device should be a device that is there, such as 'cpu' or 'cuda:0', got {device!r} ({reason})."
         ) from error
+    if found.type == "meta":
+        raise ValueError("device should be one that stores values, got 'meta'; pass 'cpu' or an accelerator.")
     return found
 
 
 def _materialise(twin: nn.Module, model: nn.Module) -> None:
     """Gives memory to a twin on the meta device, where the tensors of ``model`` live; its ties stay."""
-    if not any(tensor.is_meta for tensor in tensors_of(twin).values()):
+    if not any(tensor.is_meta for tensor in _tensors(twin)):
         return
-    devices = {tensor.device for tensor in tensors_of(model).values()}
+    devices = {tensor.device for tensor in _tensors(model)}
     if len(devices) != 1:
         raise ValueError(
             f"ema_model should have memory if the model is on {len(devices)} devices, got a twin on the meta device. "
@@ -195,15 +195,13 @@ def _materialise(twin: nn.Module, model: nn.Module) -> None:
         )
 
 
-def _copied(
-    model: nn.Module, dtype: torch.dtype | None, device: torch.device | None, share_frozen: bool
-) -> nn.Module:
+def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None, share_frozen: bool) -> nn.Module:
     """A deep copy of ``model`` without wrappers that shares no memory with it, but for frozen parameters if asked."""
     with torch.inference_mode(False), torch.no_grad():
         try:
             # deepcopy looks here first, so it meets finished copies of the tensors and never the wrappers.
             memo: dict[int, Any] = {}
-            for tensor in tensors_of(model).values():
+            for tensor in _tensors(model):
                 if share_frozen and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
                     memo[id(tensor)] = tensor
                 elif (copied := _copied_tensor(tensor, dtype, device)) is not None:
@@ -215,7 +213,7 @@ def _copied(
         except Exception as error:
             raise RuntimeError(
                 f"model should be one that copy.deepcopy can copy, got {type(model).__name__} where "
-                f"{_obstacle(model, error)}. Build the twin yourself, the way the model is built, and pass it as "
+                f"{_obstacle(model, error).removesuffix('.')}. Build the twin yourself, the way the model is built, and pass it as "
                 "ema_model=."
             ) from error
     return twin
@@ -318,12 +316,10 @@ def _warn_of_shared_functions(model: nn.Module, twin: nn.Module) -> None:
 def _functions_in(module: nn.Module) -> Iterator[tuple[str, object]]:
     """The functions that an instance brings: its attributes, and its hooks."""
     for name, value in vars(module).items():
-        if name in _TABLES:
-            continue
-        if name.endswith("_hooks") and isinstance(value, dict):
+        if isinstance(value, dict) and value and name.endswith("_hooks"):
             for hook in value.values():
                 yield name.removeprefix("_").removesuffix("s"), hook
-        elif callable(value):
+        elif callable(value) and name != "extra_repr":  # which torchao sets, and computes nothing
             yield name, value
 
 

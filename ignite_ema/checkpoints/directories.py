@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
-from .files import listed, load_file, load_stream, quoted, restricted_unpickler, verify
+from ..averaging.checks import listed
+from .files import load_file, load_stream, quoted, restricted_unpickler, verify
 
 __all__ = ["DirectoryReader", "PlainPlanner", "nested", "read_directory", "read_directory_metadata"]
 
@@ -35,11 +36,12 @@ def read_directory(path: Path) -> Any:
             return _read_shards(path, index)
         if file := _only(path, f"*{suffix}"):
             return load_file(file)
-    inside = [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if _may_be_weights(file)]
+    files = [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if _may_be_weights(file)]
+    inside = listed(str(file.relative_to(path)) for file in files)
+    got = f"one with {inside}; name the file in it that holds the weights" if inside else "neither; check the path"
     raise ValueError(
         f"{quoted(path)} should be a file, or a directory that save_pretrained or torch.distributed.checkpoint wrote, "
-        f"got a directory with {listed([str(file.relative_to(path)) for file in inside])}; name the file in it that "
-        "holds the weights."
+        f"got {got}."
     )
 
 

@@ -23,7 +23,6 @@ __all__ = [
     "copied",
     "is_dense",
     "kind_of",
-    "listed",
     "load_file",
     "load_stream",
     "mebibytes",
@@ -46,12 +45,6 @@ def quoted(name: Any) -> str:
     """A name from a file on one line, with escape sequences spelled out, and no longer than a line."""
     text = str(name)
     return repr(text if len(text) <= 120 else f"{text[:120]}…")
-
-
-def listed(names: Collection[Any], most: int = 8) -> str:
-    """The first names, quoted, and how many there are."""
-    first = [quoted(name) for name, _ in zip(names, range(most), strict=False)]
-    return ", ".join(first + [f"… ({len(names)} in all)"] * (len(names) > most)) or "none"
 
 
 def kind_of(value: Any) -> str:
@@ -147,7 +140,7 @@ def restricted_unpickler(
     return RestrictedUnpickler
 
 
-_PLAIN = ("bool", "bytearray", "complex", "dict", "float", "frozenset", "list", "set", "tuple")
+_PLAIN = ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "list", "set", "tuple")
 _REBUILDERS = ("tensor", "tensor_v2", "tensor_v3", "sparse_tensor", "meta_tensor_no_storage")
 _NAMES: dict[str, tuple[str, ...]] = {
     "torch": ("Size", "device", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
@@ -228,9 +221,9 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
     _check_not_forced()
     try:
         return load()
-    except (MemoryError, OSError):
+    except OSError:
         raise
-    except Exception as error:  # a damaged file can lead to nearly any
+    except Exception as error:  # a damaged file can lead to nearly any, MemoryError too
         raise _not_torch(path, _DAMAGED) from error
 
 
@@ -396,7 +389,9 @@ def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
     temporary = target.with_name(f".ignite_ema-{uuid4().hex}.tmp")
     try:
         temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors replaces it by one that only the owner can read
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         _check_place(path, force)  # it may have appeared meanwhile

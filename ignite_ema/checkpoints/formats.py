@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from ..averaging.checks import listed
 from ..averaging.state import STATE_VERSION
-from ..averaging.checks import shown_integer
-from .files import is_dense, kind_of, listed, quoted
+from .files import is_dense, kind_of, quoted
 
 __all__ = ["FORMATS", "Found", "Names", "State", "Tensors", "within"]
 
@@ -80,9 +80,10 @@ def _check_ignite_ema(state: State) -> None:
     """Raises ValueError, naming the entry, if the state of a handler is not of the form that it saves."""
     version, whose = state["ignite_ema_version"], "of the state of an EMAHandler"
     if type(version) is not int or version != STATE_VERSION:
-        got = shown_integer(version) if type(version) is int else kind_of(version)
+        got = str(version) if type(version) is int else kind_of(version)
         raise ValueError(
-            f"'ignite_ema_version' {whose} should be {STATE_VERSION}, got {got}; read it with the ignite_ema that wrote it."
+            f"'ignite_ema_version' {whose} should be {STATE_VERSION}, got {got}; read it with the ignite_ema that "
+            "wrote it."
         )
     for key in ("averaged_tensors", "state_dict_names"):
         if not isinstance(state.get(key), Mapping):
@@ -253,7 +254,5 @@ def _count(state: State, name: str) -> int | None:
     if not isinstance(value, int):
         return None
     if not 0 <= value < 2**63:
-        raise ValueError(
-            f"'{name}' should be a number of updates, from 0 to 2**63 - 1, got {shown_integer(value)}; correct it."
-        )
+        raise ValueError(f"'{name}' should be a number of updates, from 0 to 2**63 - 1, got {value}; correct it.")
     return value

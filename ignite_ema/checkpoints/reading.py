@@ -9,11 +9,12 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from ..averaging.checks import listed
 from .detection import covers, fault, find, merged, plain_name, raw_beside
-from .files import ForeignObject, copied, kind_of, listed, load_file, mebibytes, quoted
+from .files import ForeignObject, copied, kind_of, load_file, mebibytes, quoted
 from .formats import FORMATS, Found, Names, State, Tensors, within
 
-__all__ = ["Averaged", "SeveralAverages", "Source", "averaged_state_dict", "choices", "read", "read_part"]
+__all__ = ["Averaged", "SeveralAverages", "Source", "averaged_state_dict", "read", "read_part"]
 
 Source: TypeAlias = str | os.PathLike[str] | State
 Base: TypeAlias = nn.Module | Source | None
@@ -50,7 +51,17 @@ class Averaged:
 
 
 class SeveralAverages(ValueError):
-    """A file holds several averages, and nothing says which is meant."""
+    """A source holds several averages, and nothing says which is meant.
+
+    Attributes:
+        choices: the averages.
+    """
+
+    def __init__(self, where: str, choices: list[Found]) -> None:
+        super().__init__(
+            f"{where} should hold one average, got several; choose one by its key (--key): {_shown(choices)}."
+        )
+        self.choices = choices
 
 
 def read(
@@ -153,12 +164,6 @@ def read_part(
     return replace(averaged, tensors=tensors, online=None), []
 
 
-def choices(source: Source, key: str | None = None) -> list[Found]:
-    """The averages in a file, or if there are none its plain weights, each of them once; with a key those it fits."""
-    found = _found(_content(source), _named_source(source))
-    return merged([one for one in found if key is None or one.answers_to(key)])
-
-
 def _read(source: Source, key: str | None, names: Names, where: str) -> tuple[Averaged, Sequence[str]]:
     """What a source itself has of an average, still mapped to the file, and the names of all frozen tensors."""
     found = _chosen(_found(_content(source), where), key, where)
@@ -217,18 +222,15 @@ def _chosen(found: list[Found], key: str | None, where: str) -> Found:
     else:
         chosen = [one for one in found if one.answers_to(key)]
     if not chosen:
-        raise ValueError(f"key should be one of {_listed_choices(found)} in {where}, got {quoted(key)}.")
+        raise ValueError(f"key should be one of {_shown(found)} in {where}, got {quoted(key)}.")
     chosen = merged(chosen)
     if len(chosen) > 1:
-        raise SeveralAverages(
-            f"{where} should hold one average, got several; choose one by its key (--key): {_listed_choices(chosen)}."
-        )
+        raise SeveralAverages(where, chosen)
     return chosen[0]
 
 
-def _listed_choices(found: list[Found]) -> str:
-    notes = [f"; {one.note}" if one.note else "" for one in found]
-    shown = [f"{quoted(one.label)} ({one.system}{note})" for one, note in zip(found, notes, strict=True)]
+def _shown(found: list[Found]) -> str:
+    shown = [f"{quoted(one.label)} ({'; '.join(filter(None, (one.system, one.note)))})" for one in found]
     return ", ".join(shown[:_MOST_SHOWN] + [f"… ({len(shown)} in all)"] * (len(shown) > _MOST_SHOWN))
 
 
@@ -312,22 +314,22 @@ def _completed(tensors: dict[str, Tensor], base: State, missing: Sequence[str], 
     Args:
         tensors: of the average.
         base: a state dict of the same model.
-        missing: the names that have to come from the base, and no others; where it is empty, all that it has.
+        missing: the names that have to come from the base, and no others; if there are none, all that it has.
         where: what holds the average, for messages.
     """
-    held = _cleaned(base, "base")
-    for name in tensors.keys() & held.keys():
-        if tensors[name].shape != held[name].shape:
+    own = _cleaned(base, "base")
+    for name in tensors.keys() & own.keys():
+        if tensors[name].shape != own[name].shape:
             raise ValueError(
                 f"{quoted(name)} of base should have the shape that it has in {where}, {_shape(tensors[name])}, got "
-                f"{_shape(held[name])}; pass a state dict of the same model (--base)."
+                f"{_shape(own[name])}; pass a state dict of the same model (--base)."
             )
-    if lacking := [name for name in missing if name not in held]:
+    if lacking := [name for name in missing if name not in own]:
         raise ValueError(
             f"base should have what the average in {where} lacks, but has no {listed(lacking)}; pass a state dict of "
             "the same model (--base)."
         )
-    added = {name: held[name] for name in (missing or held) if name not in tensors}
+    added = {name: own[name] for name in (missing or own) if name not in tensors}
     if not added:
         raise ValueError(f"base should add to the average in {where}, but that has all of its tensors; leave it out.")
     return tensors | added
@@ -361,6 +363,6 @@ def _stripped(averaged: Averaged, prefix: str | None, where: str) -> Averaged:
 
 
 def _changed(averaged: Averaged, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Averaged:
-    """The same with another state dict for the averaged weights, and for the raw ones where there are some."""
+    """The same with another state dict for the averaged weights, and for the raw ones if there are any."""
     online = None if averaged.online is None else change(averaged.online)
     return replace(averaged, tensors=change(averaged.tensors), online=online)

@@ -12,13 +12,24 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..averaging.checks import one_line, warn_first_rank, warn_user
+from ..averaging.sharding import fsdp_modules, reshard
 
-__all__ = ["Attachment", "Attachments", "Event", "Owner", "attachments", "check_attachable", "members_of", "optimizer_with_hooks"]
+__all__ = [
+    "Attachment",
+    "Attachments",
+    "Event",
+    "Owner",
+    "attachments",
+    "check_attachable",
+    "members_of",
+    "optimizer_with_hooks",
+]
 
 Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
 _ATTACHMENTS = "_ignite_ema_attachments"  # the attribute of an engine under which its attachments are found
 
+_BEFORE_STEP = (None, Events.STARTED, Events.EPOCH_STARTED, Events.ITERATION_STARTED, Events.GET_BATCH_COMPLETED)
 # Ignite passes these handlers more than the engine, and listening to the first swallows the exception.
 _NOT_FOR_UPDATES = (Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH)
 
@@ -75,21 +86,23 @@ class Attachment(RemovableEventHandle):
         update.__qualname__ = update.__name__ = f"{type(owner).__name__}.update"
         self._held: list[object] = [update]
         super().__init__(event, update, engine)  # type: ignore[arg-type]  # a string is as good
-        self.owner, self.names = owner, names
+        self.owner: Any = owner
+        self.names = names
         self.is_attached = True
         self.has_stepped = False
         self.watches_steps = optimizer is not None
         self.updates = self.first_iteration = self._left_out = 0
         self._last: tuple[int, int] | None = None  # the iteration of the last update, and the member that made it
         self._noted_at: int | None = None  # the iteration in which the average was saved or evaluated last
-        self._was_late = self._has_updated = False
+        self._was_late = self._has_updated = self._has_ended = False
         self._new_names = tuple(new_names)
         self._members = members_of(event, engine)
         for index, member in enumerate(self._members):
             engine.add_event_handler(member, update, index)
         self._undo = ExitStack()
         self.call_at(engine, Events.STARTED, self._on_started)
-        self.call_at(engine, Events.COMPLETED, self._on_completed)
+        for end in (Events.TERMINATE, Events.COMPLETED):  # terminate() may leave the second out
+            self.call_at(engine, end, self._on_end)
         if optimizer is not None:
             self._undo.callback(_watch_steps(optimizer, ref(self)).remove)
         vars(engine).setdefault(_ATTACHMENTS, []).append(self)
@@ -121,7 +134,8 @@ class Attachment(RemovableEventHandle):
 
     def note_reading(self) -> None:
         """Notes that the average is saved or evaluated now: an update that follows in the same iteration is late."""
-        if (engine := self.engine()) is not None:
+        engine = self.engine()
+        if engine is not None and engine.last_event_name not in _BEFORE_STEP:  # a step itself may use the average
             self._noted_at = engine.state.iteration
 
     def remove(self) -> None:
@@ -162,6 +176,7 @@ class Attachment(RemovableEventHandle):
         if engine.state.iteration == 0:
             self._last = None  # a new run counts from 1 again
         self.first_iteration, self.updates, self._noted_at = engine.state.iteration, 0, None
+        self._has_ended = False
 
         def first_iteration(engine: Engine) -> None:
             handle.remove()
@@ -170,11 +185,14 @@ class Attachment(RemovableEventHandle):
 
         handle = self.call_at(engine, Events.ITERATION_STARTED, first_iteration)
 
-    def _on_completed(self, engine: Engine) -> None:
+    def _on_end(self, engine: Engine) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
         if self._left_out and not self._has_updated:
             warn_first_rank(
                 f"The optimizer of {self.names_in_words} should have stepped in this run, but {self._left_out} events "
-                "passed without a step and the average has not moved. Attach the handler with the optimizer that trains."
+                "passed without a step and the average has not moved. Attach with the optimizer that trains."
             )
         elif self.is_attached:
             self.owner._on_run_end(engine, self)
@@ -286,6 +304,7 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
                 "optimizer should be a torch.optim.Optimizer, or have it as .optimizer, got "
                 f"{type(optimizer).__name__}. Pass the one that trains."
             )
+    reshard(fsdp_modules(model))  # or it has the gathered parameters, which no optimizer has
     parameters = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in parameters for group in found.param_groups for parameter in group["params"]):
         warn_user(
@@ -298,11 +317,13 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
 
 def _takes_hooks(optimizer: Any) -> bool:
     """Whether step hooks can be registered: a wrapper may be of the class, and not have been made as an optimizer."""
+    if not isinstance(optimizer, Optimizer):
+        return False
     try:
-        optimizer.register_step_post_hook(_word).remove()
+        optimizer.register_step_post_hook(lambda *_: None).remove()
     except AttributeError:
         return False
-    return isinstance(optimizer, Optimizer)
+    return True
 
 
 def _watch_steps(optimizer: Optimizer, attachment: "ref[Attachment]") -> RemovableHandle:

@@ -1,7 +1,7 @@
 """The Ignite handler: attaches a :class:`~ignite_ema.ModelAverage` to an engine."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from ignite.engine import Engine, Events
@@ -17,14 +17,13 @@ from ..averaging.checks import (
     module_summary,
     momentum_summary,
     one_line,
-    refuse_shallow_copy,
     warn_first_rank,
 )
 from ..averaging.names import unwrapped
 from ..averaging.state import AVERAGE_STATE, check_average_state
 from ..averaging.swap import Swapped
 from ..checkpoints.formats import Names
-from ..checkpoints.reading import Source, read
+from ..checkpoints.reading import Source, read_part
 from ..schedules import Schedule
 from .attachment import Attachment, Attachments, Event, check_attachable, optimizer_with_hooks
 from .evaluation import EvaluationSwap, swaps
@@ -95,9 +94,12 @@ class EMAHandler:
         share_frozen: bool = False,
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
+        **unknown: NoReturn,
     ) -> None:
+        for name, value in dict[str, Any](unknown).items():
+            way_out = f"; a momentum is 1 - decay: pass momentum={1 - value:g}" if name == "decay" else ""
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{way_out}.")
         schedule = schedule_from(momentum, momentum_warmup, warmup_iters)
-        self._momentum = Momentum(momentum, schedule)
         #: The :class:`~ignite_ema.ModelAverage` that the handler drives.
         self.average = ModelAverage(
             model,
@@ -110,10 +112,9 @@ class EMAHandler:
             skip_nonfinite=skip_nonfinite,
             stochastic_rounding=stochastic_rounding,
         )
+        self._momentum = Momentum(momentum, schedule)
         self._guidance = Guidance(self.average, self._momentum)
         self._attachments = Attachments()
-
-    __copy__ = refuse_shallow_copy
 
     def __repr__(self) -> str:
         return one_line(
@@ -202,7 +203,7 @@ class EMAHandler:
             warn_if_exists: warn if it exists; a plain momentum goes on from its value, a schedule overwrites it.
             event: when to update. Members of an ``EventsList`` that fire in the same iteration update once.
             optimizer: update only if this optimizer has stepped since the last event: with gradients accumulated over
-                several iterations, and if a ``GradScaler`` skips steps. A wrapper that has it as ``.optimizer`` will do.
+                several iterations, and if a ``GradScaler`` skips steps. A wrapper with an ``.optimizer`` will do.
 
         Raises:
             TypeError, ValueError: for a name of the engine's own, a value there that is no momentum, an event that the
@@ -251,6 +252,7 @@ class EMAHandler:
         self.average.reset(buffers_only=buffers_only)
         if not buffers_only:
             self._go_on()
+            self._guidance.start_here()
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
@@ -259,8 +261,8 @@ class EMAHandler:
         is_swapped = self.average.is_swapped()
         if is_swapped:
             warn_first_rank(
-                "The EMA handler is saved inside swapped() or swap_during(). Its own state is right, but a model that is "
-                "saved beside it has averaged weights, too. Save what you resume from at an event of the trainer."
+                "The EMA handler is saved inside swapped() or swap_during(). Its own state is right, but a model that "
+                "is saved beside it has averaged weights, too. Save what you resume from at an event of the trainer."
             )
         return {
             **self.average.state_dict(),
@@ -326,14 +328,15 @@ class EMAHandler:
         if isinstance(source, Mapping) and "averaged_tensors" in source:
             tensors, count = source, source.get("num_updates")
         else:
-            found = read(source, key=key, names=unwrapped(self.ema_model) if names is None else names)
+            found, _ = read_part(source, key, unwrapped(self.ema_model) if names is None else names)
             tensors, count = found.tensors, found.num_updates
         count = count if num_updates is None else num_updates
-        if count is None and self._momentum.counts and not self._guidance.start_is_known:
+        first = self._momentum.at(0)
+        if count is None and self._momentum.counts and not self._guidance.start_is_known and first < 1:
             raise ValueError(
                 "num_updates should be the number of updates that the loaded average counts for, which the checkpoint "
                 f"does not say: {described(self._momentum.schedule)} would go on with a momentum of "
-                f"{self._momentum.at(0):g}. Pass num_updates=, 0 to start the schedule."
+                f"{first:g}. Pass num_updates=, 0 to start the schedule."
             )
         if count is not None:
             check_count(count)
@@ -358,7 +361,8 @@ class EMAHandler:
         momentum = self._momentum.take(engine.state, attachment.names[0], self.num_updates)
         if engine.should_terminate and (name := self.average.first_nonfinite()) is not None:
             warn_first_rank(
-                f"{name} holds a NaN or an infinity while the run is being terminated, and the average was left as it is."
+                f"{name} holds a NaN or an infinity while the run is being terminated, and the average was left as it "
+                "is."
             )
             return
         self.average.update(momentum)

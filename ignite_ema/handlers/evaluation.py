@@ -1,10 +1,9 @@
 """What ``EMAHandler.swap_during`` puts on an evaluator, and how it is taken away again."""
 
-from typing import Any, Protocol
+from typing import Any
 
 from ignite.engine import Engine, Events
 from ignite.engine.events import State
-from torch import nn
 
 from ..averaging.checks import check_flags, one_line, warn_user
 from ..averaging.sharding import broadcast_buffers
@@ -14,12 +13,6 @@ from .attachment import attachments
 __all__ = ["EvaluationSwap", "swaps"]
 
 _SWAPS = "_ignite_ema_swaps"  # the attribute of an engine under which its swaps are found
-
-
-class Swapping(Protocol):
-    """A handler, as an evaluation calls it."""
-
-    def _swapped(self, buffers_from: Any) -> Swapped: ...
 
 
 def swaps(engine: Engine) -> "list[EvaluationSwap]":
@@ -42,7 +35,7 @@ class EvaluationSwap:
         is_attached: whether it still swaps.
     """
 
-    def __init__(self, owner: Swapping, engine: Engine, sync_buffers: bool) -> None:
+    def __init__(self, owner: Any, engine: Engine, sync_buffers: bool) -> None:
         if not isinstance(engine, Engine):
             raise TypeError(f"evaluator should be an ignite Engine, got {type(engine).__name__}.")
         check_flags(sync_buffers=sync_buffers)
@@ -56,7 +49,7 @@ class EvaluationSwap:
                 "An EMAHandler should swap during the runs of an evaluator once, but it does so already. Call remove() "
                 "on the handle of that call first."
             )
-        self.owner = owner
+        self.owner: Any = owner
         self.is_attached = True
         self._buffers_from = broadcast_buffers if sync_buffers else None
         self._swap: Swapped | None = None
@@ -84,11 +77,13 @@ class EvaluationSwap:
         engine = memo.get(id(self._engine), self._engine)
 
         def run(*args: Any, **kwargs: Any) -> State:
-            warn_user(
-                "This engine is a copy of one that swap_during() was called with, and evaluates the model's own "
-                "weights. Call swap_during() with the copy."
-            )
-            return type(engine).run(engine, *args, **kwargs)
+            if not swaps(engine):
+                warn_user(
+                    "This engine is a copy of one that swap_during() was called with, and evaluates the model's own "
+                    "weights. Call swap_during() with the copy."
+                )
+            state: State = type(engine).run(engine, *args, **kwargs)
+            return state
 
         copied._inner = run
         return copied

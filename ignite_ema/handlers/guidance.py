@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..averaging.average import ModelAverage
-from ..averaging.checks import counted, warn_first_rank
+from ..averaging.checks import counted, warn_first_rank, warn_user
 from ..averaging.kernels import norms
 from ..averaging.names import tensors_of
 from ..averaging.sharding import local
@@ -23,14 +23,19 @@ class Guidance:
         momentum: the momentum of the handler.
 
     Attributes:
-        start_is_known: whether the average starts where it is meant to: it was restored, reset or set, or has moved.
+        start_is_known: whether the average starts where it is meant to: it was restored or set, or has moved.
     """
 
     def __init__(self, average: ModelAverage, momentum: Momentum) -> None:
         self._average, self._momentum = average, momentum
         self._told: set[str] = set()
         self._norms_when_made = norms(self._parameters())
-        self.start_is_known = False
+        self.start_is_known = self._was_reset = False
+
+    def start_here(self) -> None:
+        """Notes that the average was reset to the model: only what is loaded into the model from now on is missed."""
+        self._norms_when_made = norms(self._parameters())
+        self.start_is_known, self._was_reset = False, True
 
     def check_start(self, name: str, iteration: int) -> None:
         """Warns if a run is resumed with a handler that was not restored, or starts from other weights."""
@@ -41,7 +46,7 @@ class Guidance:
         is_stale = is_as_made and self._differs_from_model()  # reset() was forgotten
         if not is_as_made:
             self._told.add("initial share")  # which says nothing: the weights have come from elsewhere
-        if iteration > 0 and (is_as_made or self._momentum.counts):
+        if iteration > 0 and not self._was_reset and (is_as_made or self._momentum.counts):
             weights = "the weights that it was made with" if is_stale else "the weights of now"
             lost = f"its average starts from {weights}" if is_as_made else "its momentum starts again"
             warn_first_rank(
@@ -50,9 +55,10 @@ class Guidance:
                 "Checkpoint.load_objects, or call handler.reset() if the average is meant to start here."
             )
         elif is_stale and self._momentum.at(0) < 1:
-            warn_first_rank(
-                f"The model has other weights than when the EMA handler of '{name}' was made (loaded or synchronised "
-                "since), and the average starts from the old weights. Call handler.reset() when the model is ready."
+            warn_user(  # on each rank: DistributedDataParallel gives the others the weights of the first
+                f"The model has other weights than when the EMA handler of '{name}' was made or reset (loaded or "
+                "synchronised since), and the average starts from the old weights. Call handler.reset() when the model "
+                "is ready."
             )
 
     def check_end(self, name: str, iterations: int, updates: int) -> None:
@@ -70,9 +76,9 @@ class Guidance:
                 f"The run of {counted(iterations, 'iteration')} should have updated the average of '{name}', but its "
                 "event never fired. Attach the handler with an event that this run fires.",
             )
-        if not updates or not average.initial_share > _TOO_MUCH:  # NaN: unknown
+        if not updates or not average.num_updates or not average.initial_share > _TOO_MUCH:  # NaN: unknown
             return
-        last = self._momentum.at(max(0, average.num_updates - 1))
+        last = self._momentum.at(average.num_updates - 1) or 0.0002
         self._tell_once(
             "initial share",
             f"After {counted(average.num_updates, 'update')} {average.initial_share:.0%} of the average of '{name}' is "

@@ -82,8 +82,8 @@ class Momentum:
                 else f"This handler writes its own momentum there from now on, over the value {value!r}."
             )
             warn_user(
-                f"Attribute '{name}' already exists in Engine.state, made by another handler or loaded with the engine. "
-                f"{effect} Choose another name, or set warn_if_exists to False if you mean that."
+                f"Attribute '{name}' already exists in Engine.state, made by another handler or loaded with the "
+                f"engine. {effect} Choose another name, or set warn_if_exists to False if you mean that."
             )
         if not goes_on:
             setattr(state, name, momentum)

@@ -17,7 +17,6 @@ from ..averaging.checks import (
     check_count,
     check_saved_mapping,
     one_line,
-    refuse_shallow_copy,
     warn_first_rank,
     warn_user,
 )
@@ -158,8 +157,6 @@ class PostHocEMA:
         self._times: list[int] = []
         self._resumed_at: int | None = 0  # the time of the state; None once the directory is prepared to go on from it
         self._start_is_known = True
-
-    __copy__ = refuse_shallow_copy
 
     def __repr__(self) -> str:
         return one_line(
@@ -480,7 +477,8 @@ def _checked_twins(twins: Sequence[nn.Module] | None, sigma_rels: Sequence[float
         return [None] * len(sigma_rels)
     if len({id(twin) for twin in twins}) != len(sigma_rels) or len(twins) != len(sigma_rels):
         raise ValueError(
-            f"ema_models should be {len(sigma_rels)} different modules, one for each width, got {twins!r}."
+            f"ema_models should be {len(sigma_rels)} different modules, one for each width, got {len(twins)} that are "
+            "not."
         )
     return twins
 
@@ -500,11 +498,18 @@ def _check_state(state: Mapping[str, Any], sigma_rels: Sequence[float], time_uni
         check_count(state[key], f"{key!r} of the state")
     for stream in streams:
         check_average_state(state[stream])
+    at, times = state["updated_at"], state["snapshot_times"]
     forms = [
         (one["num_updates"], {name: getattr(x, "shape", None) for name, x in one["averaged_tensors"].items()})
         for one in map(state.__getitem__, streams)
     ]
-    if any(form != forms[0] for form in forms) or max(state["snapshot_times"], default=0) > state["updated_at"]:
+    if (
+        any(form != forms[0] for form in forms)
+        or (time_unit == "updates" and forms[0][0] != at)
+        or times != sorted({time for time in times if type(time) is int and 0 < time <= at})
+        or not state["run_id"]
+    ):
         raise ValueError(
-            "The averages of the state should be of the same model and time; load what state_dict() gave, unchanged."
+            "The averages and snapshots of the state should be of one model and one run until its time, got others; "
+            "load what state_dict() gave, unchanged."
         )

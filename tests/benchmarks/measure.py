@@ -20,12 +20,12 @@ __all__ = ["Call", "busy", "machine", "ratios", "summary", "timed", "write"]
 
 Call: TypeAlias = Callable[[], object]
 
-_SWEPT = 2**25  # floats, more than a cache holds
+_SWEPT = 2**22  # floats, 16 MiB: more than the caches of a core, and much of those that cores share
 _PACKAGES = {"pytorch-ignite", "torch", "diffusers", "ema-pytorch", "lightning", "timm", "torch-ema"}
 
 
 def timed(calls: Mapping[str, Call], rounds: Iterable[object]) -> dict[str, list[float]]:
-    """Seconds of one call of each in every round; before each, the caches are emptied, as a training step does.
+    """Seconds of one call of each in every round; before each, other data goes through the caches, as in training.
 
     Every round has an order of its own: torch's threads go on spinning for a moment after a parallel operation, and
     where cores are scarce, whatever always came next would pay for it.

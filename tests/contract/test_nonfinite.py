@@ -8,7 +8,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ignite_ema import EMAHandler, ModelAverage
+from ignite_ema import EMAHandler, EMAWarning, ModelAverage
 from ignite_ema.schedules import CopyUntil, EqualWeight
 from tests.helpers.bits import contents
 from tests.helpers.models import frozen, linear, module, move, sgd
@@ -34,7 +34,7 @@ def several(dtype, role):
 
 def spoilt(model):
     """Warns of the tensor that is spoilt, once."""
-    return pytest.warns(UserWarning, match=f"'{model}' holds a NaN or an infinity")
+    return pytest.warns(EMAWarning, match=f"'{model}' holds a NaN or an infinity")
 
 
 @pytest.mark.parametrize("value", SPOILERS)
@@ -45,7 +45,7 @@ def test_averaged_buffers_that_meet_one_are_left_alone_and_the_parameters_are_av
     before = contents(average.module)
     move(model)
     model.b[3] = SPOILERS[value]
-    with pytest.warns(UserWarning, match="'b' holds a NaN or an infinity, and the averaged buffers of its") as caught:
+    with pytest.warns(EMAWarning, match="'b' holds a NaN or an infinity, and the averaged buffers of its") as caught:
         assert [average.update(1.0) for _ in range(2)] == [True, True]
     assert len(caught) == 1
     assert (average.num_skipped, average.num_updates) == (0, 2)
@@ -66,9 +66,9 @@ def test_an_update_that_meets_a_nan_or_an_infinity_is_left_out_and_counted(dtype
     before = contents(average.module)
     move(model)
     model.b.detach()[3] = SPOILERS[value]
-    with pytest.warns(UserWarning, match="'b' holds a NaN or an infinity.*num_skipped counts") as caught:
+    with pytest.warns(EMAWarning, match="'b' holds a NaN or an infinity.*num_skipped counts") as caught:
         assert [average.update(momentum) for momentum in (0.0, 0.5, 1.0)] == [False] * 3
-    assert [warning.filename for warning in caught] == [__file__]
+    assert len(caught) == 1
     assert average.num_skipped == 3
     assert contents(average.module) == before
     model.b.detach()[3] = 1.0
@@ -227,18 +227,28 @@ def test_an_update_that_was_left_out_for_a_step_waits_for_the_next_step():
     assert counts == [(0, 1), (0, 1), (1, 1), (1, 1)]
 
 
-def test_reset_counts_and_warns_from_the_start():
+def test_reset_counts_from_the_start():
     model = linear()
-    handler = EMAHandler(model, 0.25, skip_nonfinite=True)
-    trainer = Engine(lambda engine, batch: model.weight.data.fill_(torch.nan))
+    average = ModelAverage(model, skip_nonfinite=True)
+    model.weight.data.fill_(torch.nan)
+    with spoilt("weight"):
+        average.update(0.5)
+    average.reset()
+    assert average.num_skipped == 0
+
+
+def test_a_nan_that_ends_the_run_stays_out_of_the_average_and_is_warned_about():
+    model = linear()
+    handler = EMAHandler(model, 0.5)
+    trainer = spoiling(model, 3)
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: model.bias.isnan().any() and trainer.terminate()
+    )  # as TerminateOnNan does
     handler.attach(trainer)
-    for _ in range(2):
-        with spoilt("weight"):
-            trainer.run([0])
-        assert handler.num_skipped == 1
-        model.weight.data.fill_(0.0)
-        handler.reset()
-        assert handler.num_skipped == 0
+    with pytest.warns(EMAWarning, match="'bias' holds a NaN .* while the run is being terminated"):
+        trainer.run([0] * 5)
+    assert handler.num_updates == 2
+    assert handler.ema_model.bias.isfinite().all()
 
 
 class Synchronisations(TorchDispatchMode):

@@ -1,8 +1,8 @@
 """Worlds of worker processes: each is started once for all tests, and runs one scenario after the other.
 
 A world is a gloo process group of a fixed number of ranks. A scenario is a function that can be imported; each rank
-calls it. A world in which a scenario failed, ended a process, took the group apart or left many others behind is ended,
-and the next scenario of that size starts another one.
+calls it. A world in which a scenario failed, took the group apart or left many others behind is ended, and the next
+scenario of that size starts another one.
 """
 
 import atexit
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.helpers import own_warnings
+from ignite_ema import EMAWarning
 
 MOST_GROUPS = 20  # that scenarios may leave behind in a world; the threads of each wake up now and then
 TIMEOUT = 60  # seconds for a scenario, and for a message between ranks; the longest scenario needs five
@@ -81,13 +81,12 @@ class World:
         for pipe in self._pipes:
             pipe.send((scenario, args))
 
-    def outcomes(self, scenario, *args, timeout=TIMEOUT, all_ranks=True) -> list[Outcome]:
-        """How ``scenario(*args)`` ended on each rank.
+    def outcomes(self, scenario, *args, timeout=TIMEOUT) -> list[Outcome]:
+        """How ``scenario(*args)`` ended on each rank; when it has failed on one, the others are not waited for.
 
         Args:
             scenario: a function that can be imported.
             timeout: seconds; a rank that is not done then has an error that says so.
-            all_ranks: wait for the others when it has failed on one; else theirs is "not waited for".
         """
         begin = monotonic()
         self.start(scenario, *args)
@@ -102,8 +101,8 @@ class World:
                     self._processes[rank].join(10)
                     result, error = None, f"it ended with exit code {self._processes[rank].exitcode}"
                 outcomes[rank] = Outcome(result, error, monotonic() - begin)
-                if error and not all_ranks:
-                    waiting = {}
+            if any(outcome and outcome.error for outcome in outcomes):
+                break
         late = "not waited for" if monotonic() - begin < timeout else f"it should end within {timeout} s"
         outcomes = [outcome or Outcome(None, late, monotonic() - begin) for outcome in outcomes]
         self.is_usable &= not any(outcome.error for outcome in outcomes)
@@ -126,19 +125,11 @@ class World:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def outcomes(ranks, scenario, *args, timeout=TIMEOUT) -> list[Outcome]:
-    """How ``scenario(*args)`` ends on each rank of a world, failures included."""
-    world = _of_size(ranks)
-    found = world.outcomes(scenario, *args, timeout=timeout)
-    _tidy(world, ranks)
-    return found
-
-
 def run_world(folder, ranks, scenario, *args, timeout=TIMEOUT) -> list[Any]:
     """What ``scenario(folder, *args)`` returns on each rank; raises the first thing that goes wrong."""
     world = _of_size(ranks)
     try:
-        found = world.outcomes(scenario, folder, *args, timeout=timeout, all_ranks=False)
+        found = world.outcomes(scenario, folder, *args, timeout=timeout)
         raise_first(scenario, found)
     finally:
         _tidy(world, ranks)
@@ -190,7 +181,6 @@ def close_worlds() -> None:
 
 def _work(pipe, group, rank, ranks):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    own_warnings.mark_own_warnings()
     torch.set_num_threads(1)  # the bits of a sum depend on the number of threads
     dist.init_process_group(
         "gloo", init_method=f"file://{group}", rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT)
@@ -216,7 +206,7 @@ def _call(scenario, args):
     random.seed(0)
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", own_warnings.OwnWarning)
+        warnings.simplefilter("error", EMAWarning)
         try:
             return scenario(*args), None
         except BaseException:

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ignite_ema import __version__
-from ignite_ema import cli
+from ignite_ema import __version__, cli
+from ignite_ema.checkpoints import reading
 from ignite_ema.cli import main
-
 
 ROOT = Path(__file__).parents[2]
 ONE = {"größe.w": torch.ones(1)}

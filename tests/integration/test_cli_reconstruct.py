@@ -127,7 +127,9 @@ def test_several_lengths_have_names_of_their_own(command, written, capsys):
     lines = printed.out.splitlines()
     assert [line.partition(": ")[0] for line in lines] == [f"'run_{name}.pt'" for name in names]
     assert "UniformProfile(window=0.5) at 56 updates (iteration 56, epoch 1), residual " in lines[3]
-    assert printed.err.startswith("ignite-ema: warning: The closest sum of snapshots differs from UniformProfile(window=0.5)")
+    assert printed.err.startswith(
+        "ignite-ema: warning: The closest sum of snapshots differs from UniformProfile(window=0.5)"
+    )
     assert printed.err.count("\n") == 1
     targets = [0.1, 0.075, posthoc.ExponentialProfile(0.05)]
     for name, due in zip(names, posthoc.reconstruct(written, targets, 56), strict=False):

@@ -40,6 +40,7 @@ def made(held_by_model=torch.float32, **options):
     return model, ModelAverage(model, **options)
 
 
+@torch.no_grad()
 def move(model):
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.add_(torch.ones_like(tensor) if not tensor.is_floating_point() else torch.rand_like(tensor))

@@ -19,11 +19,11 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 
-from ignite_ema import EMAHandler, checkpoints
+from ignite_ema import EMAHandler, EMAWarning, checkpoints
 from ignite_ema.checkpoints import averaged_state_dict, load_file, read, save_file
 from ignite_ema.cli import main
 from ignite_ema.distributed import ShardedSaver, load_objects
-from tests.helpers import own_warnings, runs
+from tests.helpers import runs
 from tests.helpers.files import Evil, newest
 from tests.helpers.models import net as small_net
 
@@ -65,8 +65,7 @@ class Killed:
 
 
 def _begin(target, sender, *args):
-    own_warnings.mark_own_warnings()
-    warnings.simplefilter("error", own_warnings.OwnWarning)
+    warnings.simplefilter("error", EMAWarning)
     target(sender, *args)
     sender.send("ends")
     time.sleep(60)  # until it is killed
@@ -322,6 +321,10 @@ def test_a_directory_that_lost_a_part_is_refused(tmp_path):
     (tmp_path / "copy" / ".metadata").unlink()
     with pytest.raises(FileNotFoundError, match="there is no '.metadata' in it; name one of"):
         load_objects(objects, tmp_path / "copy")
-    for entrance in (load_file, checkpoints.read, EMAHandler(net()).load_averaged):
-        with pytest.raises(ValueError, match="should be a file, got a directory; name the file in it"):
+    with pytest.raises(ValueError, match="should be a file, got a directory; name the file in it"):
+        load_file(folder)
+    assert checkpoints.read(folder).system == "ignite_ema"
+    (next(folder.glob("*.distcp"))).unlink()
+    for entrance in (checkpoints.read, EMAHandler(net()).load_averaged):
+        with pytest.raises(ValueError, match="should hold all that was saved, but .* is not whole in its files"):
             entrance(folder)

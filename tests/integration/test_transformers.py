@@ -224,7 +224,8 @@ def test_a_saved_state_resumes(name, averaged):
     resumed = EMAHandler(other, 0.25)
     other.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["ema_handler"])
-    assert contents(resumed.ema_model) == contents(handler.ema_model)
+    kept = resumed.ema_model.state_dict()
+    assert all(map(torch.equal, kept.values(), handler.ema_model.state_dict().values()))  # other buffers are not saved
     assert resumed.num_updates == 1
     plain = build(name, 2)
     plain.load_state_dict(handler.ema_model.state_dict())

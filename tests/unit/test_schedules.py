@@ -14,6 +14,7 @@ from ignite_ema.schedules import (
     Constant,
     CopyUntil,
     Cosine,
+    Debiased,
     EqualWeight,
     ExponentialWarmup,
     HalfLife,
@@ -54,9 +55,12 @@ FORMULAS = [
     (HalfLife(100), lambda n: 1 - 0.5 ** (1 / 100)),
     (HalfLife(10_000, 0.05, 32), lambda n: 1 - 0.5 ** (32 / min(10_000, 0.05 * (n + 1) * 32))),
     (PowerFunction(0.10), lambda n: 1 - (1 - 1 / (n + 1)) ** (6.937203937601806 + 1)),
+    (Debiased(0.01), lambda n: 0.01 / (1 - 0.99 ** (n + 1))),
+    (Debiased(1.0), lambda n: 1.0),
     (CopyUntil(1, Constant(0.1)), lambda n: 1.0 if n == 0 else 0.1),
     (CopyUntil(5, Annealing(0.1, 4)), lambda n: 1.0 if n < 5 else max(0.1, 4 / (4 + n - 4))),
     (Rescaled(Constant(0.1), 3), lambda n: 1 - 0.9**3),
+    (Rescaled(Debiased(0.01), 3), lambda n: (1 - 0.99**3) / (1 - 0.99 ** (3 * (n + 1)))),
     (Rescaled(LinearWarmup(0.5, 0.0, 10), 0.5), lambda n: 1 - math.sqrt(1 - min(0.5, 0.5 * n / 9))),
 ]
 SCHEDULES = [schedule for schedule, _ in FORMULAS]
@@ -114,6 +118,13 @@ def test_rules_that_copy_first_trace_as_in_mmengine():
     assert trace(CopyUntil(1, Constant(0.1))) == pytest.approx([10, 11, 12.9, 15.61])
     assert trace(EqualWeight()) == pytest.approx([10, 15, 20, 25])
     assert trace(CopyUntil(1, Annealing(0.1, 4))) == pytest.approx([10, 18, 26, 34])
+
+
+def test_a_debiased_average_is_the_weighted_mean_of_the_weights_alone():
+    seen = trace(Debiased(0.3))
+    weights = [0.7**age for age in (3, 2, 1, 0)]
+    assert seen[0] == 10
+    assert seen[3] == pytest.approx(sum(w * x for w, x in zip(weights, (10, 20, 30, 40), strict=True)) / sum(weights))
 
 
 def test_rescaled_updates_compound_to_the_schedules_own():

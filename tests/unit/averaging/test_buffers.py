@@ -1,50 +1,143 @@
-"""Buffers that are not like others: sparse ones."""
+"""What an update does with buffers: which are averaged, and those that are unlike others."""
 
 import pytest
 import torch
 from torch import nn
 
-from ignite_ema import ModelAverage
-from tests.helpers.models import frozen, module
+from ignite_ema import EMAWarning, ModelAverage
+from tests.helpers.models import frozen, module, move, net
 
 SPARSE = {"coo": torch.Tensor.to_sparse, "csr": torch.Tensor.to_sparse_csr}
 
 
+def observed(**buffers):
+    return module(weight=frozen(torch.zeros(1)), **buffers)
+
+
+# "statistics".
+
+
+def test_statistics_are_the_running_means_and_variances_of_normalisation_layers():
+    model = nn.ModuleDict({"net": net(), "other": observed(scale=torch.ones(2))})
+    average = ModelAverage(model, "statistics")
+    before = {name: one.clone() for name, one in average.module.named_buffers()}
+    model["net"](torch.randn(8, 3))
+    model["other"].scale.fill_(3.0)
+    average.update(0.5)
+    after = dict(average.module.named_buffers())
+    for name, online in model.named_buffers():
+        is_statistic = name in ("net.1.running_mean", "net.1.running_var")
+        assert torch.equal(after[name], torch.lerp(before[name], online, 0.5) if is_statistic else online), name
+    assert average.treatments()["net.1.running_var"] == "average"
+    assert average.treatments()["other.scale"] == "copy"
+
+
+def test_statistics_leave_the_vectors_of_spectral_norm_unit_vectors():
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+    average = ModelAverage(model, "statistics")
+    for _ in range(20):
+        nn.init.normal_(model.parametrizations.weight.original)
+        model.train()(torch.ones(1, 8))
+        average.update(0.1)
+    vector = average.module.parametrizations.weight[0]._u
+    assert torch.equal(vector, model.parametrizations.weight[0]._u)
+    assert vector.norm().item() == pytest.approx(1.0, rel=1e-5)
+
+
+# Not finite under "update".
+
+
+def test_the_range_of_an_observer_is_copied_until_it_is_finite_and_named_when_it_is_not():
+    model = observed(min_val=torch.tensor([torch.inf, torch.inf]), scale=torch.zeros(2))
+    with pytest.warns(EMAWarning, match='^\'min_val\' has no finite value yet.*handle_buffers="statistics"'):
+        average = ModelAverage(model, "update")
+    model.min_val.copy_(torch.tensor([-2.0, torch.inf]))
+    average.update(0.25)
+    assert average.module.min_val.tolist() == [-2.0, torch.inf]
+    model.min_val.copy_(torch.tensor([-4.0, -1.0]))
+    average.update(0.25)
+    assert average.module.min_val.tolist() == [-2.5, -1.0]
+
+
+def test_an_observer_of_torch_averages_its_range():
+    model = nn.Sequential(torch.ao.quantization.MovingAverageMinMaxObserver(), nn.Linear(1, 1))
+    with pytest.warns(EMAWarning, match=r"'0\.min_val', '0\.max_val' has no finite value yet"):
+        average = ModelAverage(model, "update")
+    for _ in range(3):
+        model[0](torch.tensor([-1.0, 3.0]))
+        average.update(0.1)
+    assert (average.module[0].min_val.item(), average.module[0].max_val.item()) == (-1.0, 3.0)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0])
+def test_an_attention_mask_stays_what_it_is_and_is_not_warned_about(momentum):
+    mask = torch.full((3, 3), -torch.inf).triu(1)
+    model = observed(mask=mask.clone(), padding=torch.tensor([0.0, -torch.inf]))
+    average = ModelAverage(model, "update")
+    for _ in range(3):
+        average.update(momentum)
+    assert torch.equal(average.module.mask, mask)
+    assert average.module.padding.tolist() == [0.0, -torch.inf]
+
+
+# Other shapes and layouts.
+
+
+@pytest.mark.parametrize("policy", ["copy", "ema_train", "update"])
+def test_a_buffer_that_grows_is_followed_if_it_is_not_averaged(policy):
+    model = observed()
+    model.register_buffer("positions", torch.arange(2.0), persistent=False)
+    average = ModelAverage(model, policy)
+    model.positions = torch.arange(5.0)
+    if policy == "update":
+        with pytest.raises(RuntimeError, match=r"'positions' has shape \(5,\) in the model and \(2,\) in the twin"):
+            average.update(0.5)
+        return
+    average.update(0.5)
+    assert len(average.module.positions) == (5 if policy == "copy" else 2)
+    with average.swapped():
+        assert torch.equal(model.positions, average.module.positions)
+    assert model.positions.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    average.reset()
+    assert torch.equal(average.module.positions, model.positions)
+
+
 @pytest.mark.parametrize("to_sparse", SPARSE.values(), ids=SPARSE)
-def test_sparse_buffers_are_copied(to_sparse):
-    model = module(weight=frozen(torch.zeros(1)), graph=to_sparse(torch.eye(3)))
+def test_sparse_buffers_are_copied_and_cannot_be_averaged(to_sparse):
+    model = observed(graph=to_sparse(torch.eye(3)))
     average = ModelAverage(model)
     average.update(0.5)
     model.graph = to_sparse(torch.ones(3, 3))  # with more values than before
     average.update(0.5)
-    model.graph = None
     assert torch.equal(average.module.graph.to_dense(), torch.ones(3, 3))
-
-
-@pytest.mark.parametrize("to_sparse", SPARSE.values(), ids=SPARSE)
-def test_sparse_buffers_cannot_be_averaged(to_sparse):
-    model = nn.Sequential(module(graph=to_sparse(torch.eye(3))))
-    message = r"got '0\.graph' with layout torch\.sparse_\w+; .*: handle_buffers=\{\"0\.graph\": \"copy\""
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(TypeError, match=r"got 'graph' with layout torch\.sparse.*\{\"graph\": \"copy\""):
         ModelAverage(model, "update")
-    ModelAverage(model, {"0.graph": "copy", "*": "update"})
+    ModelAverage(model, {"graph": "copy", "*": "update"})  # the way out
+
+
+DENSE = torch.eye(3)
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [
-        (torch.eye(3), torch.eye(3).to_sparse()),
-        (torch.eye(3).to_sparse(), torch.eye(3)),
-        (torch.eye(3).to_sparse(), torch.eye(4).to_sparse()),
-    ],
+    [(DENSE, DENSE.to_sparse()), (DENSE.to_sparse(), DENSE), (DENSE.to_sparse(), torch.eye(4).to_sparse())],
     ids=["becomes sparse", "becomes dense", "other shape"],
 )
-def test_a_sparse_buffer_that_no_longer_matches_raises_and_names_the_path(before, after):
-    model = module(weight=frozen(torch.zeros(1)), graph=before)
+def test_a_copied_buffer_of_another_layout_is_followed(before, after):
+    model = observed(graph=before)
     average = ModelAverage(model)
-    average.update(0.5)
-    model.weight.fill_(1.0)
     model.graph = after
-    with pytest.raises((RuntimeError, TypeError), match="'graph'"):
-        average.update(0.5)
-    assert average.module.weight.item() == 0.0
+    average.update(0.5)
+    assert average.module.graph.layout is after.layout
+    assert torch.equal(average.module.graph.to_dense(), after.to_dense())
+
+
+def test_a_view_of_a_buffer_stays_one():
+    model = nn.Module()
+    model.register_buffer("table", torch.zeros(4))
+    model.tail = model.table[2:]
+    average = ModelAverage(model)
+    move(model)
+    average.update(1)
+    assert torch.equal(average.module.tail, average.module.table[2:])
+    assert torch.equal(average.module.table, model.table)

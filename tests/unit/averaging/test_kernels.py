@@ -48,7 +48,7 @@ def test_complex_tensors_are_averaged(dtype, role):
     assert average.module.view.tolist() == [1.5 - 3j]
 
 
-@pytest.mark.filterwarnings("ignore:A momentum of .* is too small:UserWarning")
+@pytest.mark.filterwarnings("ignore:A momentum of .* is too small:ignite_ema.EMAWarning")
 @pytest.mark.parametrize("momentum", [1e-5, 0.0002, 0.3, 0.7, 1])
 @pytest.mark.parametrize("dtype", FLOATS + EIGHT_BITS, ids=str)
 def test_constant_weights_stay_bit_for_bit_constant(dtype, momentum):

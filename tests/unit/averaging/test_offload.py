@@ -111,14 +111,14 @@ def test_what_is_sent_keeps_its_shapes(monkeypatch):
 class Far:
     """As much of a tensor on a GPU as the choice of a kernel asks for."""
 
-    dtype, device, requires_grad, is_cuda = torch.bfloat16, torch.device("cuda", 0), True, True
+    dtype, device, is_cuda, layout = torch.bfloat16, torch.device("cuda", 0), True, torch.strided
 
 
 def test_only_a_gpu_is_staged():
-    near, held = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2)
-    near.requires_grad_()
-    assert kernels.lerping_kernel_for(held, Far, is_trained=True) is kernels._lerp_staged
-    assert kernels.lerping_kernel_for(held, near, is_trained=True) is kernels._lerp_converted
-    assert kernels.copying_kernel_for(held, Far) is kernels._copy_staged
-    assert kernels.copying_kernel_for(held, near) is kernels._copy_strided
-    assert kernels.copying_kernel_for(held.to_sparse(), near) is kernels._copy_sparse
+    near, average = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2)
+    roles = {"is_buffer": False, "is_trained": True}
+    assert kernels.lerping_kernel_for(Far, average, **roles) is kernels._lerp_staged
+    assert kernels.lerping_kernel_for(near, average, **roles) is kernels._lerp_converted
+    assert kernels.copying_kernel_for(Far, average) is kernels._copy_staged
+    assert kernels.copying_kernel_for(near, average) is kernels._copy_strided
+    assert kernels.copying_kernel_for(near.to_sparse(), average) is kernels._copy_sparse

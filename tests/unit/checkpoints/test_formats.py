@@ -144,12 +144,12 @@ def test_the_raw_weights_of_a_checkpoint_for_deployment_are_not_the_average_once
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ignite_ema_version": torch.tensor(3)}, "'ignite_ema_version' of the state .* should be 3, got Tensor; read"),
-        ({"ignite_ema_version": [1]}, "should be 3, got list"),
-        ({"ignite_ema_version": True}, "should be 3, got bool"),
-        ({"ignite_ema_version": 2}, "should be 3, got 2; read it"),
-        ({"ignite_ema_version": "3"}, "should be 3, got str; read it"),
-        ({"ignite_ema_version": 10**5000}, "should be 3, got an integer of 16610 bits; read it"),
+        ({"ignite_ema_version": torch.tensor(4)}, "'ignite_ema_version' of the state .* should be 4, got Tensor; read"),
+        ({"ignite_ema_version": [1]}, "should be 4, got list"),
+        ({"ignite_ema_version": True}, "should be 4, got bool"),
+        ({"ignite_ema_version": 2}, "should be 4, got 2; read it"),
+        ({"ignite_ema_version": "3"}, "should be 4, got str; read it"),
+        ({"ignite_ema_version": 10**5000}, "should be 4, got an integer of 16610 bits; read it"),
         ({"num_updates": 10**5000}, "'num_updates' should be a number of updates, .* got an integer of 16610 bits"),
         ({"num_updates": -1}, "'num_updates' should be a number of updates, from 0"),
         ({"averaged_tensors": [1]}, "'averaged_tensors' .* should be a mapping, but is list"),

@@ -1,23 +1,30 @@
-"""attach(): one event, one update; the attribute on the engine; the handle that takes all of it away again."""
+"""attach(): one event, one update; the attribute on the engine; what is saved too early; the handle that undoes it."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
+import torch
 from ignite.engine import Engine, EventEnum, Events
+from ignite.handlers import Checkpoint, DiskSaver, TerminateOnNan
+from ignite.handlers.time_profilers import HandlersTimeProfiler
 
-from ignite_ema import EMAHandler
-from ignite_ema.schedules import Constant
-from tests.helpers.models import constant
-from tests.helpers.runs import trainer_for
+from ignite_ema import EMAHandler, EMAWarning
+from tests.helpers.models import constant, net, sgd
+from tests.helpers.runs import averaged, trainer_for
 
 EVERY = Events.ITERATION_COMPLETED
 
 
-def updates_of(event, iterations, *, engine=None, epoch_length=None):
+def set_up(momentum=0.5, **options):
     model = constant()
-    trainer = engine or trainer_for(model)
-    handler = EMAHandler(model, 0.5)
+    return trainer_for(model), EMAHandler(model, momentum, **options)
+
+
+def updates_of(event, iterations, *, engine=None, epoch_length=None):
+    trainer, handler = set_up()
+    trainer = engine or trainer
     handler.attach(trainer, event=event)
     trainer.run([0] * (epoch_length or iterations), max_epochs=iterations // (epoch_length or iterations))
     return handler.num_updates
@@ -51,8 +58,7 @@ def test_a_custom_event_updates_each_time_it_is_fired(event):
 
 
 def test_a_second_run_loses_no_update():
-    model = constant()
-    trainer, handler = trainer_for(model), EMAHandler(model, 0.5)
+    trainer, handler = set_up()
     # The last update of the first run is made at iteration 1 by one member, the first of the second by the other.
     first = EVERY(event_filter=lambda engine, _: not engine.second)
     second = EVERY(event_filter=lambda engine, _: engine.second)
@@ -62,23 +68,145 @@ def test_a_second_run_loses_no_update():
     assert handler.num_updates == 2
 
 
-@pytest.mark.parametrize("momenta", [(0.1, 0.5), (0.1, Constant(0.5)), (Constant(0.1), 0.5)], ids=str)
-def test_a_name_of_another_handler_is_refused_and_told_whose_it_is(momenta):
-    trainer = trainer_for(constant())
-    first, second = (EMAHandler(constant(), momentum) for momentum in momenta)
-    first.attach(trainer)
-    with pytest.raises(ValueError, match=r"another than 'ema_momentum', the attribute of EMAHandler\(Linear.*0.1.*;"):
-        second.attach(trainer)
-    assert trainer.state.ema_momentum == 0.1
-    second.attach(trainer, "second_momentum")
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"name": "iteration"}, ValueError),
+        ({"name": "taken"}, TypeError),
+        ({"event": "no event"}, ValueError),
+        ({"optimizer": "no optimizer"}, TypeError),
+    ],
+    ids=["name of the engine's", "value that is no momentum", "event", "optimizer"],
+)
+def test_an_attach_that_raises_leaves_nothing_behind(options, error):
+    trainer, handler = set_up()
+    trainer.state.taken = "x"
+    before = dict(vars(trainer.state))
+    with pytest.raises(error):
+        handler.attach(trainer, **options)
+    assert vars(trainer.state) == before
+    assert not any(trainer._event_handlers.values())
+    handler.attach(trainer)  # without a warning that the attribute exists
+
+
+def test_a_schedule_that_raises_at_attach_leaves_nothing_behind():
+    trainer, handler = set_up(lambda n: 0.5 if n == 0 else 2.0)
+    handler.average.num_updates = 1
+    with pytest.raises(ValueError, match="the schedule should return"):
+        handler.attach(trainer)
+    assert not hasattr(trainer.state, "ema_momentum")
+
+
+def test_profilers_list_a_name_that_reads_like_the_handler():
+    trainer, handler = set_up()
+    handler.attach(trainer)
+    profiler = HandlersTimeProfiler()
+    profiler.attach(trainer)
+    trainer.run([0])
+    assert "EMAHandler.update" in {name for name, *_ in profiler.get_results()}
+
+
+# The end of a run
+
+
+def test_terminate_on_nan_keeps_the_nan_out_and_says_so():
+    trainer, handler = set_up()
+    trainer.add_event_handler(EVERY(once=2), lambda: handler.model.weight.data.fill_(torch.nan))
+    trainer.add_event_handler(EVERY, TerminateOnNan(output_transform=lambda _: handler.model.weight))
+    handler.attach(trainer)
+    with pytest.warns(EMAWarning, match="'weight' holds a NaN .* while the run is being terminated"):
+        trainer.run([0] * 5)
+    assert (handler.num_updates, averaged(handler)) == (1, 0.5)
+
+
+def test_a_run_that_is_terminated_without_a_nan_loses_no_update():
+    trainer, handler = set_up()
+    trainer.add_event_handler(EVERY(once=3), trainer.terminate)
+    handler.attach(trainer)
+    trainer.run([0] * 5)
+    assert handler.num_updates == 3
+
+
+# What is saved or evaluated before the update of its iteration
+
+
+def saver(handler, trainer, folder):
+    checkpoint = Checkpoint({"ema_handler": handler, "trainer": trainer}, DiskSaver(folder, require_empty=False))
+    return lambda: trainer.add_event_handler(EVERY(every=2), checkpoint)
+
+
+def evaluation(handler, trainer, folder):
+    evaluator = Engine(lambda engine, batch: None)
+    handler.swap_during(evaluator)
+    return lambda: trainer.add_event_handler(EVERY(every=2), lambda: evaluator.run([0]))
+
+
+@pytest.mark.parametrize("fires", [False, True], ids=["", "a custom event in between"])
+@pytest.mark.parametrize("is_early", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("reads", [saver, evaluation])
+def test_what_reads_the_average_before_the_update_of_its_iteration_is_warned_about_once(
+    reads, is_early, fires, tmp_path
+):
+    trainer, handler = set_up(0.8)
+    trainer.register_events("custom")
+    steps = [lambda: handler.attach(trainer), reads(handler, trainer, tmp_path)]
+    if fires:
+        steps.insert(1, lambda: trainer.add_event_handler(EVERY, lambda engine: engine.fire_event("custom")))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for one in reversed(steps) if is_early else steps:
+            one()
+        trainer.run([0] * 4)
+    said = [str(one.message) for one in caught if issubclass(one.category, EMAWarning)]
+    assert ["in iteration 2 before the update" in text for text in said] == [True] * is_early
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("is_early", [True, False], ids=["before", "after"])
+def test_the_checkpoints_of_ignites_common_training_handlers_are_seen(is_early, tmp_path):
+    common = pytest.importorskip("ignite.contrib.engines.common")
+    handler, trainer = EMAHandler(constant(), 0.8), Engine(lambda engine, batch: 0.0)
+
+    def checkpoints():
+        to_save = {"ema_handler": handler, "trainer": trainer}
+        common.setup_common_training_handlers(
+            trainer,
+            to_save=to_save,
+            save_every_iters=2,
+            output_path=str(tmp_path),
+            with_gpu_stats=False,
+            with_pbars=False,
+        )
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for one in (checkpoints, lambda: handler.attach(trainer))[:: 1 if is_early else -1]:
+            one()
+        trainer.run([0] * 4)
+    assert sum("before the update" in str(one.message) for one in caught) == is_early
+
+
+def test_what_reads_in_an_iteration_without_an_update_is_not_late():
+    """Between two steps of accumulated gradients, and after the member of an events list that has updated."""
+    model = net()
+    trainer, optimizer, handler = Engine(lambda engine, batch: None), sgd(model), EMAHandler(model, 0.8)
+    trainer.add_event_handler(EVERY, handler.state_dict)
+    handler.attach(trainer, optimizer=optimizer)
+    trainer.add_event_handler(EVERY(once=2), lambda: optimizer.step())
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=3), lambda: handler.num_updates)
+    with pytest.warns(EMAWarning, match="in iteration 3 before"):
+        trainer.run([0] * 3)
+    trainer, handler = set_up(0.8)
+    handler.attach(trainer, event=EVERY | Events.EPOCH_COMPLETED)
+    trainer.add_event_handler(EVERY, handler.state_dict)
+    trainer.run([0] * 2, max_epochs=2)
 
 
 # What is taken away again
 
 
 def test_a_handle_removed_by_an_earlier_handler_of_the_same_event_is_removed_at_once():
-    model = constant()
-    trainer, handler = trainer_for(model), EMAHandler(model, 0.5)
+    trainer, handler = set_up()
     trainer.add_event_handler(EVERY(once=2), lambda: handle.remove())
     handle = handler.attach(trainer)
     trainer.run([0] * 4)
@@ -89,8 +217,7 @@ def test_a_handle_removed_by_an_earlier_handler_of_the_same_event_is_removed_at_
     "event", [EVERY, EVERY(every=2) | EVERY(every=3) | Events.EPOCH_COMPLETED], ids=["event", "list"]
 )
 def test_a_removed_handle_undoes_attach(event):
-    model = constant()
-    trainer, handler = trainer_for(model), EMAHandler(model, 0.5)
+    trainer, handler = set_up()
     with handler.attach(trainer, event=event) as handle:
         gc.collect()
         trainer.run([0] * 6)
@@ -99,8 +226,6 @@ def test_a_removed_handle_undoes_attach(event):
     assert not hasattr(trainer.state, "ema_momentum")
     assert not any(trainer._event_handlers.values())
     handle.remove()
-    trainer.run([0] * 6)
-    assert handler.num_updates == made
     handler.attach(trainer)  # nobody keeps the handle
     gc.collect()
     trainer.run([0] * 6)
@@ -108,15 +233,14 @@ def test_a_removed_handle_undoes_attach(event):
 
 
 def test_a_removed_handle_leaves_an_attribute_that_was_there():
-    trainer = trainer_for(constant())
+    trainer, handler = set_up()
     trainer.state.ema_momentum = 0.5
-    EMAHandler(constant(), 0.5).attach(trainer, warn_if_exists=False).remove()
+    handler.attach(trainer, warn_if_exists=False).remove()
     assert trainer.state.ema_momentum == 0.5
 
 
 def test_the_handler_holds_no_strong_reference_to_the_engine():
-    model = constant()
-    handler, trainer = EMAHandler(model), trainer_for(model)
+    trainer, handler = set_up()
     handle, alive = handler.attach(trainer), weakref.ref(trainer)
     del trainer
     gc.collect()
@@ -130,7 +254,7 @@ def test_an_engine_that_the_model_refers_to_is_collected():
         model = constant()
         trainer = trainer_for(model)
         model.register_forward_hook(lambda *_: trainer.state.iteration)
-        EMAHandler(model, lambda n: 0.5 if trainer else 0.1).attach(trainer)
+        EMAHandler(model, lambda n: 0.5 if trainer else 0.1).attach(trainer, optimizer=sgd(model))
         return weakref.ref(trainer)
 
     alive = build()

@@ -7,7 +7,7 @@ import pytest
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ignite_ema import EMAHandler, schedules
+from ignite_ema import EMAHandler, EMAWarning, schedules
 from tests.helpers.models import constant
 from tests.helpers.runs import averaged, trainer_for
 
@@ -17,7 +17,7 @@ def test_arguments_begin_like_those_of_ignites_handler(method):
     theirs = list(inspect.signature(getattr(ignite.handlers.EMAHandler, method)).parameters.values())
     ours = list(inspect.signature(getattr(EMAHandler, method)).parameters.values())
     assert [(p.name, p.default, p.kind) for p in ours[: len(theirs)]] == [(p.name, p.default, p.kind) for p in theirs]
-    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in ours[len(theirs) :])
 
 
 def test_attributes_are_those_of_ignites_handler():
@@ -60,20 +60,34 @@ def test_the_count_publishes_a_scheduled_momentum_and_leaves_a_driven_one_alone(
         schedules.ExponentialWarmup(0.9998),
         schedules.InverseGamma(min_momentum=0.9999),
         schedules.Cosine(0.996, 1.0, 100),
+        0.9,
     ],
     ids=lambda momentum: type(momentum).__name__,
 )
 def test_a_decay_is_warned_about(momentum):
-    what = "pass 1 - 0.999 = 0.001" if momentum == 0.999 else "the last momentum of the schedule is .*decay"
-    with pytest.warns(UserWarning, match=what):
+    what = "pass 1 - 0.9.*= 0.*1" if isinstance(momentum, float) else "the last momentum of the schedule is .*decay"
+    with pytest.warns(EMAWarning, match=what):
         EMAHandler(constant(), momentum)
 
 
 @pytest.mark.parametrize(
-    "schedule", [schedules.EqualWeight(), schedules.Rescaled(schedules.Constant(0.1), 30), lambda n: 0.9]
+    "momentum",
+    [1.0, 0.8, schedules.Constant(1.0), schedules.EqualWeight(), schedules.Debiased(0.001), lambda n: 0.9],
+    ids=lambda momentum: getattr(momentum, "__name__", str(momentum)),
 )
-def test_a_schedule_that_is_no_decay_is_not_warned_about(schedule):
-    EMAHandler(constant(), schedule)
+def test_what_is_no_decay_is_not_warned_about(momentum):
+    model = constant()
+    trainer, handler = trainer_for(model), EMAHandler(model, momentum)
+    handler.attach(trainer)
+    trainer.run([0] * 3)
+    assert momentum not in (1.0, schedules.Constant(1.0)) or averaged(handler) == 3.0
+
+
+def test_an_argument_that_is_unknown_is_named_and_a_decay_is_given_as_a_momentum():
+    with pytest.raises(TypeError, match=r"'decay'.* pass momentum=0\.001"):
+        EMAHandler(constant(), decay=0.999)
+    with pytest.raises(TypeError, match="'flatten'"):
+        EMAHandler(constant(), flatten=True)
 
 
 def test_a_teacher_that_was_evaluated_is_in_train_mode_at_the_next_iteration():

@@ -34,18 +34,15 @@ def test_the_count_stays_where_nobody_says_it_unless_the_schedule_needs_it():
     handler.num_updates = 5
     handler.load_averaged(AVERAGED)
     assert handler.num_updates == 5
-    with pytest.raises(ValueError, match="num_updates should be .* would go on with a momentum of 1; pass num_updates"):
-        scheduled.load_averaged(AVERAGED)
-    scheduled.load_averaged(AVERAGED, num_updates=0)
+    for said in ({}, {"num_updates": 0}):
+        with pytest.raises(ValueError, match="num_updates should say .* copies the model over them. Pass the number"):
+            scheduled.load_averaged(AVERAGED, **said)
+    scheduled.load_averaged(AVERAGED, num_updates=1000)
+    warming_up = EMAHandler(net(), schedules.LinearWarmup(0.5, 0.1, 5))
+    with pytest.raises(ValueError, match="would go on with a momentum of 0.1. Pass num_updates=, 0 to start"):
+        warming_up.load_averaged(AVERAGED)
+    warming_up.load_averaged(AVERAGED, num_updates=0)
     assert contents(handler.ema_model) == contents(scheduled.ema_model) == contents(net(4))
-
-
-def test_a_checkpoint_without_an_average_is_started_from_with_a_warning(tmp_path):
-    torch.save({"model": net(4).state_dict(), "epoch": 3}, tmp_path / "file.pt")
-    handler = EMAHandler(net())
-    with pytest.warns(UserWarning, match="The checkpoint has no average"):
-        handler.load_averaged(tmp_path / "file.pt")
-    assert contents(handler.ema_model) == contents(net(4))
 
 
 def test_a_handler_of_ours_is_read_with_its_ties_and_without_its_non_persistent_buffers():

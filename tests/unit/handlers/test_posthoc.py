@@ -141,7 +141,7 @@ def test_twins_of_ones_own_and_parts_of_a_larger_tensor_are_stored_alone(tmp_pat
 @pytest.mark.parametrize(("samples", "times"), [(None, [1, 2, 3]), (lambda engine: 10, [10, 20, 40])])
 def test_a_nan_leaves_both_averages_alone(samples, times, tmp_path):
     """Time stands still; in samples the weights after it stand for the batches since the last update."""
-    with pytest.warns(UserWarning, match="has a NaN"):
+    with pytest.warns(UserWarning, match="a NaN or an infinity"):
         ema = kept(constant(), tmp_path, [1.0, 2.0, float("nan"), 3.0], skip_nonfinite=True, samples=samples)
     assert ema.num_updates == 3
     assert [one.time for one in stored(tmp_path)] == times
@@ -150,7 +150,7 @@ def test_a_nan_leaves_both_averages_alone(samples, times, tmp_path):
 
 
 def test_the_statistics_of_normalization_layers_are_averaged_and_nothing_else(tmp_path):
-    """"update" would average an observer's infinities and a mask, too (issue 21)."""
+    """An observer's infinities and a mask are no statistics (issue 21)."""
     model = nn.BatchNorm1d(2)
     model.register_buffer("min_val", torch.tensor(torch.inf))
     kept(model, tmp_path)
@@ -350,6 +350,29 @@ def test_an_update_needs_a_step_of_the_optimizer(tmp_path):
     trainer.run(range(12))
     assert ema.num_updates == 3
     assert [one.iteration for one in stored(tmp_path)] == [4, 8, 12]
+
+
+def test_a_step_that_waits_for_its_update_is_in_the_state(tmp_path):
+    def made():
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = Engine(lambda engine, batch: batch == 0 and optimizer.step(lambda: None))
+        ema = PostHocEMA(model, dirname=tmp_path)
+        ema.attach(trainer, event=EVENT(every=2), optimizer=optimizer)
+        return trainer, ema
+
+    (trainer, first), (other, second) = made(), made()
+    trainer.run([0])
+    second.load_state_dict(first.state_dict())
+    other.run([1, 1])
+    assert (first.num_updates, second.num_updates) == (0, 1)
+
+
+def test_averaged_buffers_are_not_stored_in_16_bits(tmp_path):
+    kept(nn.BatchNorm1d(2), tmp_path, snapshot_dtype=torch.bfloat16)
+    dtypes = {name: tensor.dtype for name, tensor in stored(tmp_path)[0].averaged[0].items()}
+    narrow, wide = torch.bfloat16, torch.float32
+    assert dtypes == {"weight": narrow, "bias": narrow, "running_mean": wide, "running_var": wide}
 
 
 # Attaching

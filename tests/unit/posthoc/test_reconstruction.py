@@ -217,7 +217,9 @@ def test_a_rough_average_is_warned_about(folder):
 
 
 def test_what_is_out_of_reach_is_refused_unless_asked_for(folder):
-    with pytest.raises(ValueError, match=r"differs from UniformProfile.* by 15.6%, .*; choose .* end time \(step=\), store more"):
+    with pytest.raises(
+        ValueError, match=r"differs from UniformProfile.* by 15.6%, .*; choose .* end time \(step=\), store more"
+    ):
         reconstruct(folder, UniformProfile(0.05))
     with pytest.raises(ValueError, match=r"accept it with max_residual=0.16 \(--max-residual\)"):
         reconstruct(folder, [0.15, UniformProfile(0.05)])

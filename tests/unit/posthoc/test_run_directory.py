@@ -59,7 +59,9 @@ def killed(tmp_path):
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_as_it_is_told(killed):
-    with pytest.raises(ValueError, match=r"got 'snapshot_1.pt' of another .* delete '.*/snapshot_\*.pt' to start again"):
+    with pytest.raises(
+        ValueError, match=r"got 'snapshot_1.pt' of another .* delete '.*/snapshot_\*.pt' to start again"
+    ):
         make(killed, 1)
     (killed / "snapshot_1.pt").unlink()
     make(killed, 3)

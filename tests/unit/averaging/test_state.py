@@ -1,0 +1,287 @@
+"""The state of an average is complete, and loads; other weights load as far as they fit."""
+
+import copy
+import io
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel
+
+from ignite_ema import EMAHandler, EMAWarning, ModelAverage, schedules
+from tests.helpers.bits import assert_same_bits, bits, contents, copied
+from tests.helpers.models import Tied, compiled, move, net
+
+SCHEDULES = {
+    "constant": schedules.Constant(0.25),
+    "linear": schedules.LinearWarmup(0.01, 0.5, 7),
+    "debiased": schedules.Debiased(0.1),
+    "function": lambda n: 0.5 / (n + 1),
+}
+FILES = Path(__file__).parents[2] / "integration" / "files"
+
+
+def made(momentum=0.25, **options):
+    torch.manual_seed(0)
+    return ModelAverage(nn.Linear(2, 2), momentum=momentum, **options)
+
+
+def moving(average, steps):
+    for _ in range(steps):
+        for parameter in average.model.parameters():
+            parameter.data.add_(1)
+        average.update()
+    return average
+
+
+# States of an average.
+
+
+@pytest.mark.parametrize("stop", [0, 4])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_state_restores_weights_counts_and_share_to_the_bit(schedule, stop):
+    due = moving(made(schedule), 9)
+    first, second, file = moving(made(schedule), stop), made(schedule), io.BytesIO()
+    second.model.load_state_dict(first.model.state_dict())
+    torch.save(first.state_dict(), file)
+    second.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert_same_bits(second.state_dict(), first.state_dict())
+    assert_same_bits(moving(second, 9 - stop).state_dict(), due.state_dict())
+
+
+def state_of_version_4():
+    """What ``state_v4.pt`` was written from: ``torch.save(state_of_version_4(), FILES / "state_v4.pt")``."""
+    model = Tied(2)
+    for index, tensor in enumerate([*model.parameters(), *model.buffers()]):
+        tensor.data.fill_(index)
+    handler = EMAHandler(model, schedules.InverseGamma(), handle_buffers={"cache": "update", "kept": "keep"})
+    handler.average.update(0.5)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.add_(8)
+    handler.average.update(0.25)
+    return handler.state_dict()
+
+
+def test_a_stored_state_of_version_4_loads():
+    """Later versions of the library have to read it, too: this file is never written again."""
+    model = Tied(2)
+    handler = EMAHandler(model, schedules.InverseGamma(), handle_buffers={"cache": "update", "kept": "keep"})
+    stored = torch.load(FILES / "state_v4.pt", weights_only=True)
+    handler.load_state_dict(stored)
+    twin = handler.ema_model
+    weights = {name: one.flatten()[0].item() for name, one in twin.named_parameters()}
+    assert weights == {"first.weight": 2.0, "first.bias": 3.0, "norm.weight": 4.0, "norm.bias": 5.0}
+    # averaged, not persistent; kept; copied
+    assert (twin.cache[0].item(), twin.kept[0].item(), twin.norm.running_mean[0].item()) == (7.0, 4.0, 14.0)
+    assert twin.second.weight is twin.first.weight
+    assert (handler.num_updates, handler.initial_share) == (2, 0.375)
+    assert handler.average.schedule(handler.num_updates) == pytest.approx(3 ** (-2 / 3))
+    assert_same_bits(handler.state_dict(), stored)
+
+
+def test_a_state_that_goes_on_with_another_schedule_is_warned_about():
+    state = made(schedules.EqualWeight()).state_dict()
+    with pytest.warns(EMAWarning, match=r"saved with EqualWeight\(\) and goes on with Constant\(momentum=0.25\)"):
+        made().load_state_dict(state)
+    made(None).load_state_dict(state)  # its momentum comes with each update
+
+
+def test_frozen_parameters_in_a_state_may_be_shared_now_if_they_are_equal():
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    state = ModelAverage(model).state_dict()
+    ModelAverage(model, share_frozen=True).load_state_dict(state)
+    sharing = ModelAverage(model, share_frozen=True)
+    state["averaged_tensors"] = {name: one + 1 for name, one in state["averaged_tensors"].items()}
+    before = contents(sharing.module)
+    with pytest.raises(ValueError, match=r"'0\.weight' is frozen and shared"):
+        sharing.load_state_dict(state)
+    assert contents(sharing.module) == before
+
+
+def test_non_persistent_buffers_stand_in_a_state_only_if_they_are_averaged():
+    model = Tied()
+    assert "cache" not in ModelAverage(model).averaged_tensors()
+    average = ModelAverage(model, {"cache": "update"})
+    move(model)
+    average.update(0.5)
+    other = ModelAverage(Tied(), {"cache": "update"})
+    other.load_state_dict(average.state_dict())
+    assert bits(other.module.cache) == bits(average.module.cache)
+
+
+@pytest.mark.parametrize("schedule", [0.25, schedules.InverseGamma(), schedules.Cosine(0.1, 0.0, 5)], ids=str)
+def test_a_count_is_what_files_can_hold(schedule):
+    average = made(schedule)
+    average.num_updates = 2**63 - 1
+    made(schedule).load_state_dict(average.state_dict())
+
+
+def test_the_state_is_that_of_the_twin_whatever_became_of_the_model():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    average = ModelAverage(model)
+    state = copy.deepcopy(average.state_dict())
+    del model[1]
+    assert_same_bits(average.state_dict(), state)
+    with pytest.raises(RuntimeError, match=r"'1\.\w+' is in the twin but not in the model"):
+        average.update(0.5)
+    assert_same_bits(average.state_dict(), state)
+
+
+def test_a_twin_whose_memory_was_freed_raises_until_it_has_some():
+    average = made()
+    state = copy.deepcopy(average.state_dict())
+    average.module.weight.untyped_storage().resize_(0)
+    for use in (lambda: average.load_state_dict(state), lambda: average.update(0.5)):
+        with pytest.raises(RuntimeError, match="'weight' has no memory for its values in the twin"):
+            use()
+    average.module.to_empty(device="cpu")
+    average.load_state_dict(state)
+    assert torch.equal(average.module.weight, average.model.weight)
+
+
+# Other weights.
+
+
+@pytest.fixture
+def pair():
+    """An average, and another model of its kind, whose state can be loaded."""
+    average, other = ModelAverage(Tied()), Tied()
+    move(average.model)
+    move(other)
+    average.module.cache.fill_(7.0)
+    return average, other
+
+
+WRAPPED = {"plain": lambda model: model, "of a wrapper": DataParallel, "compiled": compiled}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_a_plain_state_is_loaded_and_what_it_has_no_place_for_stays(wrap, pair):
+    average, other = pair
+    online = contents(average.model)
+    average.load_averaged({n.replace("_orig_mod.", ""): one for n, one in wrap(other).state_dict().items()})
+    due = {**contents(other), "cache": bits(torch.full((2,), 7.0))}
+    assert contents(average.module) == due
+    assert average.module.second.weight is average.module.first.weight
+    assert contents(average.model) == online
+    move(other)  # it is not tied to what was loaded
+    assert contents(average.module) == due
+
+
+def test_parameters_alone_leave_the_buffers_alone(pair):
+    average, other = pair
+    buffers = {name: bits(tensor) for name, tensor in average.module.named_buffers()}
+    average.load_averaged(dict(other.named_parameters()))
+    assert contents(average.module) == {**{n: bits(one) for n, one in other.named_parameters()}, **buffers}
+
+
+@pytest.mark.parametrize("left_out", ["first.weight", "second.weight"])
+def test_a_tied_weight_may_have_either_name_a_narrower_type_and_a_nan(left_out, pair):
+    average, other = pair
+    state = copied(other.bfloat16().state_dict())
+    state["first.weight"][0, 0] = state["second.weight"][0, 0] = torch.nan
+    due = state["first.weight"].float()
+    average.load_averaged(state)
+    del state[left_out]
+    average.load_averaged(state)
+    torch.testing.assert_close(average.module.second.weight, due, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("wrap", [DataParallel, compiled])
+def test_the_names_are_those_of_the_model_without_wrappers(wrap):
+    other = Tied()
+    average = ModelAverage(wrap(Tied()))
+    average.load_averaged(copied(other.state_dict()))
+    assert bits(average.averaged_tensors()["first.weight"]) == bits(other.first.weight)
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {"note": "no tensor"}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_extra_state_is_no_weight():
+    model = nn.Sequential(WithExtraState(1, 1), nn.Linear(1, 1))
+    average = ModelAverage(model)
+    move(model)
+    average.load_averaged(model.state_dict())
+    assert contents(average.module) == contents(model)
+
+
+def test_8_bit_floats_load_into_wider_types():
+    average = ModelAverage(nn.Linear(2, 2))
+    average.load_averaged({"weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "bias": torch.ones(2)})
+    assert average.module.weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+# strict=False: the ways out for another head, and for layers that are trained later.
+
+
+def headed(classes, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, classes))
+
+
+@pytest.mark.parametrize("what", ["state_dict", "plain"])
+def test_another_head_starts_from_the_model(what):
+    old, new = ModelAverage(headed(2)), EMAHandler(headed(5, seed=1))
+    move(old.model)
+    old.update(0.5)
+    source = old.state_dict() if what == "state_dict" else {"ema_model": old.module.state_dict()}
+    with pytest.raises(ValueError, match="strict=False"):
+        new.load_averaged(source)
+    move(new.model)
+    with pytest.warns(EMAWarning, match=r"'1\.weight', '1\.bias' started from the model.*2 tensors were loaded"):
+        new.load_averaged(source, strict=False, num_updates=3)
+    assert contents(new.ema_model[0]) == contents(old.module[0])
+    assert contents(new.ema_model[1]) == contents(new.model[1])
+    assert new.num_updates == 3
+    assert math.isnan(new.initial_share)
+
+
+def test_a_layer_that_is_unfrozen_goes_on_with_the_way_out_of_its_error():
+    model = headed(2)
+    model[0].requires_grad_(False)
+    old = ModelAverage(model, share_frozen=True)
+    model[1].weight.data.add_(1)
+    old.update(0.5)
+    model[0].requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"'0\.weight' was frozen .* new.load_averaged.*strict=False"):
+        old.update(0.5)
+    new = ModelAverage(model)
+    with pytest.warns(EMAWarning, match=r"'0\.weight', '0\.bias' started from the model"):
+        new.load_averaged(old.state_dict(), strict=False)
+    assert contents(new.module) == contents(old.module)
+
+
+def test_a_count_of_0_that_would_wipe_what_is_loaded_is_refused():
+    for schedule in (schedules.EqualWeight(), schedules.Debiased(0.1), schedules.CopyUntil(3, SCHEDULES["linear"])):
+        average = made(schedule)
+        plain = {name: one + 1 for name, one in average.model.state_dict().items()}
+        before = contents(average.module)
+        with pytest.raises(ValueError, match=r"got 0, after which .* copies the model over them.*num_updates=1000"):
+            average.load_averaged(plain, num_updates=0)
+        assert contents(average.module) == before
+        average.load_averaged(plain, num_updates=1000)  # the way out
+        average.update()
+        assert (average.module.weight - average.model.weight).abs().max() > 0.1
+    made(schedules.Constant(1.0)).load_averaged(plain, num_updates=0)  # hard copies are what is asked for
+
+
+@pytest.mark.parametrize("mode", ["copy", "update", "statistics", "ema_train", {"1.*": "keep"}], ids=str)
+def test_buffers_alone_can_be_reset(mode):
+    handler = EMAHandler(net(), handle_buffers=mode)
+    handler.num_updates = 7
+    move(handler.model)
+    weights = {name: bits(parameter) for name, parameter in handler.ema_model.named_parameters()}
+    handler.reset(buffers_only=True)
+    assert contents(handler.ema_model) == {**contents(handler.model), **weights}
+    assert handler.num_updates == 7
+    handler.reset()
+    assert contents(handler.ema_model) == contents(handler.model)
+    assert handler.num_updates == 0
