@@ -222,5 +222,5 @@ def test_a_buffer_that_is_averaged_keeps_its_shape():
     average = ModelAverage(model, "update")
     model(torch.ones(5))
     for action in (lambda: average.update(0.5), average.reset, average.swapped().__enter__):
-        with pytest.raises(RuntimeError, match=r"'table' has shape \(5,\) in the model and \(2,\) in the twin"):
+        with pytest.raises(RuntimeError, match=r"'table' has shape \(5,\) in the model and shape \(2,\) in"):
             action()

@@ -2,7 +2,6 @@
 
 import functools
 import types
-from functools import partial
 
 import pytest
 import torch
@@ -95,23 +94,12 @@ def test_a_view_of_a_part_of_a_large_memory_is_no_matter():
     assert ModelAverage(model).module.weight.tolist() == model.weight.tolist()
 
 
-def nested(layout):
-    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
-
-
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("handle_buffers", ["copy", "update", {"*": "keep"}])
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-def test_a_nested_buffer_is_refused(layout, handle_buffers):
-    model = module(x=torch.ones(2))
-    average = ModelAverage(model, handle_buffers)
-    model.x = nested(layout)
-    moves = [average.reset, average.swapped().__enter__, partial(average.update, 0.5)]
-    for move in moves[: 3 if isinstance(handle_buffers, str) else 2]:  # no update looks at a buffer that is kept
-        with pytest.raises(RuntimeError, match="'x' is a nested tensor in the model"):
-            move()
-    with pytest.raises(RuntimeError, match="'x', a nested tensor"):
-        ModelAverage(model, handle_buffers)
+def test_a_nested_buffer_is_refused(layout):
+    model = module(x=torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout))
+    with pytest.raises(RuntimeError, match="'x'.*nested tensor"):
+        ModelAverage(model)
 
 
 # A deep copy returns functions as they are: those that refer to the model are named.
