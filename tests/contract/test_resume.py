@@ -111,7 +111,7 @@ def test_checkpoint_by_path_with_two_handlers_and_intervals(tmp_path):
 def test_a_checkpoint_of_the_handler_alone_loads(tmp_path, key):
     # Ignite stores a single object without its key and guesses when it loads.
     handler = EMAHandler(nn.Linear(2, 2))
-    handler.num_updates = 3
+    handler.average.update(0.25)
     saver = Checkpoint({key: handler}, DiskSaver(tmp_path), global_step_transform=lambda *_: 1)
     saver(Engine(lambda engine, batch: None))
     other = EMAHandler(nn.Linear(2, 2))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 import pickle
 import sys
 import warnings
@@ -124,6 +125,20 @@ def test_a_layer_that_a_sequential_drops_and_gets_again_is_noticed(layer):
         with pytest.raises(RuntimeError, match=r"'3\.weight' is in the model but not in the twin"):
             average.update(0.5)
         del model[3]
+
+
+@pytest.mark.parametrize("layout", ["views of one memory", "expanded"])
+def test_parameters_that_share_memory_are_swapped_and_stay_the_objects_that_they_are(layout):
+    memory = torch.arange(4.0)
+    parts = (memory[:2], memory[2:]) if layout != "expanded" else (memory[:1].expand(2), memory[1:2].expand(2))
+    model = nn.ParameterList(map(nn.Parameter, parts))
+    average, before = ModelAverage(model), [one.detach().clone() for one in model]
+    average.module[0].fill_(7.0)
+    parameters = list(model.parameters())
+    with average.swapped():  # nothing is warned about
+        assert model[0].tolist() == [7.0, 7.0]
+        assert all(map(operator.is_, model.parameters(), parameters))
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 # Momentum, counts, share.
