@@ -5,13 +5,12 @@ import io
 
 import pytest
 import torch
-from ignite.engine import Engine
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ignite_ema import EMAHandler, EMAWarning, ModelAverage
 from tests.helpers.bits import bits, contents, copied
-from tests.helpers.models import Tied, compiled, frozen, move
+from tests.helpers.models import compiled, frozen, move
 
 
 class Adapted(nn.Module):
@@ -185,16 +184,10 @@ def remove(model):
     return lambda: model.base.register_parameter("bias", bias)
 
 
-def set_to_none(model):
-    bias, model.base.bias = model.base.bias, None
-    return lambda: setattr(model.base, "bias", bias)
-
-
 REFUSED = {
-    train_the_base: "'base.bias' was frozen and is shared with the average, but requires",
+    train_the_base: "'base.bias' was frozen and is shared",
     replace_by_one_that_trains: "'base.weight' was frozen and is shared",
     remove: "'base.bias' is in the twin but not in the model",
-    set_to_none: "'base.bias' is in the twin but not in the model",
 }
 
 
@@ -209,16 +202,6 @@ def test_a_base_that_is_frozen_no_more_or_gone_raises_each_time_and_changes_noth
     assert contents(average.module) == before
     undo()
     assert average.update(0.5)
-
-
-def test_the_update_of_a_handler_raises_too_and_counts_nothing():
-    model = Adapted()
-    handler = EMAHandler(model, 0.25, share_frozen=True)
-    trainer = Engine(lambda engine, batch: model.requires_grad_(engine.state.iteration == 2))
-    handler.attach(trainer)
-    with pytest.raises(RuntimeError, match="'base.weight' was frozen"):
-        trainer.run([0] * 3)
-    assert (handler.num_updates, trainer.state.iteration) == (1, 2)
 
 
 def test_a_buffer_of_the_model_is_not_shared_even_if_it_is_put_into_the_twin(pair):
@@ -347,12 +330,8 @@ def test_a_base_that_differs_is_refused_until_the_model_has_it(pair):
     average.load_averaged(state)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(1, 1).requires_grad_(False), Adapted, Tied])
-def test_a_prefix_of_a_wrapper_that_is_a_name_of_the_model_stays(make):
-    model = nn.ModuleDict({"module": make()})
-    other = copy.deepcopy(model)
-    move(other)
-    for share in (False, any(not parameter.requires_grad for parameter in model.parameters())):
-        average = ModelAverage(model, share_frozen=share)
-        average.load_averaged(copied(other.state_dict()))
-        assert all(torch.equal(tensor, other.state_dict()[n]) for n, tensor in average.module.state_dict().items())
+def test_a_prefix_of_a_wrapper_that_is_a_name_of_the_model_stays():
+    model = nn.ModuleDict({"module": Adapted()})
+    average = sharing(model)
+    average.load_averaged(copied(model.state_dict()))
+    assert contents(average.module) == contents(model)

@@ -51,6 +51,7 @@ WRAPPERS = {
     "a hook that renames": lambda: build(Renaming),
     "a compiled part": lambda: build(compiled),
     "compiled": lambda: compiled(build()),
+    "compiled inside checkpointing": lambda: build(lambda part: checkpoint_wrapper(compiled(part))),
     "DDP over compiled": lambda: DistributedDataParallel(compiled(build())),
     "DataParallel": lambda: DataParallel(build()),
 }
