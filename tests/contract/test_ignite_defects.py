@@ -361,7 +361,7 @@ def test_a_model_that_cannot_be_copied_says_why_and_can_bring_its_twin(kind, whe
     model, twin, batch = nn.Sequential(kind()), nn.Sequential(kind()), torch.ones(1, 1)
     for one in (model, twin):
         one(batch)
-    with pytest.raises(RuntimeError, match=f"where {where} is the result of a computation.*pass it as ema_model="):
+    with pytest.raises(RuntimeError, match=f"{where} is the result of a computation.*pass it as ema_model="):
         EMAHandler(model)
     handler = EMAHandler(model, momentum=0.5, ema_model=twin)
     torch.testing.assert_close(handler.ema_model(batch), model(batch).detach())

@@ -343,7 +343,7 @@ class Averaging(RuleBasedStateMachine):
         held = {name: one.detach().clone() for name, one in tensors(self.twin).items()}
         self.trainer.state.ema_momentum = momentum
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "A momentum of .* is too small for the type")
+            warnings.filterwarnings("ignore", "A momentum of .* is too small for the type|The model has other weights than")
             self.trainer.run([0])
         self.count += 1
         assert identity(self.model) == before
