@@ -189,7 +189,7 @@ class Attachment(RemovableEventHandle):
         if self._has_ended:
             return
         self._has_ended = True
-        if self._left_out and not self._has_updated:
+        if self._left_out and not self._has_updated and not engine.should_terminate:
             warn_first_rank(
                 f"The optimizer of {self.names_in_words} should have stepped in this run, but {self._left_out} events "
                 "passed without a step and the average has not moved. Attach with the optimizer that trains."

@@ -149,8 +149,6 @@ def test_the_raw_weights_of_a_checkpoint_for_deployment_are_not_the_average_once
         ({"ignite_ema_version": True}, "should be 4, got bool"),
         ({"ignite_ema_version": 2}, "should be 4, got 2; read it"),
         ({"ignite_ema_version": "3"}, "should be 4, got str; read it"),
-        ({"ignite_ema_version": 10**5000}, "should be 4, got an integer of 16610 bits; read it"),
-        ({"num_updates": 10**5000}, "'num_updates' should be a number of updates, .* got an integer of 16610 bits"),
         ({"num_updates": -1}, "'num_updates' should be a number of updates, from 0"),
         ({"averaged_tensors": [1]}, "'averaged_tensors' .* should be a mapping, but is list"),
         (
