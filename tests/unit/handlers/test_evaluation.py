@@ -45,9 +45,8 @@ def test_every_event_of_a_run_sees_the_averaged_weights_and_the_arguments_pass_t
     model, handler, evaluator = kit
     seen = []
     handler.swap_during(evaluator)
-    for event in Events:
-        if event not in (Events.EXCEPTION_RAISED, Events.INTERRUPT, Events.TERMINATE, Events.TERMINATE_SINGLE_EPOCH):
-            evaluator.add_event_handler(event, lambda: seen.append(model.weight.item()))
+    for event in EVENTS[:-1]:
+        evaluator.add_event_handler(event, lambda: seen.append(model.weight.item()))
     state = evaluator.run([0, 0, 0], max_epochs=2, epoch_length=2)
     assert set(seen) == {5.0}
     assert state is evaluator.state
@@ -61,7 +60,7 @@ def test_the_handle_removes_once_and_only_its_own(kit):
             handler.swap_during(evaluator)
         assert evaluator.run([0]).output == 5.0
     assert "run" not in vars(evaluator)
-    assert not evaluator.has_event_handler(handle._check_start)
+    assert not any(evaluator._event_handlers.values())
     second = handler.swap_during(evaluator)
     handle.remove()  # no longer its own
     assert evaluator.run([0]).output == 5.0
@@ -70,32 +69,16 @@ def test_the_handle_removes_once_and_only_its_own(kit):
     assert evaluator.run([0]).output == 1.0
 
 
-def test_the_handle_may_be_removed_during_the_run(kit):
-    model, handler, evaluator = kit
-    seen = []
-    handle = handler.swap_during(evaluator)
-    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(model.weight.item()))
-    evaluator.add_event_handler(Events.ITERATION_STARTED(once=2), handle.remove)
-    evaluator.run([0, 0, 0])
-    assert model.weight.item() == 1.0
-    evaluator.run([0])
-    assert seen == [5.0] * 3 + [1.0]
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first made first", "last made first"])
-def test_two_handlers_swap_two_models_and_are_removed_in_any_order(order):
+def test_two_handlers_swap_two_models_and_are_removed_in_any_order():
     models, handlers = zip(*[scalar_handler(online, online + 0.5) for online in (1.0, 2.0)], strict=True)
     evaluator = Engine(lambda engine, batch: [model.weight.item() for model in models])
     handles = [handler.swap_during(evaluator) for handler in handlers]
     due = [1.5, 2.5]
     assert evaluator.run([0]).output == due
-    for index in order:
-        handles[index].remove()
+    for index, handle in enumerate(handles):
+        handle.remove()
         due[index] -= 0.5
         assert evaluator.run([0]).output == due
-    assert [model.weight.item() for model in models] == [1.0, 2.0]
-    assert handlers[0].swap_during(evaluator).is_attached
-    assert evaluator.run([0]).output == [1.5, 2.0]
 
 
 def test_two_handlers_of_one_model_raise_at_the_run_and_change_nothing(kit):
@@ -109,10 +92,9 @@ def test_two_handlers_of_one_model_raise_at_the_run_and_change_nothing(kit):
     assert evaluator.run([0]).output == 5.0
 
 
-@pytest.mark.parametrize("when", ["before", "afterwards"])
-def test_a_run_that_is_wrapped_is_called_and_stays(when, kit):
+def test_a_run_that_is_wrapped_is_called_and_stays(kit):
     _, handler, evaluator = kit
-    calls, handle = [], None
+    calls = []
 
     def wrap(inner):
         def run(*args, **kwargs):
@@ -121,12 +103,8 @@ def test_a_run_that_is_wrapped_is_called_and_stays(when, kit):
 
         return run
 
-    if when == "before":
-        evaluator.run = theirs = wrap(evaluator.run)
-        handle = handler.swap_during(evaluator)
-    else:
-        handle = handler.swap_during(evaluator)
-        evaluator.run = theirs = wrap(evaluator.run)
+    handle = handler.swap_during(evaluator)
+    evaluator.run = theirs = wrap(evaluator.run)
     assert evaluator.run([0]).output == 5.0
     handle.remove()
     assert evaluator.run is theirs
@@ -140,16 +118,11 @@ def test_a_run_that_is_wrapped_is_called_and_stays(when, kit):
 def test_a_run_that_was_taken_before_raises(kit):
     _, handler, evaluator = kit
     run = evaluator.run
-    handle = handler.swap_during(evaluator)
-    for taken in (run, lambda data: Engine.run(evaluator, data)):
+    with handler.swap_during(evaluator):
         with pytest.raises(RuntimeError, match="should be started as evaluator.run.*own weights"):
-            taken([0])
+            run([0])
         forget_what_failed(evaluator)
-    assert evaluator.run([0]).output == 5.0
-    with pytest.raises(RuntimeError, match="should be started as"):
-        run([0])
-    forget_what_failed(evaluator)
-    handle.remove()
+        assert evaluator.run([0]).output == 5.0
     assert run([0]).output == 1.0
 
 
@@ -183,14 +156,8 @@ def test_the_trainer_is_no_evaluator_and_an_evaluator_no_trainer(kit):
     with handler.attach(engine), pytest.raises(RuntimeError, match="evaluator should be another engine"):
         handler.swap_during(engine)
     assert "run" not in vars(engine)
-    with (
-        handler.swap_during(engine),
-        pytest.raises(RuntimeError, match="engine should be one that trains"),
-    ):
+    with handler.swap_during(engine), pytest.raises(RuntimeError, match="engine should be one that trains"):
         handler.attach(engine)
-    handler.attach(engine)
-    engine.run([0])
-    assert handler.num_updates == 1
 
 
 def test_an_evaluator_is_collected_with_what_was_put_on_it():
@@ -202,14 +169,6 @@ def test_an_evaluator_is_collected_with_what_was_put_on_it():
     assert reference() is None
 
 
-def test_an_evaluator_that_runs_inside_a_swapped_one_sees_the_average_too(kit):
-    model, handler, outer = kit
-    inner = evaluator_of(model)
-    handler.swap_during(outer)
-    outer.add_event_handler(Events.ITERATION_COMPLETED, lambda: inner.run([0]))
-    assert outer.run([0]).output == inner.state.output == 5.0
-
-
 def test_a_copy_of_the_evaluator_is_detached_and_says_so_when_it_runs(kit):
     _, handler, evaluator = kit
     with handler.swap_during(evaluator) as handle:
@@ -219,8 +178,6 @@ def test_a_copy_of_the_evaluator_is_detached_and_says_so_when_it_runs(kit):
             copied.run([0])
         assert evaluator.run([0]).output == 5.0
     assert evaluator.run([0]).output == 1.0
-    with handler.swap_during(copied):
-        copied.run([0])
 
 
 def test_a_state_that_is_saved_while_swapped_is_warned_about_then_and_when_it_is_loaded(kit):
@@ -233,16 +190,6 @@ def test_a_state_that_is_saved_while_swapped_is_warned_about_then_and_when_it_is
         scalar_handler()[1].load_state_dict(states[0])
     evaluator.run([0])
     scalar_handler()[1].load_state_dict(states[1])
-
-
-def test_buffers_need_no_synchronising_in_one_process():
-    model = nn.BatchNorm1d(1)
-    handler = EMAHandler(model, 0.25)
-    model.running_mean.fill_(3.0)
-    evaluator = Engine(lambda engine, batch: model.running_mean.item())
-    with handler.swap_during(evaluator, sync_buffers=True):
-        assert evaluator.run([0]).output == 0.0
-    assert model.running_mean.item() == 3.0
 
 
 def evaluated_with_the_first_ranks_buffers(folder):
@@ -294,7 +241,6 @@ class Evaluation:
         self.left = dice.randrange(1, 5)  # at which of these events
         self.listener = dice.choice([None, None, "swallows", "raises"])
         self.in_train_mode = dice.random() < 0.5
-        self.is_nested = dice.random() < 0.3
         torch.manual_seed(dice.randrange(1000))
         self.model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
         self.handler = EMAHandler(self.model, 0.25, handle_buffers=dice.choice(["copy", "update", "ema_train"]))
@@ -340,26 +286,17 @@ class Evaluation:
     def complete(self):
         self.completed += 1
 
-    def run(self, *args):
-        if not self.is_nested:
-            self.evaluator.run(*args)
-            return
-        trainer = Engine(lambda engine, batch: None)
-        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: self.evaluator.run(*args))
-        trainer.run([0, 0])
-        assert trainer.state.iteration == 2
-
     def go(self):
         """Runs on the way; returns the kind of exception that has reached the caller."""
         try:
-            self.run(torch.rand(4, 2, 3), 2)
+            self.evaluator.run(torch.rand(4, 2, 3), 2)
         except tuple(ERRORS) as error:
             return type(error)
         return None
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_60_ways_out_of_a_swapped_evaluation(seed):
+def test_ways_out_of_a_swapped_evaluation(seed):
     case = Evaluation(random.Random(seed))
     before, held_in, average = contents(case.model), places(case.model), contents(case.handler.ema_model)
     reaches = case.way in ERRORS and case.listener != "swallows"
@@ -371,13 +308,13 @@ def test_60_ways_out_of_a_swapped_evaluation(seed):
         assert not case.completed
         move(case.model)  # trained on in between
         before = contents(case.model)
-        case.run(torch.rand(4, 2, 3))
+        case.evaluator.run(torch.rand(4, 2, 3))
         assert case.completed
         assert contents(case.model) == before
         assert case.iterations == list(range(1, 9))
     case.way, case.iterations = "end", []
     forget_what_failed(case.evaluator)
-    case.run(torch.rand(4, 2, 3))  # nothing is left over
+    case.evaluator.run(torch.rand(4, 2, 3))  # nothing is left over
     assert case.iterations == list(range(1, 5))
     assert contents(case.model) == before
     assert all(case.are_averaged)
