@@ -9,7 +9,6 @@ from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
 from ignite_ema import EMAHandler, ModelAverage
-from ignite_ema.averaging import kernels
 from ignite_ema.averaging import offload as staging
 from tests.helpers.bits import contents
 
@@ -106,17 +105,6 @@ def test_an_update_does_not_make_the_host_wait(case, handle_buffers):
         if momentum != 0:  # which copies buffers, but averages nothing
             followed(due, model, momentum, handle_buffers == "update")
     assert_follows(average.module, due, precision_of(case))
-
-
-def test_rebound_weights_do_not_make_the_host_wait():
-    model, average = made()
-    due = double(average.module)
-    with torch.no_grad():
-        model.load_state_dict({name: tensor + 1 for name, tensor in model.state_dict().items()}, assign=True)
-    with no_wait():
-        average.update(0.25)
-    followed(due, model, 0.25, False)
-    assert_follows(average.module, due, 1e-6)
 
 
 @pytest.mark.parametrize("handle_buffers", ["copy", "update"])
@@ -243,16 +231,3 @@ def test_what_is_under_way_is_waited_for_on_both_sides():
             average.update(1.0)
             model.weight.fill_(-1)
             assert average.module.weight.unique().tolist() == [i]
-
-
-def test_the_copies_come_through_page_locked_memory(monkeypatch):
-    seen, lerp = [], kernels._lerp_converted
-
-    def spy(averaged, online, weight):
-        seen.extend(value.is_pinned() for value in online)
-        lerp(averaged, online, weight)
-
-    model, average = made(device="cpu")
-    monkeypatch.setattr(kernels, "_lerp_converted", spy)
-    average.update(0.25)
-    assert seen == [True] * len(list(model.parameters()))

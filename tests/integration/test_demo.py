@@ -58,16 +58,6 @@ def test_a_resumed_run_that_differs_by_one_bit_fails(
     assert "['ema_model']['7.bias']" in message
 
 
-def test_the_batches_of_a_resume_are_the_rest_of_the_whole_run() -> None:
-    (images, labels), _ = demo.load_data()
-    whole = demo.batches(images, labels, seed=3, start=0)
-    resumed = demo.batches(images, labels, seed=3, start=demo.EPOCH_LENGTH + 5)
-    for _ in range(demo.EPOCH_LENGTH + 5):
-        next(whole)
-    for _ in range(demo.EPOCH_LENGTH):
-        assert torch.equal(next(whole)[0], next(resumed)[0])
-
-
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
@@ -109,11 +99,3 @@ def test_a_missing_extra_is_named_with_the_way_to_get_it(
     assert f"the demo needs {module}, which is not installed" in sentence
     assert 'pip install "ignite-ema[demo]"' in sentence
     assert not (tmp_path / "out").exists()
-
-
-def test_force_writes_over_an_earlier_demo_and_leaves_the_rest(tmp_path: Path) -> None:
-    for name in ("demo.png", "best_seed0.pt", "mine.pt"):
-        (tmp_path / name).write_text("mine")
-    assert command.main([*QUICK, "--force", "--out", str(tmp_path)]) == 0
-    assert image.imread(tmp_path / "demo.png").shape[:2] == (900, 1800)
-    assert (tmp_path / "mine.pt").read_text() == "mine"

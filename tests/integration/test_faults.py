@@ -174,21 +174,6 @@ def test_a_full_disk_is_said_and_leaves_the_old_file(suffix, old, room, tmp_path
     assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize(("suffix", "room"), [(".pt", 2000), (".safetensors", 0)])
-def test_export_to_a_full_disk_is_one_sentence(suffix, room, tmp_path, capsys):
-    file = tmp_path / "checkpoint.pt"
-    torch.save({"model": net(0, width=4000).state_dict(), "ema_model": net(1, width=4000).state_dict()}, file)
-    out = tmp_path / f"out{suffix}"
-    out.write_bytes(b"precious")
-    before = content(tmp_path)
-    with full_disk(room):
-        code = main(["export", str(file), str(out), "--force"])
-    printed = capsys.readouterr()
-    assert (code, printed.out, printed.err.count("\n")) == (1, "", 1)
-    assert printed.err.startswith(f"ignite-ema: '{out}' should be written, but the system says: File too large")
-    assert content(tmp_path) == before
-
-
 # Files that are not what they should be
 
 
@@ -229,12 +214,6 @@ def export(path):
         written = out.exists()
         out.unlink(missing_ok=True)
     assert written
-
-
-def names(path):
-    source = path.with_name("list.pth")
-    torch.save({"shadow_params": list(net().parameters()), "num_updates": 2}, source)
-    command("inspect", source, "--names", path)
 
 
 ENTRANCES = {

@@ -68,14 +68,6 @@ def test_tensorboard_shows_each_handler_under_its_own_name(tmp_path):
     }
 
 
-def test_the_momentum_of_a_second_run_goes_on(tmp_path):
-    schedule = Annealing(0.0, gamma=5)
-    trainer = trainer_with(ema_momentum=(schedule, Events.ITERATION_COMPLETED))
-    run(trainer)
-    seen = logged(trainer, tmp_path)["training/ema_momentum"]  # iterations count from 1 again, updates do not
-    assert seen == {k: float32(schedule(ITERATIONS + k - 1)) for k in range(1, ITERATIONS + 1)}
-
-
 @pytest.mark.parametrize("interval", [1, 3])
 def test_the_progress_bar_shows_the_momentum(interval):
     schedule, text = Annealing(0.05, gamma=3), io.StringIO()

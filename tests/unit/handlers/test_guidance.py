@@ -203,13 +203,6 @@ def test_a_run_that_goes_on_after_terminate_is_not_warned_about():
             trainer.run([0] * 6, max_epochs=3)
 
 
-def test_another_schedule_than_the_saved_one_is_warned_about():
-    other, trainer = set_up(0.25)
-    with pytest.warns(EMAWarning, match=r"saved with LinearWarmup\(.*\) and goes on with Constant\(momentum=0.25\)"):
-        other.load_state_dict(EMAHandler(nn.Linear(1, 1), 0.25, 0.5, 10).state_dict())
-    assert trainer.state.ema_momentum == 0.25
-
-
 # repr
 
 
