@@ -62,7 +62,6 @@ def test_a_resumed_run_that_differs_by_one_bit_fails(
     ("option", "value", "expected"),
     [
         ("--epochs", "1", "--epochs should be at least 2, got 1"),
-        ("--seeds", "0", "--seeds should be at least 1, got 0"),
         ("--seed", "-1", "--seed should be at least 0, got -1"),
     ],
 )
@@ -78,7 +77,6 @@ def test_a_bad_option_is_refused(
     ("out", "force", "message"),
     [
         ("", [], "holds files; pass --force"),
-        ("file", ["--force"], "--out should be a directory, got"),
         ("file/below", ["--force"], "--out should be a directory, got"),
     ],
 )

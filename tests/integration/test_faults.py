@@ -160,7 +160,7 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize(("old", "room"), [(True, 0), (False, 100), (True, 2000), (False, 100_000)])
+@pytest.mark.parametrize(("old", "room"), [(True, 0), (False, 2000)])
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_full_disk_is_said_and_leaves_the_old_file(suffix, old, room, tmp_path):
     path = tmp_path / f"file{suffix}"
@@ -223,7 +223,6 @@ ENTRANCES = {
     "load_averaged": load_averaged,
     "inspect": lambda path: command("inspect", path),
     "export": export,
-    "--names": names,
 }
 EVERY_ENTRANCE = pytest.mark.parametrize("entrance", ENTRANCES)
 
@@ -244,7 +243,7 @@ def test_what_a_file_ought_not_to_be_is_one_sentence(entrance, suffix, tmp_path)
     assert max(map(len, said)) < 1500
 
 
-@pytest.mark.parametrize("kind", ["inside", "whole", "bare pickle", "old format"])
+@pytest.mark.parametrize("kind", ["zipped", "bare pickle", "old format"])
 @EVERY_ENTRANCE
 def test_no_entrance_runs_what_a_file_holds(entrance, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -253,42 +252,10 @@ def test_no_entrance_runs_what_a_file_holds(entrance, kind, tmp_path, monkeypatc
         path.write_bytes(pickle.dumps({"ema_model": evil}))
     else:
         file = {"model": net().state_dict(), "ema_model": net(1).state_dict(), "args": evil}
-        torch.save(evil if kind == "whole" else file, path, _use_new_zipfile_serialization=kind != "old format")
+        torch.save(file, path, _use_new_zipfile_serialization=kind == "zipped")
     with contextlib.suppress(ValueError, TypeError):
         ENTRANCES[entrance](path)
     assert not Path("trace").exists()
-
-
-@pytest.mark.parametrize("fault", ["cut", "damaged", "empty", "text"])
-@pytest.mark.parametrize("part", [".metadata", "__0_0.distcp"])
-def test_a_damaged_sharded_checkpoint_is_one_sentence_and_loads_nothing(part, fault, tmp_path):
-    model = net()
-    objects = {"model": model, "ema_handler": EMAHandler(model), "trainer": Engine(lambda engine, batch: None)}
-    Checkpoint(objects, ShardedSaver(tmp_path / "saved"), n_saved=1)(objects["trainer"])
-    path = tmp_path / "saved" / "checkpoint_0.pt" / part
-    whole, chosen = path.read_bytes(), random.Random(0)
-    other = net(1)
-    loaded = {"model": other, "ema_handler": EMAHandler(other), "trainer": Engine(lambda engine, batch: None)}
-    before = state_of(loaded["ema_handler"])
-    said = []
-    for number in range(12 if fault in ("cut", "damaged") else 1):
-        damaged = bytearray(whole)
-        if fault == "cut":
-            del damaged[len(whole) * number // 12 :]
-        elif fault == "damaged":
-            damaged[chosen.randrange(len(whole))] ^= 255
-        path.write_bytes({"empty": b"", "text": b"epoch,loss\n"}.get(fault, bytes(damaged)))
-        try:
-            load_objects(loaded, path.parent)
-        except ValueError as error:
-            said.append(str(error))
-            same = state_of(loaded["ema_handler"]) == before
-            assert same, "nothing should have been loaded"
-        else:
-            assert fault == "damaged", "numbers alone can be damaged without being noticed"
-            before = state_of(loaded["ema_handler"])
-    assert said
-    assert not any("\n" in text for text in said)
 
 
 def test_a_directory_that_lost_a_part_is_refused(tmp_path):

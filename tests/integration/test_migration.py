@@ -28,7 +28,6 @@ from ignite_ema.schedules import (
     InverseGamma,
     PowerFunction,
     RatioWarmup,
-    Rescaled,
 )
 from tests.helpers.peer_files import need
 
@@ -139,10 +138,9 @@ def real_mmengine(ema_type="ExponentialMovingAverage", **options):
     return real(make, update, lambda made: made[0].ema_model.module.state_dict())
 
 
-def real_averaged_model(due=lambda k: True, **options):
+def real_averaged_model(**options):
     def update(averaged, model, iteration):
-        if due(iteration):
-            averaged.update_parameters(model)
+        averaged.update_parameters(model)
 
     return real(lambda model: AveragedModel(model, **options), update, state_of("module"))
 
@@ -207,13 +205,6 @@ class Case:
     theirs: Callable[[], Weights] | None = None
     real: Callable | None = None
     handle_buffers: str | Mapping[str, str] = "copy"
-
-
-SWA_START = 3  # epochs without an average
-
-
-def in_epochs(k):
-    return k % EPOCH == 0 and k // EPOCH > SWA_START
 
 
 def first_then(n):
@@ -286,12 +277,7 @@ CASES = [
     Case("mmgen-rampup", RAMP_UP, theirs=lambda: map(ramped_up(1, 0.5, 64), count())),
     Case("mmagic-RampUpEMA", CopyUntil(1, RAMP_UP), theirs=lambda: mmengine(ramped_up(1, 0.5, 64))),
     # torch.optim.swa_utils.AveragedModel
-    Case(
-        "torch-swa_start",
-        EqualWeight(),
-        Events.EPOCH_COMPLETED(after=SWA_START),
-        real=real_averaged_model(in_epochs),
-    ),
+    Case("torch-AveragedModel", EqualWeight(), real=real_averaged_model()),
     Case(
         "torch-use_buffers",
         copying(1, 1 - 0.9),
@@ -438,19 +424,3 @@ def test_a_twin_that_is_a_submodule_of_the_model():
     run(its_trainer)
     for name, tensor in alone.ema_model.state_dict().items():
         assert torch.equal(gan.state_dict()[f"generator_ema.{name}"], tensor)
-
-
-def test_rescaled_makes_up_for_fewer_updates():
-    """One update stands for three; mmcv's and mmdetection's power of the momentum itself does not."""
-
-    def averaged(momentum, every):
-        model = Net()
-        handler = EMAHandler(model, momentum)
-        trainer = Engine(lambda engine, batch: [move(model, k) for k in [engine.state.iteration] if k % 3 == 1])
-        handler.attach(trainer, event=ITERATION(every=every))
-        run(trainer)
-        return handler.ema_model.layer.weight
-
-    expected = averaged(0.1, every=1)
-    torch.testing.assert_close(averaged(Rescaled(Constant(0.1), 3), every=3), expected, rtol=0, atol=1e-6)
-    assert (averaged(Constant(0.1**3), every=3) - expected).norm() > 0.5 * expected.norm()

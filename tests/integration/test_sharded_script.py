@@ -52,14 +52,6 @@ def averaged(folder):
     return net.state_dict()
 
 
-def test_the_sharded_script_goes_on_with_another_number_of_ranks(tmp_path):
-    for ranks, epochs in ((2, 2), (3, 4)):
-        train(tmp_path, ranks, epochs)
-    saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert saved == {f"checkpoint_{iteration}.pt" for iteration in (8, 16, 24, 32)}
-    averaged(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """The averaged weights of a run of so many epochs that was not killed."""
