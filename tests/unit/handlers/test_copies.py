@@ -69,13 +69,3 @@ def test_what_comes_from_another_process_in_shared_memory_owns_its_twin(kind):
     average.update(1.0)
     assert average.module.weight.eq(8).all()
     assert getattr(thing, "average", thing).module.weight.ne(8).all()
-
-
-def test_a_module_that_holds_its_handler_can_be_copied():
-    model = nn.Linear(2, 1)
-    model.handler, trainer = EMAHandler(model, 0.5), Engine(step)
-    model.handler.attach(trainer)
-    copied = copy.deepcopy(model)
-    assert copied.handler.model is copied
-    copied.handler.momentum = 0.25
-    assert trainer.state.ema_momentum == 0.5

@@ -172,15 +172,11 @@ def test_each_of_two_attachments_waits_for_its_own_optimizer():
     assert handler.num_updates == 1
 
 
-def test_the_optimizer_of_another_model_is_warned_about():
+def test_the_optimizer_of_another_model_is_warned_about_and_that_of_a_part_is_not():
     with pytest.warns(EMAWarning, match="parameters of the model that is averaged, but has none of them"):
         EMAHandler(linear(), 0.25).attach(idle(), optimizer=sgd(linear()))
-
-
-def test_the_optimizer_of_a_part_of_the_model_is_not_warned_about():
     model = nn.Sequential(linear(), linear())
-    optimizer = torch.optim.SGD([{"params": linear().parameters()}, {"params": [model[1].bias]}], lr=0.1)
-    EMAHandler(compiled(model), 0.25).attach(idle(), optimizer=optimizer)
+    EMAHandler(compiled(model), 0.25).attach(idle(), optimizer=torch.optim.SGD([*linear().parameters(), model[1].bias]))
 
 
 # Saved and resumed
