@@ -1,7 +1,5 @@
 """The momentum of every update as Ignite's own loggers show it, through ``state_attributes``."""
 
-import warnings
-
 import pytest
 import torch
 from ignite.engine import Engine, Events

@@ -26,21 +26,6 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-SEQ2SEQ = {
-    "vocab_size": 32,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": None,
-}
 STAGES = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "layer_type": "basic"}
 WAVES = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
 
@@ -49,16 +34,6 @@ WORDS = torch.arange(2 * 6).view(2, 6) % 29 + 3
 TEXT = {"input_ids": WORDS}
 IMAGE = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)}
 
-
-DETR = {
-    **{key: SEQ2SEQ[key] for key in SEQ2SEQ if key.startswith(("d_model", "encoder", "decoder_l", "decoder_a"))},
-    "decoder_ffn_dim": 24,
-    "num_queries": 3,
-    "num_labels": 2,
-    "use_timm_backbone": False,
-    "use_pretrained_backbone": False,
-    "backbone": None,
-}
 
 # class of the model: its configuration, its inputs
 ARCHITECTURES = {
@@ -76,10 +51,25 @@ ARCHITECTURES = {
     ),  # rotary buffers that are not saved
     "MambaForCausalLM": ("MambaConfig", {**SMALL, "state_size": 4, "expand": 2}, TEXT),
     "ResNetForImageClassification": ("ResNetConfig", STAGES, IMAGE),  # batch norm
-    "DetrForObjectDetection": ("DetrConfig", DETR, IMAGE),  # shared heads, frozen batch norm
     "WhisperForConditionalGeneration": (
         "WhisperConfig",
-        {**SEQ2SEQ, "num_mel_bins": 4, "max_source_positions": 10, "max_target_positions": 10},
+        {
+            "vocab_size": 32,
+            "d_model": 16,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 24,
+            "decoder_layers": 1,
+            "decoder_attention_heads": 2,
+            "decoder_ffn_dim": 24,
+            "decoder_start_token_id": 1,
+            "num_mel_bins": 4,
+            "max_source_positions": 10,
+            "max_target_positions": 10,
+        },
         {"input_features": torch.linspace(-1, 1, 2 * 4 * 20).view(2, 4, 20), "decoder_input_ids": WORDS},
     ),  # a frozen embedding of positions
     "Wav2Vec2ForCTC": (
@@ -93,8 +83,6 @@ ARCHITECTURES = {
 def build(name, seed):
     kind, sizes, _ = ARCHITECTURES[name]
     torch.manual_seed(seed)
-    if name == "DetrForObjectDetection":
-        sizes = {**sizes, "backbone_config": zoo.ResNetConfig(**STAGES, out_features=["stage4"])}
     model = getattr(zoo, name)(getattr(zoo, kind)(**sizes))
     with torch.no_grad():
         for parameter in model.parameters():  # many start from zeros and ones

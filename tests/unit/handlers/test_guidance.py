@@ -199,8 +199,6 @@ def test_repr_says_what_by_which_schedule_how_far_and_attached_to_what():
     alone = "EMAHandler(Linear: 2 parameters in float64 on cpu; momentum EqualWeight(); 0 updates"
     attached = "; attached to an Engine as 'ema_momentum'"
     assert repr(handler) == f"{alone}{attached})"
-    trainer.state.ema_momentum = "x"  # and never raises
-    assert repr(handler) == f"{alone}{attached})"
     handle = handler.attach(other := Engine(lambda engine, batch: None), "second")
     assert repr(handler) == f"{alone}{attached} and attached to an Engine as 'second')"
     handle.remove()
@@ -213,6 +211,8 @@ def test_handles_and_the_context_of_swapped_are_shown_in_a_line():
     handler, trainer = EMAHandler(nn.Linear(1, 1), 0.5), Engine(lambda engine, batch: None)
     handle = handler.attach(trainer, event=EVENT(every=2) | Events.EPOCH_COMPLETED)
     assert repr(handle) == "Attachment(EMAHandler at iteration_completed or epoch_completed as 'ema_momentum')"
+    trainer.state.ema_momentum = "x"
+    assert "; <TypeError>; 0 updates;" in repr(handler)
     handle.remove()
     assert repr(handle).endswith(" as 'ema_momentum'; removed)")
     with handler.swap_during(trainer) as handle:
