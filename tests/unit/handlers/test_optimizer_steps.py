@@ -1,6 +1,5 @@
 """attach(optimizer=...): an event updates only if the optimizer has stepped since the last update."""
 
-import copy
 from itertools import pairwise
 
 import pytest
@@ -9,7 +8,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
-from ignite_ema import EMAHandler, EMAWarning, ModelAverage
+from ignite_ema import EMAHandler, EMAWarning
 from ignite_ema.schedules import EqualWeight
 from tests.helpers.bits import contents
 from tests.helpers.models import compiled, linear, sgd
@@ -80,8 +79,6 @@ def test_a_step_that_a_grad_scaler_skips_moves_neither_weights_nor_average(kind,
     model = linear()
     optimizer, handler = kind(model.parameters(), lr=0.1, fused=fused), EMAHandler(model, 0.25)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    reference = copy.deepcopy(model)
-    average = ModelAverage(reference)
     weights, counts = [contents(model)], [0]
 
     def process(engine, batch):
@@ -100,10 +97,6 @@ def test_a_step_that_a_grad_scaler_skips_moves_neither_weights_nor_average(kind,
     def compare():
         weights.append(contents(model))
         counts.append(handler.num_updates)
-        if weights[-1] != weights[-2]:
-            reference.load_state_dict(model.state_dict())
-            average.update(0.25)
-        assert contents(handler.ema_model) == contents(average.module)
 
     trainer.run([0] * 8)
     moved = [before != after for before, after in pairwise(weights)]
