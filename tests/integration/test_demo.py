@@ -58,62 +58,25 @@ def test_a_resumed_run_that_differs_by_one_bit_fails(
     assert "['ema_model']['7.bias']" in message
 
 
-def test_the_batches_of_a_resume_are_the_rest_of_the_whole_run() -> None:
-    (images, labels), _ = demo.load_data()
-    whole = demo.batches(images, labels, seed=3, start=0)
-    resumed = demo.batches(images, labels, seed=3, start=demo.EPOCH_LENGTH + 5)
-    for _ in range(demo.EPOCH_LENGTH + 5):
-        next(whole)
-    for _ in range(demo.EPOCH_LENGTH):
-        assert torch.equal(next(whole)[0], next(resumed)[0])
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "expected"),
-    [
-        ("--epochs", "1", "--epochs should be at least 2, got 1"),
-        ("--seeds", "0", "--seeds should be at least 1, got 0"),
-        ("--seed", "-1", "--seed should be at least 0, got -1"),
-    ],
-)
-def test_a_bad_option_is_refused(
-    option: str, value: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_option_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert expected in refusal(capsys, "--out", str(out), option, value)
+    assert "--epochs should be at least 2, got 1" in refusal(capsys, "--out", str(out), "--epochs", "1")
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    ("out", "force", "message"),
-    [
-        ("", [], "holds files; pass --force"),
-        ("file", ["--force"], "--out should be a directory, got"),
-        ("file/below", ["--force"], "--out should be a directory, got"),
-    ],
-)
-def test_what_is_there_is_not_written_over(
-    out: str, force: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_there_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
-    assert message in refusal(capsys, "--out", str(tmp_path / out), *force)
+    assert "holds files; pass --force" in refusal(capsys, "--out", str(tmp_path))
+    below = str(tmp_path / "file" / "below")
+    assert "--out should be a directory, got" in refusal(capsys, "--out", below, "--force")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "sklearn", "tqdm"])
 def test_a_missing_extra_is_named_with_the_way_to_get_it(
-    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     sentence = refusal(capsys, "--out", str(tmp_path / "out"))
-    assert f"the demo needs {module}, which is not installed" in sentence
+    assert "the demo needs matplotlib, which is not installed" in sentence
     assert 'pip install "ignite-ema[demo]"' in sentence
     assert not (tmp_path / "out").exists()
-
-
-def test_force_writes_over_an_earlier_demo_and_leaves_the_rest(tmp_path: Path) -> None:
-    for name in ("demo.png", "best_seed0.pt", "mine.pt"):
-        (tmp_path / name).write_text("mine")
-    assert command.main([*QUICK, "--force", "--out", str(tmp_path)]) == 0
-    assert image.imread(tmp_path / "demo.png").shape[:2] == (900, 1800)
-    assert (tmp_path / "mine.pt").read_text() == "mine"

@@ -60,14 +60,6 @@ class Bytes(TorchDispatchMode):
         return result
 
 
-def test_the_cost_is_measured(capsys, monkeypatch):
-    monkeypatch.setattr(cost, "CONTIGUOUS", 2**16)
-    cost.main(["--parameters", "4e7", "--devices", "1", "1024", "--rounds", "2"])
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("33,554,432 of 4e+07 parameters on one of 1 devices, in 2 tensors: ")
-    assert second.startswith("32,768 of 4e+07 parameters on one of 1,024 devices, in 2 tensors: ")
-
-
 def test_the_table_of_residuals_is_what_is_computed():
     widths = [float(cell) for cell in re.search(r"^\| `sigma_rel` \|(.+)\|$", TEXT, flags=re.MULTILINE)[1].split("|")]
     rows = re.findall(r"^\| (\d+) snapshots \|(.+)\|$", TEXT, flags=re.MULTILINE)

@@ -22,11 +22,6 @@ def test_all_is_the_public_namespace(name):
     assert {key for key in own if not key.startswith("_")} <= named
 
 
-def test_top_level_names():
-    assert all(hasattr(ignite_ema, name) for name in ignite_ema.__all__)
-    assert dir(ignite_ema) == sorted(ignite_ema.__all__)
-
-
 def test_runtime_requirements_are_torch_and_ignite():
     needed = [line for line in requires("ignite-ema") if "extra ==" not in line]
     assert sorted(line.partition(">")[0] for line in needed) == ["pytorch-ignite", "torch"]

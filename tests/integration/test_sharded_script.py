@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,33 +51,12 @@ def averaged(folder):
     return net.state_dict()
 
 
-def test_the_sharded_script_goes_on_with_another_number_of_ranks(tmp_path):
-    for ranks, epochs in ((2, 2), (3, 4)):
-        train(tmp_path, ranks, epochs)
-    saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert saved == {f"checkpoint_{iteration}.pt" for iteration in (8, 16, 24, 32)}
-    averaged(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """The averaged weights of a run of so many epochs that was not killed."""
-
-    @cache
-    def run(epochs):
-        folder = tmp_path_factory.mktemp("straight")
-        train(folder, 2, epochs)
-        return averaged(folder)
-
-    return run
-
-
 def iteration_of(checkpoint):
     return int(checkpoint.stem.partition("_")[2])
 
 
 @pytest.mark.parametrize("victims", [["1"], ["0", "1"]], ids=["one rank", "all ranks"])
-def test_the_sharded_script_is_killed_and_goes_on_to_the_same_average(tmp_path, straight, victims):
+def test_the_sharded_script_is_killed_and_goes_on_to_the_same_average(tmp_path, victims):
     with torchrun(tmp_path, 2, 10_000) as process:
         end = time.monotonic() + 60
         while not list(tmp_path.glob("checkpoints/checkpoint_*.pt")):
@@ -93,7 +71,8 @@ def test_the_sharded_script_is_killed_and_goes_on_to_the_same_average(tmp_path, 
     epochs, written = iteration_of(last) // 8 + 1, last.stat().st_mtime_ns
     train(tmp_path, 3, epochs)
     assert last.stat().st_mtime_ns == written  # it went on from there
-    got, due = averaged(tmp_path), straight(epochs)
+    train(tmp_path / "straight", 2, epochs)
+    got, due = averaged(tmp_path), averaged(tmp_path / "straight")
     for name in due:
         if name.endswith("in_proj_bias"):
             # A bias of keys changes nothing: its gradient is rounding noise, which AdamW scales up.

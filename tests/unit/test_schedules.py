@@ -40,8 +40,6 @@ FORMULAS = [
     (LinearWarmup(0.5, 0.0, 10), ignites_linear(0.5, 0.0, 10)),
     (LinearWarmup(0.002, 0.2, 100), ignites_linear(0.002, 0.2, 100)),
     (LinearWarmup(0.3, 1.0, 1), ignites_linear(0.3, 1.0, 1)),
-    (LinearWarmup(0.3, 0.3, 7), ignites_linear(0.3, 0.3, 7)),
-    (ExponentialWarmup(0.0002), lambda n: (1 - 0.0002) * math.exp(-(1 + n) / 2000) + 0.0002),
     (ExponentialWarmup(0.01, gamma=50), lambda n: 0.99 * math.e ** (-(1 + n) / 50) + 0.01),
     (RatioWarmup(0.02), lambda n: min(0.02, (1 + n) / (100 + n))),
     (RatioWarmup(0.5, warm_up=10), lambda n: min(0.5, (1 + n) / (10 + n))),
@@ -125,11 +123,6 @@ def test_a_debiased_average_is_the_weighted_mean_of_the_weights_alone():
     weights = [0.7**age for age in (3, 2, 1, 0)]
     assert seen[0] == 10
     assert seen[3] == pytest.approx(sum(w * x for w, x in zip(weights, (10, 20, 30, 40), strict=True)) / sum(weights))
-
-
-def test_rescaled_updates_compound_to_the_schedules_own():
-    every_iteration, every_third = Constant(0.1), Rescaled(Constant(0.1), 3)
-    assert (1 - every_iteration(0)) ** 3 == pytest.approx(1 - every_third(0))
 
 
 def test_the_profile_of_a_power_function_has_the_width_asked_for():

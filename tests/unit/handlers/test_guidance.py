@@ -10,7 +10,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ignite_ema import EMAHandler, EMAWarning, PostHocEMA, schedules
+from ignite_ema import EMAHandler, EMAWarning, schedules
 
 EVENT = Events.ITERATION_COMPLETED
 
@@ -47,14 +47,12 @@ def test_a_run_that_ends_with_most_of_its_start_is_told_once():
         trainer.run([0] * 2)
 
 
-@pytest.mark.parametrize("prepare", [at(3, Engine.terminate), None], ids=["terminated", "whole"])
 @pytest.mark.parametrize(("share", "warns"), [(0.21, True), (0.19, False)])
-def test_a_fifth_of_the_start_is_the_threshold_also_if_the_run_is_terminated(share, warns, prepare):
+def test_a_fifth_of_the_start_is_the_threshold_also_if_the_run_is_terminated(share, warns):
     handler, trainer = set_up(1 - share ** (1 / 3))
-    if prepare:
-        prepare(handler, trainer)
+    at(3, Engine.terminate)(handler, trainer)
     with pytest.warns(EMAWarning, match="After 3 updates 21%") if warns else silence():
-        trainer.run([0] * (5 if prepare else 3))
+        trainer.run([0] * 5)
 
 
 @pytest.mark.parametrize("count", [1, 30])
@@ -81,7 +79,6 @@ ENDS = {
     "interrupt": at(3, lambda trainer: trainer.interrupt()),
     "driven to a copy": lambda _, trainer: setattr(trainer.state, "ema_momentum", 1.0),
     "twin filled": lambda handler, _: handler.ema_model.load_state_dict(nn.Linear(1, 1).state_dict()),
-    "count set": lambda handler, _: setattr(handler, "num_updates", 1000),
     "resumed": lambda handler, _: handler.load_state_dict({**handler.state_dict(), "initial_share": 0.2}),
 }
 
@@ -94,13 +91,6 @@ def test_an_average_of_use_and_a_run_that_goes_on_are_not_warned_about(end):
     ENDS[end](handler, trainer)
     with silence():
         trainer.run([0] * 4)
-
-
-def test_a_run_that_fails_is_not_warned_about():
-    _, trainer = set_up(0.001)
-    trainer.add_event_handler(EVENT(once=3), lambda: 1 / 0)
-    with silence(), pytest.raises(ZeroDivisionError):
-        trainer.run([0] * 10)
 
 
 def test_updates_that_were_skipped_are_neither_an_event_that_never_fired_nor_too_few():
@@ -125,15 +115,11 @@ def load_others(handler):
 
 
 @pytest.mark.parametrize("load_first", [True, False])
-@pytest.mark.parametrize("momentum", [0.9, schedules.LinearWarmup(0.5, 0.8, 10)])
-def test_a_handler_that_was_not_restored_is_missed_in_the_checkpoint_once(momentum, load_first, recwarn):
-    model, trainer = nn.Linear(1, 1), Engine(lambda engine, batch: None)
-    handler = EMAHandler(model, momentum)
-    handler.attach(trainer, "g_momentum")
+def test_a_handler_that_was_not_restored_is_missed_in_the_checkpoint_once(load_first):
+    handler, trainer = set_up(schedules.LinearWarmup(0.5, 0.8, 10))
     if not load_first:
         load_others(handler)
-    recwarn.clear()
-    with pytest.warns(EMAWarning, match="resumes at iteration 4.*'g_momentum' was not restored") as caught:
+    with pytest.warns(EMAWarning, match="resumes at iteration 4.*'ema_momentum' was not restored") as caught:
         resumed(trainer).run([0] * 4)
     assert len(caught) == 1
     assert ("starts from the weights of now" if load_first else "that it was made with") in str(caught[0].message)
@@ -143,10 +129,8 @@ def test_a_handler_that_was_not_restored_is_missed_in_the_checkpoint_once(moment
 
 MEANT = {
     "reset": lambda handler: handler.reset(),
-    "count set": lambda handler: setattr(handler, "num_updates", 0),
     "state loaded": lambda handler: handler.load_state_dict(EMAHandler(nn.Linear(1, 1), 0.8).state_dict()),
     "average loaded": lambda handler: handler.load_averaged(nn.Linear(1, 1).state_dict()),
-    "twin filled": lambda handler: handler.ema_model.load_state_dict(nn.Linear(1, 1).state_dict()),
 }
 
 
@@ -159,21 +143,14 @@ def test_a_start_that_is_meant_is_not_warned_about(way):
         resumed(trainer).run([0] * 4)
 
 
-@pytest.mark.parametrize("when", ["before the run", "by a handler of STARTED"])
 @pytest.mark.parametrize("resets", [False, True])
-def test_weights_that_come_after_the_handler_was_made_or_reset_are_warned_about_once(when, resets):
+def test_weights_that_come_after_the_handler_was_made_or_reset_are_warned_about_once(resets):
+    """Also by a handler of STARTED, as MONAI's CheckpointLoader (issue 23)."""
     handler, trainer = set_up(0.8)
     if resets:
         handler.reset()
-    if when == "before the run":
-        load_others(handler)
-    else:
-        trainer.add_event_handler(Events.STARTED, lambda: load_others(handler))
+    trainer.add_event_handler(Events.STARTED, lambda: load_others(handler))
     with pytest.warns(EMAWarning, match=r"other weights than when .*call handler\.reset\(\)|Call handler\.reset\(\)"):
-        trainer.run([0] * 4)
-    handler, trainer = set_up(0.8)
-    handler.reset()
-    with silence():
         trainer.run([0] * 4)
 
 
@@ -192,15 +169,10 @@ def test_frozen_parameters_of_a_type_without_norms_can_be_shared():
     model[0].weight = nn.Parameter(torch.ones(1, 1).as_subclass(Quantised), requires_grad=False)
     model[0].bias.requires_grad_(False)
     model[0].extra_repr = model[0].forward  # torchao sets a method of the module
-    trainer, handler = (
-        Engine(lambda engine, batch: model[1].weight.data.fill_(2.0)),
-        EMAHandler(model, share_frozen=True),
-    )
+    trainer, handler = Engine(lambda engine, batch: None), EMAHandler(model, 0.8, share_frozen=True)
     handler.attach(trainer)
-    trainer.state.ema_momentum = 1.0
-    trainer.run([0])
-    assert handler.ema_model[1].weight.item() == 2.0
-    assert handler.ema_model[0].weight is model[0].weight
+    trainer.run([0] * 3)
+    assert handler.num_updates == 3
 
 
 @pytest.mark.parametrize("schedule", [lambda n: 1 / (n + 1), 1.0], ids=["mean", "copies"])
@@ -219,13 +191,6 @@ def test_a_run_that_goes_on_after_terminate_is_not_warned_about():
             trainer.run([0] * 6, max_epochs=3)
 
 
-def test_another_schedule_than_the_saved_one_is_warned_about():
-    other, trainer = set_up(0.25)
-    with pytest.warns(EMAWarning, match=r"saved with LinearWarmup\(.*\) and goes on with Constant\(momentum=0.25\)"):
-        other.load_state_dict(EMAHandler(nn.Linear(1, 1), 0.25, 0.5, 10).state_dict())
-    assert trainer.state.ema_momentum == 0.25
-
-
 # repr
 
 
@@ -242,27 +207,17 @@ def test_repr_says_what_by_which_schedule_how_far_and_attached_to_what():
     assert repr(handler) == f"{alone})"
 
 
-def test_repr_shows_the_momentum_in_force_and_never_raises():
-    handler, trainer = set_up(0.5)
-    trainer.state.ema_momentum = 0.25
-    assert "; momentum 0.25; 0 updates;" in repr(handler)
-    trainer.state.ema_momentum = "x"
-    assert "; <TypeError>; 0 updates;" in repr(handler)
-    assert repr(EMAHandler.__new__(EMAHandler)).startswith("EMAHandler(<AttributeError>")
-
-
-def test_handles_and_the_context_of_swapped_are_shown_in_a_line(tmp_path):
+def test_handles_and_the_context_of_swapped_are_shown_in_a_line():
     handler, trainer = EMAHandler(nn.Linear(1, 1), 0.5), Engine(lambda engine, batch: None)
     handle = handler.attach(trainer, event=EVENT(every=2) | Events.EPOCH_COMPLETED)
     assert repr(handle) == "Attachment(EMAHandler at iteration_completed or epoch_completed as 'ema_momentum')"
+    trainer.state.ema_momentum = "x"
+    assert "; <TypeError>; 0 updates;" in repr(handler)
     handle.remove()
     assert repr(handle).endswith(" as 'ema_momentum'; removed)")
     with handler.swap_during(trainer) as handle:
         assert repr(handle) == "EvaluationSwap(EMAHandler during the runs of an Engine)"
     assert repr(handle).endswith("; removed)")
-    with PostHocEMA(handler.model, dirname=tmp_path / "snapshots").attach(trainer) as handle:
-        assert "PostHocEMA at iteration_completed as 'posthoc_momentum_0'" in repr(handle)
-    assert repr(handle).endswith("removed)")
     with handler.swapped() as swap:
         assert repr(swap) == "Swapped(active)"
     assert repr(swap) == "Swapped(not active)"

@@ -1,6 +1,5 @@
 """attach(optimizer=...): an event updates only if the optimizer has stepped since the last update."""
 
-import copy
 from itertools import pairwise
 
 import pytest
@@ -9,8 +8,8 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
-from ignite_ema import EMAHandler, EMAWarning, ModelAverage
-from ignite_ema.schedules import EqualWeight, LinearWarmup
+from ignite_ema import EMAHandler, EMAWarning
+from ignite_ema.schedules import EqualWeight
 from tests.helpers.bits import contents
 from tests.helpers.models import compiled, linear, sgd
 
@@ -49,33 +48,16 @@ def recorded(trainer, read):
     return seen
 
 
-def test_with_accumulated_gradients_the_average_moves_as_often_as_the_weights():
-    model = linear()
-    optimizer, handler = sgd(model), EMAHandler(model, LinearWarmup(0.5, 0.1, 5))
-    plain, average = EMAHandler(model, 0.25), ModelAverage(model, momentum=LinearWarmup(0.5, 0.1, 5))
-    trainer = stepping(model, optimizer, at_every(2))
-    handler.attach(trainer, optimizer=optimizer)
-    plain.attach(trainer, "plain")
-    counts = recorded(trainer, lambda: (handler.num_updates, trainer.state.ema_momentum))
-    trainer.add_event_handler(EVENT(every=2), lambda: average.update())
-    trainer.run([0] * 8)
-    assert [count for count, _ in counts] == [0, 1, 1, 2, 2, 3, 3, 4]
-    assert [momentum for _, momentum in counts] == pytest.approx([0.1, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4])
-    assert contents(handler.ema_model) == contents(average.module)
-    assert plain.num_updates == 8
-
-
 @pytest.mark.parametrize(
     ("event", "due"),
     [
         # iterations 2, 4, 6, 7 and 8 of 9 step
         (EVENT, [0, 1, 1, 2, 2, 3, 4, 5, 5]),
         (EVENT(every=3), [0, 0, 1, 1, 1, 2, 2, 2, 3]),
-        (EVENT(every=5), [0, 0, 0, 0, 1, 1, 1, 1, 1]),
         (EVENT(every=3) | EVENT(every=4), [0, 0, 1, 2, 2, 3, 3, 4, 4]),
         (Events.ITERATION_STARTED, [0, 0, 1, 1, 2, 2, 3, 4, 5]),
     ],
-    ids=["each iteration", "every third", "every fifth", "two members", "at the start"],
+    ids=["each iteration", "every third", "two members", "at the start"],
 )
 def test_an_event_updates_where_there_was_a_step_since_the_last_update(event, due):
     model = linear()
@@ -87,47 +69,22 @@ def test_an_event_updates_where_there_was_a_step_since_the_last_update(event, du
     assert counts == due
 
 
-def test_a_closure_counts_as_a_step_and_two_steps_update_once():
-    model = linear()
-    optimizer, handler = torch.optim.LBFGS(model.parameters()), EMAHandler(model, 0.25)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = model(torch.ones(1, 3)).square().sum()
-        loss.backward()
-        return loss
-
-    trainer = Engine(lambda engine, batch: [optimizer.step(closure) for _ in range(2)])
-    handler.attach(trainer, optimizer=optimizer)
-    trainer.run([0] * 2)
-    assert handler.num_updates == 2
-
-
-# Optimizers that a GradScaler steps in three ways: it calls step() or not; step() is always called and skips by itself.
-OPTIMIZERS = {
-    "normal": lambda model: torch.optim.Adam(model.parameters(), lr=0.1),
-    "fused Adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.1, fused=True),
-    "fused AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.1, fused=True),
-    "fused SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, fused=True),
-}
 SPOILT = {1: torch.inf, 3: torch.nan, 4: -torch.inf, 7: torch.inf}
 
 
-@pytest.mark.parametrize("scales", ["step alone", "unscale first", "disabled"])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_step_that_a_grad_scaler_skips_moves_neither_weights_nor_average(kind, scales):
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("fused", [False, True])  # a fused one is stepped always, and skips by itself
+def test_a_step_that_a_grad_scaler_skips_moves_neither_weights_nor_average(kind, fused, unscales):
     model = linear()
-    optimizer, handler = OPTIMIZERS[kind](model), EMAHandler(model, 0.25)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scales != "disabled")
-    reference = copy.deepcopy(model)
-    average = ModelAverage(reference)
+    optimizer, handler = kind(model.parameters(), lr=0.1, fused=fused), EMAHandler(model, 0.25)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     weights, counts = [contents(model)], [0]
 
     def process(engine, batch):
         scaler.scale(model(torch.rand(4, 3)).square().mean()).backward()
-        if scaler.is_enabled():
-            model.weight.grad[0, 0] += SPOILT.get(engine.state.iteration, 0.0)
-        if scales == "unscale first":
+        model.weight.grad[0, 0] += SPOILT.get(engine.state.iteration, 0.0)
+        if unscales:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
@@ -140,14 +97,10 @@ def test_a_step_that_a_grad_scaler_skips_moves_neither_weights_nor_average(kind,
     def compare():
         weights.append(contents(model))
         counts.append(handler.num_updates)
-        if weights[-1] != weights[-2]:
-            reference.load_state_dict(model.state_dict())
-            average.update(0.25)
-        assert contents(handler.ema_model) == contents(average.module)
 
     trainer.run([0] * 8)
     moved = [before != after for before, after in pairwise(weights)]
-    assert moved == [iteration not in SPOILT or scales == "disabled" for iteration in range(1, 9)]
+    assert moved == [iteration not in SPOILT for iteration in range(1, 9)]
     assert [after - before for before, after in pairwise(counts)] == moved
 
 
@@ -190,40 +143,33 @@ def test_remove_takes_the_hook_off_the_optimizer():
     model = linear()
     optimizer, handler = sgd(model), EMAHandler(model, 0.25)
     trainer = stepping(model, optimizer, at_every(1))
-    for _ in range(2):
-        with handler.attach(trainer, optimizer=optimizer) as handle:
-            assert len(optimizer._optimizer_step_post_hooks) == 1
-            trainer.run([0])
-        handle.remove()
-        assert not optimizer._optimizer_step_post_hooks
-    trainer.run([0] * 2)
-    assert handler.num_updates == 2
+    with handler.attach(trainer, optimizer=optimizer):
+        assert len(optimizer._optimizer_step_post_hooks) == 1
+        trainer.run([0])
+    assert not optimizer._optimizer_step_post_hooks
+    trainer.run([0])
+    assert handler.num_updates == 1
 
 
-@pytest.mark.parametrize("name", ["ema_momentum", "other_momentum"])
-def test_each_of_two_attachments_waits_for_its_own_optimizer(name):
+def test_each_of_two_attachments_waits_for_its_own_optimizer():
     model, first, second = linear(), idle(), idle()
     weights, biases = (torch.optim.SGD([parameter], lr=0.5) for parameter in model.parameters())
     handler = EMAHandler(model, 0.25)
     handler.attach(first, optimizer=weights)
-    handler.attach(second, name, optimizer=biases)
+    handler.attach(second, optimizer=biases)
     weights.step()
-    with pytest.warns(EMAWarning, match=f"'{name}' should have stepped in this run, but 2 events passed"):
+    with pytest.warns(EMAWarning, match="'ema_momentum' should have stepped in this run, but 2 events passed"):
         second.run([0] * 2)
     assert handler.num_updates == 0
     first.run([0])
     assert handler.num_updates == 1
 
 
-def test_the_optimizer_of_another_model_is_warned_about():
+def test_the_optimizer_of_another_model_is_warned_about_and_that_of_a_part_is_not():
     with pytest.warns(EMAWarning, match="parameters of the model that is averaged, but has none of them"):
         EMAHandler(linear(), 0.25).attach(idle(), optimizer=sgd(linear()))
-
-
-def test_the_optimizer_of_a_part_of_the_model_is_not_warned_about():
     model = nn.Sequential(linear(), linear())
-    optimizer = torch.optim.SGD([{"params": linear().parameters()}, {"params": [model[1].bias]}], lr=0.1)
-    EMAHandler(compiled(model), 0.25).attach(idle(), optimizer=optimizer)
+    EMAHandler(compiled(model), 0.25).attach(idle(), optimizer=torch.optim.SGD([*linear().parameters(), model[1].bias]))
 
 
 # Saved and resumed
@@ -237,7 +183,6 @@ class Accumulation:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.1)
         self.handler = EMAHandler(self.model, EqualWeight())
         self.trainer = stepping(self.model, self.optimizer, at_every(3))
-        self.gradients = Gradients(self.model)
         self.handler.attach(self.trainer, event=EVENT(every=2), optimizer=self.optimizer)
 
     def run(self, last=12):
@@ -246,21 +191,8 @@ class Accumulation:
         return contents(self.model), contents(self.handler.ema_model), self.handler.num_updates
 
 
-class Gradients:
-    """What has been accumulated, for a checkpoint in the middle of it."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def state_dict(self):
-        return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-
-    def load_state_dict(self, state):
-        for name, parameter in self.model.named_parameters():
-            parameter.grad = state.get(name)
-
-
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6, 9, 10, 11])
+@pytest.mark.filterwarnings("ignore:The optimizer of 'ema_momentum' should have stepped")  # a kill has no warning
+@pytest.mark.parametrize("stop", [3, 6, 9])
 def test_a_run_that_resumes_between_a_step_and_its_update_ends_with_the_same_bits(stop, tmp_path):
     due = Accumulation().run()
     assert due[2] == 4
@@ -271,21 +203,3 @@ def test_a_run_that_resumes_between_a_step_and_its_update_ends_with_the_same_bit
     resumed = Accumulation()
     Checkpoint.load_objects(vars(resumed), tmp_path / checkpoint.last_checkpoint)
     assert resumed.run() == due
-
-
-def test_the_state_says_whether_a_step_waits_for_its_update():
-    model = linear()
-    optimizer = sgd(model)
-    handler, other = EMAHandler(model, 0.25), EMAHandler(model, 0.25)
-    trainer, other_trainer = idle(), idle()
-    handler.attach(trainer, optimizer=optimizer)
-    other.attach(other_trainer, optimizer=sgd(model))
-    assert handler.state_dict()["optimizer_stepped"] == []
-    optimizer.step()
-    assert handler.state_dict()["optimizer_stepped"] == ["ema_momentum"]
-    other.load_state_dict(handler.state_dict())
-    for _ in range(2):
-        trainer.run([0])
-        other_trainer.run([0])
-        assert (handler.num_updates, other.num_updates) == (1, 1)
-    assert handler.state_dict()["optimizer_stepped"] == []
