@@ -31,7 +31,7 @@ from .names import names_of, tensors_of
 from .pairing import Group, Mismatch, Pairing, nonfinite_in
 from .precision import stalled
 from .sharding import local
-from .state import STATE_VERSION, check_average_state, complete_tensors, fill, fitting_tensors
+from .state import STATE_VERSION, check_average_state, complete_tensors, fill, fitting_tensors, missing_slots
 from .stochastic_rounding import StochasticRounding
 from .swap import Swapped, is_swapped, refuse_while_swapped
 from .twin import check_model, settle, stripped, twin_of
@@ -57,14 +57,14 @@ class ModelAverage:
         dtype: the type of the average of floating-point tensors, for instance ``torch.float32`` for a bfloat16 model.
             None: the type of each tensor.
         device: where the twin lives. None: where the model's tensors are.
-        share_frozen: the twin shares the parameters that do not require gradients, and has copies of the others alone.
+        share_frozen: the twin shares the parameters that do not require gradients, and copies only the others.
             They must stay frozen; ``dtype`` and ``device`` do not concern them. What you do to them in the twin, you do
             to the model.
         skip_nonfinite: an update that would bring a NaN or an infinity into an averaged parameter leaves the whole
             average alone and is counted in :attr:`num_skipped` instead. One that would bring it into an averaged buffer
             leaves these buffers alone. Buffers that are copied are not looked at. Pass the same on all ranks.
-        stochastic_rounding: round parameters whose average is bfloat16 or float16 up as often as the fraction that is
-            cut off says, so that updates too small for the type add up. Use it if ``dtype=torch.float32``, more exact
+        stochastic_rounding: round averages in bfloat16 or float16 up with the frequency of the discarded fraction, so
+            that updates too small for the type add up. Use it if ``dtype=torch.float32``, more exact
             and ten times as fast on a CPU, does not fit into memory.
 
     Attributes:
@@ -74,7 +74,7 @@ class ModelAverage:
         momentum: what was passed; settable.
         schedule: the momentum as a schedule, None if none was passed.
         num_skipped: the number of updates that ``skip_nonfinite`` has left out.
-        num_updates: the number of updates made since it was made or reset; settable.
+        num_updates: the number of updates since construction or the last reset; settable.
         initial_share: how much of the average is still the weights that it started from, in [0, 1].
 
     Raises:
@@ -161,8 +161,8 @@ class ModelAverage:
         unset = [slot.name for slot in averaged if not kernels.has_begun(slot.tensors()[1])]
         if unset:
             warn_user(
-                f"{listed(unset)} has no finite value yet, like the range of a new observer, and is copied until then. "
-                'If it is no statistic to be averaged, pass handle_buffers="statistics" or "copy".'
+                f"There is no finite value yet in {listed(unset)}, as in the range of a new observer; it is copied "
+                'until there is one. If it is no statistic to be averaged, pass handle_buffers="statistics" or "copy".'
             )
 
     def _paired(self, before: Pairing | None = None) -> Pairing:
@@ -194,7 +194,7 @@ class ModelAverage:
         return {**vars(self), "_pairing": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes memory of its own for tensors that have come from another process in shared memory."""
+        """Copies tensors that have come from another process in shared memory into private memory."""
         vars(self).update(state)
         # A model that holds this average is still empty while it is copied or unpickled.
         shared = {id(parameter) for parameter in (self.model.parameters() if vars(self.model) else ())}
@@ -231,7 +231,7 @@ class ModelAverage:
 
     @property
     def num_updates(self) -> int:
-        """The number of updates made since it was made or reset; settable."""
+        """The number of updates since construction or the last reset; settable."""
         return self._num_updates
 
     @num_updates.setter
@@ -263,7 +263,7 @@ class ModelAverage:
         refuse_while_swapped(self.model, "updated")
         pairing = self._current()
         groups = pairing.groups
-        if self._skip_nonfinite:
+        if self._skip_nonfinite and momentum:
             if (name := pairing.first_nonfinite()) is not None:
                 self.num_skipped += 1
                 self._tell_once(
@@ -288,9 +288,12 @@ class ModelAverage:
         return True
 
     def first_nonfinite(self) -> str | None:
-        """The name of the first parameter here whose NaN or infinity an update would bring in, or None."""
-        groups = self._current().groups
-        return next(filter(None, (nonfinite_in(group) for group in groups if not group.are_buffers)), None)
+        """The name of the first parameter whose NaN or infinity an update would bring in, or None.
+
+        Of a sharded model None: its ranks would have to ask together, as with ``skip_nonfinite=True``.
+        """
+        pairing = self._current()
+        return None if pairing.is_sharded else pairing.first_nonfinite()
 
     def _next_momentum(self) -> float:
         if self.schedule is None:
@@ -453,10 +456,11 @@ class ModelAverage:
             raise TypeError(
                 f"source should be a state_dict, got {type(source).__name__}. EMAHandler.load_averaged() reads files."
             )
-        count = self._count_after_load(source.get("num_updates") if num_updates is None else num_updates)
+        saved = source.get("num_updates") if "averaged_tensors" in source else None
+        count = self._count_after_load(saved if num_updates is None else num_updates)
         pairing = self._current()
         values = fitting_tensors(pairing, source, strict)
-        rest = {} if strict else {slot.name: slot.online.get() for slot in pairing.slots if slot.name not in values}
+        rest = {} if strict else {slot.name: slot.online.get() for slot in missing_slots(pairing, values)}
         self._fill(pairing, {**values, **rest})
         self._num_updates, self._initial_share = count, math.nan if rest else 0.0
         if rest:

@@ -2,7 +2,8 @@
 
 The tensors of both are listed by name (:mod:`ignite_ema.averaging.names`) and paired by name, never by position. That
 is done once. Each update then compares what it reads: every tensor has to be the object that it was, at its address,
-with as many elements, every module the one that it was, and no table of tensors or modules may have grown. If anything
+with its strides and as many elements, every module the one that it was, and no table of tensors or modules may have
+grown. If anything
 differs, everything is paired and checked anew before anything moves: tensors that were replaced are followed, and what
 no longer matches raises :class:`Mismatch`.
 
@@ -10,7 +11,7 @@ The groups for the kernels hold detached aliases of the tensors, so that an upda
 """
 
 from collections.abc import Callable
-from operator import attrgetter, getitem, is_
+from operator import attrgetter, eq, getitem, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -163,9 +164,15 @@ class Pairing:
             all(map(is_, found, self._objects))
             and list(map(self._address, tensors)) == self._addresses
             and list(map(Tensor.numel, tensors)) == self._numbers
+            and all(map(eq, map(Tensor.stride, tensors), self._strides))
             and sum(map(len, self._all_tables)) == self._size
             and not (self.shared and any(_requires_grad(slot.online.get()) for slot in self.shared))
         )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of the tensors."""
+        return bool(self._sharded)
 
     def first_nonfinite(self) -> str | None:
         """The name of the first parameter whose NaN or infinity an update would bring into the average, or None.
@@ -247,6 +254,7 @@ class Pairing:
         self._address: Callable[[Tensor], Any] = Tensor.data_ptr if is_plain and not is_complex else _address
         self._addresses = list(map(self._address, tensors))
         self._numbers = list(map(Tensor.numel, tensors))
+        self._strides = list(map(Tensor.stride, tensors)) if is_plain else []
 
 
 def nonfinite_in(group: Group) -> str | None:
@@ -288,11 +296,8 @@ def _address(tensor: Tensor) -> object:
 
 
 def _alike(online: Tensor, averaged: Tensor) -> bool:
-    if online.shape != averaged.shape or online.layout != averaged.layout:
-        return False
-    return online.dtype == averaged.dtype or (
-        online.is_floating_point() == averaged.is_floating_point() and online.is_complex() == averaged.is_complex()
-    )
+    kinds = [(one.shape, one.layout, one.is_floating_point(), one.is_complex()) for one in (online, averaged)]
+    return kinds[0] == kinds[1]
 
 
 def _check_names(ours: dict[str, Place], theirs: dict[str, Place]) -> None:

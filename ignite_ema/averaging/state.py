@@ -19,6 +19,7 @@ __all__ = [
     "complete_tensors",
     "fill",
     "fitting_tensors",
+    "missing_slots",
 ]
 
 STATE_VERSION = 4
@@ -31,6 +32,7 @@ AVERAGE_STATE: dict[str, type | tuple[type, ...]] = {
     "averaged_tensors": Mapping,
     "state_dict_names": Mapping,
 }
+_UNTIED = "'{}' is tied to '{}' in the model and should be equal to it, but is not."
 _ANOTHER_MODEL = "Start from what fits with load_averaged(state, strict=False)."
 
 
@@ -53,7 +55,7 @@ def check_average_state(
             )
     if entries and "ignite_ema_version" not in entries:
         raise ValueError(
-            f"The state of {what} should be what its state_dict() gave, but it misses 'ignite_ema_version'. To start "
+            f"The state of {what} should be what its state_dict() gave, but it lacks 'ignite_ema_version'. To start "
             "from the state_dict of a model, call load_averaged() with it."
         )
     if entries:
@@ -77,7 +79,7 @@ def complete_tensors(pairing: Pairing, state: Mapping[str, Any]) -> dict[str, Te
     """The tensors of a checked state for the twin, by first name.
 
     Raises:
-        ValueError: unless these are just the twin's, and fit.
+        ValueError: unless these are exactly the twin's, and fit.
     """
     slots = {slot.name: slot for slot in pairing.slots if slot.is_saved}
     tensors = _plain(state, ())
@@ -93,6 +95,10 @@ def complete_tensors(pairing: Pairing, state: Mapping[str, Any]) -> dict[str, Te
             _check_equal_to_shared(slot.name, slot, tensors[slot.name])
     for name, slot in slots.items():
         _check_fit(name, slot, tensors[name])
+    for name in state["averaged_tensors"]:
+        first = pairing.first_names[name]
+        if first in slots and not _are_equal(tensors[first], tensors[name]):
+            raise ValueError(_UNTIED.format(name, first))
     return {name: tensors[name] for name in slots}
 
 
@@ -118,13 +124,11 @@ def fitting_tensors(pairing: Pairing, source: Mapping[str, Any], strict: bool) -
             elif first is not None:
                 _check_fit(name, slots[first], value)
                 if not _are_equal(found.setdefault(first, value), value):
-                    raise ValueError(
-                        f"'{name}' is tied to '{first}' in the model and should be equal to it, but is not."
-                    )
+                    raise ValueError(_UNTIED.format(name, first))
             else:
                 raise ValueError(
-                    f"The averaged tensors should be those of this model, but it has no '{name}'. They may have a "
-                    f"prefix too much, or be of another model. {_ANOTHER_MODEL}"
+                    f"The averaged tensors should be those of this model, but it has no '{name}'. The names may have a "
+                    f"prefix too many, or belong to another model. {_ANOTHER_MODEL}"
                 )
         except ValueError:
             if strict:
@@ -134,13 +138,21 @@ def fitting_tensors(pairing: Pairing, source: Mapping[str, Any], strict: bool) -
             "The loaded weights should have tensors of this model, but none fits by name and shape. Pass a state_dict "
             "of the model."
         )
-    has_buffers = any(slots[name].online.is_buffer for name in found)
-    for name, slot in slots.items() if strict else ():
-        if name not in found and slot.online.is_saved and (has_buffers or not slot.online.is_buffer):
-            raise ValueError(
-                f"The averaged tensors should be those of this model, but '{name}' is missing. {_ANOTHER_MODEL}"
-            )
+    for slot in missing_slots(pairing, found) if strict else ():
+        raise ValueError(
+            f"The averaged tensors should be those of this model, but '{slot.name}' is missing. {_ANOTHER_MODEL}"
+        )
     return found
+
+
+def missing_slots(pairing: Pairing, found: Mapping[str, Tensor]) -> list[Slot]:
+    """What ``found`` should have beside: buffers only if it has some, and none that ``state_dict()`` does not have."""
+    has_buffers = any(slot.name in found for slot in pairing.slots if slot.online.is_buffer)
+    return [
+        slot
+        for slot in pairing.slots
+        if slot.name not in found and slot.online.is_saved and (has_buffers or not slot.online.is_buffer)
+    ]
 
 
 def fill(pairing: Pairing, values: Mapping[str, Tensor]) -> None:
@@ -162,7 +174,7 @@ def fill(pairing: Pairing, values: Mapping[str, Tensor]) -> None:
 def _plain(source: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     """The tensors by every name, without extra state of modules, and without ``module.`` before every name."""
     if "averaged_tensors" in source:
-        tensors, names = source["averaged_tensors"], source.get("state_dict_names", {})
+        tensors, names = source["averaged_tensors"], source.get("state_dict_names") or {}
         return {**tensors, **{name: tensors[first] for name, first in names.items() if first in tensors}}
     known = set(known)
     plain = {name: value for name, value in source.items() if name in known or not name.endswith("_extra_state")}

@@ -122,7 +122,7 @@ class _Saved:
 class _SavedModules:
     """The modules of a model, which are marked as swapped, and which tensor each has in which place."""
 
-    name = "a module"
+    name = "the modules"
     failures = 0
 
     def __init__(self, model: nn.Module) -> None:
@@ -140,12 +140,12 @@ class _SavedModules:
             vars(module)[_MARK] = id(module)
 
     def give_back(self) -> None:
-        """Puts each tensor back into its place, and takes the marks off."""
+        """Takes the marks off, and puts each tensor back into its place."""
+        for module, _ in self.children.values():
+            vars(module).pop(_MARK, None)
         for module, table, key, tensor in self._places:
             if table.get(key, tensor) is not tensor:
                 setattr(module, key, tensor)  # not into the table: an LSTM has a list of its weights besides
-        for module, _ in self.children.values():
-            vars(module).pop(_MARK, None)
 
 
 class _SavedTensor:
@@ -195,6 +195,7 @@ def _swap(
 ) -> Generator[None, None, None]:
     saved, modules, parts = _Saved(), _SavedModules(model), fsdp_modules(model)
     changed: list[str] = []
+    is_complete = False
     try:
         try:
             saved.left.append(modules)
@@ -214,13 +215,22 @@ def _swap(
             yield
             _reshard(parts, model, pairing)
             changed = [one.name for one in tensors if one.was_changed()]
+            is_complete = True
             tensors.clear()
         finally:
             _reshard(parts, model, pairing)
             saved.give_back()
     finally:
         saved.give_back()
-    _report(saved.errors, modules.children, changed)
+        if (fault := _fault(saved.errors, modules.children)) and not is_complete:
+            warn_user(fault)  # the exception that ended the block reaches the caller
+    if fault:
+        raise RuntimeError(fault) from next(iter(saved.errors.values()), None)
+    if changed:
+        warn_user(
+            f"'{changed[0]}' was changed while the model held its averaged weights, and the change is dropped. Train "
+            "and load weights outside of swapped() and of the runs of swap_during()."
+        )
 
 
 def _reshard(parts: list[nn.Module], model: nn.Module, pairing: Pairing) -> None:
@@ -230,28 +240,22 @@ def _reshard(parts: list[nn.Module], model: nn.Module, pairing: Pairing) -> None
         model.state_dict()  # whose hooks reshard in the middle of a pass, too
 
 
-def _report(
-    errors: dict[str, BaseException], modules: dict[str, tuple[nn.Module, dict[str, Any]]], changed: list[str]
-) -> None:
-    """Says what happened to the model inside the block, once it has its own weights again."""
+def _fault(errors: dict[str, BaseException], modules: dict[str, tuple[nn.Module, dict[str, Any]]]) -> str | None:
+    """What is wrong with the model after the block, if anything is."""
     for name, error in errors.items():
-        raise RuntimeError(
+        return (
             f"The model should get its own weights back after swapped(), but '{name}' could not be written "
             f"({type(error).__name__}: {error}). Load the model from a checkpoint."
-        ) from error
+        )
     for path, (module, children) in modules.items():
         for key, child in children.items():
             if module._modules.get(key) is not child:
-                raise RuntimeError(
-                    f"The modules of the model should stay while it holds averaged weights, but "
+                return (
+                    "The modules of the model should stay while it holds averaged weights, but "
                     f"'{f'{path}.{key}'.lstrip('.')}' was replaced inside swapped(). All other weights are the model's "
                     "own again; replace modules outside of the block."
                 )
-    if changed:
-        warn_user(
-            f"'{changed[0]}' was changed while the model held its averaged weights, and the change is "
-            "dropped. Train and load weights outside of swapped() and of the runs of swap_during()."
-        )
+    return None
 
 
 def _write(tensor: Tensor, values: Tensor) -> None:

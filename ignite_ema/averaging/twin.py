@@ -39,14 +39,14 @@ def check_model(model: object, has_own_twin: bool) -> None:
     for module in model.modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise RuntimeError(
-                "model should be whole, or sharded with torch.distributed.fsdp.fully_shard, got a model with "
+                "model should be unsharded, or sharded with torch.distributed.fsdp.fully_shard, got a model with "
                 "FullyShardedDataParallel (FSDP1), which makes one flat parameter of many. Use fully_shard."
             )
     _check_tensors("model", model)
     for tensor in model.parameters():
         if hasattr(tensor, "ds_id"):
             raise RuntimeError(
-                "model should be whole, or sharded with torch.distributed.fsdp.fully_shard, got a model whose "
+                "model should be unsharded, or sharded with torch.distributed.fsdp.fully_shard, got a model whose "
                 f"'{name_of(model, tensor)}' is partitioned by DeepSpeed ZeRO-3. Use its stage 1 or 2, or fully_shard."
             )
         if is_sharded(tensor) and not has_own_twin:
@@ -213,8 +213,8 @@ def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | 
         except Exception as error:
             raise RuntimeError(
                 f"model should be one that copy.deepcopy can copy, got {type(model).__name__}, in which "
-                f"{_obstacle(model, error).removesuffix('.')}. Build the twin yourself, the way the model is built, and "
-                "pass it as ema_model=."
+                f"{_obstacle(model, error).removesuffix('.')}. Build the twin yourself, the way the model is built, "
+                "and pass it as ema_model=."
             ) from error
     return twin
 
@@ -307,9 +307,9 @@ def _warn_of_shared_functions(model: nn.Module, twin: nn.Module) -> None:
     ]
     if names:
         warn_user(
-            f"{listed(names)} of ema_model is a function of the model, which copy.deepcopy does not copy, and computes "
-            "with the online weights. Compile with model.compile(), which it copies, evaluate with swapped(), or build "
-            "the twin in the same way as the model and pass it as ema_model=."
+            f"ema_model still calls {listed(names)} of the model, since copy.deepcopy does not copy functions, and "
+            "computes with the online weights. Compile with model.compile(), which is copied, evaluate with swapped(), "
+            "or build the twin in the same way as the model and pass it as ema_model=."
         )
 
 

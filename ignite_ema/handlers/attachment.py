@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..averaging.checks import one_line, warn_first_rank, warn_user
+from ..averaging.checks import counted, one_line, warn_first_rank, warn_user
 from ..averaging.sharding import fsdp_modules, reshard
 
 __all__ = [
@@ -67,7 +67,7 @@ class Attachment(RemovableEventHandle):
         is_attached: whether it still calls back.
         has_stepped: whether the optimizer has stepped since the last update.
         first_iteration: how many iterations the trainer had made when the run started.
-        updates: how many updates the run has made.
+        updates: how often the run has called back.
     """
 
     def __init__(
@@ -94,13 +94,14 @@ class Attachment(RemovableEventHandle):
         self.updates = self.first_iteration = self._left_out = 0
         self._last: tuple[int, int] | None = None  # the iteration of the last update, and the member that made it
         self._noted_at: int | None = None  # the iteration in which the average was saved or evaluated last
-        self._was_late = self._has_updated = self._has_ended = False
+        self._was_late = self._has_updated = self._has_begun = self._has_ended = False
         self._new_names = tuple(new_names)
         self._members = members_of(event, engine)
         for index, member in enumerate(self._members):
             engine.add_event_handler(member, update, index)
         self._undo = ExitStack()
         self.call_at(engine, Events.STARTED, self._on_started)
+        self.call_at(engine, Events.ITERATION_STARTED, self._on_iteration_started)
         for end in (Events.TERMINATE, Events.COMPLETED):  # terminate() may leave the second out
             self.call_at(engine, end, self._on_end)
         if optimizer is not None:
@@ -148,7 +149,8 @@ class Attachment(RemovableEventHandle):
         super().remove()
         self._undo.close()
         vars(engine)[_ATTACHMENTS].remove(self)
-        for name in self._new_names:
+        shared = {name for other in attachments(engine) for name in other.names}
+        for name in set(self._new_names) - shared:
             vars(engine.state).pop(name, None)
 
     def _fire(self, engine: Engine, member: int) -> None:
@@ -176,14 +178,12 @@ class Attachment(RemovableEventHandle):
         if engine.state.iteration == 0:
             self._last = None  # a new run counts from 1 again
         self.first_iteration, self.updates, self._noted_at = engine.state.iteration, 0, None
-        self._has_ended = False
+        self._has_begun = self._has_ended = False
 
-        def first_iteration(engine: Engine) -> None:
-            handle.remove()
-            if self.is_attached:
-                self.owner._on_run_start(engine, self)
-
-        handle = self.call_at(engine, Events.ITERATION_STARTED, first_iteration)
+    def _on_iteration_started(self, engine: Engine) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            self.owner._on_run_start(engine, self)
 
     def _on_end(self, engine: Engine) -> None:
         if self._has_ended:
@@ -191,15 +191,16 @@ class Attachment(RemovableEventHandle):
         self._has_ended = True
         if self._left_out and not self._has_updated and not engine.should_terminate:
             warn_first_rank(
-                f"The optimizer of {self.names_in_words} should have stepped in this run, but {self._left_out} events "
-                "passed without a step and the average has not moved. Attach with the optimizer that trains."
+                f"The optimizer of {self.names_in_words} should have stepped in this run, but "
+                f"{counted(self._left_out, 'event')} passed without a step and the average has not moved. Attach with "
+                "the optimizer that trains."
             )
         elif self.is_attached:
             self.owner._on_run_end(engine, self)
 
 
 class Attachments:
-    """What attaches one handler. A copy, or a pickle, attaches nothing."""
+    """The attachments of one handler. A copy, or a pickle, has none."""
 
     def __init__(self) -> None:
         self._references: list[ref[Attachment]] = []
@@ -254,11 +255,13 @@ def check_attachable(owner: Owner, engine: Engine, names: Iterable[str], *events
                 f"name should be a string such as 'ema_momentum', got {got}; an optimizer goes to optimizer=."
             )
         if hasattr(State(), name):
-            raise ValueError(f"name should not be an attribute of the engine's own, got {name!r}; choose another name.")
+            raise ValueError(
+                f"name should not be one that engine.state already uses, got {name!r}; choose another name."
+            )
     for other in attachments(engine):
         if other.owner is owner:
             raise RuntimeError(
-                f"An {type(owner).__name__} should be attached to an engine once, but it is already, as "
+                f"{type(owner).__name__} should be attached to an engine once, but this one is already, as "
                 f"{other.names_in_words}. Call remove() on the handle of that attachment first, or use an EventsList."
             )
 

@@ -18,6 +18,7 @@ from ..averaging.checks import (
     momentum_summary,
     one_line,
     warn_first_rank,
+    warn_user,
 )
 from ..averaging.names import unwrapped
 from ..averaging.state import AVERAGE_STATE, check_average_state
@@ -97,7 +98,8 @@ class EMAHandler:
         **unknown: NoReturn,
     ) -> None:
         for name, value in dict[str, Any](unknown).items():
-            way_out = f"; a momentum is 1 - decay: pass momentum={1 - value:g}" if name == "decay" else ""
+            is_decay = name == "decay" and isinstance(value, float)
+            way_out = f"; a momentum is 1 - decay: pass momentum={1 - value:g}" if is_decay else ""
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{way_out}.")
         schedule = schedule_from(momentum, momentum_warmup, warmup_iters)
         #: The :class:`~ignite_ema.ModelAverage` that the handler drives.
@@ -200,7 +202,8 @@ class EMAHandler:
         Args:
             engine: the trainer; no strong reference to it is kept.
             name: the attribute. As soon as this returns it shows the first λ, after each update the λ that was used.
-            warn_if_exists: warn if it exists; a plain momentum goes on from its value, a schedule overwrites it.
+            warn_if_exists: warn if it exists; a plain momentum that was not restored goes on from its value, a schedule
+                overwrites it.
             event: when to update. Members of an ``EventsList`` that fire in the same iteration update once.
             optimizer: update only if this optimizer has stepped since the last event: with gradients accumulated over
                 several iterations, and if a ``GradScaler`` skips steps. A wrapper with an ``.optimizer`` will do.
@@ -315,7 +318,7 @@ class EMAHandler:
             source: a file or a directory, or what was loaded from one; see :func:`ignite_ema.checkpoints.read` for the
                 systems. A handler's state, or the ``state_dict`` of a model whose weights are an average.
             key: which average, if there are several.
-            names: the names of a list without names, None: those of the model; see there.
+            names: names for checkpoints that store a list of tensors; None: those of the model's parameters.
             num_updates: how many updates the weights count for, which a schedule has to know; None: as many as the
                 checkpoint says.
             strict: whether all tensors have to fit. False: takes every tensor whose name and shape fit, and starts the
@@ -360,7 +363,7 @@ class EMAHandler:
     def _on_event(self, engine: Engine, attachment: Attachment) -> None:
         momentum = self._momentum.take(engine.state, attachment.names[0], self.num_updates)
         if engine.should_terminate and (name := self.average.first_nonfinite()) is not None:
-            warn_first_rank(
+            warn_user(
                 f"{name} holds a NaN or an infinity while the run is being terminated, and the average was left as it "
                 "is."
             )

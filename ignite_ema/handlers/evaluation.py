@@ -1,5 +1,6 @@
 """What ``EMAHandler.swap_during`` puts on an evaluator, and how it is taken away again."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ignite.engine import Engine, Events
@@ -54,7 +55,7 @@ class EvaluationSwap:
         self._buffers_from = broadcast_buffers if sync_buffers else None
         self._swap: Swapped | None = None
         self._engine = engine
-        self._inner = engine.run
+        self._inner: Callable[..., State] | None = engine.run
         self._inner_is_own = "run" in vars(engine)  # somebody else has wrapped it, too
         engine.run = self._outer = self._run  # type: ignore[method-assign]
         # A run that began before this call, or by a method that was taken before, has the model's own weights.
@@ -73,19 +74,8 @@ class EvaluationSwap:
         """What a copied engine has in its place: it does not swap, and says so when the engine runs."""
         copied = object.__new__(type(self))
         memo[id(self)] = copied
-        copied.owner, copied.is_attached, copied._handles = self.owner, False, []
-        engine = memo.get(id(self._engine), self._engine)
-
-        def run(*args: Any, **kwargs: Any) -> State:
-            if not swaps(engine):
-                warn_user(
-                    "This engine is a copy of one that swap_during() was called with, and evaluates the model's own "
-                    "weights. Call swap_during() with the copy."
-                )
-            state: State = type(engine).run(engine, *args, **kwargs)
-            return state
-
-        copied._inner = run
+        copied.owner, copied.is_attached, copied._handles, copied._inner = self.owner, False, [], None
+        copied._engine = memo.get(id(self._engine), self._engine)
         return copied
 
     def remove(self) -> None:
@@ -101,7 +91,7 @@ class EvaluationSwap:
             return  # somebody has wrapped it once more, and this layer passes through from here on
         del engine.run
         if self._inner_is_own:
-            engine.run = self._inner  # type: ignore[method-assign]
+            engine.run = self._inner  # type: ignore[method-assign, assignment]
 
     def __enter__(self) -> "EvaluationSwap":
         return self
@@ -110,6 +100,13 @@ class EvaluationSwap:
         self.remove()
 
     def _run(self, *args: Any, **kwargs: Any) -> State:
+        if self._inner is None:  # of a copy
+            if not swaps(self._engine):
+                warn_user(
+                    "This engine is a copy of one that swap_during() was called with, and evaluates the model's own "
+                    "weights. Call swap_during() with the copy."
+                )
+            return type(self._engine).run(self._engine, *args, **kwargs)
         if not self.is_attached:
             return self._inner(*args, **kwargs)
         self._swap = self.owner._swapped(self._buffers_from)
@@ -120,5 +117,6 @@ class EvaluationSwap:
         if self.is_attached and (self._swap is None or not self._swap.is_active):
             raise RuntimeError(
                 "The evaluator should be started as evaluator.run(...) after swap_during() was called, but this run "
-                "began before, or by a method taken before, and has the model's own weights. Call it earlier."
+                "began before, or through a reference to run taken before, and has the model's own weights. Call "
+                "swap_during() first."
             )

@@ -12,7 +12,7 @@ from .momentum import Momentum
 
 __all__ = ["Guidance"]
 
-_TOO_MUCH = 0.2  # of the start is left: at .35 and .48 the accuracy was .87 and .74, for .96 and .95 of the model
+_TOO_MUCH = 0.2  # In trials, shares of 0.35 and 0.48 cost 9 and 21 points of accuracy.
 
 
 class Guidance:
@@ -47,7 +47,7 @@ class Guidance:
         if not is_as_made:
             self._told.add("initial share")  # which says nothing: the weights have come from elsewhere
         if iteration > 0 and not self._was_reset and (is_as_made or self._momentum.counts):
-            weights = "the weights that it was made with" if is_stale else "the weights of now"
+            weights = "the weights that it was made with" if is_stale else "the current weights"
             lost = f"its average starts from {weights}" if is_as_made else "its momentum starts again"
             warn_first_rank(
                 f"The trainer resumes at iteration {iteration}, but the EMA handler of '{name}' was not restored, and "

@@ -79,7 +79,9 @@ class Momentum:
                 f"This handler shares it and goes on from its value {value!r}; the momentum {momentum} passed here is "
                 "ignored."
                 if goes_on
-                else f"This handler writes its own momentum there from now on, over the value {value!r}."
+                else f"This handler writes its own momentum there at each update, over the value {value!r}."
+                if self.schedule is not None
+                else f"This handler sets it to {momentum} now, and reads it from there at each update."
             )
             warn_user(
                 f"Attribute '{name}' already exists in Engine.state, made by another handler or loaded with the "
