@@ -36,38 +36,25 @@ def sharded(value, policy):
     options = {} if policy == "default" else {"reshard_after_forward": policy}
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = Net()
-    nn.init.constant_(model.first.weight, value)
     for part in (model.first, model.second, model):
         fully_shard(part, mesh=mesh, **options)
+    object.__setattr__(model, "shards", list(model.parameters()))  # taken before any pass, as an optimizer does
     fill(model, value)
     return model
 
 
 def fill(model, value):
-    """As an optimizer does, which has the shards."""
     with torch.no_grad():
-        for shard in shards(model):
+        for shard in model.shards:
             shard.fill_(value)
-
-
-def shards(model):
-    """Taken before any pass."""
-    if not hasattr(model, "shards"):
-        object.__setattr__(model, "shards", list(model.parameters()))
-    return model.shards
 
 
 def output(model):
     with torch.no_grad():
-        result = model(torch.ones(1, 4))
-    return set(result.flatten().tolist())
+        return set(model(torch.ones(1, 4)).flatten().tolist())
 
 
 # The states, of which each leaves the weights of now somewhere.
-
-
-def is_sharded(model):
-    pass
 
 
 def is_gathered(model):
@@ -78,12 +65,7 @@ def is_gathered_with_a_graph(model):
     model.graph = model(torch.ones(1, 4))
 
 
-def is_gathered_by_hand(model):
-    for part in (model, model.first, model.second):
-        part.unshard()
-
-
-STATES = [is_sharded, is_gathered, is_gathered_with_a_graph, is_gathered_by_hand]
+STATES = [is_gathered, is_gathered_with_a_graph]
 
 # The entrances. Each is given a handler of a model of 1 everywhere with an average of 3, both in the state, and after
 # that the model's shards became 2; each returns the average that is due. The forward passes afterwards are checked.
@@ -95,7 +77,7 @@ def construction(handler):
 
 
 def attach(handler):
-    handler.attach(Engine(lambda engine, batch: None), optimizer=torch.optim.SGD(shards(handler.model), lr=0.1))
+    handler.attach(Engine(lambda engine, batch: None), optimizer=torch.optim.SGD(handler.model.shards, lr=0.1))
     return 3.0
 
 
@@ -116,7 +98,9 @@ def state(handler):
 
 
 def load(handler):
-    handler.load_state_dict(state_of_fives(handler))
+    state = handler.state_dict()
+    fives = {path: torch.full_like(tensor, 5.0) for path, tensor in state["averaged_tensors"].items()}
+    handler.load_state_dict({**state, "averaged_tensors": fives})
     return 5.0
 
 
@@ -132,25 +116,17 @@ def swap(handler):
 
 
 LOOKING_AT_ONE = [attach, state, load, load_plain]
-ENTRANCES = [construction, attach, update, reset, state, load, load_plain, swap]
-
-
-def state_of_fives(handler):
-    other = handler.state_dict()
-    fives = {path: torch.full_like(tensor, 5.0) for path, tensor in other["averaged_tensors"].items()}
-    return {**other, "averaged_tensors": fives}
+ENTRANCES = [construction, update, reset, swap, *LOOKING_AT_ONE]
 
 
 def prepared(policy):
     model, twin = sharded(3.0, policy), sharded(0.0, policy)
-    for module in (model, twin):
-        shards(module)
     handler = EMAHandler(model, 0.5, ema_model=twin)
     fill(model, 1.0)
     return handler
 
 
-def entrance_meets_state(entrance, state, policy):
+def entrance_meets_state(entrance, state, policy="default"):
     handler = prepared(policy)
     for module in (handler.model, handler.ema_model):
         state(module)
@@ -165,16 +141,15 @@ def entrance_meets_state(entrance, state, policy):
 
 def trains(handler):
     """One step of SGD from 2, towards smaller weights, and an update after it."""
-    optimizer = torch.optim.SGD(shards(handler.model), lr=2.0**-10)
-    optimizer.zero_grad()
+    optimizer = torch.optim.SGD(handler.model.shards, lr=2.0**-10)
     handler.model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     handler.average.update(1.0)
     assert output(handler.model) == output(handler.ema_model) != {16 * 2.0**3}
 
 
-def swap_leaves_the_model_as_it_was(state, policy):
-    """Whatever a pass inside the block leaves, and whether it fails."""
+def swap_leaves_the_model_as_it_was(state, policy="default"):
+    """Whatever a pass inside the block leaves."""
     handler = prepared(policy)
     fill(handler.model, 2.0)
     with handler.swapped():
@@ -184,7 +159,7 @@ def swap_leaves_the_model_as_it_was(state, policy):
     trains(handler)
 
 
-def meets_all(folder, policy, entrances=ENTRANCES):
+def meets_all(folder, policy, entrances):
     for entrance, state in product(entrances, STATES):
         entrance_meets_state(entrance, state, policy)
     for state in STATES:
@@ -195,21 +170,18 @@ def meets_all(folder, policy, entrances=ENTRANCES):
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_every_entrance_meets_gathered_weights(entrance, state):
-    entrance_meets_state(entrance, state, "default")
+    entrance_meets_state(entrance, state)
 
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("state", STATES)
 def test_a_swap_leaves_the_model_as_it_was(state):
-    swap_leaves_the_model_as_it_was(state, "default")
+    swap_leaves_the_model_as_it_was(state)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["default", False])
-def test_gathered_weights_on_two_ranks(tmp_path, policy):
-    run_world(tmp_path, 2, meets_all, policy)
-
-
-@pytest.mark.slow
-def test_weights_resharded_to_a_part_of_the_ranks(tmp_path):
-    run_world(tmp_path, 4, meets_all, 2, [update], timeout=120)
+@pytest.mark.parametrize(
+    ("ranks", "policy", "entrances"), [(2, "default", ENTRANCES), (2, False, ENTRANCES), (4, 2, [update])]
+)
+def test_gathered_weights_on_several_ranks(tmp_path, ranks, policy, entrances):
+    run_world(tmp_path, ranks, meets_all, policy, entrances, timeout=120)
