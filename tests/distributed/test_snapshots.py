@@ -111,18 +111,43 @@ def test_a_resumed_world_writes_what_a_single_process_writes(world, ranks, case,
     assert_same_contents(found, due)
 
 
-def refuses(folder, case):
-    run = Run(case, folder / "snapshots")
+# What goes wrong on one rank is told on all
+
+
+def refuses(folder):
+    run = Run("DDP", folder / "snapshots")
     run.trainer.logger.disabled = True
-    with pytest.raises(ValueError, match="should have snapshots of this run alone, got 'snapshot_2.pt'"):
+    with pytest.raises(ValueError, match="snapshots of this run alone, got 'snapshot_2.pt'"):
         run.train()
+    with pytest.raises(OSError, match="snapshot_2.pt"):
+        PostHocEMA(Net(), dirname=folder / "snapshots" / "snapshot_2.pt")
     return run.ema.num_updates
 
 
-@pytest.mark.parametrize("case", ["DDP", "FSDP2"])
-def test_a_folder_with_snapshots_is_refused_on_all_ranks(case, world, tmp_path):
+def test_a_folder_that_cannot_be_used_is_refused_on_all_ranks(world, tmp_path):
     Run("plain", tmp_path / "snapshots").train()
-    assert world(2, refuses, case) == [0, 0]
+    assert world(2, refuses) == [0, 0]
+
+
+def cannot_write(folder, case):
+    run = Run(case, folder / "snapshots").train(3)
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handler, "write", fail)
+        with pytest.raises(OSError, match="No space left on device"):
+            run.ema.save()
+    assert run.ema.state_dict()["snapshot_times"] == [2]
+    assert (run.ema.save() is None) == (dist.get_rank() > 0)  # when there is space again
+    return run.ema.state_dict()["snapshot_times"]
+
+
+@in_worlds
+def test_a_snapshot_that_cannot_be_written_is_told_on_all_ranks(world, ranks, case, tmp_path):
+    assert world(ranks, cannot_write, case) == [[2, 3]] * 2
+    assert [one.time for one in stored(tmp_path / "snapshots")] == [2, 3]
 
 
 def narrows_and_overflows(folder):
