@@ -150,7 +150,7 @@ def test_a_loop_without_an_engine_writes_what_an_engine_does(tmp_path):
             lambda engine: 2.0,
             lambda ema, engine: (ema.attach(engine), engine.run([0])),
             ValueError,
-            "number of samples",
+            "return the number",
         ),
     ],
 )

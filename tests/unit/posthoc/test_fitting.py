@@ -79,12 +79,6 @@ def test_coefficients_have_the_sum_1_and_no_others_come_closer(target, sigma_rel
             assert distance(found + step - step.mean()) >= least - 1e-12
 
 
-@wanted
-def test_more_snapshots_and_more_streams_come_closer(target):
-    assert residual(evenly(32), target) <= residual(evenly(16), target) + 1e-9
-    assert residual(evenly(16, STREAMS[1]), target) < residual(evenly(16, (0.04, 0.1)), target) + 1e-9
-
-
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.10])
 def test_what_is_stored_is_had_exactly(sigma_rel):
     snapshots = evenly(64)

@@ -50,16 +50,19 @@ def test_what_is_rebuilt_is_complete_and_in_order(tmp_path):
     torch.testing.assert_close(got["adapter.weight"], ema.streams[1].module.adapter.weight.data)
 
 
-def test_frozen_weights_are_stored_once(tmp_path):
+def test_frozen_weights_are_stored_once_and_again_where_a_run_goes_on(tmp_path):
     model, ema = run(tmp_path, 2)
     before = (tmp_path / "snapshot_frozen.pt").stat().st_mtime_ns
-    run(tmp_path, 4, model, ema.state_dict())  # nor by a run that goes on
+    model, ema = run(tmp_path, 4, model, ema.state_dict())  # nor by a run that goes on
     assert (tmp_path / "snapshot_frozen.pt").stat().st_mtime_ns == before
     assert [one.time for one in stored(tmp_path)] == [1, 2, 3, 4]
     found = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert 20_000 < found.pop("snapshot_frozen.pt") < 25_000
     assert len(found) == 4
     assert all(size < 10_000 for size in found.values())
+    with pytest.warns(UserWarning, match="4 are missing"):
+        run(tmp_path / "other", 6, model, ema.state_dict())
+    assert list(reconstruct(tmp_path / "other", 0.1, max_residual=9)) == list(model.state_dict())
 
 
 def test_another_file_of_that_name_stays(tmp_path):
@@ -67,13 +70,6 @@ def test_another_file_of_that_name_stays(tmp_path):
     with pytest.raises(ValueError, match="snapshot_frozen.pt' should be"):
         run(tmp_path)
     assert (tmp_path / "snapshot_frozen.pt").read_text() == "mine"
-
-
-def test_a_run_that_resumes_elsewhere_stores_them_there(tmp_path):
-    model, ema = run(tmp_path / "one", 2)
-    with pytest.warns(UserWarning, match="2 are missing"):
-        run(tmp_path / "other", 4, model, ema.state_dict())
-    assert list(reconstruct(tmp_path / "other", 0.1, max_residual=9)) == list(model.state_dict())
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from ignite_ema.posthoc import (
     stored,
     sweep,
 )
+from tests.helpers.bits import assert_same_bits
 from tests.helpers.snapshots import make_snapshot
 
 # Widths and exponents
@@ -53,7 +54,11 @@ def test_widths_and_exponents_outside_of_the_range_are_refused(convert, value):
 
 N = 5_000
 EVERY = [1, 10]
-SNAPSHOTS = 50
+LENGTHS = [
+    *map(PowerProfile, (0.05, 0.075, 0.20)),
+    ExponentialProfile(0.05),
+    UniformProfile(0.21),  # which begins between two snapshots
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +76,9 @@ def long_run(tmp_path_factory):
     trainer = Engine(step)
     dirs = {every: tmp_path_factory.mktemp(f"every_{every}") for every in EVERY}
     for every, dirname in dirs.items():
-        PostHocEMA(model, dirname=dirname, snapshot_dtype=torch.float64).attach(
-            trainer,
-            f"every_{every}",
-            Events.ITERATION_COMPLETED(every=every),
-            Events.ITERATION_COMPLETED(every=N // SNAPSHOTS),
-        )
+        ema = PostHocEMA(model, dirname=dirname, snapshot_dtype=torch.float64)
+        event, snapshot = (Events.ITERATION_COMPLETED(every=k) for k in (every, N // 50))
+        ema.attach(trainer, f"every_{every}", event, snapshot)
     trainer.run(range(N))
     return dirs, history
 
@@ -99,7 +101,7 @@ def known_from(dirname):
 
 
 @pytest.mark.parametrize("every", EVERY)
-@pytest.mark.filterwarnings("ignore:What is rebuilt differs")
+@pytest.mark.filterwarnings("ignore:The closest sum of snapshots differs")
 @pytest.mark.parametrize("target", LENGTHS, ids=str)
 def test_walks_and_independent_weights_are_rebuilt_as_well_as_predicted(long_run, target, every):
     dirs, history = long_run
@@ -131,8 +133,7 @@ def test_an_average_is_the_sum_with_the_coefficients(folder):
 
 
 def test_several_targets_in_one_pass_are_those_of_single_ones(folder, monkeypatch):
-    targets = [0.15, PowerProfile(0.04), ExponentialProfile(0.05), UniformProfile(0.5)]
-    assert isinstance(reconstruct(folder, [0.15]), list)
+    targets = [0.15, PowerProfile(0.04), UniformProfile(0.5)]
     singles = [reconstruct(folder, target) for target in targets]
     reads = []
 
@@ -141,12 +142,9 @@ def test_several_targets_in_one_pass_are_those_of_single_ones(folder, monkeypatc
         return load(path, **options)
 
     monkeypatch.setattr(snapshots, "load_file", load)
-    for given in (targets, tuple(targets)):
-        together = reconstruct(folder, given)
-        for one, other in zip(singles, together, strict=True):
-            assert one.keys() == other.keys()
-            assert all(torch.equal(one[name], other[name]) for name in one)
-    assert len(reads) == 2 * 64
+    together = reconstruct(folder, targets)
+    assert_same_bits(together, singles)
+    assert len(reads) == 64
     places = [state[name].data_ptr() for state in together for name in ("a", "b", "count")]
     assert len(set(places)) == len(places)  # nothing is shared between them
 
@@ -223,9 +221,7 @@ def test_types_wider_than_float32_are_kept(tmp_path):
     for time in range(1, 9):
         tensors = {
             "double": torch.full((3,), 1 + 1e-12, dtype=torch.float64),
-            "complex": torch.full((3,), 2 - 1j),
-            "wide_complex": torch.full((3,), 2 - 1e-12j, dtype=torch.complex128),
-            "half": torch.full((3,), 0.1, dtype=torch.float16),
+            "complex": torch.full((3,), 2 - 1e-12j, dtype=torch.complex128),
             "brain": torch.full((3,), 0.1, dtype=torch.bfloat16),
             "empty": torch.empty(0, 4),
             "transposed": torch.arange(6.0).view(2, 3).t(),
@@ -233,9 +229,8 @@ def test_types_wider_than_float32_are_kept(tmp_path):
         names = {name: name for name in tensors}
         one = make_snapshot(time, averaged=[tensors, tensors], copied={}, state_dict_names=names)
         snapshots.write(one, tmp_path)
-    got = reconstruct(tmp_path, 0.1)
-    wide = {"double": torch.float64, "complex": torch.complex64, "wide_complex": torch.complex128}
-    for name, tensor in got.items():  # constant weights: nothing but the rounding of the sum
+    wide = {"double": torch.float64, "complex": torch.complex128}
+    for name, tensor in reconstruct(tmp_path, 0.1).items():  # constant weights: nothing but the rounding of the sum
         assert tensor.dtype == wide.get(name, torch.float32), name
         due = tensors[name].to(tensor.dtype)
         torch.testing.assert_close(tensor, due, rtol=4 * torch.finfo(tensor.dtype).eps, atol=0)
@@ -264,27 +259,19 @@ def test_a_sweep_scores_each_average_in_order(folder, capsys, monkeypatch):
     scores = sweep(folder, iter(profiles), score, 32)
     due = reconstruct(folder, profiles, 32)
     assert scores == [(profile, state["b"].item()) for profile, state in zip(profiles, due, strict=True)]
-    for state, expected in zip(states, due, strict=True):
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[name], expected[name]) for name in state)
+    assert_same_bits(states, due)
     assert "3/3" in capsys.readouterr().err
     monkeypatch.setattr(reconstruction, "find_spec", lambda name: None)  # without tqdm
     assert len(sweep(folder, profiles, score, 32)) == 3
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    ("profiles", "options", "message"),
-    [
-        ([0.1, UniformProfile(0.05)], {}, "differs from UniformProfile.*max_residual=0.16"),
-        ([], {}, "targets should be at least one"),
-        ([0.1], {"base": {}}, "base should be left out"),
-    ],
-)
-def test_a_sweep_refuses_before_it_scores(profiles, options, message, folder):
+def test_a_sweep_refuses_before_it_scores(folder):
     scored = []
-    with pytest.raises(ValueError, match=message):
-        sweep(folder, profiles, scored.append, **options)
+    with pytest.raises(ValueError, match=r"differs from UniformProfile.*max_residual=0.16"):
+        sweep(folder, [0.1, UniformProfile(0.05)], scored.append)
+    with pytest.raises(ValueError, match="base should be left out"):
+        sweep(folder, [0.1], scored.append, base={})
     assert not scored
 
 
