@@ -109,13 +109,10 @@ def test_a_class_in_the_table_of_contents_that_is_new_is_no_obstacle(tmp_path, m
     assert loaded(save(tmp_path)) == 1
 
 
-def test_a_checkpoint_behind_a_link_is_loaded(tmp_path):
-    path = save(tmp_path / "real")
-    (tmp_path / "link").symlink_to(path)
+def test_what_is_no_checkpoint_is_refused_and_a_link_to_one_is_followed(tmp_path):
+    save(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "1.pt")
     assert loaded(tmp_path / "link") == 1
-
-
-def test_what_is_no_checkpoint_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "nothing", tmp_path / "nothing" / "deeper"):
         with pytest.raises(FileNotFoundError, match="should be a directory that ShardedSaver wrote"):
             load_objects(objects(3.0), path)

@@ -28,14 +28,12 @@ from tests.distributed.worker import (
     full_bits,
     full_tensors,
     in_worlds,
-    is_sharded_case,
     local,
     local_bits,
     mesh,
     sharded,
     tensors,
 )
-from tests.helpers.bits import bits
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="this torch gathers no weights on a CPU"
@@ -154,7 +152,7 @@ def updates_without_communication(folder, case):
     assert seen.get_total_counts() == 0
     with CommDebugMode() as seen:
         full_tensors(run.handler.model)
-    assert (seen.get_total_counts() > 0) == is_sharded_case(case)  # it would have been seen
+    assert (seen.get_total_counts() > 0) == ("FSDP2" in case)  # it would have been seen
 
 
 @pytest.mark.parametrize("case", ["DDP", "FSDP2", "FSDP2 in part"])
@@ -241,28 +239,6 @@ def skips_together(folder, rank, case):
 @pytest.mark.parametrize(("ranks", "rank", "case"), [(2, 1, "FSDP2"), (4, 2, "FSDP2 over several meshes")])
 def test_a_nan_in_one_shard_is_skipped_on_all_ranks(world, ranks, rank, case):
     world(ranks, skips_together, rank, case)
-
-
-def meets_bad_statistics(folder, rank):
-    torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
-    average = ModelAverage(model, "update", skip_nonfinite=True)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    model.module[1].running_mean.fill_(torch.nan if dist.get_rank() == rank else 5.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert average.update(0.5)
-    assert average.module[1].running_mean.tolist() == [0.0 if dist.get_rank() == rank else 2.5] * 2
-    return average.num_updates, [bits(parameter) for parameter in average.module.parameters()]
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_averaged_weights_stay_equal_if_the_statistics_of_one_rank_are_bad(world, rank):
-    first, second = world(2, meets_bad_statistics, rank)
-    assert first == second
-    assert first[0] == 1
 
 
 # Ignite's own way to several processes.

@@ -82,10 +82,6 @@ CASES = {
 }
 
 
-def is_sharded_case(case):
-    return "FSDP2" in case
-
-
 def in_worlds(worlds):
     """Each case on each number of ranks; that of several meshes, which is the longest, in the slow run."""
     every = [
@@ -103,7 +99,7 @@ class Run:
         torch.manual_seed(seed)
         self.case = case
         self.model = CASES[case](Net())
-        if is_sharded_case(case):
+        if "FSDP2" in case:
             with torch.device("meta"):
                 options["ema_model"] = CASES[case.removeprefix("compiled ")](Net())
         self.handler = EMAHandler(self.model, 0.25, **options)
