@@ -88,13 +88,6 @@ def test_what_is_stored_is_had_exactly(sigma_rel):
     assert residual(snapshots, sigma_rel) < 1e-7  # the root of a rounding error
 
 
-@pytest.mark.parametrize("target", [PowerProfile(0.075), PowerProfile(0.15), ExponentialProfile(0.05)], ids=str)
-def test_the_residual_falls_with_the_square_of_the_number_of_snapshots(target):
-    # Down to thousandths of a percent, which rounding in the inner products would hide.
-    ratio = residual(evenly(50), target) / residual(evenly(200), target)
-    assert ratio == pytest.approx(16, rel=0.1)
-
-
 def test_coefficients_stay_small_where_there_are_many_snapshots_or_the_same_ones():
     # Their norm multiplies what rounding the snapshots has cost.
     assert coefficients(evenly(300), 0.15).norm() < 1

@@ -159,7 +159,7 @@ def test_an_earlier_step_uses_what_was_there_by_then(folder, tmp_path):
 
 @pytest.mark.parametrize(("step", "nearest"), [(7, "4 and 8"), (99, "60 and 64")])
 def test_a_step_between_snapshots_is_refused_and_the_nearest_are_named(step, nearest, tmp_path):
-    for time in range(4, 65, 4):
+    for time in (4, 8, 60, 64):
         snapshots.write(make_snapshot(time), tmp_path)
     with pytest.raises(ValueError, match=f"in updates, got {step}; nearest in '.*': {nearest}\\."):
         reconstruct(tmp_path, 0.15, step)

@@ -63,16 +63,6 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_as_it_is
     assert [one.time for one in stored(tmp_path)] == [1, 2, 3]
 
 
-def test_a_checkpoint_at_the_start_lets_it_start_again_by_itself(tmp_path):
-    first = make(tmp_path)
-    state = first.state_dict()
-    second = make(tmp_path, 2, state)  # and is killed
-    with pytest.warns(UserWarning, match="had 2 snapshots that are later than the loaded state, of time 0"):
-        make(tmp_path, 3, state)
-    assert [one.time for one in stored(tmp_path)] == [1, 2, 3]
-    assert {one.run_id for one in stored(tmp_path)} == {second.state_dict()["run_id"]}
-
-
 def test_a_directory_with_a_snapshot_of_another_run_is_refused_and_nothing_is_moved(tmp_path):
     for time in (5, 6, 10):
         snapshots.write(make_snapshot(time), tmp_path)

@@ -10,11 +10,7 @@ from torch import nn
 
 from ignite_ema import PostHocEMA
 from ignite_ema.cli import main
-from ignite_ema.posthoc import (
-    reconstruct,
-    snapshots,
-    stored,
-)
+from ignite_ema.posthoc import reconstruct, snapshots, stored
 from tests.helpers.files import Evil
 from tests.helpers.snapshots import make_snapshot, write_raw
 
