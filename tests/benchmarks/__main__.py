@@ -16,7 +16,7 @@ from torch import nn
 
 from .measure import Call, busy, machine, ratios, summary, timed, write
 from .models import AVERAGED_IN, MODELS
-from .peers import FLOOR, LIMIT, OURS, PEERS, Peer, built, event, floor, limit, update_of
+from .peers import FLOOR, LIMIT, OURS, PEERS, Swapped, built, event, floor, limit, update_of
 from .report import draw, show
 
 MOMENTUM = 0.001
@@ -35,7 +35,7 @@ def costs(model: nn.Module, dtype: torch.dtype | None, rounds: int, updates_only
     figures: dict[str, Any] = {"missing": missing, "update": _figures(updates, rounds)}
     if not updates_only:
         few = max(2, rounds // 5)
-        swaps = {name: partial(_swap, peer) for name, peer in peers.items() if peer.swapped is not None}
+        swaps = {name: partial(_swap, peer.swapped) for name, peer in peers.items() if peer.swapped is not None}
         figures["state_dict"] = _figures({name: peer.state_dict for name, peer in peers.items()}, rounds)
         figures["swapped"] = _figures(swaps, few)
         builds = {name: partial(PEERS[name], model, MOMENTUM, dtype) for name in peers}
@@ -56,9 +56,8 @@ def _figures(calls: dict[str, Call], rounds: int) -> dict[str, Any]:
     }
 
 
-def _swap(peer: Peer) -> None:
-    assert peer.swapped is not None
-    with peer.swapped():
+def _swap(swapped: Swapped) -> None:
+    with swapped():
         pass
 
 
@@ -84,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help="default: all"
-    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=60, help="of each; a fifth of swaps and constructions")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--contended", action="store_true", help="measure again while another process is busy")

@@ -17,8 +17,6 @@ from ignite_ema import ModelAverage
 
 from .measure import ratios, timed
 
-__all__ = ["held", "milliseconds", "moved"]
-
 WIDTH = 4096  # of a weight's rows, and their number, as in models of some billion parameters
 CONTIGUOUS = 2**27  # floats, by which the bandwidth is measured
 

@@ -20,8 +20,6 @@ from .measure import machine, write
 from .peers import OURS, PEERS, Build, built, ignite_ema, update_of
 from .report import console
 
-__all__ = ["HELD", "STOCHASTIC", "percent"]
-
 # What holds the average: the types of the weights and of the average.
 HELD: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "float32": (torch.float32, torch.float32),

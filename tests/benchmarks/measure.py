@@ -16,8 +16,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["Call", "busy", "machine", "ratios", "summary", "timed", "write"]
-
 Call: TypeAlias = Callable[[], object]
 
 _SWEPT = 2**22  # floats, 16 MiB: more than the caches of a core, and much of those that cores share
@@ -96,11 +94,9 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # Linux alone has it
-        return platform.processor()
-    return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    found = Path("/proc/cpuinfo")  # Linux alone has it
+    lines = found.read_text(encoding="utf-8").splitlines() if found.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
 def write(path: Path, figures: Mapping[str, Any]) -> None:

@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-__all__ = ["AVERAGED_IN", "MODELS", "TARGETS", "TITLES"]
-
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -37,14 +35,8 @@ def gpt2_bfloat16() -> nn.Module:
     return gpt2().bfloat16()
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": mlp,
-    "many": many,
-    "resnet50": resnet50,
-    "gpt2": gpt2,
-    "gpt2-bfloat16": gpt2_bfloat16,
-}
-
+MODELS: dict[str, Callable[[], nn.Module]]
+MODELS = {"mlp": mlp, "many": many, "resnet50": resnet50, "gpt2": gpt2, "gpt2-bfloat16": gpt2_bfloat16}
 TITLES = {
     "mlp": "MLP, 6 tensors",
     "many": "1,200 small tensors",
@@ -62,13 +54,10 @@ AVERAGED_IN: dict[str, torch.dtype] = {"gpt2-bfloat16": torch.float32}
 
 def _bottlenecks(inputs: int, width: int, count: int) -> Iterator[nn.Module]:
     outputs = 4 * width
-    for index in range(count):
-        block = nn.Sequential(
-            _convolution(inputs, width, 1), _convolution(width, width, 3), _convolution(width, outputs, 1)
-        )
-        if index == 0:
-            block.append(_convolution(inputs, outputs, 1))  # the shortcut
-        yield block
+    yield _convolution(inputs, outputs, 1)  # the shortcut
+    for _ in range(count):
+        sizes = ((inputs, width, 1), (width, width, 3), (width, outputs, 1))
+        yield nn.Sequential(*(_convolution(*size) for size in sizes))
         inputs = outputs
 
 

@@ -25,6 +25,7 @@ OURS, LIMIT, FLOOR = "ignite_ema", "lerp", "foreach lerp"
 _MOMENTUM = 0.001
 
 Update: TypeAlias = Callable[[], object]
+Swapped: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 class Unavailable(Exception):
@@ -45,7 +46,7 @@ class Peer:
     attach: Callable[[Engine], object]
     averaged: Callable[[], Iterable[Tensor]]
     state_dict: Callable[[], object]
-    swapped: Callable[[], AbstractContextManager[None]] | None = None
+    swapped: Swapped | None = None
 
 
 # From a model, a momentum, and the type that holds the average (None: that of the model) to an average of it. The first

@@ -13,8 +13,6 @@ from ignite_ema.demo import AVERAGED
 from .models import TARGETS, TITLES
 from .peers import FLOOR, LIMIT, OURS
 
-__all__ = ["console", "draw", "multiple", "origin", "show"]
-
 _COSTS = ("update", "construction", "state_dict", "swapped")
 _TICKS = (1, 3, 10, 30, 100, 300)
 
@@ -32,11 +30,9 @@ def show(figures: Mapping[str, Any]) -> None:
             if models and all(cost in model for model in models.values()):
                 output.print(_table(cost + title, cost, models))
     output.print(origin(figures), highlight=False)
-    missing = [
-        f"{peer} ({reason})" for model in figures["models"].values() for peer, reason in model["missing"].items()
-    ]
-    if missing:
-        output.print(f"Left out: {', '.join(dict.fromkeys(missing))}.", highlight=False)
+    missing = {peer: reason for model in figures["models"].values() for peer, reason in model["missing"].items()}
+    for peer, reason in missing.items():
+        output.print(f"Left out: {peer} ({reason}).", highlight=False)
 
 
 def _table(title: str, cost: str, models: Mapping[str, Any]) -> Table:
@@ -102,8 +98,6 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
         axes.spines[["top", "right", "bottom"]].set_visible(False)
         axes.set_title(f"{TITLES[name]}\nlimit {update[LIMIT]['ms']['median']:.2g} ms", fontsize=8, loc="left")
     figure.suptitle("Time of one update, as a multiple of the limit", x=0.01, ha="left", fontsize=11)
-    note = "The limit is one lerp_ that moves as many bytes. Logarithmic scales, from 1× on; medians.\n" + origin(
-        figures
-    )
-    figure.supxlabel(note, x=0.01, ha="left", fontsize=7, color="0.35")
+    note = "The limit is one lerp_ that moves as many bytes. Logarithmic scales, from 1× on; medians."
+    figure.supxlabel(f"{note}\n{origin(figures)}", x=0.01, ha="left", fontsize=7, color="0.35")
     figure.savefig(path, pil_kwargs={"optimize": True})

@@ -6,7 +6,6 @@ A scenario is a function that each process of a world calls; the tests say which
 import os
 import socket
 import warnings
-from functools import partial
 
 import ignite.distributed as idist
 import pytest
@@ -29,18 +28,17 @@ from tests.distributed.worker import (
     full_bits,
     full_tensors,
     in_worlds,
-    is_sharded_case,
     local,
     local_bits,
     mesh,
     sharded,
     tensors,
 )
-from tests.helpers.bits import bits
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="this torch gathers no weights on a CPU"
 )
+
 
 WORLDS = {
     "DDP": [2],
@@ -49,16 +47,6 @@ WORLDS = {
     "FSDP2 that keeps gathered weights": [2],
     "FSDP2 in mixed precision": [2],
     "FSDP2 over several meshes": [4],
-}
-ALL_WORLDS = {
-    **WORLDS,
-    "plain": [1],
-    "compiled": [1],
-    "DDP": [2],
-    "FSDP2": [2, 3],
-    "FSDP2 with replicas": [4],
-    "DDP of a compiled model": [2],
-    "compiled FSDP2": [2],
 }
 
 
@@ -69,16 +57,16 @@ def average_follows(folder, case):
     run = Run(case)
     due = {name: tensor.double() for name, tensor in full_tensors(run.handler.model).items()}
     trained = {name for name, _ in run.handler.model.named_parameters()}
+    before = local_bits(run.handler.model)
 
     def follow():
         for name, tensor in full_tensors(run.handler.model).items():
             due[name] = torch.lerp(due[name], tensor.double(), 0.25) if name in trained else tensor.double()
 
     run.trainer.add_event_handler(Events.ITERATION_COMPLETED, follow)
-    before = local_bits(run.handler.model)
     run.train(6)
-    averaged = full_tensors(run.handler.ema_model)
     assert run.handler.num_updates == 6
+    averaged = full_tensors(run.handler.ema_model)
     assert averaged.keys() == due.keys()
     for name, tensor in averaged.items():
         torch.testing.assert_close(tensor.double(), due[name], rtol=1e-6, atol=1e-6 if name in trained else 0)
@@ -92,7 +80,7 @@ def average_follows(folder, case):
     assert ours.isdisjoint(theirs)
 
 
-@in_worlds(ALL_WORLDS)
+@in_worlds({**WORLDS, "DDP of a compiled model": [2], "compiled FSDP2": [2]})
 def test_the_average_follows_a_float64_reference_on_full_tensors(world, ranks, case):
     world(ranks, average_follows, case)
 
@@ -108,15 +96,12 @@ def resumes(folder, case):
     assert resumed.trainer.state.iteration == resumed.handler.num_updates == 3
     resumed.train(6)
     assert resumed.handler.num_updates == 6
-    for due, got in (
-        (straight.handler.model, resumed.handler.model),
-        (straight.handler.ema_model, resumed.handler.ema_model),
-    ):
+    for kind in ("model", "ema_model"):
+        due, got = (getattr(run.handler, kind) for run in (straight, resumed))
         parameters = {name for name, _ in due.named_parameters()}
         due, got = local_bits(due), local_bits(got)
-        # Buffers are saved from the first rank.
         wrong = {name for name in due if name != "cache" and due[name] != got[name]}
-        assert not (wrong & parameters if dist.get_rank() else wrong), wrong
+        assert not (wrong & parameters if dist.get_rank() else wrong), wrong  # buffers are saved from the first rank
     due, got = (run.optimizer.state_dict()["state"] for run in (straight, resumed))
     assert all(torch.equal(local(due[i][key]), local(got[i][key])) for i in due for key in due[i])
 
@@ -133,17 +118,14 @@ def swaps(folder, case):
     with torch.no_grad():
         run.model.eval()(x)  # which leaves the gathered weights with the root
     before = local_bits(run.handler.model)
+    averaged = local_bits(run.handler.ema_model)
     with run.handler.swapped(), torch.no_grad():
-        got, due = run.model(x), run.handler.ema_model(x)
-        assert torch.equal(got, due)
-        assert local_bits(run.handler.model) == local_bits(run.handler.ema_model)
-        got = run.model(x)
-        saved = {name: tensor.clone() for name, tensor in run.handler.average.averaged_tensors().items()}
+        due = run.handler.ema_model(x)
+        assert torch.equal(run.model(x), due)
+        assert local_bits(run.handler.model) == local_bits(run.handler.ema_model) == averaged
+        run.model(x)
     assert local_bits(run.handler.model) == before
-    assert all(
-        torch.equal(local(tensor), local(saved[name]))
-        for name, tensor in run.handler.average.averaged_tensors().items()
-    )
+    assert local_bits(run.handler.ema_model) == averaged
     with torch.no_grad():
         assert not torch.equal(run.model(x), due)
     run.train(4)
@@ -164,19 +146,16 @@ def test_swapping_is_exact(world, ranks, case):
 def updates_without_communication(folder, case):
     run = Run(case, handle_buffers="update")
     run.train(1)
-    average = ModelAverage(run.model, ema_model=run.handler.ema_model) if is_sharded_case(case) else None
     with CommDebugMode() as seen:
         for _ in range(3):
             run.handler.average.update(0.1)
-            if average is not None:
-                average.update(0.1)
     assert seen.get_total_counts() == 0
     with CommDebugMode() as seen:
         full_tensors(run.handler.model)
-    assert (seen.get_total_counts() > 0) == is_sharded_case(case)  # it would have been seen
+    assert (seen.get_total_counts() > 0) == ("FSDP2" in case)  # it would have been seen
 
 
-@pytest.mark.parametrize("case", ["DDP", "FSDP2", "FSDP2 in part", "FSDP2 over several meshes"])
+@pytest.mark.parametrize("case", ["DDP", "FSDP2", "FSDP2 in part"])
 def test_an_update_communicates_nothing(world, case):
     world(2, updates_without_communication, case)
 
@@ -190,113 +169,53 @@ class Even(nn.Module):
         return self.head(self.body(self.embedding(x)))
 
 
-def bytes_held(folder):
-    run = Run.__new__(Run)
-    model = sharded(Even())
-    with torch.device("meta"):
-        twin = sharded(Even())
-    run.handler = EMAHandler(model, ema_model=twin)
-    return sum(local(tensor).untyped_storage().nbytes() for tensor in run.handler.ema_model.parameters())
-
-
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_a_rank_holds_its_share_of_the_average(world, ranks):
-    due = sum(parameter.nbytes for parameter in Even().parameters())
-    assert world(ranks, bytes_held) == [due / ranks] * ranks
-
-
-def compiles_once(folder, whole_step):
-    torch.manual_seed(0)
+def compiles_once(folder):
     frames = torch._dynamo.testing.CompileCounter()
-    plain = Net()
-    model = torch.compile(plain, backend=frames, fullgraph=True)
+    model = torch.compile(Net(), backend=frames, fullgraph=True)
     handler = EMAHandler(model, 0.25)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
-
-    def loss_of(x):
-        return nn.functional.cross_entropy(plain(x), x)
-
-    compiled_step = torch.compile(loss_of, backend=frames, fullgraph=True) if whole_step else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     x = torch.arange(7)
     for _ in range(4):
         optimizer.zero_grad()
-        (compiled_step(x) if whole_step else nn.functional.cross_entropy(model(x), x)).backward()
+        nn.functional.cross_entropy(model(x), x).backward()
         optimizer.step()
         handler.average.update(0.25)
     assert frames.frame_count == 1  # a break would have raised
-    forward = compiled_step if whole_step else model
     with torch.no_grad():
-        forward(x)
-    before = frames.frame_count
-    with handler.swapped(), torch.no_grad():
-        got = forward(x)
-    assert frames.frame_count == before
-    with torch.no_grad():
-        handler.ema_model.train()
-        due = handler.ema_model(x)
-    assert torch.equal(got, nn.functional.cross_entropy(due, x) if whole_step else due)
+        model(x)
+        before = frames.frame_count
+        with handler.swapped():
+            got = model(x)
+        assert frames.frame_count == before
+        assert torch.equal(got, handler.ema_model.train()(x))
 
 
-@pytest.mark.parametrize("whole_step", [False, True], ids=["model", "step"])
-def test_updates_and_swaps_compile_nothing_anew(world, whole_step):
-    world(1, compiles_once, whole_step)
+def test_updates_and_swaps_compile_nothing_anew(world):
+    world(1, compiles_once)
 
 
 # What does not fit says so.
 
 
-def sharded_along(dimension):
-    return fsdp.fully_shard(Even(), mesh=mesh(), shard_placement_fn=lambda parameter: Shard(parameter.ndim - dimension))
-
-
-def sharded_over_other_ranks():
-    return fsdp.fully_shard(Even(), mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard")))
-
-
-TWINS = {
-    "not sharded": (Even, "and not sharded in the twin"),
-    "along another dimension": (partial(sharded_along, 1), r"and sharded as \(Shard\(dim=1\),\) over .* in the twin"),
-    "over another mesh": (sharded_over_other_ranks, r"and sharded as \(Replicate\(\), Shard\(dim=0\)\) .* in the twin"),
-}
-
-
 def refuses_twins(folder):
     model = sharded(Even())
     before = local_bits(model)
-    for make, text in TWINS.values():
-        with pytest.raises(
-            RuntimeError, match=rf"ema_model should .* model, but 'embedding.weight' is .* {text}. Build"
-        ):
-            EMAHandler(model, ema_model=make())
-    with pytest.raises(RuntimeError, match="is not sharded in the model and sharded as .* in the twin. Build"):
-        EMAHandler(Even(), ema_model=sharded(Even()))
-    with pytest.raises(
-        RuntimeError,
-        match="ema_model should be a twin that is sharded as the model is, got None.* pass it as ema_model=",
+    along_columns = fsdp.fully_shard(Even(), mesh=mesh(), shard_placement_fn=lambda weight: Shard(weight.ndim - 1))
+    over_another_mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    for online, twin, message in (
+        (model, Even(), "'embedding.weight' is sharded .* and not sharded in the twin"),
+        (model, along_columns, r"and sharded as \(Shard\(dim=1\),\) over .* in the twin"),
+        (model, fsdp.fully_shard(Even(), mesh=over_another_mesh), r"\(Replicate\(\), Shard\(dim=0\)\) .* in the twin"),
+        (model, None, "ema_model should be a twin that is sharded as the model is, got None"),
+        (Even(), sharded(Even()), "is not sharded in the model and sharded as .* in the twin"),
     ):
-        EMAHandler(model)
+        with pytest.raises(RuntimeError, match=message):
+            EMAHandler(online, ema_model=twin)
     assert local_bits(model) == before
 
 
 def test_a_twin_that_is_sharded_otherwise_is_refused(world):
     world(2, refuses_twins)
-
-
-def is_sharded_too_late(folder):
-    model = Even()
-    average = ModelAverage(model)
-    sharded(model)
-    before = local_bits(average.module)
-    text = "The model should keep .* 'embedding.weight' is sharded .* and not sharded in the twin"
-    with pytest.raises(RuntimeError, match=text):
-        average.update(0.5)
-    with pytest.raises(RuntimeError, match=text), average.swapped():
-        pass
-    assert local_bits(average.module) == before
-
-
-def test_a_model_that_is_sharded_after_its_average_was_made_is_refused(world):
-    world(2, is_sharded_too_late)
 
 
 def skips_together(folder, rank, case):
@@ -317,33 +236,9 @@ def skips_together(folder, rank, case):
     assert local_bits(twin) == before
 
 
-@pytest.mark.parametrize(
-    ("ranks", "rank", "case"), [(2, 1, "FSDP2"), (4, 3, "FSDP2 with replicas"), (4, 2, "FSDP2 over several meshes")]
-)
+@pytest.mark.parametrize(("ranks", "rank", "case"), [(2, 1, "FSDP2"), (4, 2, "FSDP2 over several meshes")])
 def test_a_nan_in_one_shard_is_skipped_on_all_ranks(world, ranks, rank, case):
     world(ranks, skips_together, rank, case)
-
-
-def meets_bad_statistics(folder, rank):
-    torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
-    average = ModelAverage(model, "update", skip_nonfinite=True)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    model.module[1].running_mean.fill_(torch.nan if dist.get_rank() == rank else 5.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert average.update(0.5)
-    assert average.module[1].running_mean.tolist() == [0.0 if dist.get_rank() == rank else 2.5] * 2
-    return average.num_updates, [bits(parameter) for parameter in average.module.parameters()]
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_averaged_weights_stay_equal_if_the_statistics_of_one_rank_are_bad(world, rank):
-    first, second = world(2, meets_bad_statistics, rank)
-    assert first == second
-    assert first[0] == 1
 
 
 # Ignite's own way to several processes.
@@ -352,8 +247,8 @@ def test_averaged_weights_stay_equal_if_the_statistics_of_one_rank_are_bad(world
 def trains_with_idist(folder, port):
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    results = []
     with idist.Parallel("gloo") as parallel:
-        results = []
         parallel.run(_train_with_idist, results)
     return results
 
@@ -361,7 +256,6 @@ def trains_with_idist(folder, port):
 def _train_with_idist(local_rank, results):
     torch.manual_seed(idist.get_rank())  # DDP takes the weights of the first rank
     model = idist.auto_model(Net())
-    assert isinstance(model, nn.parallel.DistributedDataParallel)
     handler = EMAHandler(model, 0.5, handle_buffers="update")
     optimizer = idist.auto_optim(torch.optim.SGD(model.parameters(), lr=0.1))
 
@@ -374,26 +268,18 @@ def _train_with_idist(local_rank, results):
     trainer = Engine(step)
     handler.attach(trainer)
     trainer.run(range(5))
-    for sync in (lambda: None, lambda: sync_buffers(handler.ema_model), lambda: sync_buffers(model, source=1)):
-        sync()
-        results.append(full_bits(handler.ema_model) | {"model": full_bits(handler.model)})
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    results.append(full_bits(handler.ema_model))
+    sync_buffers(handler.ema_model)
+    results.append(full_bits(handler.ema_model))
 
 
 def test_averages_are_equal_on_all_ranks_and_statistics_once_they_are_synchronised(world):
-    averages, synced, last = zip(*world(2, trains_with_idist, free_port()), strict=True)
-    statistics = {"norm.running_mean", "norm.running_var"}
-    models = [average.pop("model") for average in averages]
-    for first, *others in (averages, models):
-        assert {name for name in first if any(other[name] != first[name] for other in others)} == statistics
-    assert [other.pop("model") for other in synced] == models
-    assert all(other == averages[0] for other in synced)
-    assert all(other["model"] == models[1] for other in last)
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    (first, synced), (second, other) = world(2, trains_with_idist, port)
+    assert {name for name in first if first[name] != second[name]} == {"norm.running_mean", "norm.running_var"}
+    assert first == synced == other
 
 
 # A handler that is not made as it should be.

@@ -61,41 +61,25 @@ def sharded_in_part(model):
     return model
 
 
-def replicated_mesh():
-    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
-
-
-def sharded_and_replicated(model):
-    """Two copies, each sharded over half of the ranks (HSDP)."""
-    fully_shard(model.body, mesh=replicated_mesh())
-    return fully_shard(model, mesh=replicated_mesh())
-
-
 def sharded_over_meshes(model):
-    """A part over all ranks, another one with a copy on each half, and the rest over all."""
+    """A part over all ranks, another one with a copy on each half (HSDP), and the rest over all."""
+    replicated = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
     fully_shard(model.body, mesh=mesh())
-    fully_shard(model.narrow, mesh=replicated_mesh())
+    fully_shard(model.narrow, mesh=replicated)
     return fully_shard(model, mesh=mesh())
 
 
 CASES = {
     "plain": lambda model: model,
-    "compiled": compiled,
     "DDP": DistributedDataParallel,
-    "compiled DDP": lambda model: compiled(DistributedDataParallel(model)),
     "DDP of a compiled model": lambda model: DistributedDataParallel(compiled(model)),
     "FSDP2": sharded,
     "FSDP2 in part": sharded_in_part,
     "FSDP2 that keeps gathered weights": lambda model: sharded(model, reshard_after_forward=False),
     "FSDP2 in mixed precision": lambda model: sharded(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16)),
-    "FSDP2 with replicas": sharded_and_replicated,
     "FSDP2 over several meshes": sharded_over_meshes,
     "compiled FSDP2": lambda model: compiled(sharded(model)),
 }
-
-
-def is_sharded_case(case):
-    return "FSDP2" in case
 
 
 def in_worlds(worlds):
@@ -111,14 +95,14 @@ def in_worlds(worlds):
 class Run:
     """Model, twin, AdamW and trainer; each rank has batches of its own, which depend on nothing but the iteration."""
 
-    def __init__(self, case, momentum=0.25, seed=0, make=Net, **options):
+    def __init__(self, case, seed=0, **options):
         torch.manual_seed(seed)
         self.case = case
-        self.model = CASES[case](make())
-        if is_sharded_case(case):
+        self.model = CASES[case](Net())
+        if "FSDP2" in case:
             with torch.device("meta"):
-                options["ema_model"] = CASES[case.removeprefix("compiled ")](make())
-        self.handler = EMAHandler(self.model, momentum, **options)
+                options["ema_model"] = CASES[case.removeprefix("compiled ")](Net())
+        self.handler = EMAHandler(self.model, 0.25, **options)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
         self.trainer = Engine(self.step)
         self.handler.attach(self.trainer)

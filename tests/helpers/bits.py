@@ -1,6 +1,5 @@
 """What tensors, modules and states hold, bit for bit, and where."""
 
-import io
 from itertools import chain
 
 import torch
@@ -49,22 +48,8 @@ def assert_same_bits(one, other):
 def places(module):
     """What must be the same object in the same memory, in the same order, tied ones too."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return [
-        (
-            name,
-            id(tensor),
-            tensor.requires_grad,
-            *([tensor.data_ptr(), tensor.stride()] if tensor.layout is torch.strided else []),
-        )
-        for name, tensor in named
-    ]
-
-
-def saved(thing):
-    """The bytes of a file with its state."""
-    file = io.BytesIO()
-    torch.save(thing.state_dict(), file)
-    return file.getvalue()
+    memory = [(t.data_ptr(), t.stride()) if t.layout is torch.strided else None for _, t in named]
+    return [(name, id(t), t.requires_grad, place) for (name, t), place in zip(named, memory, strict=True)]
 
 
 def wide(tensor):

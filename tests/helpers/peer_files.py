@@ -5,11 +5,10 @@
 
 import argparse
 import functools
-import logging
 import tempfile
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -46,19 +45,15 @@ def net():
     )
 
 
-def batch(seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 1, 6, 6, generator=generator), torch.randint(0, 2, (8,), generator=generator)
-
-
 def loss_of(model, seed):
-    x, y = batch(seed)
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(8, 1, 6, 6, generator=generator), torch.randint(0, 2, (8,), generator=generator)
     return nn.functional.cross_entropy(model(x), y)
 
 
-def train(model, after_step, steps=STEPS):
+def train(model, after_step):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    for step in range(steps):
+    for step in range(STEPS):
         optimizer.zero_grad()
         loss_of(model, step).backward()
         optimizer.step()
@@ -105,14 +100,10 @@ def timm():
     optimizer = train(model, lambda: average.update(model))
     path = path_of("timm.pth.tar")
     content = {
-        "epoch": 1,
-        "arch": "net",
         "optimizer": optimizer.state_dict(),
-        "version": 2,
         "args": argparse.Namespace(model="net", lr=0.1, data=Path("data")),
         "state_dict": model.state_dict(),
         "state_dict_ema": average.module.state_dict(),  # the saver takes wrappers off
-        "metric": 0.5,
         "saver": {"checkpoint_files": [("checkpoint-0.pth.tar", None)], "pending": (1, 0.5)},
     }
     torch.save(content, path)
@@ -172,8 +163,6 @@ def lightning():
         def training_step(self, seed, index):
             return loss_of(self.net, int(seed))
 
-        def validation_step(self, seed, index): ...
-
         def configure_optimizers(self):
             return torch.optim.Adam(self.parameters(), lr=0.05)
 
@@ -182,25 +171,18 @@ def lightning():
             online.update(copied(module.state_dict()))
 
     folder = path_of("lightning")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(
             max_epochs=2,
             accelerator="cpu",
-            callbacks=[
-                average,
-                Capture(),
-                callbacks.ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True),
-            ],
+            callbacks=[average, Capture(), callbacks.ModelCheckpoint(folder, "last", save_on_train_epoch_end=True)],
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        seeds = torch.utils.data.DataLoader(range(4), batch_size=1)
-        trainer.fit(Module(), seeds, seeds)
+        trainer.fit(Module(), torch.utils.data.DataLoader(range(4), batch_size=1))
     tensors = copied(average._average_model.module.state_dict())
     return Peer("Lightning", folder / "last.ckpt", tensors, online, 8)
 
@@ -254,15 +236,20 @@ def ignite():
     handler.attach(trainer)
     trainer.run([0])
     train(model, lambda: handler._update_ema_model(trainer, "ema_momentum"))
-    path = path_of("ignite")
-    objects = {"model": model, "ema_model": handler.ema_model, "trainer": trainer}
-    Checkpoint(objects, DiskSaver(path, require_empty=False))(trainer)
-    return Peer("Ignite", next(path.glob("*.pt")), copied(handler.ema_model.state_dict()), copied(model.state_dict()))
+    return checkpointed("Ignite", "ignite", trainer, model, handler)
 
 
 def tied():
     """A net with a tied weight and a buffer that no state dict has."""
     return nn.Sequential(OrderedDict(net=net(), tied=Tied(2)))
+
+
+def checkpointed(system, folder, trainer, model, handler, **objects):
+    """A file of Ignite's Checkpoint."""
+    objects = {"model": model, "ema_model": handler.ema_model, "trainer": trainer, **objects}
+    Checkpoint(objects, DiskSaver(path_of(folder), require_empty=False))(trainer)
+    path = next(path_of(folder).glob("*.pt"))
+    return Peer(system, path, copied(handler.ema_model.state_dict()), copied(model.state_dict()))
 
 
 def ignite_ema():
@@ -271,11 +258,8 @@ def ignite_ema():
     handler.attach(trainer)
     handler.num_updates = 0  # or it would warn that the model moves before the first run
     train(model, lambda: trainer.run([0]))
-    path = path_of("ignite_ema")
-    objects = {"model": model, "ema_model": handler.ema_model, "ema_handler": handler, "trainer": trainer}
-    Checkpoint(objects, DiskSaver(path, require_empty=False))(trainer)
-    tensors = copied(handler.ema_model.state_dict())
-    return Peer("ignite_ema", next(path.glob("*.pt")), tensors, copied(model.state_dict()), STEPS)
+    peer = checkpointed("ignite_ema", "ignite_ema", trainer, model, handler, ema_handler=handler)
+    return replace(peer, num_updates=STEPS)
 
 
 def averages_of(model):
@@ -294,19 +278,10 @@ def mmcv_state(model, covered):
 
 
 def mmcv():
-    model = net()
+    model, path = net(), path_of("mmcv.pth")
     own, raw, buffers = mmcv_state(model, dict(model.named_parameters()))
-    path = path_of("mmcv.pth")
     meta = {"epoch": 3, "iter": 12, "hook_msgs": {"best": 0.1}}
     torch.save({"meta": meta, "state_dict": own | buffers, "optimizer": {"state": {}}}, path)
-    return Peer("mmcv", path, own, raw, key="model")
-
-
-def mmdet2():
-    model = net()
-    own, raw, buffers = mmcv_state(model, model.state_dict())
-    path = path_of("mmdet2.pth")
-    torch.save({"meta": {"epoch": 3, "iter": 12}, "state_dict": own | buffers}, path)
     return Peer("mmcv", path, own, raw, key="model")
 
 
@@ -337,47 +312,21 @@ def mmagic():
     """From the definition of mmagic's BaseGAN with ema_config, and two twins; DDP around the parts that train."""
     raw, averaged = averages_of(net())
     state = prefixed("generator.module.", raw) | prefixed("generator_ema.module.", averaged)
-    state |= {"generator_ema.steps": torch.tensor(6), "data_preprocessor.mean": torch.zeros(3)}
-    state |= (
-        prefixed("encoder.", averaged) | prefixed("encoder_ema.module.", raw) | {"encoder_ema.steps": torch.tensor(6)}
-    )
+    state |= prefixed("encoder.", averaged) | prefixed("encoder_ema.module.", raw)
+    state |= {"generator_ema.steps": torch.tensor(6), "encoder_ema.steps": torch.tensor(6)}
     path = path_of("mmagic.pth")
     torch.save({"meta": {"iter": 7}, "state_dict": state, "message_hub": {}}, path)
     return Peer("mmagic", path, averaged, raw, key="generator_ema")
 
 
-MAKERS = [
-    torch_averaged_model,
-    nested,
-    timm,
-    ema_pytorch,
-    diffusers,
-    torch_ema,
-    lightning,
-    mmengine,
-    ignite,
-    ignite_ema,
-    mmcv,
-    mmdet2,
-    mmgen,
-    mmagic,
-]
+PACKAGES = [timm, ema_pytorch, diffusers, torch_ema, lightning, mmengine]
+MAKERS = [torch_averaged_model, nested, *PACKAGES, ignite, ignite_ema, mmcv, mmgen, mmagic]
 
 
 @functools.cache
-def _made(maker):
-    try:
-        return maker()
-    except pytest.skip.Exception as skipped:
-        return skipped
-
-
 def made(maker):
     """The peer's file, made once per process."""
-    peer = _made(maker)
-    if isinstance(peer, BaseException):
-        pytest.skip(str(peer))
-    return peer
+    return maker()
 
 
 def equal(one, other):

@@ -15,7 +15,7 @@ from ignite_ema import PostHocEMA
 from ignite_ema.posthoc import snapshots
 
 LAST = 40
-EVERY_5 = Events.ITERATION_COMPLETED(every=5)
+EVERY, EVERY_5 = Events.ITERATION_COMPLETED, Events.ITERATION_COMPLETED(every=5)
 
 
 def batches(count=LAST):
@@ -39,12 +39,10 @@ class Run:
         snapshot=EVERY_5,
         attach=True,
         seed=0,
-        scale=1,
         loaded=None,
         **options,
     ):
         torch.manual_seed(seed)
-        self.scale = scale
         self.model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
         self.trainer = Engine(self.step)
         self.trainer.logger.disabled = True  # it would print the traceback of what a test provokes
@@ -62,7 +60,7 @@ class Run:
     def step(self, engine, batch):
         generator = torch.Generator().manual_seed(engine.state.iteration)
         for parameter in self.model.parameters():
-            parameter.data.add_(self.scale * torch.randn(parameter.shape, generator=generator))
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator))
         self.model[1].running_mean += torch.randn(2, generator=generator)
         self.model[1].num_batches_tracked += 1
         self.history.append(copy.deepcopy(self.model.state_dict()))

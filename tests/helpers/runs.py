@@ -105,8 +105,7 @@ def main(directory, last, kill_at=None, event=None):
     saver = Checkpoint(run.objects(), DiskSaver(directory, require_empty=False), n_saved=None)
     run.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3), saver)
     if kill_at is not None:
-        kill = signal.SIGKILL
-        run.trainer.add_event_handler(Events[event](once=kill_at), lambda: os.kill(os.getpid(), kill))
+        run.trainer.add_event_handler(Events[event](once=kill_at), lambda: os.kill(os.getpid(), signal.SIGKILL))
     saved = sorted(directory.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
     if saved:
         Checkpoint.load_objects(run.objects(), saved[-1])

@@ -7,7 +7,7 @@ from ignite.handlers import TerminateOnNan
 from torch import nn
 from torch.nn.parallel import DataParallel
 
-from ignite_ema import EMAHandler, EMAWarning, PostHocEMA, posthoc
+from ignite_ema import EMAWarning, PostHocEMA, posthoc
 from ignite_ema.posthoc import PowerProfile, reconstruct, stored
 from ignite_ema.schedules import PowerFunction
 from tests.helpers.bits import assert_same_bits, contents
@@ -56,51 +56,16 @@ def test_streams_and_files_hold_the_sums_of_power_functions(samples, every, tmp_
 def test_the_momentum_is_published_and_counts_each_update_by_its_batch(tmp_path):
     updates, samples = Run(tmp_path / "updates"), Run(tmp_path / "samples", samples=size_of_batch)
     assert updates.trainer.state.posthoc_momentum_0 == 1
+    updates.train(8)
+    samples.train(8)
     seen = torch.tensor([len(batch) for batch in batches(8)]).cumsum(0)
-    for run in (updates, samples):
-        run.train(8)
-    for index, sigma_rel in enumerate((0.05, 0.10)):
-        assert getattr(updates.trainer.state, f"posthoc_momentum_{index}") == PowerFunction(sigma_rel)(7)
-        due = 1 - (seen[-2] / seen[-1]).item() ** (PowerProfile(sigma_rel).gamma + 1)
-        assert getattr(samples.trainer.state, f"posthoc_momentum_{index}") == pytest.approx(due, rel=1e-6)
+    assert updates.trainer.state.posthoc_momentum_1 == PowerFunction(0.10)(7)
+    due = 1 - (seen[-2] / seen[-1]).item() ** (GAMMAS[1] + 1)
+    assert samples.trainer.state.posthoc_momentum_1 == pytest.approx(due, rel=1e-6)
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.0, None, True, torch.tensor(3)])
-def test_samples_that_are_no_count_are_refused(value, tmp_path):
-    with pytest.raises(ValueError, match="samples should return the number of samples in the batch, an integer of at"):
-        Run(tmp_path, samples=lambda engine: value).train()
-
-
-def test_rebuilt_averages_load_into_a_fresh_model(tmp_path):
-    run = Run(tmp_path, handle_buffers="update").train()
-    got = reconstruct(tmp_path, 0.1)
-    fresh = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    fresh.load_state_dict(got, strict=True)
-    for name, tensor in run.ema.streams[1].module.state_dict().items():
-        torch.testing.assert_close(fresh.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
-    assert got["1.num_batches_tracked"] == LAST
-    with pytest.warns(UserWarning, match="differs from ExponentialProfile"):
-        wider = reconstruct(tmp_path, posthoc.ExponentialProfile(0.2))
-    assert wider["1.running_mean"].ne(got["1.running_mean"]).all()  # averaged, too
-
-
-def test_buffers_that_are_not_averaged_are_those_of_the_snapshot(tmp_path):
-    run = Run(tmp_path, handle_buffers={"*.running_mean": "update", "*.running_var": "keep"})
-    run.model[1].running_var.fill_(7)
-    run.train()
-    (one,) = stored(tmp_path)[3:4]
-    assert list(one.copied) == ["1.running_var", "1.num_batches_tracked"]
-    assert "1.running_mean" in one.averaged[0]
-    got = reconstruct(tmp_path, 0.1, step=20, max_residual=1)
-    assert got["1.running_var"].tolist() == [1, 1]
-    assert got["1.num_batches_tracked"] == 20
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda model: model, DataParallel, compiled], ids=["plain", "DataParallel", "compiled"]
-)
-def test_tied_weights_are_stored_once_under_plain_names_and_rebuilt_tied(wrap, tmp_path):
-    kept(wrap(Tied()), tmp_path, handle_buffers="update")
+def test_tied_weights_are_stored_once_under_plain_names_and_rebuilt_tied(tmp_path):
+    kept(compiled(DataParallel(Tied())), tmp_path, handle_buffers="update")
     one = stored(tmp_path)[0]
     assert {"first.weight", "cache"} <= one.averaged[0].keys()
     assert "second.weight" not in one.averaged[0]
@@ -115,7 +80,6 @@ def test_tied_weights_are_stored_once_under_plain_names_and_rebuilt_tied(wrap, t
         (torch.bfloat16, {"dtype": torch.float32}, torch.float32, torch.float32),
         (torch.float64, {}, torch.float32, torch.float32),
         (torch.float64, {"snapshot_dtype": torch.float64}, torch.float64, torch.float64),
-        (torch.complex64, {"snapshot_dtype": torch.float64}, torch.complex64, torch.complex64),
         (torch.complex128, {"snapshot_dtype": torch.float64}, torch.complex128, torch.complex128),
     ],
     ids=str,
@@ -127,15 +91,6 @@ def test_types_are_stored_as_asked_for_and_rebuilt(dtype, options, stored_in, re
     assert (stored(tmp_path)[0].averaged[0]["w"].dtype, got.dtype) == (stored_in, rebuilt_in)
     assert due.abs().ne(due.to(dtype).abs().bfloat16()).all()  # held in more than 16 bits
     torch.testing.assert_close(got.to(due.dtype), due.data, rtol=1e-6, atol=0)
-
-
-def test_twins_of_ones_own_and_parts_of_a_larger_tensor_are_stored_alone(tmp_path):
-    twins = [module(w=nn.Parameter(torch.zeros(1000, 100)[:2])) for _ in range(2)]
-    ema = kept(module(w=nn.Parameter(torch.zeros(2, 100))), tmp_path, ema_models=twins)
-    assert [stream.module for stream in ema.streams] == twins
-    assert torch.equal(stored(tmp_path)[-1].averaged[1]["w"], twins[1].w)
-    assert twins[0].w.untyped_storage().nbytes() == 400_000
-    assert (tmp_path / "snapshot_3.pt").stat().st_size < 10_000
 
 
 @pytest.mark.parametrize(("samples", "times"), [(None, [1, 2, 3]), (lambda engine: 10, [10, 20, 40])])
@@ -153,8 +108,8 @@ def test_the_statistics_of_normalization_layers_are_averaged_and_nothing_else(tm
     """An observer's infinities and a mask are no statistics (issue 21)."""
     model = nn.BatchNorm1d(2)
     model.register_buffer("min_val", torch.tensor(torch.inf))
-    kept(model, tmp_path)
-    one = stored(tmp_path)[0]
+    kept(model, tmp_path / "new" / "folder", sigma_rels=[0.1])
+    one = stored(tmp_path / "new" / "folder")[0]
     assert list(one.averaged[0]) == ["weight", "bias", "running_mean", "running_var"]
     assert list(one.copied) == ["num_batches_tracked", "min_val"]
     kept(nn.Linear(1, 1), tmp_path / "without")  # a model without such buffers
@@ -164,6 +119,7 @@ def test_the_statistics_of_normalization_layers_are_averaged_and_nothing_else(tm
 
 
 def test_a_loop_without_an_engine_writes_what_an_engine_does(tmp_path):
+    """It stops after 12 iterations, and another one goes on from its state."""
     for name in ("updates", "samples"):
         run = Run(tmp_path / name, **({"samples": size_of_batch} if name == "samples" else {})).train(20)
         own = Run(tmp_path / f"own {name}", attach=False, samples=name == "samples")
@@ -173,58 +129,43 @@ def test_a_loop_without_an_engine_writes_what_an_engine_does(tmp_path):
             assert own.ema.update(len(batch)) if name == "samples" else own.ema.update()
             if k % 5 == 0:
                 assert own.ema.save() == tmp_path / f"own {name}" / f"snapshot_{own.ema.time}.pt"
+            if k == 12:
+                first, own = own, Run(tmp_path / f"own {name}", attach=False, samples=name == "samples")
+                own.model.load_state_dict(first.model.state_dict())
+                own.ema.load_state_dict(first.ema.state_dict())
         assert (own.ema.time, own.ema.time_unit) == (run.ema.time, name)
         for one, other in zip(stored(tmp_path / name), stored(tmp_path / f"own {name}"), strict=True):
             assert one.time == other.time
             assert_same_bits([one.averaged, one.copied], [other.averaged, other.copied])
 
 
-def test_a_loop_without_an_engine_resumes(tmp_path):
-    model = constant()
-
-    def train(ema, values):
-        for value in values:
-            model.weight.data.fill_(value)
-            ema.update()
-            ema.save()
-        return ema
-
-    due = train(PostHocEMA(model, dirname=tmp_path / "one"), [1.0, 2.0, 3.0, 4.0])
-    first = train(PostHocEMA(model, dirname=tmp_path / "two"), [1.0, 2.0])
-    second = PostHocEMA(model, dirname=tmp_path / "two")
-    second.load_state_dict(first.state_dict())
-    train(second, [3.0, 4.0])
-    assert times_in(tmp_path / "two") == [1, 2, 3, 4]
-    for one, other in zip(due.streams, second.streams, strict=True):
-        assert torch.equal(one.module.weight, other.module.weight)
-
-
 @pytest.mark.parametrize(
-    ("samples", "argument", "error", "message"),
+    ("samples", "enter", "error", "message"),
     [
-        (None, 3, TypeError, "samples should be left out .* counted in updates, got 3; pass samples=True"),
-        (True, None, ValueError, "samples should be the number of samples .* got None"),
-        (True, 0, ValueError, "samples should be the number of samples .* got 0"),
+        (None, lambda ema, engine: ema.update(3), TypeError, "be left out .* counted in updates, got 3"),
+        (True, lambda ema, engine: ema.update(), ValueError, "be the number of samples .* got None"),
+        (True, lambda ema, engine: ema.update(0), ValueError, "be the number of samples .* got 0"),
+        (True, lambda ema, engine: ema.attach(engine), TypeError, "be a function .* got True"),
+        (
+            lambda engine: 2.0,
+            lambda ema, engine: (ema.attach(engine), engine.run([0])),
+            ValueError,
+            "return the number",
+        ),
     ],
 )
-def test_samples_that_do_not_fit_the_clock_are_refused(samples, argument, error, message, tmp_path):
-    ema = PostHocEMA(constant(), dirname=tmp_path, samples=samples)
-    with pytest.raises(error, match=message):
-        ema.update(argument)
+def test_samples_that_do_not_fit_the_clock_are_refused(samples, enter, error, message, tmp_path):
+    ema, engine = PostHocEMA(constant(), dirname=tmp_path, samples=samples), Engine(lambda engine, batch: None)
+    engine.logger.disabled = True
+    with pytest.raises(error, match=f"samples should {message}"):
+        enter(ema, engine)
     assert (ema.time, ema.num_updates) == (0, 0)
-
-
-def test_an_engine_needs_a_function_to_count_samples(tmp_path):
-    with pytest.raises(TypeError, match="samples should be a function .* got True"):
-        PostHocEMA(constant(), dirname=tmp_path, samples=True).attach(Engine(lambda engine, batch: None))
 
 
 # 16 bits
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2**-24)]
-)
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float32, 2**-24)])
 def test_what_rounded_snapshots_cost(dtype, rounding, tmp_path):
     torch.manual_seed(0)
     model = module(w=nn.Parameter(torch.randn(3000, dtype=torch.float64)))
@@ -244,17 +185,8 @@ def test_what_rounded_snapshots_cost(dtype, rounding, tmp_path):
         assert 0.43 * min(norm, 1) * 0.9 < lost < 0.43 * max(norm, 1) * 1.1 + 2**-24 / rounding
 
 
-def test_16_bits_halve_the_files(tmp_path):
-    kept(nn.Linear(300, 300), tmp_path / "32")
-    kept(nn.Linear(300, 300), tmp_path / "16", snapshot_dtype=torch.bfloat16)
-    sizes = [(tmp_path / name / "snapshot_3.pt").stat().st_size for name in ("32", "16")]
-    assert sizes[0] / sizes[1] == pytest.approx(2, rel=0.02)
-    assert sizes[0] == pytest.approx(2 * 4 * 90_300, rel=0.02)
-
-
 @pytest.mark.parametrize(
-    ("value", "dtype", "model_dtype"),
-    [(1e5, torch.float16, None), (3.4e38, torch.bfloat16, None), (1e300, torch.float32, torch.float64)],
+    ("value", "dtype", "model_dtype"), [(1e5, torch.float16, None), (1e300, torch.float32, torch.float64)]
 )
 def test_a_weight_beyond_the_range_is_refused_and_nothing_is_written(value, dtype, model_dtype, tmp_path):
     with pytest.raises(ValueError, match=rf"'weight' should be within .* be stored in {dtype}, got .*; pass another"):
@@ -262,11 +194,16 @@ def test_a_weight_beyond_the_range_is_refused_and_nothing_is_written(value, dtyp
     assert list(files(tmp_path)) == ["snapshot_1.pt"]
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_anyway_is_stored_as_it_is(value, tmp_path):
-    kept(constant(), tmp_path, [value], snapshot_dtype=torch.float16)
-    got = stored(tmp_path)[0].averaged[0]["weight"].item()
-    assert got == value or got != got
+def test_what_16_bits_hold(tmp_path):
+    """The weights, infinite ones too, but no averaged statistics."""
+    model = nn.BatchNorm1d(2)
+    model.bias.requires_grad_(False).fill_(torch.inf)
+    kept(model, tmp_path, snapshot_dtype=torch.bfloat16)
+    one = stored(tmp_path)[0].averaged[0]
+    narrow, wide = torch.bfloat16, torch.float32
+    dtypes = {name: tensor.dtype for name, tensor in one.items()}
+    assert dtypes == {"weight": narrow, "bias": narrow, "running_mean": wide, "running_var": wide}
+    assert one["bias"].tolist() == [torch.inf] * 2
 
 
 # Writing
@@ -277,13 +214,6 @@ def test_a_run_ends_with_a_snapshot_unless_it_is_terminated(ends, due, tmp_path)
     run = Run(tmp_path)
     run.train(12) if ends == "terminated" else run.trainer.run(batches(12), max_epochs=1)
     assert times_in(tmp_path) == due
-
-
-def test_a_second_run_of_the_trainer_goes_on(tmp_path):
-    run = Run(tmp_path)
-    for _ in range(2):
-        run.trainer.run(batches(20), max_epochs=1)
-    assert times_in(tmp_path) == [5, 10, 15, 20, 25, 30, 35, 40]
 
 
 def test_a_failing_write_ends_the_run_and_leaves_nothing(tmp_path, monkeypatch):
@@ -316,28 +246,10 @@ def test_saving_by_hand(tmp_path):
         run.ema.save()
 
 
-def test_a_snapshot_that_someone_else_wrote_is_not_overwritten(tmp_path):
-    run = Run(tmp_path).train(4)
-    (tmp_path / "snapshot_5.pt").write_text("precious")
-    with pytest.raises(FileExistsError, match="snapshot_5.pt' exists already, and this run has not written it"):
-        run.train(8)
-    assert (tmp_path / "snapshot_5.pt").read_text() == "precious"
-
-
-@pytest.mark.parametrize(
-    ("event", "snapshot", "due"),
-    [
-        (EVENT(every=10), EVENT, [(1, 10, 1), (2, 20, 1), (3, 30, 2), (4, 40, 2)]),  # none without an update
-        (
-            EVENT(every=2) | Events.EPOCH_COMPLETED,
-            EVENT(every=20) | Events.EPOCH_COMPLETED,
-            [(10, 20, 1), (20, 40, 2)],  # one for each time
-        ),
-    ],
-    ids=["without updates", "lists"],
-)
-def test_snapshots_are_written_once_for_each_time(event, snapshot, due, tmp_path):
-    Run(tmp_path, event=event, snapshot=snapshot).trainer.run(batches(20), max_epochs=2)
+@pytest.mark.parametrize("snapshot", [EVENT, EVENT(every=10) | Events.EPOCH_COMPLETED])
+def test_snapshots_are_written_once_for_each_time_and_none_without_an_update(snapshot, tmp_path):
+    Run(tmp_path, event=EVENT(every=10) | Events.EPOCH_COMPLETED, snapshot=snapshot).trainer.run(batches(20), 2)
+    due = [(1, 10, 1), (2, 20, 1), (3, 30, 2), (4, 40, 2)]
     assert [(one.time, one.iteration, one.epoch) for one in stored(tmp_path)] == due
 
 
@@ -352,48 +264,17 @@ def test_an_update_needs_a_step_of_the_optimizer(tmp_path):
     assert [one.iteration for one in stored(tmp_path)] == [4, 8, 12]
 
 
-def test_a_step_that_waits_for_its_update_is_in_the_state(tmp_path):
-    def made():
-        model = nn.Linear(1, 1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer = Engine(lambda engine, batch: batch == 0 and optimizer.step(lambda: None))
-        ema = PostHocEMA(model, dirname=tmp_path)
-        ema.attach(trainer, event=EVENT(every=2), optimizer=optimizer)
-        return trainer, ema
-
-    (trainer, first), (other, second) = made(), made()
-    trainer.run([0])
-    second.load_state_dict(first.state_dict())
-    other.run([1, 1])
-    assert (first.num_updates, second.num_updates) == (0, 1)
-
-
-def test_averaged_buffers_are_not_stored_in_16_bits(tmp_path):
-    kept(nn.BatchNorm1d(2), tmp_path, snapshot_dtype=torch.bfloat16)
-    dtypes = {name: tensor.dtype for name, tensor in stored(tmp_path)[0].averaged[0].items()}
-    narrow, wide = torch.bfloat16, torch.float32
-    assert dtypes == {"weight": narrow, "bias": narrow, "running_mean": wide, "running_var": wide}
-
-
 # Attaching
 
 
 def traces(engine):
     """What handlers and attributes an engine has."""
     handlers = {event: len(found) for event, found in engine._event_handlers.items() if found}
-    return handlers, set(vars(engine.state)), len(vars(engine).get("_ignite_ema_attachments", []))
+    return handlers, set(vars(engine.state))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"samples": size_of_batch},
-        {"snapshot": Events.EPOCH_COMPLETED(every=2) | EVENT(every=3) | Events.COMPLETED},
-    ],
-    ids=["samples", "list"],
-)
-def test_attaching_twice_or_half_way_leaves_no_more_and_remove_takes_everything_off(options, tmp_path):
-    run = Run(tmp_path, attach=False, **options)
+def test_attaching_twice_or_half_way_leaves_no_more_and_remove_takes_everything_off(tmp_path):
+    run = Run(tmp_path, attach=False, snapshot=Events.EPOCH_COMPLETED(every=2) | EVENT(every=3) | Events.COMPLETED)
     before = traces(run.trainer)
     for wrong in ({"event": "no event"}, {"snapshot_event": "no event"}, {"name": ""}, {"optimizer": run.model}):
         with pytest.raises((TypeError, ValueError)):
@@ -428,13 +309,18 @@ def test_two_on_a_trainer_need_names_and_folders_of_their_own(tmp_path):
         same.attach(run.trainer, name="other")
     assert traces(run.trainer) == before
     other.attach(run.trainer, "other", snapshot_event=EVENT(every=8))
-    plain = EMAHandler(run.model, PowerFunction(0.05))
-    plain.attach(run.trainer)
     run.train(16)
     assert times_in(tmp_path / "two") == [8, 16]
-    assert torch.equal(run.ema.streams[0].module[0].weight, plain.ema_model[0].weight)
     names = {name for name in vars(run.trainer.state) if "momentum" in name or "other" in name}
-    assert names == {"posthoc_momentum_0", "posthoc_momentum_1", "other_0", "ema_momentum"}
+    assert names == {"posthoc_momentum_0", "posthoc_momentum_1", "other_0"}
+
+
+def test_twins_of_ones_own_and_parts_of_a_larger_tensor_are_stored_alone(tmp_path):
+    twins = [module(w=nn.Parameter(torch.zeros(1000, 100)[:2])) for _ in range(2)]
+    ema = kept(module(w=nn.Parameter(torch.zeros(2, 100))), tmp_path, ema_models=twins)
+    assert [stream.module for stream in ema.streams] == twins
+    assert torch.equal(stored(tmp_path)[-1].averaged[1]["w"], twins[1].w)
+    assert (tmp_path / "snapshot_3.pt").stat().st_size < 10_000
 
 
 def test_streams_swap_in_and_out(tmp_path):
@@ -448,24 +334,16 @@ def test_streams_swap_in_and_out(tmp_path):
     assert contents(run.model) == before
 
 
-def test_one_stream_is_enough_and_the_folder_is_made_with_its_parents(tmp_path):
-    folder = tmp_path / "a" / "b"
-    run = Run(str(folder), sigma_rels=[0.1]).train(10)
-    assert torch.equal(reconstruct(folder, 0.1)["0.weight"], run.ema.streams[0].module[0].weight)
-    assert run.ema.sigma_rels == (0.1,)
-
-
 # Warnings
 
 
-def test_weights_and_averages_that_are_loaded_at_the_start_of_a_run_count_as_restored(tmp_path):
+def test_averages_that_are_loaded_at_the_start_of_a_run_count_as_restored(tmp_path):
     """MONAI's CheckpointLoader loads at STARTED, when the handler is attached already (issue 23)."""
     state = Run(tmp_path).train(8).saved()
     second = Run(tmp_path)
     second.trainer.load_state_dict(state["trainer"])
     second.trainer.add_event_handler(Events.STARTED, lambda: second.ema.load_state_dict(state["ema"]))
-    second.train()
-    assert second.ema.num_updates == LAST
+    assert second.train().ema.num_updates == LAST
 
 
 def test_a_state_that_is_saved_before_the_update_of_its_event_is_told(tmp_path):
@@ -496,9 +374,8 @@ def test_weights_that_are_not_finite_when_the_run_is_terminated_are_left_out(tmp
 # Starting again
 
 
-@pytest.mark.parametrize(("samples", "times"), [(None, [2, 7, 12]), (lambda engine: 8, [16, 56, 96])])
-def test_reset_starts_again(samples, times, tmp_path):
-    run = Run(tmp_path / "one", samples=samples).train(8)
+def test_reset_starts_again(tmp_path):
+    run = Run(tmp_path / "one", samples=lambda engine: 8).train(8)
     run.ema.reset()
     assert (run.ema.num_updates, run.ema.time, run.ema.state_dict()["samples_seen"]) == (0, 0, 0)
     for stream in run.ema.streams:
@@ -507,7 +384,7 @@ def test_reset_starts_again(samples, times, tmp_path):
     run.ema.dirname.mkdir()
     run.train(20)
     assert [one.iteration for one in stored(tmp_path / "two")] == [10, 15, 20]
-    assert times_in(tmp_path / "two") == times
+    assert times_in(tmp_path / "two") == [16, 56, 96]
     assert stored(tmp_path / "one")[0].run_id != stored(tmp_path / "two")[0].run_id
     run.ema.reset()
     with pytest.raises(ValueError, match="snapshots of this run alone"):

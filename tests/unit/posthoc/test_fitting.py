@@ -22,9 +22,6 @@ def evenly(count, sigma_rels=(0.05, 0.10)):
     return [Snapshot(PowerProfile(sigma_rel), k) for sigma_rel in sigma_rels for k in range(1, count + 1)]
 
 
-# The fit
-
-
 @pytest.mark.parametrize(("count", "sigma_rel", "percent"), [(64, 0.15, 0.058), (64, 0.25, 1.46), (16, 0.15, 0.90)])
 def test_residuals_are_those_of_the_paper(count, sigma_rel, percent):
     assert 100 * residual(evenly(count), sigma_rel) == pytest.approx(percent, rel=0.01)
@@ -32,14 +29,12 @@ def test_residuals_are_those_of_the_paper(count, sigma_rel, percent):
 
 TARGETS = [
     PowerProfile(0.03),
-    PowerProfile(0.15),
     PowerProfile(0.28),
     ExponentialProfile(0.05),
-    UniformProfile(0.2),
     UniformProfile(0.23),  # begins between snapshots
     SampledProfile((0, 0, 1, 2, 1)),
 ]
-STREAMS = [(0.05,), (0.05, 0.10), (0.04, 0.1, 0.2)]
+STREAMS = [(0.05,), (0.04, 0.1, 0.2)]
 wanted = pytest.mark.parametrize("target", TARGETS, ids=str)
 streamed = pytest.mark.parametrize("sigma_rels", STREAMS, ids=str)
 
@@ -84,12 +79,6 @@ def test_coefficients_have_the_sum_1_and_no_others_come_closer(target, sigma_rel
             assert distance(found + step - step.mean()) >= least - 1e-12
 
 
-@wanted
-def test_more_snapshots_and_more_streams_come_closer(target):
-    assert residual(evenly(32), target) <= residual(evenly(16), target) + 1e-9
-    assert residual(evenly(16, STREAMS[2]), target) < residual(evenly(16, (0.04, 0.1)), target) + 1e-9
-
-
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.10])
 def test_what_is_stored_is_had_exactly(sigma_rel):
     snapshots = evenly(64)
@@ -99,32 +88,14 @@ def test_what_is_stored_is_had_exactly(sigma_rel):
     assert residual(snapshots, sigma_rel) < 1e-7  # the root of a rounding error
 
 
-@pytest.mark.parametrize("target", [PowerProfile(0.075), PowerProfile(0.15), ExponentialProfile(0.05)], ids=str)
-def test_the_residual_falls_with_the_square_of_the_number_of_snapshots(target):
-    # Down to thousandths of a percent, which rounding in the inner products would hide.
-    ratio = residual(evenly(50), target) / residual(evenly(200), target)
-    assert ratio == pytest.approx(16, rel=0.1)
-
-
-@pytest.mark.parametrize("target", [PowerProfile(0.15), UniformProfile(0.5)], ids=str)
-def test_a_snapshot_that_is_there_twice_changes_nothing(target):
-    snapshots = evenly(32)
-    assert residual([*snapshots, *snapshots[20:]], target) == pytest.approx(residual(snapshots, target), rel=1e-6)
-    close = [Snapshot(one.profile, one.time * (1 + 1e-12)) for one in snapshots[:-1]]
-    found = coefficients([*snapshots, *close], target)
-    assert residual([*snapshots, *close], target) == pytest.approx(residual(snapshots, target), rel=1e-4)
-    assert found.abs().max() < 10  # no huge ones that cancel
-
-
-def test_coefficients_stay_small_where_there_are_many_snapshots():
+def test_coefficients_stay_small_where_there_are_many_snapshots_or_the_same_ones():
     # Their norm multiplies what rounding the snapshots has cost.
     assert coefficients(evenly(300), 0.15).norm() < 1
     assert coefficients(evenly(300), 0.02).norm() < 25
-
-
-def test_one_snapshot_is_its_own_average():
-    assert coefficients([Snapshot(PowerProfile(0.1), 5)], 0.2).tolist() == [1.0]
-    assert residual([Snapshot(PowerProfile(0.1), 5)], 0.1) == 0
+    snapshots = evenly(32)
+    close = [Snapshot(one.profile, one.time * (1 + 1e-12)) for one in snapshots[:-1]]
+    assert coefficients([*snapshots, *close], 0.15).abs().max() < 10  # no huge ones that cancel
+    assert residual([*snapshots, *close], 0.15) == pytest.approx(residual(snapshots, 0.15), rel=1e-4)
 
 
 def test_a_number_stands_for_a_power_function_and_the_end_for_the_last_snapshot():
@@ -133,19 +104,16 @@ def test_a_number_stands_for_a_power_function_and_the_end_for_the_last_snapshot(
 
 
 BAD_FITS = [
-    (lambda: coefficients([], 0.1), ValueError, "snapshots should be at least one, got none"),
-    (lambda: residual(evenly(2), 0.3), ValueError, "got 0.3"),
-    (lambda: residual(evenly(2), 0.1, end=0), ValueError, "time of a Snapshot should be above 0, got 0"),
-    (lambda: Snapshot(PowerProfile(0.1), math.inf), ValueError, "got inf"),
-    (lambda: Snapshot(PowerProfile(0.1), math.nan), ValueError, "got nan"),
-    (lambda: Snapshot(0.1, 1), TypeError, r"profile should be a Profile, such as PowerProfile\(0.05\), got 0.1"),
-    (lambda: residual([20, 40], 0.15), TypeError, r"of type Snapshot, got 20; posthoc.planned"),
-    (lambda: residual(evenly(2), UniformProfile(1e-17)), ValueError, "target should have a density that float64 can"),
-    (lambda: residual(evenly(2), ExponentialProfile(1e-310)), ValueError, "choose a longer"),
+    (lambda: coefficients([], 0.1), "snapshots should be at least one, got none"),
+    (lambda: residual(evenly(2), 0.1, end=0), "time of a Snapshot should be above 0, got 0"),
+    (lambda: Snapshot(PowerProfile(0.1), math.inf), "got inf"),
+    (lambda: Snapshot(0.1, 1), r"profile should be a Profile, such as PowerProfile\(0.05\), got 0.1"),
+    (lambda: residual([20, 40], 0.15), r"of type Snapshot, got 20; posthoc.planned"),
+    (lambda: residual(evenly(2), UniformProfile(1e-17)), "target should have a density that float64 can"),
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "message"), BAD_FITS)
-def test_bad_input_of_a_fit_is_refused(call, error, message):
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize(("call", "message"), BAD_FITS)
+def test_bad_input_of_a_fit_is_refused(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call()

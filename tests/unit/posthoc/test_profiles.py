@@ -20,11 +20,9 @@ from ignite_ema.posthoc import (
 from ignite_ema.posthoc.profiles import inner_products
 
 
+@dataclass
 class Triangle(Profile):
-    """p(x) = 2 x: a profile of one's own, for which there is no closed form."""
-
-    def __repr__(self):
-        return "Triangle"
+    """p(x) = 2 x: a profile of one's own, for which there is no closed form; an ordinary dataclass has no hash."""
 
     def density(self, x):
         return 2 * x
@@ -33,24 +31,16 @@ class Triangle(Profile):
         return x**2
 
 
-SMOOTH = [
+ALL = [
     PowerProfile(0.01),
-    PowerProfile(0.05),
-    PowerProfile(0.25),
     PowerProfile(0.2886),  # nearly the mean of the whole run
     ExponentialProfile(0.004),
-    ExponentialProfile(0.2),
     ExponentialProfile(30.0),  # longer than the run
     Triangle(),
-]
-STEPS = [
-    UniformProfile(0.2),
     UniformProfile(1.0),
     UniformProfile(1 / 3),
     SampledProfile((0, 1, 0, 5, 2)),
-    SampledProfile([7]),
 ]
-ALL = [*SMOOTH, *STEPS]
 named = pytest.mark.parametrize("profile", ALL, ids=str)
 
 
@@ -80,7 +70,7 @@ paired = pytest.mark.parametrize(("profile", "other"), PAIRS, ids=str)
 
 
 @named
-@pytest.mark.parametrize("x", [0.1, 0.5, 0.81, 0.97, 1.0])
+@pytest.mark.parametrize("x", [0.1, 0.81, 0.97])
 def test_the_cumulative_is_the_integral_of_the_density(profile, x):
     due = quadrature(profile.density, 0.0, x, kinks(profile))
     assert at(profile.cumulative, x) == pytest.approx(due, rel=1e-9, abs=1e-12)
@@ -90,13 +80,9 @@ def test_the_cumulative_is_the_integral_of_the_density(profile, x):
 def test_a_profile_has_the_integral_1_and_starts_from_0(profile):
     assert at(profile.cumulative, 0.0) == 0
     assert at(profile.cumulative, 1.0) == pytest.approx(1, rel=1e-14)
-
-
-@named
-def test_profiles_take_any_shape_and_answer_in_float64(profile):
-    x = torch.rand(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).transpose(0, 2)
+    x = torch.rand(4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for function in (profile.density, profile.cumulative):
-        got = function(x.contiguous())
+        got = function(x)
         assert (got.shape, got.dtype) == (x.shape, torch.float64)
         assert (got >= 0).all()
 
@@ -120,19 +106,11 @@ def test_inner_products_are_those_of_a_quadrature(profile, other):
         got = inner_products(profile, times(s), other, times(t)).item()
         # 1e-20: below that, the density of one is over where that of the other begins.
         assert got == pytest.approx(due, rel=1e-9, abs=1e-20), t
+        assert inner_products(other, times(t), profile, times(s)).item() == pytest.approx(got, rel=1e-10, abs=1e-20)
 
 
-@paired
-def test_inner_products_are_symmetric(profile, other):
-    ends, other_ends = times(1.0, 7.0, 50.0), times(2.0, 7.0)
-    there = inner_products(profile, ends, other, other_ends)
-    assert there.shape == (3, 2)
-    assert there.dtype == torch.float64
-    torch.testing.assert_close(there, inner_products(other, other_ends, profile, ends).T, rtol=1e-10, atol=1e-20)
-
-
-@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.28])
-@pytest.mark.parametrize("ratio", [0.3, 0.99, 1.0, 2.0])
+@pytest.mark.parametrize("sigma_rel", [0.01, 0.1, 0.28])
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 2.0])
 def test_inner_products_of_powers_are_exact_to_float64(sigma_rel, ratio):
     # A residual is a difference of these: 1e-8 of them, which float32 exponents cost once, was .01 % of an average.
     a, b = PowerProfile(sigma_rel).gamma, PowerProfile(0.1).gamma
@@ -162,59 +140,36 @@ def test_the_profile_of_a_momentum_is_that_of_its_ema(momentum, num_updates):
     torch.testing.assert_close(got, due / due.sum(), rtol=1e-8, atol=1e-15)
 
 
-def test_a_half_life_counts_half_that_far_back():
-    profile = ExponentialProfile(0.1)
-    assert at(profile.density, 0.9) == pytest.approx(at(profile.density, 1.0) / 2, rel=1e-12)
-
-
 def test_samples_are_scaled_and_equal_ones_are_the_mean_of_the_run():
     assert SampledProfile((1, 3)) == SampledProfile([1.0, 3.0])
+    assert SampledProfile(torch.tensor([1.0, 3.0])).weights == (1.0, 3.0)
     x = times(0.2, 0.6, 1.0)
     assert torch.equal(SampledProfile((2, 6)).cumulative(x), SampledProfile((1, 3)).cumulative(x))
     assert torch.allclose(SampledProfile((4, 4, 4)).cumulative(x), UniformProfile(1).cumulative(x), rtol=1e-15)
-    assert SampledProfile(torch.tensor([1.0, 3.0])).weights == (1.0, 3.0)
 
 
-def test_profiles_are_equal_by_value():
-    assert len({PowerProfile(0.05), PowerProfile(0.05), ExponentialProfile(0.05), UniformProfile(0.05)}) == 3
+def test_a_profile_of_ones_own_fits_and_is_fitted():
+    known = [Snapshot(PowerProfile(0.1), k) for k in range(1, 9)]
+    assert residual(known, Triangle()) > 0.01
+    assert residual([*known, Snapshot(Triangle(), 8)], Triangle()) == pytest.approx(0, abs=1e-7)
 
 
 BAD = [
-    (lambda: PowerProfile(0.3), ValueError, "sigma_rel .* got 0.3"),
-    (lambda: PowerProfile("0.1"), (TypeError, ValueError), "got '0.1'"),
-    (lambda: ExponentialProfile(0), ValueError, "half_life of ExponentialProfile should be a number above 0, .* got 0"),
-    (lambda: ExponentialProfile(-1.0), ValueError, "got -1.0; divide a half-life in updates"),
-    (lambda: ExponentialProfile(math.inf), ValueError, "got inf"),
-    (lambda: ExponentialProfile("0.1"), ValueError, "got '0.1'"),
-    (lambda: ExponentialProfile(True), ValueError, "got True"),
-    (lambda: ExponentialProfile.from_momentum(0.0, 10), ValueError, "momentum should be in .0, 1., .* got 0.0"),
-    (lambda: ExponentialProfile.from_momentum(1.0, 10), ValueError, "got 1.0"),
-    (lambda: ExponentialProfile.from_momentum(0.1, 0), ValueError, "num_updates should be 1 or more, got 0"),
-    (lambda: UniformProfile(0), ValueError, "window of UniformProfile should be in .0, 1., .* got 0"),
-    (lambda: UniformProfile(1.5), ValueError, "got 1.5"),
-    (lambda: UniformProfile(float("nan")), ValueError, "got nan"),
-    (lambda: SampledProfile(()), ValueError, "weights of SampledProfile should be numbers of at least 0"),
-    (lambda: SampledProfile((0, 0)), ValueError, "not all 0, got .0, 0."),
-    (lambda: SampledProfile((1, -1)), ValueError, "got .1, -1."),
-    (lambda: SampledProfile((1, math.nan)), ValueError, "nan"),
-    (lambda: SampledProfile((1, math.inf)), ValueError, "inf"),
+    (PowerProfile, (0.3,), "sigma_rel .* got 0.3"),
+    (ExponentialProfile, (0,), "half_life .* above 0, .* got 0"),
+    (ExponentialProfile, (math.inf,), "got inf"),
+    (ExponentialProfile, ("0.1",), "got '0.1'"),
+    (ExponentialProfile.from_momentum, (0.0, 10), "momentum should be in .0, 1., .* got 0.0"),
+    (ExponentialProfile.from_momentum, (1.0, 10), "got 1.0"),
+    (ExponentialProfile.from_momentum, (0.1, 0), "num_updates should be 1 or more, got 0"),
+    (UniformProfile, (0,), "window .* in .0, 1., .* got 0"),
+    (UniformProfile, (1.5,), "got 1.5"),
+    (UniformProfile, (math.nan,), "got nan"),
+    *((SampledProfile, (weights,), "weights .* at least 0") for weights in ((), (0, 0), (1, -1), (1, math.nan))),
 ]
 
 
-@pytest.mark.parametrize(("make", "error", "message"), BAD)
-def test_bad_input_is_refused(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
-
-
-@dataclass
-class Unhashable(Triangle):
-    """An ordinary dataclass has no hash."""
-
-    scale: float = 1.0
-
-
-def test_a_profile_of_ones_own_may_be_an_ordinary_dataclass():
-    known = [Snapshot(PowerProfile(0.1), k) for k in range(1, 9)]
-    assert residual(known, Unhashable()) == residual(known, Triangle())
-    assert residual([*known, Snapshot(Unhashable(), 8)], Unhashable()) == pytest.approx(0, abs=1e-7)
+@pytest.mark.parametrize(("make", "arguments", "message"), BAD)
+def test_bad_input_is_refused(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(*arguments)

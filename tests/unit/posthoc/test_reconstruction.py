@@ -1,9 +1,7 @@
 """What can be rebuilt from snapshots: the fit against its definition, the files, and the averages against sums."""
 
-import builtins
 import math
 import sys
-import warnings
 from itertools import accumulate
 
 import numpy as np
@@ -12,7 +10,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from ignite_ema import EMAHandler, EMAWarning, PostHocEMA, posthoc
+from ignite_ema import EMAWarning, PostHocEMA, posthoc
 from ignite_ema.posthoc import (
     ExponentialProfile,
     PowerProfile,
@@ -28,55 +26,44 @@ from ignite_ema.posthoc import (
     stored,
     sweep,
 )
-from ignite_ema.schedules import PowerFunction
+from tests.helpers.bits import assert_same_bits
 from tests.helpers.snapshots import make_snapshot
 
 # Widths and exponents
 
 
-@pytest.mark.parametrize("hundredths", [1, 2, 5, 10, 20, 27, 28])
+@pytest.mark.parametrize("hundredths", [1, 10, 28])
 def test_gamma_is_the_largest_root_of_the_cubic(hundredths):
     sigma_rel = hundredths / 100
     roots = np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2])
     due = max(root.real for root in roots if abs(root.imag) < 1e-9)
     assert gamma_from_sigma_rel(sigma_rel) == pytest.approx(due, rel=1e-9)
-
-
-@pytest.mark.parametrize("sigma_rel", [0.001, 0.01, 0.05, 0.1, 0.2, 0.28, 0.2886])
-def test_width_and_exponent_round_trip(sigma_rel):
     assert sigma_rel_from_gamma(gamma_from_sigma_rel(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-12)
 
 
-@pytest.mark.parametrize("sigma_rel", [0.05, 0.25])
-def test_the_width_is_the_standard_deviation_of_the_profile(sigma_rel):
-    x = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    p = PowerProfile(sigma_rel).density(x) / 200_000
-    mean = (p * x).sum()
-    assert (p * (x - mean) ** 2).sum().sqrt().item() == pytest.approx(sigma_rel, rel=1e-6)
+BAD_WIDTHS = [*((gamma_from_sigma_rel, x) for x in (0.0, 0.2887, math.nan)), (sigma_rel_from_gamma, 0)]
 
 
-@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.2887, 0.3, math.nan, math.inf])
-def test_widths_outside_of_the_range_are_refused(sigma_rel):
-    with pytest.raises(ValueError, match="1/√12 = 0.2887.* got"):
-        gamma_from_sigma_rel(sigma_rel)
-
-
-@pytest.mark.parametrize("gamma", [0, -1.0, math.nan, math.inf])
-def test_exponents_outside_of_the_range_are_refused(gamma):
-    with pytest.raises(ValueError, match="gamma should be a number above 0, where the width is below 1/√12 .* got"):
-        sigma_rel_from_gamma(gamma)
+@pytest.mark.parametrize(("convert", "value"), BAD_WIDTHS)
+def test_widths_and_exponents_outside_of_the_range_are_refused(convert, value):
+    with pytest.raises(ValueError, match="should be .* 1/√12 .* got"):
+        convert(value)
 
 
 # The truth: a run of 5,000 updates whose weights are known, and averages as sums over all of them
 
 N = 5_000
 EVERY = [1, 10]
-SNAPSHOTS = 50
+LENGTHS = [
+    *map(PowerProfile, (0.05, 0.075, 0.20)),
+    ExponentialProfile(0.05),
+    UniformProfile(0.21),  # which begins between two snapshots
+]
 
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory):
-    """Weights that walk, and weights that are noise; two PostHocEMA beside, and one average as it is kept online."""
+    """Weights that walk, and weights that are noise; two PostHocEMA beside."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(N, 1000, generator=generator, dtype=torch.float64)
     history = {"walk": noise[:, :200].cumsum(0), "noise": noise}
@@ -89,22 +76,16 @@ def long_run(tmp_path_factory):
     trainer = Engine(step)
     dirs = {every: tmp_path_factory.mktemp(f"every_{every}") for every in EVERY}
     for every, dirname in dirs.items():
-        PostHocEMA(model, dirname=dirname, snapshot_dtype=torch.float64).attach(
-            trainer,
-            f"every_{every}",
-            Events.ITERATION_COMPLETED(every=every),
-            Events.ITERATION_COMPLETED(every=N // SNAPSHOTS),
-        )
-    online = EMAHandler(model, PowerFunction(0.15))
-    online.attach(trainer, event=Events.ITERATION_COMPLETED(every=10))
+        ema = PostHocEMA(model, dirname=dirname, snapshot_dtype=torch.float64)
+        event, snapshot = (Events.ITERATION_COMPLETED(every=k) for k in (every, N // 50))
+        ema.attach(trainer, f"every_{every}", event, snapshot)
     trainer.run(range(N))
-    return dirs, history, online
+    return dirs, history
 
 
 LENGTHS = [
-    *map(PowerProfile, (0.05, 0.075, 0.15, 0.20)),
+    *map(PowerProfile, (0.05, 0.075, 0.20)),
     ExponentialProfile(0.05),
-    UniformProfile(0.2),
     UniformProfile(0.21),  # which begins between two snapshots
 ]
 
@@ -119,41 +100,21 @@ def known_from(dirname):
     return [snapshot for one in stored(dirname) for snapshot in one.snapshots]
 
 
-@pytest.fixture(scope="module")
-def rebuilt(long_run):
-    """All lengths from both runs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return {every: reconstruct(dirname, LENGTHS, max_residual=1) for every, dirname in long_run[0].items()}
-
-
 @pytest.mark.parametrize("every", EVERY)
+@pytest.mark.filterwarnings("ignore:The closest sum of snapshots differs")
 @pytest.mark.parametrize("target", LENGTHS, ids=str)
-def test_a_random_walk_is_rebuilt_within_twice_the_predicted_residual(long_run, rebuilt, target, every):
-    dirs, history, _ = long_run
+def test_walks_and_independent_weights_are_rebuilt_as_well_as_predicted(long_run, target, every):
+    dirs, history = long_run
+    predicted, got = residual(known_from(dirs[every]), target), reconstruct(dirs[every], target, max_residual=1)
     due = exact(target, history["walk"][every - 1 :: every])
-    got = rebuilt[every][LENGTHS.index(target)]["walk"]
     # 1e-7 of rounding in the residual of what is stored as it is
-    assert (got - due).norm() <= (2 * residual(known_from(dirs[every]), target) + 1e-7) * due.norm()
-
-
-@pytest.mark.parametrize("every", EVERY)
-@pytest.mark.parametrize("target", LENGTHS[1:], ids=str)
-def test_independent_weights_are_rebuilt_as_well_as_predicted(long_run, rebuilt, target, every):
-    dirs, history, _ = long_run
+    assert (got["walk"] - due).norm() <= (2 * predicted + 1e-7) * due.norm()
     due = exact(target, history["noise"][every - 1 :: every])
-    got = rebuilt[every][LENGTHS.index(target)]["noise"]
-    predicted = residual(known_from(dirs[every]), target)
     # Of 1000 weights a norm is known to 2.2 %, and a ratio of two to 3.2 %: three times that; and with 500 updates
     # (every=10) there are ten to a snapshot, over which the profiles are not smooth but averaged.
-    assert (got - due).norm() / due.norm() == pytest.approx(predicted, rel=0.1 if every == 1 else 0.2)
-
-
-def test_what_is_rebuilt_is_what_an_online_average_holds(long_run, rebuilt):
-    dirs, _, online = long_run
-    for name, parameter in online.ema_model.items():
-        error = (rebuilt[10][2][name] - parameter).norm() / parameter.norm()
-        assert error < 2 * residual(known_from(dirs[10]), 0.15), name
+    if target != LENGTHS[0]:
+        relative = (got["noise"] - due).norm() / due.norm()
+        assert relative == pytest.approx(predicted, rel=0.1 if every == 1 else 0.2)
 
 
 # Small runs whose files are written here
@@ -172,8 +133,7 @@ def test_an_average_is_the_sum_with_the_coefficients(folder):
 
 
 def test_several_targets_in_one_pass_are_those_of_single_ones(folder, monkeypatch):
-    targets = [0.15, PowerProfile(0.04), ExponentialProfile(0.05), UniformProfile(0.5)]
-    assert isinstance(reconstruct(folder, [0.15]), list)
+    targets = [0.15, PowerProfile(0.04), UniformProfile(0.5)]
     singles = [reconstruct(folder, target) for target in targets]
     reads = []
 
@@ -182,12 +142,9 @@ def test_several_targets_in_one_pass_are_those_of_single_ones(folder, monkeypatc
         return load(path, **options)
 
     monkeypatch.setattr(snapshots, "load_file", load)
-    for given in (targets, tuple(targets)):
-        together = reconstruct(folder, given)
-        for one, other in zip(singles, together, strict=True):
-            assert one.keys() == other.keys()
-            assert all(torch.equal(one[name], other[name]) for name in one)
-    assert len(reads) == 2 * 64
+    together = reconstruct(folder, targets)
+    assert_same_bits(together, singles)
+    assert len(reads) == 64
     places = [state[name].data_ptr() for state in together for name in ("a", "b", "count")]
     assert len(set(places)) == len(places)  # nothing is shared between them
 
@@ -200,9 +157,9 @@ def test_an_earlier_step_uses_what_was_there_by_then(folder, tmp_path):
     assert early["count"].item() == 32
 
 
-@pytest.mark.parametrize(("step", "nearest"), [(5, "4 and 8"), (7, "4 and 8"), (1, "4 and 8"), (99, "60 and 64")])
+@pytest.mark.parametrize(("step", "nearest"), [(7, "4 and 8"), (99, "60 and 64")])
 def test_a_step_between_snapshots_is_refused_and_the_nearest_are_named(step, nearest, tmp_path):
-    for time in range(4, 65, 4):
+    for time in (4, 8, 60, 64):
         snapshots.write(make_snapshot(time), tmp_path)
     with pytest.raises(ValueError, match=f"in updates, got {step}; nearest in '.*': {nearest}\\."):
         reconstruct(tmp_path, 0.15, step)
@@ -217,67 +174,54 @@ def test_a_rough_average_is_warned_about(folder):
 
 
 def test_what_is_out_of_reach_is_refused_unless_asked_for(folder):
-    with pytest.raises(
-        ValueError, match=r"differs from UniformProfile.* by 15.6%, .*; choose .* end time \(step=\), store more"
-    ):
-        reconstruct(folder, UniformProfile(0.05))
-    with pytest.raises(ValueError, match=r"accept it with max_residual=0.16 \(--max-residual\)"):
-        reconstruct(folder, [0.15, UniformProfile(0.05)])
+    for targets in (UniformProfile(0.05), [0.15, UniformProfile(0.05)]):
+        with pytest.raises(ValueError, match="differs from UniformProfile.* by 15.6%, .* accept .* max_residual=0.16"):
+            reconstruct(folder, targets)
     with pytest.warns(EMAWarning, match="15.6%"):
         assert reconstruct(folder, UniformProfile(0.05), max_residual=0.16)
     with pytest.raises(ValueError, match="accept it with max_residual=0.01 "):
         reconstruct(folder, 0.15, max_residual=0.0001)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
-    [
-        ((0.1, "32"), {}, TypeError, "step should be the time of a snapshot, an integer, got '32'"),
-        (([],), {}, ValueError, "targets should be at least one, got none"),
-        *(
-            (
-                (target,),
-                {},
-                TypeError,
-                r"target should be a profile or a number, got .*; pass a sigma_rel such as 0.15,",
-            )
-            for target in ("x", "0.1", b"0.1", None, [None], ["0.1"], object(), True)
-        ),
-        *(
-            (
-                (0.15,),
-                {"max_residual": value},
-                (TypeError, ValueError),
-                "max_residual should be a number of at least 0, ",
-            )
-            for value in (math.nan, -0.1, "0.1", None, True)
-        ),
-    ],
-)
-def test_what_is_no_target_or_limit_is_refused(arguments, options, error, message, folder):
-    with pytest.raises(error, match=message):
+NO_TARGETS = [
+    ((0.1, "32"), {}, "step should be the time of a snapshot, an integer, got '32'"),
+    (([],), {}, "targets should be at least one, got none"),
+    *(((target,), {}, "target should be a profile or a number, got") for target in ("0.1", None, [None], True)),
+    *(((0.1,), {"max_residual": value}, "max_residual should be a number") for value in (math.nan, -0.1, "0.1", None)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "message"), NO_TARGETS)
+def test_what_is_no_target_or_limit_is_refused(arguments, options, message, folder):
+    with pytest.raises((TypeError, ValueError), match=message):
         reconstruct(folder, *arguments, **options)
 
 
-def test_what_is_planned_is_what_a_run_would_have():
-    made = [Snapshot(PowerProfile(sigma_rel), time) for time in (1, 2, 3) for sigma_rel in (0.05, 0.2)]
-    assert posthoc.planned(times=iter((1, 2, 3)), sigma_rels=(0.05, 0.2)) == made
-
-
-def test_many_targets_are_fitted_as_one_by_one():
-    known = posthoc.planned(range(1, 33))
+def test_planned_snapshots_and_many_targets_are_those_of_single_ones():
+    known = posthoc.planned(times=iter(range(1, 33)), sigma_rels=(0.05, 0.2))
+    assert known[:3] == [Snapshot(PowerProfile(sigma_rel), k) for k, sigma_rel in ((1, 0.05), (1, 0.2), (2, 0.05))]
     targets = [0.03, UniformProfile(0.3), 0.2]
     for got, target in zip(posthoc.residuals(known, targets, 30), targets, strict=True):
         assert got == pytest.approx(residual(known, target, 30), rel=1e-9)
+
+
+def test_a_bar_shows_the_weights_and_needs_tqdm(folder, capsys, monkeypatch):
+    reconstruct(folder, 0.15)
+    assert capsys.readouterr() == ("", "")
+    reconstruct(folder, 0.15, progress=True)
+    assert "7.00/7.00" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    reconstruct(folder, 0.15)
+    with pytest.raises(ImportError, match="progress=True needs the package tqdm; pip install tqdm"):
+        reconstruct(folder, 0.15, progress=True)
 
 
 def test_types_wider_than_float32_are_kept(tmp_path):
     for time in range(1, 9):
         tensors = {
             "double": torch.full((3,), 1 + 1e-12, dtype=torch.float64),
-            "complex": torch.full((3,), 2 - 1j),
-            "wide_complex": torch.full((3,), 2 - 1e-12j, dtype=torch.complex128),
-            "half": torch.full((3,), 0.1, dtype=torch.float16),
+            "complex": torch.full((3,), 2 - 1e-12j, dtype=torch.complex128),
             "brain": torch.full((3,), 0.1, dtype=torch.bfloat16),
             "empty": torch.empty(0, 4),
             "transposed": torch.arange(6.0).view(2, 3).t(),
@@ -285,9 +229,8 @@ def test_types_wider_than_float32_are_kept(tmp_path):
         names = {name: name for name in tensors}
         one = make_snapshot(time, averaged=[tensors, tensors], copied={}, state_dict_names=names)
         snapshots.write(one, tmp_path)
-    got = reconstruct(tmp_path, 0.1)
-    wide = {"double": torch.float64, "complex": torch.complex64, "wide_complex": torch.complex128}
-    for name, tensor in got.items():  # constant weights: nothing but the rounding of the sum
+    wide = {"double": torch.float64, "complex": torch.complex128}
+    for name, tensor in reconstruct(tmp_path, 0.1).items():  # constant weights: nothing but the rounding of the sum
         assert tensor.dtype == wide.get(name, torch.float32), name
         due = tensors[name].to(tensor.dtype)
         torch.testing.assert_close(tensor, due, rtol=4 * torch.finfo(tensor.dtype).eps, atol=0)
@@ -302,31 +245,10 @@ def test_tensors_larger_than_a_chunk_are_rebuilt_in_parts(folder, monkeypatch):
     assert torch.equal(whole["a"], reconstruct(folder, 0.15)["a"])
 
 
-def test_a_bar_shows_the_weights(folder, capsys):
-    reconstruct(folder, 0.15)
-    assert capsys.readouterr() == ("", "")
-    reconstruct(folder, 0.15, progress=True)
-    assert "7.00/7.00" in capsys.readouterr().err
-
-
-def test_a_bar_needs_tqdm(folder, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.partition(".")[0] == "tqdm":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    reconstruct(folder, 0.15)
-    with pytest.raises(ImportError, match="progress=True needs the package tqdm; pip install tqdm"):
-        reconstruct(folder, 0.15, progress=True)
-
-
 # Sweeps
 
 
-def test_a_sweep_scores_each_average_in_order(folder, capsys):
+def test_a_sweep_scores_each_average_in_order(folder, capsys, monkeypatch):
     profiles = [0.2, ExponentialProfile(0.05), PowerProfile(0.1)]
     states = []
 
@@ -337,30 +259,19 @@ def test_a_sweep_scores_each_average_in_order(folder, capsys):
     scores = sweep(folder, iter(profiles), score, 32)
     due = reconstruct(folder, profiles, 32)
     assert scores == [(profile, state["b"].item()) for profile, state in zip(profiles, due, strict=True)]
-    for state, expected in zip(states, due, strict=True):
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[name], expected[name]) for name in state)
+    assert_same_bits(states, due)
     assert "3/3" in capsys.readouterr().err
-
-
-def test_a_sweep_goes_without_tqdm(folder, monkeypatch, capsys):
-    monkeypatch.setattr(reconstruction, "find_spec", lambda name: None)
-    assert [profile for profile, _ in sweep(folder, [0.1, 0.15], lambda state: 0)] == [0.1, 0.15]
+    monkeypatch.setattr(reconstruction, "find_spec", lambda name: None)  # without tqdm
+    assert len(sweep(folder, profiles, score, 32)) == 3
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    ("profiles", "options", "message"),
-    [
-        ([0.1, UniformProfile(0.05)], {}, "differs from UniformProfile.*max_residual=0.16"),
-        ([], {}, "targets should be at least one"),
-        ([0.1], {"base": {}}, "base should be left out"),
-    ],
-)
-def test_a_sweep_refuses_before_it_scores(profiles, options, message, folder):
+def test_a_sweep_refuses_before_it_scores(folder):
     scored = []
-    with pytest.raises(ValueError, match=message):
-        sweep(folder, profiles, scored.append, **options)
+    with pytest.raises(ValueError, match=r"differs from UniformProfile.*max_residual=0.16"):
+        sweep(folder, [0.1, UniformProfile(0.05)], scored.append)
+    with pytest.raises(ValueError, match="base should be left out"):
+        sweep(folder, [0.1], scored.append, base={})
     assert not scored
 
 
