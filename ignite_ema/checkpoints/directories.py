@@ -53,9 +53,7 @@ def _read_shards(path: Path, index: Path) -> dict[str, Any]:
         shards = {file: load_file(path / file) for file in dict.fromkeys(places.values())}
         return {name: shards[file][name] for name, file in places.items()}
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{quoted(index)} should name the file of each tensor, but does not fit; restore it."
-        ) from error
+        raise ValueError(f"{quoted(index)} should say which file has which tensor; restore it.") from error
 
 
 # --- torch.distributed.checkpoint ---

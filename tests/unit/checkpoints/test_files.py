@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-import tarfile
 import warnings
 import zipfile
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -267,21 +266,6 @@ def test_torch_may_be_told_to_refuse(call, tmp_path, monkeypatch):
 # --- files of another kind ---
 
 
-def tar():
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo("storages"))
-    return buffer.getvalue()
-
-
-def zipped(**entries):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in entries.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
 def torchscript():
     buffer = io.BytesIO()
     torch.jit.save(torch.jit.script(nn.Linear(1, 1)), buffer)
@@ -298,24 +282,16 @@ def written():
     ("content", "message"),
     [
         (b"", "should hold weights, but it is empty"),
-        (bytes(4096), "begins with zeros"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "a pointer of Git LFS; get the file"),
         (b"<!DOCTYPE html><html>", "is an HTML page"),
-        (b"  <html lang=en>", "is an HTML page"),
-        ("größe,loss\n1,0.5\n".encode() * 100, "cannot be read as such"),
-        (b"\x1f\x8b\x08" + bytes(600), "was compressed; decompress it"),
-        (tar(), "cannot be read as such; it is cut short or damaged"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(9), "is an HDF5 file"),
-        (pickle.dumps({"a": 1}), "cannot be read as such; it is cut short or damaged"),
-        (zipped(readme=b"nothing"), "is a zip archive of another kind; unzip it, and name the file in it"),
-        (torchscript(), r"is a TorchScript archive, a program; save the state_dict\(\) of the module"),
+        ("größe,loss\n1,0.5\n".encode() * 100, "cannot be read as such; it is of another kind, cut short or damaged"),
+        (pickle.dumps({"a": 1}), "cannot be read as such"),
+        (torchscript(), r"is a TorchScript archive; save the state_dict\(\) of the module"),
         (written()[:300], "is cut short: a zip archive without its end"),
         (
             written().replace(b"\x80\x02}", b"\x80\x02\xff"),
             "changed since: the checksum of its entry 'archive/data.pkl'",
         ),
-        (b"\x80", "cannot be read as such; it is cut short or damaged"),
-        (b"\xca\xfe" * 300, "cannot be read as such; it is cut short or damaged"),
     ],
 )
 def test_files_of_another_kind_are_told_as_what_they_are(content, message, tmp_path):
@@ -359,16 +335,13 @@ def test_without_safetensors(tmp_path, monkeypatch):
         load_file(file)
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
-def test_zipped_again(compression, tmp_path):
+def test_a_file_that_was_compressed_is_refused(tmp_path):
     torch.save({"w": torch.ones(9)}, tmp_path / "file.pt")
-    with zipfile.ZipFile(tmp_path / "file.pt") as old, zipfile.ZipFile(tmp_path / "again.pt", "w", compression) as new:
+    again = zipfile.ZipFile(tmp_path / "again.pt", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "file.pt") as old, again as new:
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
-    if compression == zipfile.ZIP_STORED:
-        assert torch.equal(load_file(tmp_path / "again.pt")["w"], torch.ones(9))
-        return
-    with pytest.raises(ValueError, match="again.pt' should be a file that torch.save .* wrote, but it was compressed"):
+    with pytest.raises(ValueError, match="again.pt' should be .* but it was compressed"):
         load_file(tmp_path / "again.pt")
 
 
