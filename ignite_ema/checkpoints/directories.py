@@ -52,7 +52,7 @@ def _read_shards(path: Path, index: Path) -> dict[str, Any]:
         places = dict(json.loads(index.read_text("utf-8"))["weight_map"])
         shards = {file: load_file(path / file) for file in dict.fromkeys(places.values())}
         return {name: shards[file][name] for name, file in places.items()}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{quoted(index)} should say which file has which tensor; restore it.") from error
 
 

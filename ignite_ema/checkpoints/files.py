@@ -23,19 +23,16 @@ __all__ = [
     "kind_of",
     "load_file",
     "load_stream",
-    "mebibytes",
     "quoted",
     "restricted_unpickler",
     "save_file",
+    "size_of",
     "sync_directory",
     "verify",
     "whole_file",
 ]
 
 Pair = tuple[str, str]  # a module, and a name in it
-
-
-# --- messages ---
 
 
 def quoted(name: Any) -> str:
@@ -49,9 +46,6 @@ def kind_of(value: Any) -> str:
     kind = value if isinstance(value, type) else type(value)
     is_foreign = issubclass(kind, ForeignObject)
     return f"an object of the class '{kind.__module__}.{kind.__name__}'" if is_foreign else kind.__name__
-
-
-# --- tensors ---
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -80,9 +74,9 @@ def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in {**tensors, **copied(parts)}.items()}
 
 
-def mebibytes(tensors: Mapping[str, Tensor]) -> str:
-    """The size of the dense tensors, in MiB."""
-    return f"{sum(one.nbytes for one in tensors.values() if is_dense(one)) / 2**20:.3f}"
+def size_of(tensors: Mapping[str, Tensor]) -> int:
+    """The size of the dense tensors, in bytes."""
+    return sum(tensor.nbytes for tensor in tensors.values() if is_dense(tensor))
 
 
 # --- reading ---
@@ -173,11 +167,10 @@ def load_stream(stream: str | IO[bytes], *, mmap: bool = False) -> Any:
 
 
 _OTHER_KINDS = {
-    b"pk\3\4": "is cut short: a zip archive without its end; take another copy",
+    b"PK\3\4": "is cut short: a zip archive without its end; take another copy",
     b"version https://git-lfs": "is a pointer of Git LFS; get the file itself with git lfs pull",
-    b"<!doctype": "is an HTML page, as a download that needs a login leaves; download it again",
-    b"<html": "is an HTML page, as a download that needs a login leaves; download it again",
-}  # by their first bytes, in lower case
+    b"<": "is an HTML page, as a download that needs a login leaves; download it again",
+}  # by their first bytes
 _DAMAGED = "cannot be read as such; it is of another kind, cut short or damaged, take another copy"
 
 
@@ -208,9 +201,13 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
     else:
         load = partial(load_stream, str(path))
         for beginning, what in _OTHER_KINDS.items():
-            if head.lstrip().lower().startswith(beginning):
+            if head.lstrip().startswith(beginning):
                 raise _not_torch(path, what)
-    _check_not_forced()
+    if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
+        raise RuntimeError(
+            "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, in which nothing is run "
+            "either way; unset it, or load the file with torch.load and pass the mapping."
+        )
     try:
         return load()
     except OSError:
@@ -236,14 +233,6 @@ def _head(path: Path) -> bytes:
     if not head:
         raise ValueError(f"{quoted(path)} should hold weights, but it is empty; take another checkpoint.")
     return head
-
-
-def _check_not_forced() -> None:
-    if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
-        raise RuntimeError(
-            "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, in which nothing is run "
-            "either way; unset it, or load the file with torch.load and pass the mapping."
-        )
 
 
 def verify(file: Path | IO[bytes], name: str | None = None) -> None:

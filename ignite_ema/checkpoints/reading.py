@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..averaging.checks import listed
 from .detection import covers, find, plain_name, raw_beside
-from .files import ForeignObject, copied, kind_of, load_file, mebibytes, quoted
+from .files import ForeignObject, copied, kind_of, load_file, quoted, size_of
 from .formats import Found, Names, State, Tensors, within
 
 __all__ = ["Averaged", "SeveralAverages", "Source", "averaged_state_dict", "read", "read_part"]
@@ -44,7 +44,7 @@ class Averaged:
         raw = "no raw weights" if self.online is None else "raw weights"
         count = "unknown" if self.num_updates is None else self.num_updates
         return (
-            f"Averaged({self.system}, {len(self.tensors)} tensors, {mebibytes(self.tensors)} MiB, {raw}, "
+            f"Averaged({self.system}, {len(self.tensors)} tensors, {size_of(self.tensors) / 2**20:.3f} MiB, {raw}, "
             f"num_updates={count})"
         )
 
@@ -259,7 +259,7 @@ def _with_names(found: Found, tensors: Tensors, names: Names, where: str) -> Sta
     pairs = zip(known.items(), tensors, strict=False)
     other = next((name for (name, value), tensor in pairs if _shape(value) != _shape(tensor)), None)
     if other is not None or len(known) != len(tensors):
-        got = f"{len(known)}" if other is None else f"another shape for {quoted(other)}"
+        got = len(known) if len(known) != len(tensors) else f"another shape for {quoted(other)}"
         raise ValueError(
             f"names should be of the {len(tensors)} tensors that {found.system} has in {where}, in their order, got "
             f"{got}; pass dict(model.named_parameters()) of the model that was averaged."
@@ -295,12 +295,6 @@ def _completed(tensors: dict[str, Tensor], base: State, missing: Sequence[str], 
         where: what holds the average, for messages.
     """
     own = _cleaned(base, "base")
-    for name in tensors.keys() & own.keys():
-        if tensors[name].shape != own[name].shape:
-            raise ValueError(
-                f"{quoted(name)} of base should have the shape that it has in {where}, {_shape(tensors[name])}, got "
-                f"{_shape(own[name])}; pass a state dict of the same model (--base)."
-            )
     if lacking := [name for name in missing if name not in own]:
         raise ValueError(
             f"base should have what the average in {where} lacks, but has no {listed(lacking)}; pass a state dict of "

@@ -79,7 +79,6 @@ def test_buffers_of_a_list_of_parameters_come_from_a_base(model):
     ("base", "message"),
     [
         ({"0.weight": torch.zeros(3, 2)}, "base should have what the average in source lacks, but has no '0.bias'"),
-        ({"2.weight": torch.zeros(9)}, r"'2.weight' of base should have the shape .*\(1, 3\), got \(9,\)"),
         ({"0.weight": 3}, "base should hold averaged weights or a state dict, but has '0.weight' .int."),
         (3, "base should be, or hold, a mapping"),
     ],
