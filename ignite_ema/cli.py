@@ -27,16 +27,16 @@ __all__ = ["main"]
 
 _ACCEPTED = 0.1  # a residual up to which nothing is refused
 _BAR = 40  # the width of the longest bar
-_LENGTHS = {
-    "sigma_rel": ("PowerProfile", "power-function averages of this relative width, below 0.2887"),
-    "half_life": ("ExponentialProfile", "ordinary EMAs: weights count half that far back"),
-    "last": ("UniformProfile", "means of the last part of the run, as in SWA"),
-}  # what can be asked for: its profile, and its help
-_TRIED: dict[str, tuple[float, ...]] = {
-    "sigma_rel": (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28),
-    "half_life": (0.01, 0.02, 0.05, 0.1, 0.2),
-    "last": (0.1, 0.2, 0.5),
-}  # by --list: of "last" the nearest that begin at a snapshot
+_WIDTHS = (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28)
+_LENGTHS: dict[str, tuple[str, str, tuple[float, ...]]] = {
+    "sigma_rel": ("PowerProfile", "power-function averages of this relative width, below 0.2887", _WIDTHS),
+    "half_life": (
+        "ExponentialProfile",
+        "ordinary EMAs: weights count half that far back",
+        (0.01, 0.02, 0.05, 0.1, 0.2),
+    ),
+    "last": ("UniformProfile", "means of the last part of the run, as in SWA", (0.1, 0.2, 0.5)),
+}  # profile, help, and what --list tries: of "last" the nearest lengths that begin at a snapshot
 _CODES = """\
 exit codes:
   0  done
@@ -159,7 +159,7 @@ def _add_reconstruct(commands: Any) -> None:
     task.add_argument("--list", action="store_true", help="which snapshots there are, and what lengths they support")
     task.add_argument("--out", type=Path, help="what to write: .pt, .pth or .safetensors; {} stands for the length")
     lengths = command.add_argument_group("lengths, one or several, as fractions of the run")
-    for name, (_, text) in _LENGTHS.items():
+    for name, (_, text, _) in _LENGTHS.items():
         options: dict[str, Any] = {"dest": "lengths", "action": "extend", "default": [], "nargs": "+", "metavar": "X"}
         lengths.add_argument(_flag(name), type=_length(name), help=text, **options)
     command.add_argument("--step", metavar="N", type=int, help="the time of a snapshot; without it the last")
@@ -391,19 +391,17 @@ def _facts_of_snapshots(directory: Path, step: int | None) -> dict[str, Any]:
     last = snapshots[-1]
     tensors = [tensor for stream in last.averaged for tensor in stream.values()]
     windows = [1.0, *(1 - one.time / last.time for one in snapshots[:-1])]
-    nearest = {min(windows, key=lambda window: abs(window - length)) for length in _TRIED["last"]}
-    tried = [(name, length) for name in ("sigma_rel", "half_life") for length in _TRIED[name]]
+    nearest = {min(windows, key=lambda window: abs(window - length)) for length in _LENGTHS["last"][2]}
+    tried = [(name, length) for name in ("sigma_rel", "half_life") for length in _LENGTHS[name][2]]
     tried += [("last", float(f"{window:.9g}")) for window in sorted(nearest)]
     known = [known for one in snapshots for known in one.snapshots]
     coefficients, residuals = posthoc.fitted(known, [_profile(*one) for one in tried])
     lengths = []
     for (name, length), row, residual in zip(tried, coefficients, residuals, strict=True):
-        rounding = posthoc.rounding(last, row)
-        worst = max(residual, rounding)
+        errors = {"residual": residual, "rounding": posthoc.rounding(last, row)}
+        worst = max(errors.values())
         verdict = "good" if worst <= posthoc.GOOD else "rough" if worst <= _ACCEPTED else "refused"
-        lengths.append(
-            {"length": name, "value": length, "residual": residual, "rounding": rounding, "verdict": verdict}
-        )
+        lengths.append({"length": name, "value": length, **errors, "verdict": verdict})
     return {
         "dir": str(directory),
         "time_unit": last.time_unit,

@@ -24,7 +24,7 @@ def find(state: State) -> list[Found]:
 
 def _averages(state: State, depth: int) -> list[Found]:
     """What a format recognizes in a mapping, or if none does what its entries hold, or are by their names."""
-    found = [average for recognize in FORMATS.values() for average in recognize(state)]
+    found = [average for recognize in FORMATS for average in recognize(state)]
     if found or not depth:
         return found
     for name, entry in ((str(name), entry) for name, entry in state.items() if isinstance(entry, Mapping)):

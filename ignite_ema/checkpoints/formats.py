@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ..averaging.checks import listed
 from ..averaging.state import STATE_VERSION
 from .files import kind_of, quoted
 
@@ -156,17 +155,10 @@ def _mmcv(state: State) -> Iterator[Found]:
     """
     buffers = {name for name in state if str(name).startswith("ema_") and "." not in name}
     own = {name: value for name, value in state.items() if name not in buffers}
-    partners: dict[str, list[str]] = {}
-    for name in own:
-        partners.setdefault(f"ema_{str(name).replace('.', '_')}", []).append(name)
-    if not buffers or not all(name in partners and _fit(own[partners[name][0]], state[name]) for name in buffers):
+    partners = {f"ema_{str(name).replace('.', '_')}": name for name in own}
+    if not buffers or not all(name in partners and _fit(own[partners[name]], state[name]) for name in buffers):
         return
-    if collided := [partners[name] for name in sorted(buffers) if len(partners[name]) > 1]:
-        raise ValueError(
-            f"The ema_ buffers should belong to one tensor of the model each, but mmcv writes {listed(collided[0])} "
-            "under one name, and the averages of the others are lost; rename them and train again."
-        )
-    other = own | {partners[name][0]: state[name] for name in buffers}
+    other = own | {partners[name]: state[name] for name in buffers}
     note = "the average where the file was saved"
     yield Found("mmcv", own, other, path=("model",), note=f"{note} at the end of an epoch")
     yield Found("mmcv", other, own, path=("ema_",), note=f"{note} within one, or by an IterBasedRunner")
@@ -199,18 +191,18 @@ def _mmagic(state: State) -> Iterator[Found]:
             yield Found("mmagic", twin, online, path=(head,), rank=1)
 
 
-FORMATS: dict[str, Callable[[State], Iterable[Found]]] = {
-    "ignite_ema": _ignite_ema,
-    "mmengine": _mmengine,
-    "timm": _timm,
-    "Lightning": _lightning,
-    "torch AveragedModel": _averaged_model,
-    "ema-pytorch": _ema_pytorch,
-    "diffusers": _diffusers,
-    "torch_ema": _torch_ema,
-    "mmcv": _mmcv,
-    "mmagic": _mmagic,
-}
+FORMATS: tuple[Callable[[State], Iterable[Found]], ...] = (
+    _ignite_ema,
+    _mmengine,
+    _timm,
+    _lightning,
+    _averaged_model,
+    _ema_pytorch,
+    _diffusers,
+    _torch_ema,
+    _mmcv,
+    _mmagic,
+)
 
 
 def within(state: State, prefix: str) -> dict[str, Any]:

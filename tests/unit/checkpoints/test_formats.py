@@ -75,16 +75,9 @@ def test_ema_field_of_a_script_that_does_not_swap():
     assert equal(found.online, state(1))
 
 
-def test_mmcv_names_that_collide():
-    file = {"a.b_c": torch.zeros(2), "a_b.c": torch.zeros(2), "ema_a_b_c": torch.zeros(2)}
-    with pytest.raises(ValueError, match="should belong to one tensor.*'a.b_c', 'a_b.c' under one name"):
-        read({"state_dict": file})
-
-
-@pytest.mark.parametrize("meta", [{"epoch": 3, "iter": 12, "config": "runner = dict(type='EpochBasedRunner')"}, None])
-def test_mmcv_needs_a_key(meta):
+def test_mmcv_needs_a_key():
     own, raw, buffers = mmcv_state(net(), dict(net().named_parameters()))
-    file = {"meta": meta, "state_dict": own | buffers}
+    file = {"meta": {"epoch": 3}, "state_dict": own | buffers}
     with pytest.raises(ValueError, match="model' .mmcv; .* at the end of an epoch., .*ema_' .mmcv; .*IterBasedRunner"):
         read(file)
     for key, averaged, online in (("model", own, raw), ("ema_", raw, own)):
