@@ -167,7 +167,7 @@ def test_names_from_a_file_forge_no_lines(command):
     shown = [line.split(maxsplit=2)[2].rstrip() for line in lines[-3:]]
     assert shown == ["all", r"'x\ndistance  0.000e+00  all\x1b[31m'", "'all'"]
     torch.save({"ema " + FORGED: layer, "ema": {FORGED + ".w": torch.zeros(1)}}, "file.pt")
-    for arguments in (["inspect"], ["export", "out.pt"], ["inspect", "--key", FORGED]):
+    for arguments in (["inspect"], ["export", f"{FORGED}.pt"], ["inspect", "--key", FORGED]):
         _, out, err = command(arguments[0], "file.pt", *arguments[1:])
         assert all(line.isprintable() for line in (out + err).splitlines())
         assert r"x\ndistance" in out + err
@@ -224,15 +224,6 @@ def test_names_that_are_wrong_usage(out, keys, command):
     assert f"OUT should name a file, with {{}} in it for several, got '{out}' for {', '.join(keys)}" in err
 
 
-def test_the_name_of_what_is_written_forges_no_lines(command):
-    torch.save({"ema": state(2)}, "file.pt")
-    for code in (0, 1):
-        done, out, err = command("export", "file.pt", "a\nb\x1b[31m.pt")
-        assert done == code
-        assert all(line.isprintable() for line in (out + err).splitlines())
-        assert r"'a\nb\x1b[31m.pt'" in out + err
-
-
 def test_a_prefix_is_suggested_and_taken_off(command):
     out = command("export", "file.pt", "out.pt", file={"ema": prefixed("module.", state(2))})[1]
     assert "all names begin with 'module.', as a wrapped model's do; --strip-prefix module. takes" in out
@@ -243,16 +234,12 @@ def test_a_prefix_is_suggested_and_taken_off(command):
 # --- what cannot be done ---
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [(MemoryError(), "MemoryError"), (RuntimeError("not implemented\nfor this"), "not implemented")],
-)
-def test_what_torch_cannot_compute_is_one_sentence(error, reason, command, monkeypatch):
+def test_what_torch_cannot_compute_is_one_sentence(command, monkeypatch):
     def fail(*args, **kwargs):
-        raise error
+        raise RuntimeError("not implemented\nfor this")
 
     monkeypatch.setattr(cli, "_distances", fail)
-    assert command("inspect", "file.pt", file=FILE) == (1, "", f"ignite-ema: {reason}\n")
+    assert command("inspect", "file.pt", file=FILE) == (1, "", "ignite-ema: not implemented\n")
 
 
 @pytest.mark.parametrize(

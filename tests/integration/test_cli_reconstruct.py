@@ -136,11 +136,6 @@ def test_several_lengths_have_names_of_their_own(command, written, capsys):
         assert equal(load_file(Path(f"run_{name}.pt")), due)
 
 
-def test_lengths_that_look_alike_are_both_written(command):
-    assert command("--sigma-rel", "0.1", "0.1000000001", "--out", "{}.pt") == 0
-    assert files_in(Path()) == ["sigma_rel_0.1.pt", "sigma_rel_0.1000000001.pt"]
-
-
 def test_a_limit_of_ones_own(command, capsys):
     assert command("--sigma-rel", "0.02", "--out", "out.pt") == 1
     assert "accept it with max_residual=0.12 (--max-residual)" in capsys.readouterr().err
@@ -166,12 +161,8 @@ def test_what_is_there_is_kept_without_force(command, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["--list", "--step", "63"], "step should be the time of a snapshot, in updates, got 63; nearest in"),
-        (["--sigma-rel", "0.1", "--step", "63", "--out", "out.pt"], ": 60 and 64."),
         (["--sigma-rel", "0.1", "--out", "out.bin"], "'out.bin' should end in .pt, .pth or .safetensors"),
-        (
-            ["--sigma-rel", "0.1", "--out", "nowhere/out.pt"],
-            "'nowhere/out.pt' should be in a folder that exists, bu",
-        ),
+        (["--sigma-rel", "0.1", "--out", "nowhere/out.pt"], "'nowhere/out.pt' should be in a folder that exists"),
         (["--sigma-rel", "0.1", "--out", "out.pt", "--max-residual", "nan"], "max_residual should be a number of"),
     ],
 )

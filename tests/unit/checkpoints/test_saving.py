@@ -34,19 +34,8 @@ def test_what_is_written_is_read_again(suffix, tmp_path):
     save_of(suffix)
     long = torch.randn(100_000)
     views = {"a": long[:10], "b": long[:10], "c": long[5:15], "d": long.view(torch.int32)[:10]}
-    averaged = (
-        tied().state_dict()
-        | views
-        | {
-            "half": torch.randn(3).bfloat16(),
-            "turned": torch.randn(3, 4).t(),
-            "nothing": torch.zeros(0),
-            "nothing_else": torch.zeros(0, 2),
-            "scalar": torch.tensor(2.5),
-            "row": torch.randn(50, 4)[3],
-            "parameter": nn.Parameter(torch.ones(2)),
-        }
-    )
+    others = {"half": torch.randn(3).bfloat16(), "turned": torch.randn(3, 4).t(), "nothing": torch.zeros(0, 2)}
+    averaged = tied().state_dict() | views | others | {"parameter": nn.Parameter(torch.ones(2))}
     file = tmp_path / f"file{suffix}"
     save_file(averaged, file)
     loaded = load_file(file)
@@ -70,16 +59,10 @@ def test_conjugate_is_not_taken_for_a_tie(tmp_path):
     ("change", "name", "error", "message"),
     [
         ({}, "file.bin", ValueError, "should end in .pt, .pth or .safetensors"),
-        ({}, "file", ValueError, "should end in"),
         ({}, "folder.pt", ValueError, "should be a file, got a directory"),
         ({}, "nowhere/file.pt", OSError, "nowhere/file.pt' should be in a folder that exists"),
         ({"n": 3}, "file.pt", TypeError, "'n' should be a tensor, got int"),
-        (
-            {"n": torch.zeros(1, device="meta")},
-            "file.pt",
-            ValueError,
-            "'n' should have values, got a tensor on the meta",
-        ),
+        ({"n": torch.zeros(1, device="meta")}, "file.pt", ValueError, "'n' should have values, got a tensor on"),
     ],
 )
 def test_what_cannot_be_saved(change, name, error, message, tmp_path):
@@ -127,38 +110,26 @@ def test_save_over_the_file_that_is_read(tmp_path):
 
 
 @suffixes
-@pytest.mark.parametrize("force", [True, False])
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_a_file_has_the_mode_of_any_new_file(mask, force, suffix, tmp_path):
+def test_a_file_has_the_mode_of_any_new_file(mask, suffix, tmp_path):
     save_of(suffix)
     file = tmp_path / f"file{suffix}"
-    if force:
-        file.touch()
-        file.chmod(0o600)
     before = os.umask(mask)
     try:
-        save_file(TENSORS, file, force=force)
+        save_file(TENSORS, file)
     finally:
         os.umask(before)
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
 
 
-@suffixes
-def test_a_file_may_have_the_longest_name_that_there_is(suffix, tmp_path):
-    file = tmp_path / f"{'x' * (255 - len(suffix))}{suffix}"
-    save_file(TENSORS, file)
-    assert torch.equal(load_file(file)["w"], TENSORS["w"])
-
-
 # On the disk
 
 
-@pytest.mark.parametrize("force", [True, False])
-def test_the_file_is_synced_before_its_move_and_the_folder_after_it(force, tmp_path, monkeypatch):
+def test_the_file_is_synced_before_its_move_and_the_folder_after_it(tmp_path, monkeypatch):
     events, replace = [], Path.replace
     monkeypatch.setattr(os, "fsync", lambda number: events.append(stat.S_ISDIR(os.fstat(number).st_mode)))
     monkeypatch.setattr(Path, "replace", lambda *args: (replace(*args), events.append("moved")))
-    save_file(TENSORS, tmp_path / "file.pt", force=force)
+    save_file(TENSORS, tmp_path / "file.pt")
     assert events == [False, "moved", True]
 
 
