@@ -196,7 +196,8 @@ class ModelAverage:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes memory of its own for tensors that have come from another process in shared memory."""
         vars(self).update(state)
-        shared = {id(parameter) for parameter in self.model.parameters()}
+        # A model that holds this average is still empty while it is copied or unpickled.
+        shared = {id(parameter) for parameter in (self.model.parameters() if vars(self.model) else ())}
         own = [local(one) for one in (*self.module.parameters(), *self.module.buffers()) if id(one) not in shared]
         give_own_memory(tensor for tensor in own if tensor.device.type == "cpu" and tensor.is_shared())  # type: ignore[no-untyped-call]
 

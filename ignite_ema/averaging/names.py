@@ -126,7 +126,7 @@ def _named(places: list[tuple[str, str, Place]], saved: list[str]) -> dict[str, 
     names_left = [name for name in names if name not in found]
     if not names_left:  # not saved, or more places than names, such as those of a wrapper that lists a module twice
         return found or {path: place for path, _, place in places}
-    if len(places_left) == len(names_left):
-        return {**found, **{name: place for name, (_, place) in zip(names_left, places_left, strict=True)}}
     first = places[0][2]  # a module that stands under several names has one place for each of its tensors
-    return {**found, **dict.fromkeys(names_left, first)}
+    left = [place for _, place in places_left] if len(places_left) == len(names_left) else [first] * len(names_left)
+    found.update(zip(names_left, left, strict=True))
+    return {name: found[name] for name in names}

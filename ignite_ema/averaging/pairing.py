@@ -22,7 +22,7 @@ from .memory import give_own_memory, has_values, is_dense, sharing_memory
 from .names import Place, first_names, places_of
 from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sharding
 
-__all__ = ["Group", "Mismatch", "Pairing", "Slot", "like", "nonfinite_in"]
+__all__ = ["Group", "Mismatch", "Pairing", "Slot", "nonfinite_in", "replace"]
 
 _requires_grad = attrgetter("requires_grad")
 
@@ -203,7 +203,7 @@ class Pairing:
             for slot in self.slots:
                 online, averaged = slot.online.get(), slot.averaged.get()
                 if slot.treatment == "copy" and not _alike(online, averaged):
-                    slot.averaged.table[slot.averaged.key] = like(online, averaged)
+                    replace(slot.averaged, online)
 
     def _group(self, kinds: list[tuple[Any, ...]]) -> None:
         members: dict[tuple[Any, ...], list[Slot]] = {}
@@ -258,11 +258,19 @@ def nonfinite_in(group: Group) -> str | None:
     return None
 
 
-def like(online: Tensor, averaged: Tensor) -> Tensor:
-    """A copy of ``online`` on the device of ``averaged``, and in its type if that holds the same kind of number."""
-    same_kind = online.is_floating_point() == averaged.is_floating_point()
-    dtype = averaged.dtype if same_kind and online.is_complex() == averaged.is_complex() else online.dtype
-    return online.detach().to(averaged.device, dtype, copy=True)
+def replace(place: Place, source: Tensor) -> None:
+    """Gives the tensor at ``place`` the values of ``source``, which has another shape, layout or kind of number.
+
+    The tensor stays where it is, and its ties with it, unless the layout is another one.
+    """
+    tensor = place.get()
+    same_kind = source.is_floating_point() == tensor.is_floating_point()
+    dtype = tensor.dtype if same_kind and source.is_complex() == tensor.is_complex() else source.dtype
+    values = source.detach().to(tensor.device, dtype, copy=True)
+    if tensor.layout is values.layout is torch.strided:
+        tensor.data = values
+    else:
+        place.table[place.key] = values
 
 
 def _flat(online: Tensor, averaged: Tensor) -> tuple[Tensor, Tensor]:

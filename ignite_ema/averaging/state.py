@@ -9,7 +9,7 @@ from torch import Tensor
 from .checks import check_count, check_saved_mapping
 from .kernels import copy
 from .memory import has_values
-from .pairing import Pairing, Slot, like
+from .pairing import Pairing, Slot, replace
 from .sharding import is_sharded, local, sharding
 
 __all__ = [
@@ -136,7 +136,7 @@ def fitting_tensors(pairing: Pairing, source: Mapping[str, Any], strict: bool) -
         )
     has_buffers = any(slots[name].online.is_buffer for name in found)
     for name, slot in slots.items() if strict else ():
-        if name not in found and slot.is_saved and (has_buffers or not slot.online.is_buffer):
+        if name not in found and slot.online.is_saved and (has_buffers or not slot.online.is_buffer):
             raise ValueError(
                 f"The averaged tensors should be those of this model, but '{name}' is missing. {_ANOTHER_MODEL}"
             )
@@ -155,7 +155,7 @@ def fill(pairing: Pairing, values: Mapping[str, Tensor]) -> None:
                     targets.append(local(own))
                     sources.append(_part_for_rank(value, own))
                 else:
-                    slot.averaged.table[slot.averaged.key] = like(value, own)
+                    replace(slot.averaged, value)
         copy(targets, sources)
 
 

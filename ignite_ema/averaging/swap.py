@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .checks import warn_user
 from .memory import has_values, overlaps_itself
-from .pairing import Pairing, Slot, like
+from .pairing import Pairing, Slot, replace
 from .sharding import fsdp_modules, local, reshard
 
 __all__ = ["Swapped", "is_swapped", "refuse_while_swapped"]
@@ -167,10 +167,8 @@ class _SavedTensor:
         online, averaged = self.slot.tensors()
         if online.shape == averaged.shape and online.layout is torch.strided and not overlaps_itself(online):
             _write(online, averaged)
-        elif online.layout is averaged.layout:  # of another shape, or expanded, which cannot be written to; maybe tied
-            self.tensor.data = like(averaged, online)
-        else:
-            self.slot.online.table[self.slot.online.key] = like(averaged, online)
+        else:  # a copied or kept buffer of another shape, or a tensor that cannot be written to
+            replace(self.slot.online, averaged)
 
     def give_back(self) -> None:
         """Makes the tensor what it was."""

@@ -212,9 +212,9 @@ def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | 
             twin: nn.Module = copy.deepcopy(model, memo)
         except Exception as error:
             raise RuntimeError(
-                f"model should be one that copy.deepcopy can copy, got {type(model).__name__} where "
-                f"{_obstacle(model, error).removesuffix('.')}. Build the twin yourself, the way the model is built, and pass it as "
-                "ema_model=."
+                f"model should be one that copy.deepcopy can copy, got {type(model).__name__}, in which "
+                f"{_obstacle(model, error).removesuffix('.')}. Build the twin yourself, the way the model is built, and "
+                "pass it as ema_model=."
             ) from error
     return twin
 

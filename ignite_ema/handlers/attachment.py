@@ -94,14 +94,15 @@ class Attachment(RemovableEventHandle):
         self.updates = self.first_iteration = self._left_out = 0
         self._last: tuple[int, int] | None = None  # the iteration of the last update, and the member that made it
         self._noted_at: int | None = None  # the iteration in which the average was saved or evaluated last
-        self._was_late = self._has_updated = False
+        self._was_late = self._has_updated = self._has_ended = False
         self._new_names = tuple(new_names)
         self._members = members_of(event, engine)
         for index, member in enumerate(self._members):
             engine.add_event_handler(member, update, index)
         self._undo = ExitStack()
         self.call_at(engine, Events.STARTED, self._on_started)
-        self.call_at(engine, Events.COMPLETED, self._on_completed)
+        for end in (Events.TERMINATE, Events.COMPLETED):  # terminate() may leave the second out
+            self.call_at(engine, end, self._on_end)
         if optimizer is not None:
             self._undo.callback(_watch_steps(optimizer, ref(self)).remove)
         vars(engine).setdefault(_ATTACHMENTS, []).append(self)
@@ -175,6 +176,7 @@ class Attachment(RemovableEventHandle):
         if engine.state.iteration == 0:
             self._last = None  # a new run counts from 1 again
         self.first_iteration, self.updates, self._noted_at = engine.state.iteration, 0, None
+        self._has_ended = False
 
         def first_iteration(engine: Engine) -> None:
             handle.remove()
@@ -183,8 +185,11 @@ class Attachment(RemovableEventHandle):
 
         handle = self.call_at(engine, Events.ITERATION_STARTED, first_iteration)
 
-    def _on_completed(self, engine: Engine) -> None:
-        if self._left_out and not self._has_updated:
+    def _on_end(self, engine: Engine) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
+        if self._left_out and not self._has_updated and not engine.should_terminate:
             warn_first_rank(
                 f"The optimizer of {self.names_in_words} should have stepped in this run, but {self._left_out} events "
                 "passed without a step and the average has not moved. Attach with the optimizer that trains."

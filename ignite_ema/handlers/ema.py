@@ -372,4 +372,5 @@ class EMAHandler:
         self._guidance.check_start(attachment.names[0], attachment.first_iteration)
 
     def _on_run_end(self, engine: Engine, attachment: Attachment) -> None:
-        self._guidance.check_end(attachment.names[0], attachment.iterations, attachment.updates)
+        name = attachment.names[0]
+        self._guidance.check_end(name, attachment.iterations, attachment.updates, bool(engine.should_terminate))

@@ -61,16 +61,18 @@ class Guidance:
                 "is ready."
             )
 
-    def check_end(self, name: str, iterations: int, updates: int) -> None:
+    def check_end(self, name: str, iterations: int, updates: int, was_terminated: bool) -> None:
         """Warns if a run has ended, and its average has not moved or hardly.
 
         Args:
             name: the attribute of the handler.
             iterations: how many the run had.
             updates: how many of them made an update.
+            was_terminated: whether it ended before its time, so that an event may have been still to come.
         """
         average = self._average
-        if average.num_updates == average.num_skipped == updates == 0 < iterations:
+        has_moved = average.num_updates or average.num_skipped or updates
+        if not has_moved and iterations and not was_terminated:
             self._tell_once(
                 "no update",
                 f"The run of {counted(iterations, 'iteration')} should have updated the average of '{name}', but its "

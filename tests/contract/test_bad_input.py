@@ -5,7 +5,6 @@ The table is ``bad_input.txt``. Nothing has changed when the error is raised.
 # ruff: noqa: F401, the rows use these names
 
 import contextlib
-import copy
 import io
 import math
 import re

@@ -13,12 +13,12 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
 
-from ignite_ema import EMAHandler, schedules
+from ignite_ema import EMAHandler, EMAWarning, schedules
 from tests.helpers.models import compiled, constant
 
 # For brevity many tests move the weights before the run, which our handler warns about.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:The model has other weights than when:UserWarning",
+    "ignore:The model has other weights than when:ignite_ema.EMAWarning",
     "ignore:Attribute 'ema_momentum' (is not defined|already exists):UserWarning",
 )
 
@@ -178,7 +178,7 @@ def test_low_precision_weights_move_when_the_average_is_held_in_float32(handler_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_weights_that_cannot_move_are_warned_about_once(dtype):
     model = constant(1.0, dtype)
-    with pytest.warns(UserWarning, match="too small for the type that holds the average.*dtype=torch.float32") as seen:
+    with pytest.warns(EMAWarning, match="too small for the type of the average.*dtype=torch.float32") as seen:
         update_towards(EMAHandler(model), model, 2.0, updates=3)
     assert sum("too small" in str(one.message) for one in seen) == 1
 
@@ -222,17 +222,17 @@ STRUCTURES = {
     "tied": (tie, "'1.weight' is tied to '0.weight' in the model but not in the twin", [0.5, 50.0, 0.0]),
     "inserted": (
         lambda model: model.insert(1, constant(7.0)),
-        "'3' is in the model but not in the twin",
+        r"'2\.table' is in the twin but not in the model",
         [0.5, 3.5, 0.5],
     ),
     "reshaped": (
         lambda model: setattr(model[0], "weight", nn.Parameter(torch.zeros(1))),
-        r"'0.weight' has shape \(1,\) in the model and \(1, 1\) in the twin",
+        r"'0.weight' has shape \(1,\) in the model and .*\(1, 1\) in the twin",
         [0.0, 0.5, 50.0],
     ),
     "a buffer reshaped": (
         lambda model: setattr(model[2], "table", torch.ones(3)),
-        r"'2.table' has shape \(3,\) in the model and \(2,\) in the twin",
+        r"'2.table' has shape \(3,\) in the model and .*\(2,\) in the twin",
         [0.5, 0.5, 50.0],
     ),
 }
@@ -282,7 +282,7 @@ def test_attached_three_times_it_updates_once_and_ends_with_its_handle(handler_c
     handle = handler.attach(trainer)
     for name in ("ema_momentum", "another_name"):
         if handler_class is EMAHandler:
-            with pytest.raises(RuntimeError, match="once, but this one is already, as 'ema_momentum'"):
+            with pytest.raises(RuntimeError, match="once, but it is already, as 'ema_momentum'"):
                 handler.attach(trainer, name)
         else:
             handler.attach(trainer)
@@ -324,7 +324,7 @@ def test_a_name_of_the_engine_raises(handler_class, expected):
     model = constant(1.0)
     handler, trainer = handler_class(model), idle()
     if expected == RAISES:
-        with pytest.raises(ValueError, match="not be an attribute of the engine's own, got 'iteration'; choose anoth"):
+        with pytest.raises(ValueError, match="not be an attribute of the engine's own, got 'iteration'"):
             handler.attach(trainer, "iteration")
     else:
         handler.attach(trainer, "iteration")
@@ -361,7 +361,7 @@ def test_a_model_that_cannot_be_copied_says_why_and_can_bring_its_twin(kind, whe
     model, twin, batch = nn.Sequential(kind()), nn.Sequential(kind()), torch.ones(1, 1)
     for one in (model, twin):
         one(batch)
-    with pytest.raises(RuntimeError, match=f"where {where} is the result of a computation.*pass it as ema_model="):
+    with pytest.raises(RuntimeError, match=f"{where} is the result of a computation.*pass it as ema_model="):
         EMAHandler(model)
     handler = EMAHandler(model, momentum=0.5, ema_model=twin)
     torch.testing.assert_close(handler.ema_model(batch), model(batch).detach())
@@ -372,7 +372,7 @@ def test_a_model_that_cannot_be_copied_says_why_and_can_bring_its_twin(kind, whe
 
 def test_a_lazy_model_is_averaged_once_it_has_run():
     model = nn.Sequential(nn.LazyLinear(1))
-    with pytest.raises(RuntimeError, match=r"got one whose '0\.weight' has no shape; run it on one batch first"):
+    with pytest.raises(RuntimeError, match=r"'0\.weight' has no shape; run the model on one batch"):
         EMAHandler(model)
     model(torch.ones(1, 3))
     assert EMAHandler(model).ema_model[0].weight.shape == (1, 3)
@@ -427,6 +427,8 @@ def test_updates_never_write_into_the_model(handler_class, expected):
     model.load_state_dict(constant(4.0).state_dict())
     update_towards(handler, model, 4.0)
     assert model.weight.item() == expected
+    is_aliased = handler.ema_model.weight.data_ptr() == model.weight.data_ptr()
+    assert is_aliased == (handler_class is not EMAHandler)
 
 
 # 20. Integers cannot be multiplied by a float in place, and 8-bit floats not at all.

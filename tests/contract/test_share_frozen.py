@@ -5,13 +5,12 @@ import io
 
 import pytest
 import torch
-from ignite.engine import Engine
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ignite_ema import EMAHandler, ModelAverage
+from ignite_ema import EMAHandler, EMAWarning, ModelAverage
 from tests.helpers.bits import bits, contents, copied
-from tests.helpers.models import Tied, compiled, frozen, move
+from tests.helpers.models import compiled, frozen, move
 
 
 class Adapted(nn.Module):
@@ -96,7 +95,7 @@ def test_the_frozen_part_is_never_copied(wrap):
     assert average.module[0].base.weight is adapted.base.weight
     with average.swapped():
         pass
-    average.load_averaged_tensors(copy.deepcopy(average.averaged_tensors()))
+    average.load_averaged(copy.deepcopy(average.averaged_tensors()))
     average.reset()
     with pytest.raises(RuntimeError, match="copy.deepcopy can copy"):
         ModelAverage(model)
@@ -138,12 +137,11 @@ def test_a_model_that_is_frozen_throughout_can_be_averaged():
     average.reset()
     with average.swapped():
         assert average.averaged_tensors() == {}
-    average.load_averaged_tensors({})
-    average.load_plain(model.state_dict())
+    average.load_averaged(model.state_dict())
 
 
 def test_nothing_to_share_is_warned_about():
-    with pytest.warns(UserWarning, match="share_frozen should find frozen parameters, but all require gradients"):
+    with pytest.warns(EMAWarning, match="share_frozen should find frozen parameters, but all require gradients"):
         ModelAverage(nn.Linear(1, 1), share_frozen=True)
 
 
@@ -186,16 +184,10 @@ def remove(model):
     return lambda: model.base.register_parameter("bias", bias)
 
 
-def set_to_none(model):
-    bias, model.base.bias = model.base.bias, None
-    return lambda: setattr(model.base, "bias", bias)
-
-
 REFUSED = {
-    train_the_base: "'base.bias' was frozen and is shared with the average, but requires",
+    train_the_base: "'base.bias' was frozen and is shared",
     replace_by_one_that_trains: "'base.weight' was frozen and is shared",
     remove: "'base.bias' is in the twin but not in the model",
-    set_to_none: "'base.bias' is in the twin but not in the model",
 }
 
 
@@ -210,16 +202,6 @@ def test_a_base_that_is_frozen_no_more_or_gone_raises_each_time_and_changes_noth
     assert contents(average.module) == before
     undo()
     assert average.update(0.5)
-
-
-def test_the_update_of_a_handler_raises_too_and_counts_nothing():
-    model = Adapted()
-    handler = EMAHandler(model, 0.25, share_frozen=True)
-    trainer = Engine(lambda engine, batch: model.requires_grad_(engine.state.iteration == 2))
-    handler.attach(trainer)
-    with pytest.raises(RuntimeError, match="'base.weight' was frozen"):
-        trainer.run([0] * 3)
-    assert (handler.num_updates, trainer.state.iteration) == (1, 2)
 
 
 def test_a_buffer_of_the_model_is_not_shared_even_if_it_is_put_into_the_twin(pair):
@@ -270,15 +252,14 @@ def test_tied_frozen_parameters_stay_tied_and_are_followed_together():
     model.head.weight = model.embedding.weight
     average = sharing(model)
     assert list(average.averaged_tensors()) == ["head.bias"]
-    assert average.state_dict_names() == {"head.bias": "head.bias"}
     for _ in range(2):
         assert average.module.head.weight is average.module.embedding.weight is model.embedding.weight
         model.embedding.weight = model.head.weight = frozen(torch.zeros(3, 2))
         assert average.update(0.5)
-    average.load_plain(copied(model.state_dict()))
+    average.load_averaged(copied(model.state_dict()))
     assert contents(average.module) == contents(model)
     with pytest.raises(ValueError, match="'head.weight' is frozen and shared"):
-        average.load_plain(copied(model.state_dict()) | {"head.weight": torch.ones(3, 2)})
+        average.load_averaged(copied(model.state_dict()) | {"head.weight": torch.ones(3, 2)})
 
 
 def test_a_frozen_lstm_that_is_replaced_is_computed_with():
@@ -333,7 +314,7 @@ def test_a_shared_base_may_be_in_a_plain_state_if_it_is_equal(base, pair):
             del state[name]
     elif base != "as it is":
         state["base.weight"] = model.base.weight.to(getattr(torch, base.removeprefix("in ")))
-    average.load_plain(state)
+    average.load_averaged(state)
     assert contents(average.module) == contents(model) == before
     assert shared_names(model, average.module) == FROZEN
 
@@ -342,19 +323,15 @@ def test_a_base_that_differs_is_refused_until_the_model_has_it(pair):
     model, average = pair
     before, state = contents(average.module), copied(model.state_dict())
     state["base.bias"] += 1
-    with pytest.raises(ValueError, match="'base.bias' is frozen and shared.*load the weights into the model first"):
-        average.load_plain(state)
+    with pytest.raises(ValueError, match="'base.bias' is frozen and shared.*oad the weights into the model first"):
+        average.load_averaged(state)
     assert contents(average.module) == before
     model.load_state_dict(state)
-    average.load_plain(state)
+    average.load_averaged(state)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(1, 1).requires_grad_(False), Adapted, Tied])
-def test_a_prefix_of_a_wrapper_that_is_a_name_of_the_model_stays(make):
-    model = nn.ModuleDict({"module": make()})
-    other = copy.deepcopy(model)
-    move(other)
-    for share in (False, any(not parameter.requires_grad for parameter in model.parameters())):
-        average = ModelAverage(model, share_frozen=share)
-        average.load_plain(copied(other.state_dict()))
-        assert all(torch.equal(tensor, other.state_dict()[n]) for n, tensor in average.module.state_dict().items())
+def test_a_prefix_of_a_wrapper_that_is_a_name_of_the_model_stays():
+    model = nn.ModuleDict({"module": Adapted()})
+    average = sharing(model)
+    average.load_averaged(copied(model.state_dict()))
+    assert contents(average.module) == contents(model)

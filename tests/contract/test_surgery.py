@@ -305,14 +305,6 @@ def test_surgery_between_updates_is_followed_or_refused(options, steps, uses, mo
     run(options, steps, uses, momenta, seed)
 
 
-@pytest.mark.slow
-@QUIET
-@given(**PROGRAMS)
-@settings(max_examples=500, suppress_health_check=[HealthCheck.too_slow])
-def test_more_surgery_between_updates_is_followed_or_refused(options, steps, uses, momenta, seed):
-    run(options, steps, uses, momenta, seed)
-
-
 @QUIET
 @pytest.mark.parametrize("share_frozen", [False, True])
 @pytest.mark.parametrize("surgery", [*FOLLOWED, *OTHERS])

@@ -36,7 +36,7 @@ class Run:
         self.ema.model.norm.running_mean.fill_(engine.state.iteration)
 
     def train(self, until=LAST):
-        stop = self.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=until), self.trainer.terminate)
+        stop = self.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=until), lambda: self.trainer.terminate())
         self.trainer.run(range(LAST), max_epochs=10)
         stop.remove()
         return self

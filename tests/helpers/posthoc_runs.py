@@ -68,7 +68,7 @@ class Run:
         self.history.append(copy.deepcopy(self.model.state_dict()))
 
     def train(self, until=LAST):
-        stop = self.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=until), self.trainer.terminate)
+        stop = self.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=until), lambda: self.trainer.terminate())
         self.trainer.run(batches(), max_epochs=100)
         stop.remove()
         return self

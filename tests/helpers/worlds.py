@@ -207,6 +207,7 @@ def _call(scenario, args):
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", EMAWarning)
+        warnings.filterwarnings("ignore", "After .* of the average of .* is still", EMAWarning)
         try:
             return scenario(*args), None
         except BaseException:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 import pickle
 import sys
 import warnings
@@ -81,26 +82,6 @@ def test_a_subclass_of_parameter_is_copied_by_its_own_rule():
     assert (type(weight), weight.scale, weight.requires_grad) == (Scaled, 3.0, False)
 
 
-class Odd(nn.Linear):
-    """Hides its parameters, and methods return nothing."""
-
-    def parameters(self, recurse=True):
-        return iter(())
-
-    def train(self, mode=True):
-        super().train(mode)
-
-    def requires_grad_(self, requires_grad=True):
-        super().requires_grad_(requires_grad)
-
-
-def test_a_model_of_odd_methods_is_held_in_the_type_too():
-    average = ModelAverage(Odd(1, 1).bfloat16(), dtype=torch.float32)
-    assert average.module.weight.dtype == torch.float32
-    assert not average.module.weight.requires_grad
-    assert not average.module.training
-
-
 def test_a_pattern_that_matches_nothing_raises_before_the_twin_is_touched():
     twin = nn.BatchNorm1d(2)
     with pytest.raises(ValueError, match="got 'mean'"):
@@ -124,6 +105,20 @@ def test_a_layer_that_a_sequential_drops_and_gets_again_is_noticed(layer):
         with pytest.raises(RuntimeError, match=r"'3\.weight' is in the model but not in the twin"):
             average.update(0.5)
         del model[3]
+
+
+@pytest.mark.parametrize("layout", ["views of one memory", "expanded"])
+def test_parameters_that_share_memory_are_swapped_and_stay_the_objects_that_they_are(layout):
+    memory = torch.arange(4.0)
+    parts = (memory[:2], memory[2:]) if layout != "expanded" else (memory[:1].expand(2), memory[1:2].expand(2))
+    model = nn.ParameterList(map(nn.Parameter, parts))
+    average, before = ModelAverage(model), [one.detach().clone() for one in model]
+    average.module[0].fill_(7.0)
+    parameters = list(model.parameters())
+    with average.swapped():  # nothing is warned about
+        assert model[0].tolist() == [7.0, 7.0]
+        assert all(map(operator.is_, model.parameters(), parameters))
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 # Momentum, counts, share.

@@ -29,7 +29,7 @@ def test_a_model_without_tensors():
     average = ModelAverage(nn.Identity(), skip_nonfinite=True)
     assert average.update(0.5)
     average.reset()
-    average.load_averaged_tensors(average.averaged_tensors())
+    average.load_state_dict(average.state_dict())
     assert average.averaged_tensors() == {}
 
 
@@ -129,9 +129,9 @@ def test_loading_never_ties_the_average_to_what_was_loaded():
     model = nn.BatchNorm1d(2)
     average, other = ModelAverage(model), ModelAverage(model)
     for load in (
-        lambda: other.load_averaged_tensors(average.averaged_tensors()),
+        lambda: other.load_averaged(average.averaged_tensors()),
         lambda: other.load_state_dict(average.state_dict()),
-        lambda: other.load_plain(average.module.state_dict()),
+        lambda: other.load_averaged(average.module.state_dict()),
         other.reset,
     ):
         load()
@@ -139,22 +139,9 @@ def test_loading_never_ties_the_average_to_what_was_loaded():
             assert set(storages(other.module).values()).isdisjoint(storages(source).values())
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-def test_another_type_in_the_same_memory_is_followed(flatten):
-    model = nn.Linear(4, 4, dtype=torch.float16)
-    average = ModelAverage(model, flatten=flatten)
-    average.update(0.5)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.view(torch.bfloat16)  # what .double() and then .half() may do by chance
-        nn.init.constant_(parameter, 3.0)
-    average.update(1.0)
-    assert average.module.weight.unique().tolist() == [3.0]
-
-
-@pytest.mark.parametrize("flatten", [False, True])
-def test_memory_that_the_model_takes_from_its_twin_is_parted_at_the_next_update(flatten):
+def test_memory_that_the_model_takes_from_its_twin_is_parted_at_the_next_update():
     model = nn.Linear(2, 2)
-    average = ModelAverage(model, flatten=flatten)
+    average = ModelAverage(model)
     average.update(0.5)
     for parameter, held in zip(model.parameters(), average.module.parameters(), strict=True):
         parameter.data = held.data
@@ -188,3 +175,52 @@ def test_a_buffer_that_is_replaced_in_every_iteration_is_followed():
         average.update(0.5)
         due = (due + n) / 2
     assert torch.equal(average.module.buffer, due)
+
+
+# Copied and kept buffers may change their shape, as position tables do that grow with the longest sequence.
+
+
+class Growing(nn.Module):
+    def __init__(self, persistent):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("table", torch.arange(2.0), persistent)
+
+    def forward(self, x):
+        if len(x) > len(self.table):
+            self.table = torch.arange(float(len(x)))
+        return x * self.scale + self.table[: len(x)]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("mode", ["copy", "statistics", "ema_train", {"table": "keep"}])
+def test_a_buffer_that_grows_is_followed(mode, persistent):
+    model = Growing(persistent)
+    average = ModelAverage(model, mode)
+    follows = mode in ("copy", "statistics")
+    for length in (5, 3, 7):
+        model(torch.ones(length))
+        assert average.update(0.5)
+        assert len(average.module.table) == (len(model.table) if follows else 2)
+        with average.swapped():
+            assert torch.equal(model(torch.ones(9)), average.module(torch.ones(9)))
+            average.module.table = average.module.table[:2]
+        assert len(model.table) == max(length, 5)
+    resumed = ModelAverage(Growing(persistent), mode)
+    average.update(0.5)
+    resumed.load_state_dict(average.state_dict())
+    assert len(resumed.module.table) == (len(average.module.table) if persistent else 2)
+    average.reset()
+    assert torch.equal(average.module.table, model.table)
+    average.module(torch.ones(20))  # the twin's own grows too
+    assert average.update(0.5)
+    assert len(average.module.table) == (7 if follows else 20)
+
+
+def test_a_buffer_that_is_averaged_keeps_its_shape():
+    model = Growing(True)
+    average = ModelAverage(model, "update")
+    model(torch.ones(5))
+    for action in (lambda: average.update(0.5), average.reset, average.swapped().__enter__):
+        with pytest.raises(RuntimeError, match=r"'table' has shape \(5,\) in the model and .*\(2,\) in the twin"):
+            action()

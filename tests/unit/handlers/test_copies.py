@@ -46,13 +46,6 @@ def test_a_copy_of_an_attached_handler_does_not_touch_its_engine(copied):
     assert (handler.num_updates, other.num_updates) == (3, 7)
 
 
-@pytest.mark.parametrize("kind", [EMAHandler, ModelAverage])
-def test_a_shallow_copy_which_would_move_the_same_twin_is_refused(kind):
-    thing = kind(nn.Linear(2, 1))
-    with pytest.raises(TypeError, match=rf"{kind.__name__} should be copied with copy\.deepcopy"):
-        copy.copy(thing)
-
-
 @each_way
 def test_a_copy_goes_on_in_a_training_of_its_own(copied):
     handler, trainer = attached(schedules.LinearWarmup(0.1, 0.9, 5))

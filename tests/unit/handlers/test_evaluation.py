@@ -14,6 +14,7 @@ from ignite_ema import EMAHandler, EMAWarning
 from tests.helpers.bits import bits, contents, places
 from tests.helpers.models import move
 from tests.helpers.runs import evaluator_of, scalar_handler
+from tests.helpers.worlds import run_world
 
 
 def forget_what_failed(engine):
@@ -244,6 +245,22 @@ def test_buffers_need_no_synchronising_in_one_process():
     assert model.running_mean.item() == 3.0
 
 
+def evaluated_with_the_first_ranks_buffers(folder):
+    model, rank = nn.BatchNorm1d(1), float(torch.distributed.get_rank())
+    handler = EMAHandler(model, 0.25)
+    model.running_mean.fill_(rank)
+    handler.ema_model.running_mean.fill_(rank + 5)
+    evaluator = Engine(lambda engine, batch: model.running_mean.item())
+    with handler.swap_during(evaluator, sync_buffers=True):
+        seen = evaluator.run([0]).output
+    return seen, model.running_mean.item(), handler.ema_model.running_mean.item()
+
+
+@pytest.mark.slow
+def test_buffers_of_the_first_rank_are_used_on_all_for_the_run(tmp_path):
+    assert run_world(tmp_path, 2, evaluated_with_the_first_ranks_buffers) == [(5, 0, 5), (5, 1, 6)]
+
+
 # Ways out of an evaluation
 
 
@@ -380,15 +397,3 @@ def test_an_evaluation_that_is_interrupted_at_each_batch_goes_on_with_the_averag
         handler.average.update(0.5)  # not refused: the model has its own weights
     assert model.weight.item() == 1.0
     assert seen == [5.0, 3.0, 2.0]
-
-
-def test_a_run_that_was_taken_is_refused_after_a_run_that_failed(kit):
-    _, handler, evaluator = kit
-    evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: 1 / 0)
-    run = evaluator.run
-    handler.swap_during(evaluator)
-    with pytest.raises(ZeroDivisionError):
-        evaluator.run([0])
-    forget_what_failed(evaluator)
-    with pytest.raises(RuntimeError, match="should be started as"):  # it is running no longer
-        run([0])

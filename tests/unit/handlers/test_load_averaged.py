@@ -34,11 +34,14 @@ def test_the_count_stays_where_nobody_says_it_unless_the_schedule_needs_it():
     handler.num_updates = 5
     handler.load_averaged(AVERAGED)
     assert handler.num_updates == 5
-    with pytest.raises(ValueError, match="num_updates should be .* Pass num_updates="):
-        scheduled.load_averaged(AVERAGED)
-    with pytest.raises(ValueError, match="copies the model over them. Pass the number"):
-        scheduled.load_averaged(AVERAGED, num_updates=0)
+    for said in ({}, {"num_updates": 0}):
+        with pytest.raises(ValueError, match="num_updates should say .* copies the model over them. Pass the number"):
+            scheduled.load_averaged(AVERAGED, **said)
     scheduled.load_averaged(AVERAGED, num_updates=1000)
+    warming_up = EMAHandler(net(), schedules.LinearWarmup(0.5, 0.1, 5))
+    with pytest.raises(ValueError, match="would go on with a momentum of 0.1. Pass num_updates=, 0 to start"):
+        warming_up.load_averaged(AVERAGED)
+    warming_up.load_averaged(AVERAGED, num_updates=0)
     assert contents(handler.ema_model) == contents(scheduled.ema_model) == contents(net(4))
 
 
