@@ -229,12 +229,18 @@ def _print(facts: Mapping[str, Any], lines: Iterable[str], as_json: bool) -> Non
     print(json.dumps(facts, indent=2, allow_nan=False) if as_json else "\n".join(lines))
 
 
+def _table(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines with the columns below one another."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 # --- inspect ---
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     """Prints what a checkpoint holds: of several averages which, of one its tensors and its distance to the model."""
-    from .checkpoints.files import size_of
+    from .checkpoints.files import quoted, size_of
     from .checkpoints.reading import SeveralAverages, read_part
 
     file, key = arguments.file, arguments.key
@@ -245,8 +251,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
             {"key": one.label, "format": one.system, "tensors": len(one.tensors), "note": one.note or None}
             for one in several.choices
         ]
-        shown = {"file": str(file), "averages": averages}
-        _print(shown, _lines_of_several(shown), arguments.json)
+        rows = [(quoted(one["key"]), one["format"], f"{one['tensors']} tensors", one["note"] or "") for one in averages]
+        lines = [f"{quoted(file)} has several averages; choose one by its key: --key, or its last part", *_table(rows)]
+        _print({"file": str(file), "averages": averages}, lines, arguments.json)
         return
     ratios = {} if found.online is None else _distances(found.tensors, found.online)
     finite = {layer: ratio if math.isfinite(ratio) else None for layer, ratio in ratios.items()}  # as JSON wants it
@@ -265,16 +272,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
     _print(facts, _lines_of_file(facts, ratios), arguments.json)
 
 
-def _lines_of_several(facts: Mapping[str, Any]) -> Iterator[str]:
-    from .checkpoints.files import quoted
-
-    yield f"file      {quoted(facts['file'])}"
-    for one in facts["averages"]:
-        note = f"; {one['note']}" if one["note"] else ""
-        yield f"average   {quoted(one['key'])}  ({one['format']}, {one['tensors']} tensors{note})"
-    yield "choose one by its key: --key, or its last part"
-
-
 def _lines_of_file(facts: Mapping[str, Any], ratios: Mapping[str | None, float]) -> Iterator[str]:
     from .averaging.checks import listed
     from .checkpoints.files import quoted
@@ -289,13 +286,13 @@ def _lines_of_file(facts: Mapping[str, Any], ratios: Mapping[str | None, float])
     if not ratios:
         yield "distance  not known: the file has no averaged and raw weights side by side"
         return
-    yield f"distance  {ratios[None]:.3e}  all"
-    layers = {quoted(layer) if layer else "(root)": ratio for layer, ratio in ratios.items() if layer is not None}
-    largest = max(filter(math.isfinite, layers.values()), default=0.0)
-    width = max(map(len, layers), default=0)
-    for layer, ratio in layers.items():
-        bar = "#" * math.ceil(_BAR * ratio / largest) if largest and math.isfinite(ratio) else ""
-        yield f"distance  {ratio:.3e}  {layer:<{width}}  {bar}".rstrip()
+    largest = max((ratio for layer, ratio in ratios.items() if layer is not None and math.isfinite(ratio)), default=0.0)
+    rows = [("distance", f"{ratios[None]:.3e}", "all", "")]
+    for layer, ratio in ratios.items():
+        if layer is not None:
+            bar = "#" * math.ceil(_BAR * ratio / largest) if largest and math.isfinite(ratio) else ""
+            rows.append(("distance", f"{ratio:.3e}", quoted(layer) if layer else "(root)", bar))
+    yield from _table(rows)
 
 
 def _distances(averaged: "Mapping[str, Tensor]", online: "Mapping[str, Tensor]") -> dict[str | None, float]:
@@ -420,16 +417,17 @@ def _lines_of_snapshots(facts: Mapping[str, Any]) -> Iterator[str]:
     size = f"{facts['bytes'] / 2**20:.3f} MiB"
     yield f"{facts['tensors']} averaged tensors in {', '.join(facts['types'])}, {size} in each snapshot"
     yield ""
-    last = facts["snapshots"][-1]
-    width = max(len(str(last["time"])), 7)
-    yield f"{facts['time_unit']:>{width}}  {'iteration':>9}  {'epoch':>5}"
-    for one in facts["snapshots"]:
-        yield f"{one['time']:>{width}}  {one['iteration']:>9}  {one['epoch']:>5}"
+    columns = ("time", "iteration", "epoch")
+    yield from _table(
+        [(facts["time_unit"], *columns[1:]), *([one[key] for key in columns] for one in facts["snapshots"])]
+    )
     yield ""
-    yield f"what can be rebuilt at {last['time']} {facts['time_unit']}:"
-    flags = [f"{_flag(one['length'])} {one['value']:.9g}" for one in facts["lengths"]]
-    width = max(map(len, flags))
-    for flag, one in zip(flags, facts["lengths"], strict=True):
-        rounded = f"  rounding {one['rounding']:>8.3%}" if one["rounding"] > 1e-5 else ""
+    yield f"what can be rebuilt at {facts['snapshots'][-1]['time']} {facts['time_unit']}:"
+    rows = []
+    for one in facts["lengths"]:
+        rounded = f"rounding {one['rounding']:.3%}" if one["rounding"] > 1e-5 else ""
         verdict = "" if one["verdict"] == "good" else one["verdict"]
-        yield f"  {flag:<{width}}  residual {one['residual']:>8.3%}{rounded}  {verdict}".rstrip()
+        rows.append(
+            (f"{_flag(one['length'])} {one['value']:.9g}", f"residual {one['residual']:>8.3%}", rounded, verdict)
+        )
+    yield from _table(rows)

@@ -336,10 +336,6 @@ def check_target(path: Path, *, force: bool) -> None:
         raise ValueError(
             f"{str(path)!r} should end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; choose one of them."
         )
-    _check_place(path, force)
-
-
-def _check_place(path: Path, force: bool) -> None:
     if path.is_dir():
         raise ValueError(f"{str(path)!r} should be a file, got a directory; name a file in it.")
     if path.exists() and not force:
@@ -356,7 +352,7 @@ def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
 
     Raises as :func:`save_file` does; nothing is left behind then.
     """
-    _check_place(path, force)
+    check_target(path, force=force)
     target = path.resolve()
     temporary = target.with_name(f".ignite_ema-{uuid4().hex}.tmp")
     try:

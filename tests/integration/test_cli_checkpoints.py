@@ -119,13 +119,13 @@ def test_inspect_lists_several_averages(command):
     file = {"model": layers(1), "ema_a": layers(1), "ema_b": layers(0), "shadow": layers(0)}
     assert command("inspect", "file.pt", file=file) == (
         0,
-        "file      'file.pt'\naverage   'ema_a'  (Ignite, 2 tensors)\naverage   'ema_b'  (Ignite, 2 tensors)\n"
-        "choose one by its key: --key, or its last part\n",
+        "'file.pt' has several averages; choose one by its key: --key, or its last part\n"
+        "'ema_a'  Ignite  2 tensors\n'ema_b'  Ignite  2 tensors\n",
         "",
     )
     assert command("inspect", "file.pt", file={"model": layers(1), "shadow": layers(0)})[1].splitlines()[1:3] == [
-        "average   'model'  (plain, 2 tensors)",
-        "average   'shadow'  (plain, 2 tensors)",
+        "'model'   plain  2 tensors",
+        "'shadow'  plain  2 tensors",
     ]
     assert "distance  1.000e+00  all" in command("inspect", "file.pt", "--key", "shadow")[1]
     shown = json.loads(command("inspect", "file.pt", "--json", file={"state_dict": gan()})[1])

@@ -44,18 +44,18 @@ def test_list(command, capsys):
         "2 averaged tensors in float32, 0.689 MiB in each snapshot",
         "",
         "updates  iteration  epoch",
-        "      4          4      1",
+        "4        4          1",
     ]
-    assert lines[19:22] == ["     64         64      1", "", "what can be rebuilt at 64 updates:"]
+    assert lines[19:22] == ["64       64         1", "", "what can be rebuilt at 64 updates:"]
     assert lines[22:27] == [
-        "  --sigma-rel 0.02   residual  11.956%  refused",
-        "  --sigma-rel 0.03   residual   3.864%  rough",
-        "  --sigma-rel 0.04   residual   1.027%  rough",
-        "  --sigma-rel 0.05   residual   0.000%",
-        "  --sigma-rel 0.075  residual   0.348%",
+        "--sigma-rel 0.02   residual  11.956%    refused",
+        "--sigma-rel 0.03   residual   3.864%    rough",
+        "--sigma-rel 0.04   residual   1.027%    rough",
+        "--sigma-rel 0.05   residual   0.000%",
+        "--sigma-rel 0.075  residual   0.348%",
     ]
-    assert "  --half-life 0.05   residual   0.153%" in lines
-    last = [line for line in lines if line.startswith("  --last")]
+    assert "--half-life 0.05   residual   0.153%" in lines
+    last = [line for line in lines if line.startswith("--last")]
     assert [float(line.split()[1]) for line in last] == [0.125, 0.1875, 0.5]
     assert len({line.index("residual") for line in lines[22:]}) == 1
     assert len(lines) == 22 + 13 + 5 + len(last)
@@ -65,7 +65,7 @@ def test_list_names_the_windows_that_begin_at_a_snapshot(tmp_path, capsys):
     for time in range(1, 25):
         snapshots.write(make_snapshot(time), tmp_path)
     assert main(["reconstruct", str(tmp_path), "--list"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  --last")]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("--last")]
     assert [(line[1], line[4:]) for line in lines] == [("0.0833333333", []), ("0.208333333", []), ("0.5", ["rough"])]
 
 
@@ -82,7 +82,7 @@ def test_list_as_json(command, capsys):
     )
     assert shown["snapshots"][0] == {"time": 4, "iteration": 4, "epoch": 1}
     assert len(shown["snapshots"]) == 16
-    rows = [line.split() for line in lines if line.startswith("  --")]
+    rows = [line.split() for line in lines if line.startswith("--")]
     assert len(rows) == len(shown["lengths"])
     for row, one in zip(rows, shown["lengths"], strict=True):
         assert row[0] == f"--{one['length'].replace('_', '-')}"
@@ -100,7 +100,7 @@ def test_list_at_a_step(command, capsys):
 
 def test_what_the_list_promises_is_kept(command, capsys):
     command("--list")
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("--")]
     assert rows
     for flag, x, _, percent, *verdict in rows[::3]:
         out = f"{flag.strip('-')}_{x}.pt"
