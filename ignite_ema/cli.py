@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +21,22 @@ from . import __version__
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .checkpoints.reading import Averaged
     from .posthoc import Profile
 
 __all__ = ["main"]
 
 _ACCEPTED = 0.1  # a residual up to which nothing is refused
 _BAR = 40  # the width of the longest bar
-_LENGTHS: dict[str, tuple[float, ...]] = {
-    "sigma_rel": (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28),
-    "half_life": (0.01, 0.02, 0.05, 0.1, 0.2),
-    "last": (0.1, 0.2, 0.5),
-}  # what can be asked for, and the lengths that --list tries: of "last" the nearest that begin at a snapshot
+_WIDTHS = (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28)
+_LENGTHS: dict[str, tuple[str, str, tuple[float, ...]]] = {
+    "sigma_rel": ("PowerProfile", "power-function averages of this relative width, below 0.2887", _WIDTHS),
+    "half_life": (
+        "ExponentialProfile",
+        "ordinary EMAs: weights count half that far back",
+        (0.01, 0.02, 0.05, 0.1, 0.2),
+    ),
+    "last": ("UniformProfile", "means of the last part of the run, as in SWA", (0.1, 0.2, 0.5)),
+}  # profile, help, and what --list tries: of "last" the nearest lengths that begin at a snapshot
 _CODES = """\
 exit codes:
   0  done
@@ -56,12 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"ignite-ema: {error}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:  # of torch, about tensors that it cannot compute with
-        reason = str(error).partition("\n")[0] or "out of memory"
-        print(f"ignite-ema: {str(arguments.file)!r} cannot be worked on: {reason}", file=sys.stderr)
+    except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        print(f"ignite-ema: {reason}", file=sys.stderr)
         return 1
     return 0
 
@@ -153,18 +154,15 @@ def _add_reconstruct(commands: Any) -> None:
         "  ignite-ema reconstruct snapshots --sigma-rel 0.1 0.15 --half-life 0.05 --out 'averaged_{}.pt'\n",
     )
     command.add_argument("file", metavar="DIR", type=Path, help="the directory of the snapshots")
-    command.add_argument("--list", action="store_true", help="which snapshots there are, and what lengths they support")
     command.add_argument("--json", action="store_true", help="the list as one JSON object")
+    task = command.add_mutually_exclusive_group(required=True)
+    task.add_argument("--list", action="store_true", help="which snapshots there are, and what lengths they support")
+    task.add_argument("--out", type=Path, help="what to write: .pt, .pth or .safetensors; {} stands for the length")
     lengths = command.add_argument_group("lengths, one or several, as fractions of the run")
-    helps = (
-        "power-function averages of this relative width, below 0.2887",
-        "ordinary EMAs: weights count half that far back",
-        "means of the last part of the run, as in SWA",
-    )
-    for name, text in zip(_LENGTHS, helps, strict=True):
-        lengths.add_argument(_flag(name), metavar="X", type=float, nargs="+", default=[], help=text)
+    for name, (_, text, _) in _LENGTHS.items():
+        options: dict[str, Any] = {"dest": "lengths", "action": "extend", "default": [], "nargs": "+", "metavar": "X"}
+        lengths.add_argument(_flag(name), type=_length(name), help=text, **options)
     command.add_argument("--step", metavar="N", type=int, help="the time of a snapshot; without it the last")
-    command.add_argument("--out", type=Path, help="what to write: .pt, .pth or .safetensors; {} stands for the length")
     command.add_argument("--force", action="store_true", help="overwrite what is there already")
     base = "a file with the frozen weights, if snapshot_frozen.pt is missing"
     command.add_argument("--base", metavar="FILE", type=Path, help=base)
@@ -174,6 +172,25 @@ def _add_reconstruct(commands: Any) -> None:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def _length(name: str) -> "Callable[[str], tuple[str, Profile]]":
+    """A type for argparse: a length under its label."""
+
+    def parse(text: str) -> "tuple[str, Profile]":
+        try:
+            return f"{name}_{float(text)}", _profile(name, float(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def _profile(name: str, length: float) -> "Profile":
+    from . import posthoc
+
+    profile: Profile = getattr(posthoc, _LENGTHS[name][0])(length)
+    return profile
 
 
 def _names(path: Path | None) -> Any:
@@ -190,11 +207,40 @@ def _names(path: Path | None) -> Any:
     return load_file(path)
 
 
+def _outs(arguments: argparse.Namespace, labels: Sequence[str]) -> list[Path]:
+    """What to write for each label; exits unless these are as many names, and raises if one cannot be written."""
+    from .checkpoints.files import check_target
+
+    names = [arguments.out.name.replace("{}", label) for label in labels]
+    if len(set(names)) < len(names) or not all(name and Path(name).name == name for name in names):
+        arguments.usage_error(
+            f"OUT should name a file, with {{}} in it for several, got {str(arguments.out)!r} for {', '.join(labels)}; "
+            "{} stands for the key or the length."
+        )
+    outs: list[Path] = [arguments.out.with_name(name) for name in names]
+    for out in outs:
+        if out.exists() and arguments.file.exists() and out.samefile(arguments.file):
+            raise ValueError(f"OUT should be another file than FILE, got {str(out)!r} for both; name a new one.")
+        check_target(out, force=arguments.force)
+    return outs
+
+
+def _print(facts: Mapping[str, Any], lines: Iterable[str], as_json: bool) -> None:
+    print(json.dumps(facts, indent=2, allow_nan=False) if as_json else "\n".join(lines))
+
+
+def _table(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines with the columns below one another."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 # --- inspect ---
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     """Prints what a checkpoint holds: of several averages which, of one its tensors and its distance to the model."""
+    from .checkpoints.files import quoted, size_of
     from .checkpoints.reading import SeveralAverages, read_part
 
     file, key = arguments.file, arguments.key
@@ -205,77 +251,28 @@ def _inspect(arguments: argparse.Namespace) -> None:
             {"key": one.label, "format": one.system, "tensors": len(one.tensors), "note": one.note or None}
             for one in several.choices
         ]
-        shown = {"file": str(file), "averages": averages}
-        print(json.dumps(shown, indent=2) if arguments.json else "\n".join(_lines_of_several(shown)))
+        rows = [(quoted(one["key"]), one["format"], f"{one['tensors']} tensors", one["note"] or "") for one in averages]
+        lines = [f"{quoted(file)} has several averages; choose one by its key: --key, or its last part", *_table(rows)]
+        _print({"file": str(file), "averages": averages}, lines, arguments.json)
         return
-    facts = _facts_of_file(file, found, lacks)
-    layers = None if found.online is None else _distances(found.tensors, found.online)
-    print(_as_json(facts, layers) if arguments.json else "\n".join(_lines_of_file(facts, layers)))
-
-
-def _lines_of_several(facts: Mapping[str, Any]) -> Iterator[str]:
-    from .checkpoints.files import quoted
-
-    yield f"file      {quoted(facts['file'])}"
-    for one in facts["averages"]:
-        note = f"; {one['note']}" if one["note"] else ""
-        yield f"average   {quoted(one['key'])}  ({one['format']}, {one['tensors']} tensors{note})"
-    yield "choose one by its key: --key, or its last part"
-
-
-def _facts_of_file(file: Path, found: "Averaged", lacks: list[str]) -> dict[str, Any]:
-    from .checkpoints.files import is_dense
-
-    dense = [tensor for tensor in found.tensors.values() if is_dense(tensor)]
+    ratios = {} if found.online is None else _distances(found.tensors, found.online)
+    finite = {layer: ratio if math.isfinite(ratio) else None for layer, ratio in ratios.items()}  # as JSON wants it
     types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values())
-    return {
+    facts = {
         "file": str(file),
         "format": found.system,
         "tensors": len(found.tensors),
         "types": dict(types.most_common()),
-        "bytes": sum(tensor.nbytes for tensor in dense),
+        "bytes": size_of(found.tensors),
         "num_updates": found.num_updates,
-        "sparse": len(found.tensors) - len(dense),
         "lacks": lacks,
+        "distance": finite.pop(None, None),
+        "layers": finite if ratios else None,
     }
+    _print(facts, _lines_of_file(facts, ratios), arguments.json)
 
 
-def _distances(averaged: Mapping[str, "Tensor"], online: Mapping[str, "Tensor"]) -> dict[str | None, float]:
-    """The distance of each layer, the names without their last parts, and of all floating-point tensors under None."""
-    from .checkpoints.files import is_dense
-
-    squares: dict[str | None, tuple[float, float]] = {None: (0.0, 0.0)}
-    for name, tensor in averaged.items():
-        raw = online[name]
-        if is_dense(tensor) and is_dense(raw) and (tensor.is_floating_point() or tensor.is_complex()):
-            apart, norm = _square(tensor, raw), _square(raw)
-            for key in (None, name.rpartition(".")[0]):
-                before = squares.get(key, (0.0, 0.0))
-                squares[key] = before[0] + apart, before[1] + norm
-    return {layer: _ratio(*pair) for layer, pair in squares.items()}
-
-
-def _square(tensor: "Tensor", other: "Tensor | None" = None) -> float:
-    """‖tensor - other‖², in float64."""
-    import torch
-
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    apart = tensor.to(wide) if other is None else tensor.to(wide) - other.to(wide)
-    return float(torch.linalg.vector_norm(apart)) ** 2
-
-
-def _ratio(apart: float, norm: float) -> float:
-    return math.sqrt(apart / norm) if norm else math.inf if apart else 0.0
-
-
-def _as_json(facts: Mapping[str, Any], layers: Mapping[str | None, float] | None) -> str:
-    """JSON has no infinities: a distance that is not finite is null."""
-    finite = None if layers is None else {key: one if math.isfinite(one) else None for key, one in layers.items()}
-    distance = None if finite is None else finite.pop(None)
-    return json.dumps({**facts, "distance": distance, "layers": finite}, indent=2, allow_nan=False)
-
-
-def _lines_of_file(facts: Mapping[str, Any], layers: Mapping[str | None, float] | None) -> Iterator[str]:
+def _lines_of_file(facts: Mapping[str, Any], ratios: Mapping[str | None, float]) -> Iterator[str]:
     from .averaging.checks import listed
     from .checkpoints.files import quoted
 
@@ -284,29 +281,38 @@ def _lines_of_file(facts: Mapping[str, Any], layers: Mapping[str | None, float] 
     yield f"tensors   {facts['tensors']} ({', '.join(f'{count} {name}' for name, count in facts['types'].items())})"
     yield f"size      {facts['bytes'] / 2**20:.3f} MiB"
     yield f"updates   {'not stated' if facts['num_updates'] is None else facts['num_updates']}"
-    if facts["sparse"]:
-        yield f"sparse    {facts['sparse']} of the tensors, in neither the size nor the distance"
     if facts["lacks"]:
         yield f"lacks     {listed(facts['lacks'])}: frozen, and shared with the model; --base has them"
-    if layers is None:
+    if not ratios:
         yield "distance  not known: the file has no averaged and raw weights side by side"
         return
-    yield f"distance  {layers[None]:.3e}  all"
-    ratios = {"(root)" if layer == "" else quoted(layer): ratio for layer, ratio in layers.items() if layer is not None}
-    largest = max((ratio for ratio in ratios.values() if math.isfinite(ratio)), default=0.0)
-    width, block = max(map(len, ratios), default=0), _block()
+    largest = max((ratio for layer, ratio in ratios.items() if layer is not None and math.isfinite(ratio)), default=0.0)
+    rows = [("distance", f"{ratios[None]:.3e}", "all", "")]
     for layer, ratio in ratios.items():
-        bar = block * math.ceil(_BAR * ratio / largest) if largest and math.isfinite(ratio) else ""
-        yield f"distance  {ratio:.3e}  {layer:<{width}}  {bar}".rstrip()
+        if layer is not None:
+            bar = "#" * math.ceil(_BAR * ratio / largest) if largest and math.isfinite(ratio) else ""
+            rows.append(("distance", f"{ratio:.3e}", quoted(layer) if layer else "(root)", bar))
+    yield from _table(rows)
 
 
-def _block() -> str:
-    """What bars are made of: a block if stdout can show it."""
-    try:
-        "█".encode(sys.stdout.encoding or "ascii")
-    except (LookupError, UnicodeEncodeError):
-        return "#"
-    return "█"
+def _distances(averaged: "Mapping[str, Tensor]", online: "Mapping[str, Tensor]") -> dict[str | None, float]:
+    """‖averaged - online‖ / ‖online‖ of each layer, the names without their last parts, and of all under None."""
+    import torch
+
+    apart: dict[str | None, float] = {None: 0.0}
+    norms: dict[str | None, float] = {None: 0.0}
+    for name, tensor in averaged.items():
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            continue
+        raw = online[name].to(torch.complex128 if tensor.is_complex() else torch.float64)
+        for layer in (None, name.rpartition(".")[0]):
+            apart[layer] = apart.get(layer, 0.0) + float((tensor.to(raw.dtype) - raw).norm()) ** 2
+            norms[layer] = norms.get(layer, 0.0) + float(raw.norm()) ** 2
+    return {layer: _ratio(apart[layer], norms[layer]) for layer in apart}
+
+
+def _ratio(apart: float, norm: float) -> float:
+    return math.sqrt(apart / norm) if norm else math.inf if apart else 0.0
 
 
 # --- export ---
@@ -315,38 +321,18 @@ def _block() -> str:
 def _export(arguments: argparse.Namespace) -> None:
     """Writes the averages as plain state dicts; nothing is written if one of them cannot be."""
     from .checkpoints import read, save_file
-    from .checkpoints.files import check_target, mebibytes
+    from .checkpoints.files import size_of
 
     keys: list[str | None] = arguments.key or [None]
-    outs = [_out_for(arguments, key) for key in keys]
-    if len(set(outs)) < len(outs):
-        arguments.usage_error(f"OUT should have {{}} in its name for {len(outs)} keys, got {str(arguments.out)!r}.")
-    for out in outs:
-        if out.exists() and arguments.file.exists() and out.samefile(arguments.file):
-            raise ValueError(f"OUT should be another file than FILE, got {str(out)!r} for both; name a new one.")
-        check_target(out, force=arguments.force)
+    outs = _outs(arguments, [key or "average" for key in keys])
     names, base, prefix = _names(arguments.names), arguments.base, arguments.strip_prefix
     averages = [read(arguments.file, key=key, names=names, base=base, strip_prefix=prefix) for key in keys]
     for found, out in zip(averages, outs, strict=True):
         save_file(found.tensors, out, force=arguments.force)
         origin = "plain weights: the file has no average" if found.system == "plain" else f"averaged by {found.system}"
-        print(f"{str(out)!r}: {len(found.tensors)} tensors, {mebibytes(found.tensors)} MiB, {origin}")
+        print(f"{str(out)!r}: {len(found.tensors)} tensors, {size_of(found.tensors) / 2**20:.3f} MiB, {origin}")
         if all(name.startswith("module.") for name in found.tensors):
             print("all names begin with 'module.', as a wrapped model's do; --strip-prefix module. takes it off")
-
-
-def _out_for(arguments: argparse.Namespace, key: str | None) -> Path:
-    """What to write for a key; exits if that cannot be the name of a file."""
-    out: Path = arguments.out
-    name = out.name.replace("{}", key or "average")
-    if not out.name:
-        arguments.usage_error(f"OUT should name a file, got {str(out)!r}.")
-    if Path(name).name != name:
-        arguments.usage_error(
-            f"OUT should give a file name for each key, but {key!r} cannot be in one; name OUT without {{}}, and "
-            "export each key by itself."
-        )
-    return out.with_name(name)
 
 
 # --- reconstruct ---
@@ -354,66 +340,27 @@ def _out_for(arguments: argparse.Namespace, key: str | None) -> Path:
 
 def _reconstruct(arguments: argparse.Namespace) -> None:
     """Writes averages of the lengths that are asked for, or lists what lengths there can be."""
-    given = [(name, length) for name in _LENGTHS for length in getattr(arguments, name)]
-    if problem := _problem(arguments, given):
-        arguments.usage_error(problem)
-    if arguments.list:
-        facts = _facts_of_snapshots(arguments.file, arguments.step)
-        print(json.dumps(facts, indent=2, allow_nan=False) if arguments.json else "\n".join(_lines_of_snapshots(facts)))
-        return
-    targets = {f"{name}_{length}": _target(arguments, name, length) for name, length in given}
-    outs = [arguments.out.with_name(arguments.out.name.replace("{}", label)) for label in targets]
-    _check_outs(arguments, outs)
-    _write_averages(arguments, list(targets.values()), outs)
-
-
-def _problem(arguments: argparse.Namespace, given: Sequence[tuple[str, float]]) -> str | None:
-    """What is wrong with the usage, if anything is."""
-    if arguments.list:
-        extra = given or arguments.out or arguments.force
-        return "--list should stand alone, or with --step or --json; leave it out to write." if extra else None
-    if arguments.json:
-        return "--json should stand with --list; leave it out to write."
-    if not given or not arguments.out:
-        return "reconstruct should have a length, such as --sigma-rel 0.15, and --out; --list says which are good."
-    if not arguments.out.name:
-        return f"--out should name a file, got {str(arguments.out)!r}."
-    if len(given) > 1 and "{}" not in arguments.out.name:
-        return f"--out should have {{}} in its name for {len(given)} lengths, got {str(arguments.out)!r}."
-    return None
-
-
-def _profile(name: str, length: float) -> "Profile":
-    from . import posthoc
-
-    if name == "sigma_rel":
-        return posthoc.PowerProfile(length)
-    return posthoc.ExponentialProfile(length) if name == "half_life" else posthoc.UniformProfile(length)
-
-
-def _target(arguments: argparse.Namespace, name: str, length: float) -> "Profile":
-    """The profile that a flag asks for; exits if the length is out of range."""
-    try:
-        return _profile(name, length)
-    except ValueError as error:
-        arguments.usage_error(f"{_flag(name)}: {error}")
-        raise
-
-
-def _check_outs(arguments: argparse.Namespace, outs: Sequence[Path]) -> None:
-    """Raises before minutes of work."""
-    from .checkpoints.files import check_target
     from .posthoc.snapshots import is_snapshot_name
 
+    if bool(arguments.lengths) == arguments.list or arguments.json > arguments.list:
+        arguments.usage_error(
+            "reconstruct should have --list, or --list --json, or --out and a length, such as --sigma-rel 0.15; --list "
+            "says which are good."
+        )
+    if arguments.list:
+        facts = _facts_of_snapshots(arguments.file, arguments.step)
+        _print(facts, _lines_of_snapshots(facts), arguments.json)
+        return
+    outs = _outs(arguments, [label for label, _ in arguments.lengths])
     for out in outs:
-        check_target(out, force=arguments.force)
         if out.resolve().parent == arguments.file.resolve() and is_snapshot_name(out):
             raise ValueError(f"OUT should not be the name of a snapshot in DIR, got {str(out)!r}; choose another.")
+    _write_averages(arguments, [profile for _, profile in arguments.lengths], outs)
 
 
 def _write_averages(arguments: argparse.Namespace, targets: "list[Profile]", outs: Sequence[Path]) -> None:
     from . import posthoc
-    from .checkpoints.files import mebibytes, save_file
+    from .checkpoints.files import save_file, size_of
 
     directory, step, progress = arguments.file, arguments.step, sys.stderr.isatty() and find_spec("tqdm") is not None
     options = {"max_residual": arguments.max_residual, "progress": progress, "base": arguments.base}
@@ -429,7 +376,7 @@ def _write_averages(arguments: argparse.Namespace, targets: "list[Profile]", out
         save_file(state, out, force=arguments.force)
         print(
             f"{str(out)!r}: {target} at {last.time} {last.time_unit} (iteration {last.iteration}, epoch {last.epoch}), "
-            f"residual {residual:.2%}, {len(state)} tensors, {mebibytes(state)} MiB"
+            f"residual {residual:.2%}, {len(state)} tensors, {size_of(state) / 2**20:.3f} MiB"
         )
 
 
@@ -441,19 +388,17 @@ def _facts_of_snapshots(directory: Path, step: int | None) -> dict[str, Any]:
     last = snapshots[-1]
     tensors = [tensor for stream in last.averaged for tensor in stream.values()]
     windows = [1.0, *(1 - one.time / last.time for one in snapshots[:-1])]
-    nearest = {min(windows, key=lambda window: abs(window - length)) for length in _LENGTHS["last"]}
-    tried = [(name, length) for name in ("sigma_rel", "half_life") for length in _LENGTHS[name]]
+    nearest = {min(windows, key=lambda window: abs(window - length)) for length in _LENGTHS["last"][2]}
+    tried = [(name, length) for name in ("sigma_rel", "half_life") for length in _LENGTHS[name][2]]
     tried += [("last", float(f"{window:.9g}")) for window in sorted(nearest)]
     known = [known for one in snapshots for known in one.snapshots]
     coefficients, residuals = posthoc.fitted(known, [_profile(*one) for one in tried])
     lengths = []
     for (name, length), row, residual in zip(tried, coefficients, residuals, strict=True):
-        rounding = posthoc.rounding(last, row)
-        worst = max(residual, rounding)
+        errors = {"residual": residual, "rounding": posthoc.rounding(last, row)}
+        worst = max(errors.values())
         verdict = "good" if worst <= posthoc.GOOD else "rough" if worst <= _ACCEPTED else "refused"
-        lengths.append(
-            {"length": name, "value": length, "residual": residual, "rounding": rounding, "verdict": verdict}
-        )
+        lengths.append({"length": name, "value": length, **errors, "verdict": verdict})
     return {
         "dir": str(directory),
         "time_unit": last.time_unit,
@@ -472,16 +417,17 @@ def _lines_of_snapshots(facts: Mapping[str, Any]) -> Iterator[str]:
     size = f"{facts['bytes'] / 2**20:.3f} MiB"
     yield f"{facts['tensors']} averaged tensors in {', '.join(facts['types'])}, {size} in each snapshot"
     yield ""
-    last = facts["snapshots"][-1]
-    width = max(len(str(last["time"])), 7)
-    yield f"{facts['time_unit']:>{width}}  {'iteration':>9}  {'epoch':>5}"
-    for one in facts["snapshots"]:
-        yield f"{one['time']:>{width}}  {one['iteration']:>9}  {one['epoch']:>5}"
+    columns = ("time", "iteration", "epoch")
+    yield from _table(
+        [(facts["time_unit"], *columns[1:]), *([one[key] for key in columns] for one in facts["snapshots"])]
+    )
     yield ""
-    yield f"what can be rebuilt at {last['time']} {facts['time_unit']}:"
-    flags = [f"{_flag(one['length'])} {one['value']:.9g}" for one in facts["lengths"]]
-    width = max(map(len, flags))
-    for flag, one in zip(flags, facts["lengths"], strict=True):
-        rounded = f"  rounding {one['rounding']:>8.3%}" if one["rounding"] > 1e-5 else ""
+    yield f"what can be rebuilt at {facts['snapshots'][-1]['time']} {facts['time_unit']}:"
+    rows = []
+    for one in facts["lengths"]:
+        rounded = f"rounding {one['rounding']:.3%}" if one["rounding"] > 1e-5 else ""
         verdict = "" if one["verdict"] == "good" else one["verdict"]
-        yield f"  {flag:<{width}}  residual {one['residual']:>8.3%}{rounded}  {verdict}".rstrip()
+        rows.append(
+            (f"{_flag(one['length'])} {one['value']:.9g}", f"residual {one['residual']:>8.3%}", rounded, verdict)
+        )
+    yield from _table(rows)

@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
-from ..averaging.checks import listed
 from .files import load_file, load_stream, quoted, restricted_unpickler, verify
 
 __all__ = ["DirectoryReader", "PlainPlanner", "nested", "read_directory", "read_directory_metadata"]
@@ -36,12 +35,9 @@ def read_directory(path: Path) -> Any:
             return _read_shards(path, index)
         if file := _only(path, f"*{suffix}"):
             return load_file(file)
-    files = [file for pattern in ("*", "*/*") for file in sorted(path.glob(pattern)) if _may_be_weights(file)]
-    inside = listed(str(file.relative_to(path)) for file in files)
-    got = f"one with {inside}; name the file in it that holds the weights" if inside else "neither; check the path"
     raise ValueError(
         f"{quoted(path)} should be a file, or a directory that save_pretrained or torch.distributed.checkpoint wrote, "
-        f"got {got}."
+        "got another one; name the file or directory in it that holds the weights."
     )
 
 
@@ -50,24 +46,14 @@ def _only(path: Path, pattern: str) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def _may_be_weights(path: Path) -> bool:
-    return (path / ".metadata").is_file() or path.suffix in (*_SUFFIXES, ".pt", ".pth", ".ckpt")
-
-
 def _read_shards(path: Path, index: Path) -> dict[str, Any]:
     """The tensors of a model that is too large for one file."""
     try:
-        places = {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        places = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+        shards = {file: load_file(path / file) for file in dict.fromkeys(places.values())}
+        return {name: shards[file][name] for name, file in places.items()}
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{quoted(index)} should say which file has which tensor; restore it.") from error
-    if outside := [file for file in places.values() if Path(file).name != file]:
-        raise ValueError(f"{quoted(index)} should name files beside it, got {quoted(outside[0])}; restore it.")
-    shards = {file: load_file(path / file) for file in dict.fromkeys(places.values())}
-    if missing := [name for name, file in places.items() if name not in shards[file]]:
-        raise ValueError(
-            f"{quoted(path / places[missing[0]])} should have {quoted(missing[0])}, as its index says; copy it anew."
-        )
-    return {name: shards[file][name] for name, file in places.items()}
 
 
 # --- torch.distributed.checkpoint ---
@@ -84,41 +70,32 @@ _PAIRS = {
 
 
 def read_directory_metadata(path: Path) -> Metadata:
-    """The table of contents of a directory that :mod:`torch.distributed.checkpoint` wrote, checked.
-
-    All files lie in the directory and are long enough, and the chunks of each tensor are all there.
+    """The table of contents of a directory that :mod:`torch.distributed.checkpoint` wrote.
 
     Raises:
-        ValueError: if that is not so, or the table is damaged.
+        ValueError: if it is damaged, or a file in the directory is missing or too short.
     """
     try:
         with (path / ".metadata").open("rb") as file:
             metadata: Metadata = restricted_unpickler(_PAIRS)(file).load()
-        sizes = {place.relative_path: _size_of(path, place.relative_path) for place in metadata.storage_data.values()}
-        fault = next((name for name, place in metadata.storage_data.items() if not _is_inside(place, sizes)), None)
-        names = [name for name, entry in metadata.state_dict_metadata.items() if not _is_whole(name, entry, metadata)]
+        lost = [index.fqn for index, place in metadata.storage_data.items() if not _is_there(path, place)]
+        lost += [name for name, entry in metadata.state_dict_metadata.items() if not _is_whole(name, entry, metadata)]
     except Exception as error:  # a damaged pickle can lead to nearly any
         raise ValueError(
             f"{quoted(path)} should be a checkpoint of {_CHECKPOINT}, but its table of contents, '.metadata', cannot "
             "be read; it is damaged, take another copy."
         ) from error
-    if fault is not None or names:
-        name = names[0] if fault is None else fault.fqn
+    if lost:
         raise ValueError(
-            f"{quoted(path)} should hold all that was saved, but {quoted(name)} is not whole in its files, one of "
+            f"{quoted(path)} should hold all that was saved, but {quoted(lost[0])} is not whole in its files, one of "
             "which is missing or cut short; take another copy."
         )
     return metadata
 
 
-def _size_of(directory: Path, name: str) -> int:
-    """The size of a file in a directory; 0 for anything elsewhere."""
-    file = directory / name
-    return file.stat().st_size if Path(name).name == name and file.is_file() else 0
-
-
-def _is_inside(place: Any, sizes: Mapping[str, int]) -> bool:
-    return bool(0 <= place.offset < place.offset + place.length <= sizes[place.relative_path])
+def _is_there(directory: Path, place: Any) -> bool:
+    file = directory / place.relative_path
+    return file.is_file() and bool(0 <= place.offset < place.offset + place.length <= file.stat().st_size)
 
 
 def _is_whole(name: str, entry: Any, metadata: Metadata) -> bool:

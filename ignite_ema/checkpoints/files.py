@@ -3,8 +3,6 @@
 import errno
 import os
 import pickle
-import re
-import sys
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,20 +23,16 @@ __all__ = [
     "kind_of",
     "load_file",
     "load_stream",
-    "mebibytes",
     "quoted",
     "restricted_unpickler",
     "save_file",
+    "size_of",
     "sync_directory",
     "verify",
-    "view_of",
     "whole_file",
 ]
 
 Pair = tuple[str, str]  # a module, and a name in it
-
-
-# --- messages ---
 
 
 def quoted(name: Any) -> str:
@@ -50,14 +44,8 @@ def quoted(name: Any) -> str:
 def kind_of(value: Any) -> str:
     """What a value is, for a message."""
     kind = value if isinstance(value, type) else type(value)
-    return (
-        f"an object of the class '{kind.__module__}.{kind.__name__}'"
-        if issubclass(kind, ForeignObject)
-        else kind.__name__
-    )
-
-
-# --- tensors ---
+    is_foreign = issubclass(kind, ForeignObject)
+    return f"an object of the class '{kind.__module__}.{kind.__name__}'" if is_foreign else kind.__name__
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -65,7 +53,7 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided
 
 
-def view_of(tensor: Tensor) -> Any:
+def _view_of(tensor: Tensor) -> Any:
     """What two tensors have in common exactly if they are the same view of the same memory."""
     if not is_dense(tensor) or tensor.is_meta:
         return id(tensor)
@@ -75,7 +63,7 @@ def view_of(tensor: Tensor) -> Any:
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors in memory of their own; tied tensors stay tied."""
-    views = {name: view_of(value) for name, value in tensors.items()}
+    views = {name: _view_of(value) for name, value in tensors.items()}
     copies = {view: tensors[name].detach().clone() for view, name in {views[name]: name for name in tensors}.items()}
     return {name: copies[view] for name, view in views.items()}
 
@@ -86,9 +74,9 @@ def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in {**tensors, **copied(parts)}.items()}
 
 
-def mebibytes(tensors: Mapping[str, Tensor]) -> str:
-    """The size of the dense tensors, in MiB."""
-    return f"{sum(one.nbytes for one in tensors.values() if is_dense(one)) / 2**20:.3f}"
+def size_of(tensors: Mapping[str, Tensor]) -> int:
+    """The size of the dense tensors, in bytes."""
+    return sum(tensor.nbytes for tensor in tensors.values() if is_dense(tensor))
 
 
 # --- reading ---
@@ -178,15 +166,12 @@ def load_stream(stream: str | IO[bytes], *, mmap: bool = False) -> Any:
     return torch.load(stream, map_location="cpu", mmap=mmap, pickle_module=_Pickle, weights_only=False)
 
 
-_OTHER_KINDS: dict[str, tuple[bytes, ...]] = {
-    "is cut short: a zip archive without its end; take another copy": (b"pk\3\4",),
-    "begins with zeros, like a file that was not written to its end; take another copy": (bytes(16),),
-    "is a pointer of Git LFS; get the file itself with git lfs pull": (b"version https://git-lfs",),
-    "is an HTML page, as a download that needs a login leaves; download it again": (b"<!doctype", b"<html"),
-    "was compressed; decompress it first": (b"\x1f\x8b", b"bzh", b"\xfd7zxz", b"\x28\xb5\x2f\xfd"),
-    "is an HDF5 file; convert it first": (b"\x89hdf",),
-}  # by their first bytes, in lower case
-_DAMAGED = "cannot be read as such; it is cut short or damaged, take another copy"
+_OTHER_KINDS = {
+    b"PK\3\4": "is cut short: a zip archive without its end; take another copy",
+    b"version https://git-lfs": "is a pointer of Git LFS; get the file itself with git lfs pull",
+    b"<": "is an HTML page, as a download that needs a login leaves; download it again",
+}  # by their first bytes
+_DAMAGED = "cannot be read as such; it is of another kind, cut short or damaged, take another copy"
 
 
 def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
@@ -215,10 +200,14 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
         load = partial(load_stream, str(path), mmap=True)
     else:
         load = partial(load_stream, str(path))
-        for what, beginnings in _OTHER_KINDS.items():
-            if head.lstrip().lower().startswith(beginnings):
+        for beginning, what in _OTHER_KINDS.items():
+            if head.lstrip().startswith(beginning):
                 raise _not_torch(path, what)
-    _check_not_forced()
+    if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
+        raise RuntimeError(
+            "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, in which nothing is run "
+            "either way; unset it, or load the file with torch.load and pass the mapping."
+        )
     try:
         return load()
     except OSError:
@@ -239,21 +228,11 @@ def _head(path: Path) -> bytes:
         raise ValueError(
             f"{quoted(path)} should be a file, got a directory; name the file in it that holds the weights."
         )
-    if not path.is_file():
-        raise ValueError(f"{quoted(path)} should be a file, got a device or a pipe; save it as a file first.")
     with path.open("rb") as file:
         head = file.read(64)
     if not head:
         raise ValueError(f"{quoted(path)} should hold weights, but it is empty; take another checkpoint.")
     return head
-
-
-def _check_not_forced() -> None:
-    if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
-        raise RuntimeError(
-            "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, in which nothing is run "
-            "either way; unset it, or load the file with torch.load and pass the mapping."
-        )
 
 
 def verify(file: Path | IO[bytes], name: str | None = None) -> None:
@@ -267,30 +246,23 @@ def verify(file: Path | IO[bytes], name: str | None = None) -> None:
         name: of the file, for messages.
 
     Raises:
-        ValueError: if a byte has changed since the file was written, or the archive is not one of ``torch.save``.
+        ValueError: if a byte has changed since the file was written, or it is a TorchScript archive.
     """
     if not zipfile.is_zipfile(file):
         return
     try:
         with zipfile.ZipFile(file) as archive:
-            fault = _fault(archive)
+            entries = archive.infolist()
+            changed = archive.testzip() if any(entry.CRC for entry in entries) else None
     except Exception as error:  # see above
         raise _not_torch(name or file, _DAMAGED) from error
-    if fault:
-        raise _not_torch(name or file, fault)
-
-
-def _fault(archive: zipfile.ZipFile) -> str | None:
-    entries = archive.infolist()
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        return "is a TorchScript archive, a program; save the state_dict() of the module instead"
-    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
-        return "is a zip archive of another kind; unzip it, and name the file in it that holds the weights"
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        return "was compressed; unzip it, and zip it again without compression"
-    if any(entry.CRC for entry in entries) and (changed := archive.testzip()):
-        return f"has changed since: the checksum of its entry {quoted(changed)} differs; take another copy"
-    return None
+        raise _not_torch(name or file, "is a TorchScript archive; save the state_dict() of the module instead")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # torch would read other numbers
+        raise _not_torch(name or file, "was compressed; unzip it, and zip it again without compression")
+    if changed:
+        fault = f"has changed since: the checksum of its entry {quoted(changed)} differs; take another copy"
+        raise _not_torch(name or file, fault)
 
 
 def _safetensors_for(path: Path) -> Any:
@@ -305,7 +277,6 @@ def _safetensors_for(path: Path) -> Any:
 # --- writing ---
 
 _SUFFIXES = (".pt", ".pth", ".safetensors")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CANNOT_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -338,9 +309,10 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
             raise TypeError(f"'{name}' should be a tensor, got {type(value).__name__}; take it out.")
         if value.is_meta:
             raise ValueError(f"'{name}' should have values, got a tensor on the meta device; load its values first.")
+    safetensors = _safetensors_for(path) if path.suffix == ".safetensors" else None
     with whole_file(path, force=force) as temporary:
-        if path.suffix == ".safetensors":
-            _safetensors_for(path).save_file(_alone(tensors), temporary, metadata={"format": "pt"})
+        if safetensors:
+            safetensors.save_file(_alone(tensors), temporary, metadata={"format": "pt"})
         else:
             with temporary.open("wb") as file:  # torch does not say why it could not write to a path
                 torch.save(compact(tensors), file)
@@ -364,10 +336,6 @@ def check_target(path: Path, *, force: bool) -> None:
         raise ValueError(
             f"{str(path)!r} should end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; choose one of them."
         )
-    _check_place(path, force)
-
-
-def _check_place(path: Path, force: bool) -> None:
     if path.is_dir():
         raise ValueError(f"{str(path)!r} should be a file, got a directory; name a file in it.")
     if path.exists() and not force:
@@ -384,7 +352,7 @@ def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
 
     Raises as :func:`save_file` does; nothing is left behind then.
     """
-    _check_place(path, force)
+    check_target(path, force=force)
     target = path.resolve()
     temporary = target.with_name(f".ignite_ema-{uuid4().hex}.tmp")
     try:
@@ -394,21 +362,20 @@ def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
         temporary.chmod(mode)  # safetensors replaces it by one that only the owner can read
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
-        _check_place(path, force)  # it may have appeared meanwhile
         temporary.replace(target)
         sync_directory(target.parent)
-    except (FileExistsError, ImportError, MemoryError, TypeError):
-        raise
-    except Exception as error:  # of torch and safetensors any, if the disk is full
-        raise _write_error(error, path) from error
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch raises an error of its own
+        if isinstance(cause, OSError) and cause.errno:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise OSError(f"{str(path)!r} should be written, but could not be: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:
     """Waits until renames in a directory are on the disk, if the file system can say so."""
-    if sys.platform == "win32":
-        return
     try:
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -418,20 +385,3 @@ def sync_directory(directory: Path) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise
-
-
-def _write_error(error: Exception, path: Path) -> OSError:
-    """The error of a failed write, about ``path``, of the class and with the number of its cause."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):  # torch and safetensors raise errors of their own
-        number = re.search(r"\(os error (\d+)\)", str(cause))  # as Rust writes it
-        cause = OSError(int(number[1]), "") if number else cause.__cause__ or cause.__context__
-    if cause is None or cause.errno is None:
-        reason = str(error).partition("\n")[0].removesuffix(".") or type(error).__name__
-        return OSError(f"{str(path)!r} should be written, but it could not be: {reason}.")
-    reason = os.strerror(cause.errno)
-    is_full = cause.errno in _FULL
-    why = f"the disk is full ({reason}); make room there, or" if is_full else f"the system says: {reason};"
-    told = type(cause)(f"{str(path)!r} should be written, but {why} choose another place.")
-    told.errno = cause.errno
-    return told

@@ -10,9 +10,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ..averaging.checks import listed
 from ..averaging.state import STATE_VERSION
-from .files import is_dense, kind_of, quoted
+from .files import kind_of, quoted
 
 __all__ = ["FORMATS", "Found", "Names", "State", "Tensors", "within"]
 
@@ -28,9 +27,8 @@ class Found:
     Attributes:
         path: the keys that lead to it.
         parent: the mapping in which it is, or is part of, an entry, and ``entry`` the key there.
-        parts: the entries that this format explains: none of them is another average by its name alone.
         frozen: names that the average lacks, because it shares these tensors with the model.
-        rank: where no key is given, only what has the lowest is considered.
+        rank: only what has the lowest is considered: 0 for a layout that only an average has, 1 for a name.
         note: what helps to choose between this and others.
     """
 
@@ -41,9 +39,8 @@ class Found:
     path: tuple[str, ...] = ()
     parent: State = field(default_factory=dict)
     entry: str = ""
-    parts: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
-    rank: int = 1
+    rank: int = 0
     note: str = ""
 
     @property
@@ -64,37 +61,20 @@ def _ignite_ema(state: State) -> Iterator[Found]:
     """
     if "ignite_ema_version" not in state or "averaged_tensors" not in state:
         return
-    _check_ignite_ema(state)
-    tensors, names = state["averaged_tensors"], state["state_dict_names"]
-    named = {name: tensors[averaged] for name, averaged in names.items() if averaged in tensors}
-    if tensors and names and not named:
+    tensors, names, version = (state.get(k) for k in ("averaged_tensors", "state_dict_names", "ignite_ema_version"))
+    if version != STATE_VERSION:
         raise ValueError(
-            f"'state_dict_names' of the state of an EMAHandler should name averaged tensors, got "
-            f"{quoted(next(iter(names.values())))}, which is not there; take another checkpoint."
+            f"'ignite_ema_version' of the state of an EMAHandler should be {STATE_VERSION}, got {quoted(version)}; "
+            "read it with the ignite_ema that wrote it."
         )
+    if not isinstance(tensors, Mapping) or not isinstance(names, Mapping):
+        raise ValueError(
+            "'averaged_tensors' and 'state_dict_names' of the state of an EMAHandler should be mappings, got "
+            f"{kind_of(tensors)} and {kind_of(names)}; take another checkpoint."
+        )
+    named = {name: tensors[averaged] for name, averaged in names.items() if averaged in tensors}
     frozen = tuple(name for name in names if name not in named)
     yield Found("ignite_ema", named, None, _count(state, "num_updates"), frozen=frozen)
-
-
-def _check_ignite_ema(state: State) -> None:
-    """Raises ValueError, naming the entry, if the state of a handler is not of the form that it saves."""
-    version, whose = state["ignite_ema_version"], "of the state of an EMAHandler"
-    if type(version) is not int or version != STATE_VERSION:
-        got = str(version) if type(version) is int else kind_of(version)
-        raise ValueError(
-            f"'ignite_ema_version' {whose} should be {STATE_VERSION}, got {got}; read it with the ignite_ema that "
-            "wrote it."
-        )
-    for key in ("averaged_tensors", "state_dict_names"):
-        if not isinstance(state.get(key), Mapping):
-            got = f"is {kind_of(state[key])}" if key in state else "is missing"
-            raise ValueError(f"{key!r} {whose} should be a mapping, but {got}; take another checkpoint.")
-    for name, averaged in state["state_dict_names"].items():
-        if not isinstance(name, str) or not isinstance(averaged, str):
-            raise ValueError(
-                f"'state_dict_names' {whose} should have text alone, got {kind_of(averaged)} for {quoted(name)}; take "
-                "another checkpoint."
-            )
 
 
 def _mmengine(state: State) -> Iterator[Found]:
@@ -106,15 +86,14 @@ def _mmengine(state: State) -> Iterator[Found]:
     if _has_states(state, *parts):
         raw = within(state["ema_state_dict"], "module.")
         if raw and "steps" in state["ema_state_dict"] and len(raw) == len(state["ema_state_dict"]) - 1:
-            yield Found("mmengine", state["state_dict"], raw, path=parts[:1], parts=parts)
+            yield Found("mmengine", state["state_dict"], raw, path=parts[:1])
 
 
 def _timm(state: State) -> Iterator[Found]:
     """What ``CheckpointSaver`` writes, both parts without wrappers."""
-    parts = ("state_dict_ema", "state_dict")
     if _has_states(state, "state_dict_ema"):
         raw = state["state_dict"] if _has_states(state, "state_dict") else None
-        yield Found("timm", state["state_dict_ema"], raw, path=parts[:1], parts=parts)
+        yield Found("timm", state["state_dict_ema"], raw, path=("state_dict_ema",))
 
 
 def _lightning(state: State) -> Iterator[Found]:
@@ -125,8 +104,7 @@ def _lightning(state: State) -> Iterator[Found]:
     """
     if _has_states(state, "state_dict", "current_model_state") and isinstance(state.get("averaging_state"), Mapping):
         count = _count(state["averaging_state"], "n_averaged")
-        parts = ("state_dict", "current_model_state", "averaging_state")
-        yield Found("Lightning", state["state_dict"], state["current_model_state"], count, parts[:1], parts=parts)
+        yield Found("Lightning", state["state_dict"], state["current_model_state"], count, ("state_dict",))
     if not _has_states(state, "state_dict", "callbacks"):
         return
     for name, callback in state["callbacks"].items():
@@ -175,20 +153,12 @@ def _mmcv(state: State) -> Iterator[Found]:
     ``mmdet/core/hook/ema.py``) swap in ``after_train_epoch``, ahead of the ``CheckpointHook``, and back in
     ``before_train_epoch``. ``IterBasedRunner`` calls neither. The file does not say which of both saved it.
     """
-    buffers = {name for name in state if isinstance(name, str) and name.startswith("ema_") and "." not in name}
+    buffers = {name for name in state if str(name).startswith("ema_") and "." not in name}
     own = {name: value for name, value in state.items() if name not in buffers}
-    partners: dict[str, list[str]] = {}
-    for name in own:
-        partners.setdefault(f"ema_{str(name).replace('.', '_')}", []).append(name)
-    if not buffers or not all(name in partners and _fit(own[partners[name][0]], state[name]) for name in buffers):
+    partners = {f"ema_{str(name).replace('.', '_')}": name for name in own}
+    if not buffers or not all(name in partners and _fit(own[partners[name]], state[name]) for name in buffers):
         return
-    for name in sorted(buffers):
-        if len(partners[name]) > 1:
-            raise ValueError(
-                f"{quoted(name)} should belong to one tensor of the model, got {listed(partners[name])}: mmcv writes "
-                "all under this name, and the averages of the others are lost; rename them and train again."
-            )
-    other = own | {partners[name][0]: state[name] for name in buffers}
+    other = own | {partners[name]: state[name] for name in buffers}
     note = "the average where the file was saved"
     yield Found("mmcv", own, other, path=("model",), note=f"{note} at the end of an epoch")
     yield Found("mmcv", other, own, path=("ema_",), note=f"{note} within one, or by an IterBasedRunner")
@@ -218,21 +188,21 @@ def _mmagic(state: State) -> Iterator[Found]:
         if online.keys() != twin.keys():  # DDP around a part of the model
             online = within(online, "module.")
         if online.keys() == twin.keys():
-            yield Found("mmagic", twin, online, path=(head,))
+            yield Found("mmagic", twin, online, path=(head,), rank=1)
 
 
-FORMATS: dict[str, Callable[[State], Iterable[Found]]] = {
-    "ignite_ema": _ignite_ema,
-    "mmengine": _mmengine,
-    "timm": _timm,
-    "Lightning": _lightning,
-    "torch AveragedModel": _averaged_model,
-    "ema-pytorch": _ema_pytorch,
-    "diffusers": _diffusers,
-    "torch_ema": _torch_ema,
-    "mmcv": _mmcv,
-    "mmagic": _mmagic,
-}
+FORMATS: tuple[Callable[[State], Iterable[Found]], ...] = (
+    _ignite_ema,
+    _mmengine,
+    _timm,
+    _lightning,
+    _averaged_model,
+    _ema_pytorch,
+    _diffusers,
+    _torch_ema,
+    _mmcv,
+    _mmagic,
+)
 
 
 def within(state: State, prefix: str) -> dict[str, Any]:
@@ -245,14 +215,8 @@ def _has_states(state: State, *names: str) -> bool:
 
 
 def _count(state: State, name: str) -> int | None:
-    """A whole number, plain or in a tensor of one element."""
+    """A whole number from 0, plain or in a tensor of one element."""
     value = state.get(name)
-    if isinstance(value, Tensor):
-        if value.is_meta or not is_dense(value) or value.is_floating_point() or value.is_complex():
-            return None
-        value = int(value) if value.numel() == 1 else None
-    if not isinstance(value, int):
-        return None
-    if not 0 <= value < 2**63:
-        raise ValueError(f"'{name}' should be a number of updates, from 0 to 2**63 - 1, got {value}; correct it.")
-    return value
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        value = value.item()
+    return value if isinstance(value, int) and value >= 0 else None

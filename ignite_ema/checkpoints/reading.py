@@ -1,18 +1,17 @@
 """Averaged weights out of the files of other systems, as a plain ``state_dict`` under the model's own names."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from ..averaging.checks import listed
-from .detection import covers, fault, find, merged, plain_name, raw_beside
-from .files import ForeignObject, copied, kind_of, load_file, mebibytes, quoted
-from .formats import FORMATS, Found, Names, State, Tensors, within
+from .detection import covers, find, plain_name, raw_beside
+from .files import ForeignObject, copied, kind_of, load_file, quoted, size_of
+from .formats import Found, Names, State, Tensors, within
 
 __all__ = ["Averaged", "SeveralAverages", "Source", "averaged_state_dict", "read", "read_part"]
 
@@ -45,7 +44,7 @@ class Averaged:
         raw = "no raw weights" if self.online is None else "raw weights"
         count = "unknown" if self.num_updates is None else self.num_updates
         return (
-            f"Averaged({self.system}, {len(self.tensors)} tensors, {mebibytes(self.tensors)} MiB, {raw}, "
+            f"Averaged({self.system}, {len(self.tensors)} tensors, {size_of(self.tensors) / 2**20:.3f} MiB, {raw}, "
             f"num_updates={count})"
         )
 
@@ -78,9 +77,9 @@ def read(
     there, or with ``strip_prefix``: the names of a bare timm ``ModelEmaV3`` look like those of a wrapped model. Extra
     state (``_extra_state``) that is not a tensor is left out. diffusers and torch_ema keep parameters only, no buffers.
 
-    If a file holds several averages, ``key`` has to choose, and the message lists them. Averages that are bit for bit
-    the same are one. A file without a known average gives its plain weights; if several entries have the same names
-    and shapes but other values, the choice has to be made, too.
+    The formats of the systems come first, then entries with "ema" or the like in their names. If a file holds several
+    averages of a kind, ``key`` has to choose, and the message lists them. A file without a known average gives its
+    plain weights; if several entries fit one model, the choice has to be made, too.
 
     mmcv and mmdetection 2 swap at the end of an epoch: ``key="model"`` is the average then. In a file that was saved
     within an epoch, or by an ``IterBasedRunner``, it is the other way round: ``key="ema_"`` takes the average from the
@@ -122,7 +121,9 @@ def read(
             f"The average in {_named_source(source)} should have all tensors of its model, but it shared {len(lacks)} "
             f"frozen ones with it, {listed(lacks)}; pass the model, or its file, as base (--base FILE)."
         )
-    return _changed(found, copied) if isinstance(source, (str, os.PathLike)) else found
+    if not isinstance(source, (str, os.PathLike)):
+        return found
+    return replace(found, tensors=copied(found.tensors), online=found.online and copied(found.online))
 
 
 def averaged_state_dict(
@@ -152,10 +153,10 @@ def read_part(
     source: Source, key: str | None, names: Names, base: Base = None, strip_prefix: str | None = None
 ) -> tuple[Averaged, list[str]]:
     """What `read` gives, still mapped to the file, and the frozen tensors that neither the source nor the base has."""
-    _check_prefix(strip_prefix)
     where = _named_source(source)
     averaged, frozen = _read(source, key, names, where)
-    averaged = _stripped(averaged, strip_prefix, where)
+    if strip_prefix is not None:
+        averaged = _stripped(averaged, strip_prefix, where)
     lacks = [name for name in frozen if name not in averaged.tensors]
     if base is None:
         return averaged, lacks
@@ -191,46 +192,38 @@ def _found(content: Any, where: str) -> list[Found]:
             f"{where} should hold an average by itself, but it is a snapshot of a PostHocEMA; rebuild an average "
             "from its directory with posthoc.reconstruct (ignite-ema reconstruct DIR)."
         )
-    if not content:
-        raise ValueError(
-            f"{where} should hold averaged weights or a state dict, but is empty; take another checkpoint."
-        )
     found = find(content)
     if not found:
-        if wrong := fault(content):
-            raise ValueError(
-                f"{where} should hold averaged weights or a state dict, but {wrong}; load it, correct that, and pass "
-                "the mapping."
-            )
+        kinds = _enumerated(f"{quoted(name)} ({kind_of(value)})" for name, value in content.items())
         raise ValueError(
-            f"{where} should hold averaged weights or a state dict, but has the keys {listed(content)}, none of "
-            f"which is known; known are the files of {', '.join(FORMATS)} and Ignite. Load it and pass the part that "
-            "is a state dict."
+            f"{where} should hold averaged weights or a state dict, but has {kinds or 'nothing'}. Load it and pass the "
+            "part that is a state dict, tensors by their names."
         )
     return found
 
 
-def _named_source(source: Source, role: str = "source") -> str:
-    return quoted(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else role
+def _named_source(source: Source) -> str:
+    return quoted(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "source"
 
 
 def _chosen(found: list[Found], key: str | None, where: str) -> Found:
-    """The one average that is meant: by key, by rank, or as the only one."""
-    if key is None:
-        first = min(one.rank for one in found)
-        chosen = [one for one in found if one.rank == first]
-    else:
-        chosen = [one for one in found if one.answers_to(key)]
+    """The average of the lowest rank among those that answer to the key."""
+    chosen = [average for average in found if key is None or average.answers_to(key)]
     if not chosen:
         raise ValueError(f"key should be one of {_shown(found)} in {where}, got {quoted(key)}.")
-    chosen = merged(chosen)
+    first = min(average.rank for average in chosen)
+    chosen = [average for average in chosen if average.rank == first]
     if len(chosen) > 1:
         raise SeveralAverages(where, chosen)
     return chosen[0]
 
 
 def _shown(found: list[Found]) -> str:
-    shown = [f"{quoted(one.label)} ({'; '.join(filter(None, (one.system, one.note)))})" for one in found]
+    return _enumerated(f"{quoted(one.label)} ({'; '.join(filter(None, (one.system, one.note)))})" for one in found)
+
+
+def _enumerated(parts: Iterable[str]) -> str:
+    shown = list(parts)
     return ", ".join(shown[:_MOST_SHOWN] + [f"… ({len(shown)} in all)"] * (len(shown) > _MOST_SHOWN))
 
 
@@ -263,17 +256,14 @@ def _with_names(found: Found, tensors: Tensors, names: Names, where: str) -> Sta
             "dict(model.named_parameters())."
         )
     known = dict(names.named_parameters() if isinstance(names, nn.Module) else names)
-    if len(known) != len(tensors):
+    pairs = zip(known.items(), tensors, strict=False)
+    other = next((name for (name, value), tensor in pairs if _shape(value) != _shape(tensor)), None)
+    if other is not None or len(known) != len(tensors):
+        got = len(known) if len(known) != len(tensors) else f"another shape for {quoted(other)}"
         raise ValueError(
-            f"names should be of {len(tensors)} tensors, as many as {found.system} has in {where}, got {len(known)}; "
-            "pass dict(model.named_parameters()) of the model that was averaged, without buffers."
+            f"names should be of the {len(tensors)} tensors that {found.system} has in {where}, in their order, got "
+            f"{got}; pass dict(model.named_parameters()) of the model that was averaged."
         )
-    for (name, value), tensor in zip(known.items(), tensors, strict=True):
-        if not isinstance(value, Tensor) or not isinstance(tensor, Tensor) or _shape(value) != _shape(tensor):
-            raise ValueError(
-                f"{quoted(name)} of names should have the shape of its tensor in {where}, {_shape(tensor)}, got "
-                f"{_shape(value)}; pass the parameters in the order of model.parameters()."
-            )
     return dict(zip(known, tensors, strict=True))
 
 
@@ -283,29 +273,16 @@ def _cleaned(state: State, where: str) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor) and str(name).endswith("_extra_state"):
             continue
-        plain = plain_name(name)
-        if fault := _fault_of(value):
-            raise ValueError(f"{quoted(name)} of the weights in {where} should {fault}.")
-        if plain in tensors:
+        if not isinstance(value, Tensor) or value.is_meta:
+            got = "one on the meta device" if isinstance(value, Tensor) else kind_of(value)
             raise ValueError(
-                f"{quoted(plain)} should be in {where} once, but it is there with and without '_orig_mod.'; load the "
-                "file, take one out, and pass the mapping."
+                f"{quoted(name)} of the weights in {where} should be a tensor with values, got {got}; load the file, "
+                "take it out, and pass the mapping."
             )
-        tensors[plain] = value.detach()
+        tensors[plain_name(name)] = value.detach()
     if not tensors:
         raise ValueError(f"The average in {where} should have tensors, but it is empty; take another checkpoint.")
     return tensors
-
-
-def _fault_of(value: Any) -> str | None:
-    """What is wrong with a value of a state dict, if anything is."""
-    if not isinstance(value, Tensor):
-        return f"be a tensor, got {kind_of(value)}; load the file, take it out, and pass the mapping"
-    if value.is_nested:
-        return "be a plain tensor, got a nested one; load the file, convert it, and pass the mapping"
-    if value.is_meta:
-        return "have values, got a tensor on the meta device, a shape alone; take another checkpoint"
-    return None
 
 
 def _completed(tensors: dict[str, Tensor], base: State, missing: Sequence[str], where: str) -> dict[str, Tensor]:
@@ -318,51 +295,23 @@ def _completed(tensors: dict[str, Tensor], base: State, missing: Sequence[str], 
         where: what holds the average, for messages.
     """
     own = _cleaned(base, "base")
-    for name in tensors.keys() & own.keys():
-        if tensors[name].shape != own[name].shape:
-            raise ValueError(
-                f"{quoted(name)} of base should have the shape that it has in {where}, {_shape(tensors[name])}, got "
-                f"{_shape(own[name])}; pass a state dict of the same model (--base)."
-            )
     if lacking := [name for name in missing if name not in own]:
         raise ValueError(
             f"base should have what the average in {where} lacks, but has no {listed(lacking)}; pass a state dict of "
             "the same model (--base)."
         )
-    added = {name: own[name] for name in (missing or own) if name not in tensors}
-    if not added:
-        raise ValueError(f"base should add to the average in {where}, but that has all of its tensors; leave it out.")
-    return tensors | added
+    return tensors | {name: own[name] for name in (missing or own) if name not in tensors}
 
 
 def _shape(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {kind_of(value)}"
 
 
-def _check_prefix(prefix: object) -> None:
-    if prefix is None:
-        return
-    if not isinstance(prefix, str):
-        raise TypeError(f"strip_prefix should be text such as 'module.', got {kind_of(prefix)}; leave it out for none.")
-    if not prefix.endswith("."):
+def _stripped(averaged: Averaged, prefix: str, where: str) -> Averaged:
+    if not prefix.endswith(".") or not all(name.startswith(prefix) and name != prefix for name in averaged.tensors):
         raise ValueError(
-            f"strip_prefix should be whole parts of the names, each with its dot, such as 'module.', got "
-            f"{quoted(prefix)}; add the dot (--strip-prefix)."
+            f"strip_prefix should begin all names of the average in {where}, with its dot, such as 'module.', got "
+            f"{quoted(prefix)}; the first name is {quoted(next(iter(averaged.tensors)))} (--strip-prefix)."
         )
-
-
-def _stripped(averaged: Averaged, prefix: str | None, where: str) -> Averaged:
-    if prefix is None:
-        return averaged
-    if other := next((name for name in averaged.tensors if not name.startswith(prefix) or name == prefix), None):
-        raise ValueError(
-            f"strip_prefix should begin all names of the average in {where}, got {quoted(prefix)}, which does not "
-            f"begin {quoted(other)}; leave it out (--strip-prefix)."
-        )
-    return _changed(averaged, partial(within, prefix=prefix))
-
-
-def _changed(averaged: Averaged, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Averaged:
-    """The same with another state dict for the averaged weights, and for the raw ones if there are any."""
-    online = None if averaged.online is None else change(averaged.online)
-    return replace(averaged, tensors=change(averaged.tensors), online=online)
+    online = None if averaged.online is None else within(averaged.online, prefix)
+    return replace(averaged, tensors=within(averaged.tensors, prefix), online=online)

@@ -54,16 +54,13 @@ def test_help_does_not_import_torch(arguments, tmp_path):
     assert shown.stdout.startswith(begin)
 
 
-@pytest.mark.parametrize(
-    ("encoding", "name", "block"),
-    [("ascii", r"gr\xf6\xdfe", "#"), ("latin-1", "größe", "#"), ("utf-8", "größe", "█")],
-)
-def test_bars_and_letters_suit_the_encoding(encoding, name, block, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("encoding", "name"), [("ascii", r"gr\xf6\xdfe"), ("utf-8", "größe")])
+def test_letters_suit_the_encoding(encoding, name, tmp_path, monkeypatch):
     torch.save(FILE, tmp_path / "file.pt")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stdout)
     assert main(["inspect", str(tmp_path / "file.pt")]) == 0
-    assert f"  '{name}'  {block * 40}\n" in stdout.buffer.getvalue().decode(encoding)
+    assert f"  '{name}'  {'#' * 40}\n" in stdout.buffer.getvalue().decode(encoding)
 
 
 def test_ctrl_c(command, monkeypatch):

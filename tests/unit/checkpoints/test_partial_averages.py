@@ -79,16 +79,10 @@ def test_buffers_of_a_list_of_parameters_come_from_a_base(model):
     ("base", "message"),
     [
         ({"0.weight": torch.zeros(3, 2)}, "base should have what the average in source lacks, but has no '0.bias'"),
-        ({"2.weight": torch.zeros(9)}, r"'2.weight' of base should have the shape .*\(1, 3\), got \(9,\)"),
-        ({"0.weight": 3}, "base should hold averaged weights or a state dict, but has the keys '0.weight'"),
+        ({"0.weight": 3}, "base should hold averaged weights or a state dict, but has '0.weight' .int."),
         (3, "base should be, or hold, a mapping"),
     ],
 )
 def test_a_base_that_does_not_fit(base, message, handler):
     with pytest.raises((TypeError, ValueError), match=message):
         read(handler.state_dict(), base=base)
-
-
-def test_a_base_that_adds_nothing_is_refused(model):
-    with pytest.raises(ValueError, match="base should add to the average in source, but that has all"):
-        read({"ema": model.state_dict()}, base=model)

@@ -1,7 +1,5 @@
 """What is read is a plain state dict of tensors with values and memory, with the names asked for; or one sentence."""
 
-import argparse
-
 import pytest
 import torch
 from torch import nn
@@ -22,10 +20,8 @@ def shadow():
     ("names", "error", "message"),
     [
         (None, ValueError, "list of 2 tensors without names, as diffusers.*named_parameters.*--names"),
-        ({"w": torch.zeros(2, 2)}, ValueError, "names should be of 2 tensors, as many as diffusers has.*got 1"),
-        (net(), ValueError, "got 6; pass"),
-        ({"b": torch.zeros(2), "w": torch.zeros(2, 2)}, ValueError, r"'b' of names.*shape.*\(2, 2\), got \(2,\)"),
-        ({"w": torch.zeros(2, 2), "b": 2}, ValueError, r"'b' of names.*\(2,\), got a int"),
+        ({"w": torch.zeros(2, 2)}, ValueError, "names should be of the 2 tensors that diffusers has.*got 1; pass"),
+        ({"b": torch.zeros(2), "w": torch.zeros(2, 2)}, ValueError, "got another shape for 'b'; pass"),
         (["w", "b"], TypeError, "names should be a model, or a mapping.*got list"),
     ],
 )
@@ -46,8 +42,6 @@ def test_names_from_a_model_for_a_list_and_the_raw_weights_beside_it():
 def test_orig_mod_is_taken_out_where_it_is_a_component():
     names = ["_orig_mod.my_orig_mod.w", "a._orig_mod._orig_mod.b", "_orig_model.c"]
     assert list(read({"ema": dict.fromkeys(names, ONE)}).tensors) == ["my_orig_mod.w", "a.b", "_orig_model.c"]
-    with pytest.raises(ValueError, match="'x' should be in source once.*_orig_mod"):
-        read({"ema": {"x": ONE, "_orig_mod.x": 2 * ONE}})
 
 
 def wrapped():
@@ -68,10 +62,10 @@ def test_a_prefix_is_taken_off():
 @pytest.mark.parametrize(
     ("prefix", "error", "message"),
     [
-        ("model.", ValueError, "strip_prefix should begin all names .*, got 'model.', which does not beg"),
-        ("module.weight.", ValueError, "strip_prefix should begin all names .*, got 'module.weight.', which does not"),
-        *((part, ValueError, r"^strip_prefix should [^\n]*, got '.*; ") for part in ("", "module", "modul", ".")),
-        (3, TypeError, "strip_prefix should be text such as 'module.', got int; leave it out"),
+        *(
+            (prefix, ValueError, "strip_prefix should begin all")
+            for prefix in ("model.", "module.weight.", "", "module")
+        ),
     ],
 )
 def test_a_prefix_that_does_not_begin_all_names_is_refused(prefix, error, message):
@@ -86,8 +80,6 @@ FORGED = "a\n\x1b[2Jdistance  0.000e+00  all\u202e"
     "content",
     [
         {FORGED: 3},
-        {FORGED: state(1), FORGED + "b": state(2)},
-        {"ema": {FORGED: 3, "w": ONE}},
         {"ema": {FORGED: torch.zeros(1, device="meta")}},
         {"ema_" + FORGED: state(1), "ema": state(2)},
     ],
@@ -101,21 +93,18 @@ def test_names_in_messages_are_quoted(content):
 # --- values ---
 
 META = nn.Linear(2, 2, device="meta").state_dict()
-NO_TENSOR = "'n' of the weights in source should be a tensor, got int"
 EMPTY = "The average in source should have tensors, but it is empty"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict_ema": state() | {"n": 3}}, NO_TENSOR),
-        ({"ema_model": state() | {"n": 3}}, NO_TENSOR),
+        ({"ema_model": state() | {"n": 3}}, "'n' of the weights in source should be a tensor with values, got int"),
         ({"state_dict_ema": {}, "state_dict": state()}, EMPTY),
         ({"state_dict_ema": {"_extra_state": 3}}, EMPTY),
         ({"shadow_params": [], "optimization_step": 3}, EMPTY),
-        ({"ema": META}, "should have values, got a tensor on the meta device"),
-        (META, "should have values, got a tensor on the meta device"),
-        ({"module.w": META["bias"], "n_averaged": META["bias"][0]}, "should have values, got a tensor on the meta"),
+        ({"ema": META}, "should be a tensor with values, got one on the meta device"),
+        (META, "should be a tensor with values, got one on the meta device"),
     ],
 )
 def test_what_is_no_weight_is_named(content, message):
@@ -123,17 +112,8 @@ def test_what_is_no_weight_is_named(content, message):
         read(content, names={})
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-def test_nested_tensors_are_named(layout):
-    nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=layout)
-    with pytest.raises(ValueError, match="'w' of the weights in source should be a plain tensor, got a nested one"):
-        read({"ema": {"w": nested}, "model": {"w": nested}})
-
-
-def test_raw_weights_without_values_are_none_and_small_repeated_tensors_are_weights():
+def test_raw_weights_without_values_are_none():
     assert read({"model": META, "ema": nn.Linear(2, 2).state_dict()}).online is None
-    assert read({"ema": {"w": torch.zeros(1).expand(5)}}).tensors["w"].shape == (5,)
 
 
 def test_extra_state_that_is_no_tensor_is_left_out():
@@ -142,22 +122,11 @@ def test_extra_state_that_is_no_tensor_is_left_out():
     assert read(state() | extra).system == "plain"
 
 
-def test_gradients_are_left_behind():
-    assert not read({"ema": {"w": nn.Parameter(torch.zeros(1))}}).tensors["w"].requires_grad
-
-
 def test_ties_of_a_file_stay_ties(tmp_path):
     torch.save({"ema": tied().state_dict()}, tmp_path / "file.pt")
     tensors = averaged_state_dict(tmp_path / "file.pt")
     assert tensors["tied.first.weight"].data_ptr() == tensors["tied.second.weight"].data_ptr()
     assert tensors["tied.first.weight"].untyped_storage().nbytes() == 16
-
-
-def test_sparse_tensors_of_a_file_are_not_mixed_up(tmp_path):
-    tensors = {str(index): torch.full((2,), float(index)).to_sparse() for index in range(20)}
-    torch.save({"ema": tensors}, tmp_path / "file.pt")
-    for name, tensor in read(tmp_path / "file.pt").tensors.items():
-        assert torch.equal(tensor.to_dense(), torch.full((2,), float(name)))
 
 
 def test_average_in_safetensors_outlives_the_file(tmp_path):
@@ -191,29 +160,18 @@ def test_plain_weights_are_no_average_unless_a_key_says_so(tmp_path):
         assert equal(averaged_state_dict(source, key="model"), state())
 
 
-NOTHING = "source should hold averaged weights or a state dict, but"
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"epoch": 3}, "source should hold averaged weights.*keys.*mmengine.*pass the part"),
-        ({f"k{i}": {} for i in range(20)}, r"source should hold averaged weights.*keys.*… \(20 in all\).*mmengine"),
-        ({}, f"{NOTHING} is empty; take another"),
-        ({"state_dict": {1: ONE}}, f"{NOTHING} in its 'state_dict', the name '1' is no text, but int; load it"),
-        ({"state_dict": {"w": ONE, "x": 3}}, f"{NOTHING} in its 'state_dict', 'x' is no tensor, but int"),
-        ({"state_dict": [ONE]}, f"{NOTHING} its 'state_dict' is no state dict, but list"),
-        ({"epoch": 3, "state_dict": {}}, f"{NOTHING} in its 'state_dict', there are no tensors"),
-        ({"ema": {"w": [ONE]}}, f"{NOTHING} in its 'ema', 'w' is no tensor, but list"),
-        ({"generator": {"w": ONE, "x": "y"}}, f"{NOTHING} in its 'generator', 'x' is no tensor, but str"),
-        ({1: ONE}, f"{NOTHING} in it, the name '1' is no text, but int"),
-        ({"w": ONE, "epoch": 3}, f"{NOTHING} in it, 'epoch' is no tensor, but int"),
+        ({"epoch": 3, "state_dict": {}}, r"but has 'epoch' \(int\), 'state_dict' \(dict\)\. Load it and pass the part"),
+        ({f"k{i}": {} for i in range(20)}, r"'k7' \(dict\), … \(20 in all\)"),
+        ({}, "but has nothing"),
+        ({"w": ONE, "epoch": 3}, r"but has 'w' \(Tensor\), 'epoch' \(int\)"),
     ],
 )
-def test_what_is_wrong_with_a_state_dict_is_said(content, message):
-    with pytest.raises(ValueError, match=message) as info:
+def test_what_a_file_without_weights_has_is_said(content, message):
+    with pytest.raises(ValueError, match=message):
         read(content)
-    assert len(str(info.value)) < 400
 
 
 @pytest.mark.parametrize(("source", "kind"), [([1], "list"), (nn.Linear(1, 1), "Linear"), (3, "int")])
@@ -228,13 +186,8 @@ LINEAR = "an object of the class 'torch.nn.modules.linear.Linear'"
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        ({"epoch": 3, "model": nn.Linear(1, 1)}, ValueError, f"its 'model' is no state dict, but {LINEAR}; load"),
+        ({"epoch": 3, "model": nn.Linear(1, 1)}, ValueError, rf"'model' \({LINEAR}\)"),
         (nn.Linear(1, 1), TypeError, f"got {LINEAR}"),
-        (
-            {"state_dict_ema": {"w": argparse.Namespace}},
-            ValueError,
-            "should be a tensor, got an object of the class 'argparse.Namespace'",
-        ),
     ],
 )
 def test_an_object_in_a_file_is_told_with_its_class(content, error, message, tmp_path):

@@ -4,10 +4,6 @@ import errno
 import multiprocessing
 import os
 import stat
-import subprocess
-import sys
-import textwrap
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,19 +34,8 @@ def test_what_is_written_is_read_again(suffix, tmp_path):
     save_of(suffix)
     long = torch.randn(100_000)
     views = {"a": long[:10], "b": long[:10], "c": long[5:15], "d": long.view(torch.int32)[:10]}
-    averaged = (
-        tied().state_dict()
-        | views
-        | {
-            "half": torch.randn(3).bfloat16(),
-            "turned": torch.randn(3, 4).t(),
-            "nothing": torch.zeros(0),
-            "nothing_else": torch.zeros(0, 2),
-            "scalar": torch.tensor(2.5),
-            "row": torch.randn(50, 4)[3],
-            "parameter": nn.Parameter(torch.ones(2)),
-        }
-    )
+    others = {"half": torch.randn(3).bfloat16(), "turned": torch.randn(3, 4).t(), "nothing": torch.zeros(0, 2)}
+    averaged = tied().state_dict() | views | others | {"parameter": nn.Parameter(torch.ones(2))}
     file = tmp_path / f"file{suffix}"
     save_file(averaged, file)
     loaded = load_file(file)
@@ -74,16 +59,10 @@ def test_conjugate_is_not_taken_for_a_tie(tmp_path):
     ("change", "name", "error", "message"),
     [
         ({}, "file.bin", ValueError, "should end in .pt, .pth or .safetensors"),
-        ({}, "file", ValueError, "should end in"),
         ({}, "folder.pt", ValueError, "should be a file, got a directory"),
         ({}, "nowhere/file.pt", OSError, "nowhere/file.pt' should be in a folder that exists"),
         ({"n": 3}, "file.pt", TypeError, "'n' should be a tensor, got int"),
-        (
-            {"n": torch.zeros(1, device="meta")},
-            "file.pt",
-            ValueError,
-            "'n' should have values, got a tensor on the meta",
-        ),
+        ({"n": torch.zeros(1, device="meta")}, "file.pt", ValueError, "'n' should have values, got a tensor on"),
     ],
 )
 def test_what_cannot_be_saved(change, name, error, message, tmp_path):
@@ -106,30 +85,6 @@ def test_nothing_is_overwritten_unless_forced(suffix, tmp_path):
     assert file.read_bytes() == b"precious"
     save_file(TENSORS, file, force=True)
     assert equal(load_file(file), TENSORS)
-
-
-def test_file_that_appears_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
-    file, save = tmp_path / "file.pt", torch.save
-
-    def slow(content, path):
-        save(content, path)
-        file.write_bytes(b"precious")
-
-    monkeypatch.setattr(torch, "save", slow)
-    with pytest.raises(FileExistsError, match="exists already; choose another name"):
-        save_file(TENSORS, file)
-    assert file.read_bytes() == b"precious"
-    assert files_in(tmp_path) == ["file.pt"]
-
-
-def test_threads_write_at_the_same_time(tmp_path):
-    def save(index):
-        save_file({"w": torch.full((1000,), float(index))}, tmp_path / "file.pt", force=True)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(save, range(16)))
-    assert files_in(tmp_path) == ["file.pt"]
-    assert load_file(tmp_path / "file.pt")["w"].unique().numel() == 1
 
 
 def test_link_is_written_through(tmp_path):
@@ -155,61 +110,38 @@ def test_save_over_the_file_that_is_read(tmp_path):
 
 
 @suffixes
-@pytest.mark.parametrize("force", [True, False])
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_a_file_has_the_mode_of_any_new_file(mask, force, suffix, tmp_path):
+def test_a_file_has_the_mode_of_any_new_file(mask, suffix, tmp_path):
     save_of(suffix)
     file = tmp_path / f"file{suffix}"
-    if force:
-        file.touch()
-        file.chmod(0o600)
     before = os.umask(mask)
     try:
-        save_file(TENSORS, file, force=force)
+        save_file(TENSORS, file)
     finally:
         os.umask(before)
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
 
 
-@suffixes
-def test_a_file_may_have_the_longest_name_that_there_is(suffix, tmp_path):
-    file = tmp_path / f"{'x' * (255 - len(suffix))}{suffix}"
-    save_file(TENSORS, file)
-    assert torch.equal(load_file(file)["w"], TENSORS["w"])
-
-
 # On the disk
 
 
-@pytest.mark.parametrize("force", [True, False])
-def test_the_file_is_synced_before_its_move_and_the_folder_after_it(force, tmp_path, monkeypatch):
+def test_the_file_is_synced_before_its_move_and_the_folder_after_it(tmp_path, monkeypatch):
     events, replace = [], Path.replace
     monkeypatch.setattr(os, "fsync", lambda number: events.append(stat.S_ISDIR(os.fstat(number).st_mode)))
     monkeypatch.setattr(Path, "replace", lambda *args: (replace(*args), events.append("moved")))
-    save_file(TENSORS, tmp_path / "file.pt", force=force)
+    save_file(TENSORS, tmp_path / "file.pt")
     assert events == [False, "moved", True]
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-def test_a_file_system_that_cannot_sync_a_folder_is_enough(number, tmp_path, monkeypatch):
+def test_a_file_system_that_cannot_sync_a_folder_is_enough(tmp_path, monkeypatch):
     def refuse(descriptor, sync=os.fsync):
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(number, os.strerror(number))
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", refuse)
     save_file(TENSORS, tmp_path / "file.pt")
     assert files_in(tmp_path) == ["file.pt"]
-
-
-def test_a_sync_that_fails_is_told(tmp_path, monkeypatch):
-    def fail(descriptor):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match=r"file.pt' should be written, but the system says: Input/output error; ") as info:
-        save_file(TENSORS, tmp_path / "file.pt")
-    assert info.value.errno == errno.EIO
 
 
 # Killed writers
@@ -259,62 +191,24 @@ def test_failing_save_leaves_the_old_file_alone(suffix, error, tmp_path, monkeyp
     assert file.read_bytes() == b"precious"
 
 
-# A full disk
-
-SENTENCE = (
-    "'{}' should be written, but the disk is full (No space left on device); make room there, or choose another place."
-)
-
-
-def fail_of_torch(content, file):
-    """As torch.save does: the reason is behind another error."""
+def fail_as_torch_does(content, file):
+    """The reason is behind an error of its own."""
     try:
         raise OSError(errno.ENOSPC, "No space left on device")
     except OSError:
         raise RuntimeError("enforce fail") from None
 
 
-def fail_of_safetensors(content, path, metadata):
+def fail_as_safetensors_does(content, path, metadata):
     raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 @suffixes
-def test_a_full_disk_is_called_so(suffix, tmp_path, monkeypatch):
-    monkeypatch.setattr(*save_of(suffix), fail_of_safetensors if suffix == ".safetensors" else fail_of_torch)
-    file = tmp_path / f"file{suffix}"
-    with pytest.raises(OSError, match="is full") as info:
-        save_file(TENSORS, file)
-    assert (info.value.errno, str(info.value)) == (errno.ENOSPC, SENTENCE.format(file))
+def test_a_full_disk_is_told_with_the_file(suffix, tmp_path, monkeypatch):
+    fail = fail_as_torch_does if suffix == ".pt" else fail_as_safetensors_does
+    monkeypatch.setattr(*save_of(suffix), fail)
+    with pytest.raises(OSError, match="No space left on device") as info:
+        save_file(TENSORS, tmp_path / f"file{suffix}")
+    assert f"file{suffix}'" in str(info.value)
+    assert suffix != ".pt" or info.value.errno == errno.ENOSPC
     assert files_in(tmp_path) == []
-
-
-def test_other_reasons_keep_their_class(tmp_path, monkeypatch):
-    def fail(content, file):
-        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/else")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(PermissionError, match=r"file.pt' should be written, but the system says: Permission denied; "):
-        save_file(TENSORS, tmp_path / "file.pt")
-
-
-SCRIPT = """
-    import sys
-    import torch
-    from ignite_ema.checkpoints import save_file
-    for file in sys.argv[1:]:
-        try:
-            save_file({"w": torch.zeros(10**6)}, file)
-        except OSError as error:
-            print(error.errno, error)
-"""
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_is_called_so(tmp_path):
-    mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("no small disk can be mounted here")
-    files = [tmp_path / f"file{suffix}" for suffix in (".pt", ".pth", ".safetensors")]
-    command = ["sh", "-c", f'{mount} && "$@" && ls -A {tmp_path}', "sh", sys.executable, "-c", textwrap.dedent(SCRIPT)]
-    done = subprocess.run(["unshare", "-rm", *command, *files], capture_output=True, text=True)
-    assert done.stdout.splitlines() == [f"28 {SENTENCE.format(file)}" for file in files]
