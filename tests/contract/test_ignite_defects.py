@@ -175,9 +175,8 @@ def test_low_precision_weights_move_when_the_average_is_held_in_float32(handler_
     assert update_towards(handler, model, 2.0, updates=1_000) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_weights_that_cannot_move_are_warned_about_once(dtype):
-    model = constant(1.0, dtype)
+def test_low_precision_weights_that_cannot_move_are_warned_about_once():
+    model = constant(1.0, torch.bfloat16)
     with pytest.warns(EMAWarning, match="too small for the type of the average.*dtype=torch.float32") as seen:
         update_towards(EMAHandler(model), model, 2.0, updates=3)
     assert sum("too small" in str(one.message) for one in seen) == 1
