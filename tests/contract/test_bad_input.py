@@ -195,15 +195,6 @@ def inside_inference_mode(make):
         return make()
 
 
-def nested():
-    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
-
-
-def freed(model):
-    next(model.parameters()).untyped_storage().resize_(0)
-    return model
-
-
 def zero_3():
     model = nn.Linear(1, 1)
     model.weight.ds_id = 0
@@ -215,7 +206,6 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(("act", "error", "words"), ROWS, ids=[act for act, *_ in ROWS])
 def test_bad_input_says_what_is_wrong_and_changes_nothing(act, error, words, world):
     before = world.snapshot()

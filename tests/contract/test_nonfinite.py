@@ -8,12 +8,11 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import TerminateOnNan
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ignite_ema import EMAHandler, EMAWarning, ModelAverage
 from ignite_ema.schedules import CopyUntil, EqualWeight
 from tests.helpers.bits import contents
-from tests.helpers.models import frozen, linear, module, move, sgd
+from tests.helpers.models import frozen, linear, module, move
 
 FLOATS = [torch.float32, torch.bfloat16, torch.complex64, torch.float8_e5m2]
 SPOILERS = {"NaN": torch.nan, "-inf": -torch.inf}
@@ -170,25 +169,6 @@ def test_the_count_does_not_advance_the_schedule_waits_and_the_state_goes_on():
     assert (resumed.num_updates, resumed.num_skipped) == (3, 3)
 
 
-def test_an_update_that_was_left_out_for_a_step_waits_for_the_next_step():
-    model = linear()
-    optimizer, handler = sgd(model), EMAHandler(model, 0.5, skip_nonfinite=True)
-
-    def process(engine, batch):
-        model.bias.detach().fill_(torch.nan if engine.state.iteration == 1 else 1.0)
-        if engine.state.iteration in (1, 3):
-            optimizer.step()
-
-    trainer, counts = Engine(process), []
-    handler.attach(trainer, optimizer=optimizer)
-    trainer.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda: counts.append((handler.num_updates, handler.num_skipped))
-    )
-    with spoilt("bias"):
-        trainer.run([0] * 4)
-    assert counts == [(0, 1), (0, 1), (1, 1), (1, 1)]
-
-
 def test_a_nan_that_ends_the_run_stays_out_of_the_average_and_is_warned_about():
     model = linear()
     handler = EMAHandler(model, 0.5)
@@ -200,30 +180,3 @@ def test_a_nan_that_ends_the_run_stays_out_of_the_average_and_is_warned_about():
         trainer.run([0] * 5)
     assert handler.num_updates == 2
     assert handler.ema_model.bias.isfinite().all()
-
-
-class Synchronisations(TorchDispatchMode):
-    """Counts what makes the host wait for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        names = ("aten._local_scalar_dense", "aten.item", "aten.is_nonzero", "aten.equal", "aten.nonzero")
-        self.count += str(func).startswith(names)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("skips", "waits"), [(True, 2), (False, 0)])
-@pytest.mark.parametrize("count", [1, 50])
-def test_the_check_waits_for_the_device_once_per_type_and_not_per_tensor(count, skips, waits):
-    def many(dtype):
-        return nn.ParameterList(torch.rand(2).to(dtype) for _ in range(count))
-
-    model = nn.ModuleList([many(torch.float32), many(torch.bfloat16), nn.BatchNorm1d(3)])
-    average = ModelAverage(model, "copy", skip_nonfinite=skips)
-    average.update(0.5)
-    with Synchronisations() as synchronisations:
-        average.update(0.5)
-    assert synchronisations.count == waits

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ignite_ema import EMAHandler, EMAWarning, ModelAverage
-from tests.helpers.bits import bits, contents, copied
+from tests.helpers.bits import contents, copied
 from tests.helpers.models import compiled, frozen, move
 
 
@@ -168,18 +168,6 @@ def test_a_base_that_is_frozen_no_more_or_gone_raises_each_time_and_changes_noth
     assert average.update(0.5)
 
 
-def test_freezing_later_is_fine(pair):
-    model, average = pair
-    model.requires_grad_(False)
-    weight = average.module.up.detach().clone()
-    assert average.update(0.5)
-    assert average.module.up is not model.up
-    assert torch.equal(average.module.up, weight.lerp(model.up, 0.5))
-    assert list(average.averaged_tensors()) == HELD
-    model.requires_grad_(True).base.requires_grad_(False)
-    assert average.update(0.5)
-
-
 ONES = torch.ones(4, 4)
 REPLACED = {
     "assigned": lambda model: model.load_state_dict(
@@ -217,17 +205,6 @@ def test_tied_frozen_parameters_stay_tied_and_are_followed_together():
     assert contents(average.module) == contents(model)
     with pytest.raises(ValueError, match="'head.weight' is frozen and shared"):
         average.load_averaged(copied(model.state_dict()) | {"head.weight": torch.ones(3, 2)})
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_a_model_that_moves_to_another_type_is_followed(dtype, pair):
-    model, average = pair
-    before = contents(average.module)
-    model.to(dtype)
-    assert average.update(0.0)
-    assert shared_names(model, average.module) == FROZEN
-    assert average.module.base.weight.dtype is dtype
-    assert bits(average.module.up) == before["up"]
 
 
 def test_swapped_leaves_the_base_where_it_is_and_the_rest_is_evaluated_on_the_average(pair):

@@ -160,13 +160,3 @@ def test_each_surgery_is_followed_or_refused(surgery, share_frozen):
         assert accepted or surgery not in FOLLOWED
         assert accepted or not program.use(first_use)  # it is refused each time
         program.use("update")
-
-
-def test_loading_into_a_twin_that_was_assigned_the_weights_leaves_the_model_alone():
-    model = nn.Linear(2, 2)
-    average = ModelAverage(model)
-    average.module.load_state_dict(model.state_dict(), assign=True)
-    before = marks(model.parameters())
-    average.load_averaged({path: tensor + 1 for path, tensor in average.averaged_tensors().items()})
-    assert marks(model.parameters()) == before
-    assert marks(average.module.parameters()) == marks([tensor + 1 for tensor in model.parameters()])

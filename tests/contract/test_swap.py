@@ -2,14 +2,11 @@
 
 import contextlib
 import copy
-import gc
-import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ignite_ema import EMAHandler, EMAWarning, ModelAverage
 from tests.helpers.bits import assert_same_bits, contents, places
@@ -41,16 +38,6 @@ class Tensors(nn.Module):
         return torch.stack([tensor.detach().to_dense().to(torch.complex128).sum() for tensor in tensors]) * x.sum()
 
 
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm = nn.LSTM(3, 2, num_layers=2)
-        self.register_buffer("kept", torch.zeros(2))
-
-    def forward(self, x):
-        return self.lstm(x)[0] + self.kept
-
-
 def parameter(*shape, dtype=torch.float32):
     return nn.Parameter(torch.rand(shape).to(dtype))
 
@@ -79,7 +66,6 @@ def made_inside_inference_mode():
 MODELS = {
     "mixed types": mixed,
     "tied weights": Tied,
-    "LSTM": Recurrent,
     "expanded": lambda: Tensors(weight=parameter(2), expanded=torch.rand(1).expand(3), rows=torch.rand(3).expand(2, 3)),
     "empty and 0-d": lambda: Tensors(empty=parameter(0, 3), scalar=parameter(), none=torch.zeros(0)),
     "not contiguous": lambda: Tensors(turned=nn.Parameter(torch.rand(2, 3).T), every_other=torch.rand(8)[::2]),
@@ -265,17 +251,6 @@ def test_averages_of_other_models_go_on_in_the_block():
             assert contents(model) == due
 
 
-def test_a_handler_is_not_reset_or_loaded_in_the_block():
-    handler = EMAHandler(Tied(), 0.25)
-    handler.num_updates = 5
-    state = copy.deepcopy({**handler.state_dict(), "num_updates": 7, "num_skipped": 3})
-    with handler.swapped():
-        for action in (handler.reset, lambda: handler.load_state_dict(state)):
-            with pytest.raises(RuntimeError, match="holds averaged weights now"):
-                action()
-    assert (handler.num_updates, handler.num_skipped) == (5, 0)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_checkpoint_of_the_average_taken_in_the_block_is_that_of_before(mode):
     model = Tensors(weight=parameter(3), buffer=torch.rand(2))
@@ -335,35 +310,3 @@ def test_a_return_and_a_generator_that_is_closed_are_ways_out():
 
 
 # Memory
-
-
-class Allocations(TorchDispatchMode):
-    """Every tensor that is made while it is active, weakly, and how many bytes they took."""
-
-    def __init__(self):
-        super().__init__()
-        self.made, self.bytes = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(t)}
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.made.append(weakref.ref(tensor))
-                self.bytes += tensor.untyped_storage().nbytes()
-        return result
-
-
-@pytest.mark.parametrize("share_frozen", [False, True])
-@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["one type", "another type"])
-def test_a_swap_takes_one_copy_of_what_is_not_shared_and_gives_it_back(dtype, share_frozen):
-    frozen = nn.Linear(100, 100).requires_grad_(False)
-    model = nn.Sequential(frozen, nn.Linear(100, 100), nn.BatchNorm1d(100))
-    model = model if dtype is None else model.bfloat16()
-    average = averaged(model, dtype=dtype, share_frozen=share_frozen)
-    with Allocations() as allocations, average.swapped():
-        pass
-    copied = [*(model[1:] if share_frozen else model).parameters(), *model.buffers()]
-    assert 0 < allocations.bytes <= sum(tensor.nbytes for tensor in copied)
-    gc.collect()
-    assert not any(tensor() is not None for tensor in allocations.made)
