@@ -16,7 +16,6 @@ import torch
 from ignite.engine import Engine, EventEnum, Events, EventsList
 from ignite.handlers import Checkpoint
 from ignite.handlers.param_scheduler import LinearCyclicalScheduler
-from ignite.handlers.state_param_scheduler import LambdaStateScheduler
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
@@ -41,10 +40,6 @@ ROWS = list(rows())
 
 class Steps(EventEnum):
     DONE = "done"
-
-
-class Own(torch.Tensor):
-    """A type of somebody's own."""
 
 
 class Merging(nn.Linear):

@@ -47,16 +47,6 @@ def test_the_range_of_an_observer_is_copied_until_it_is_finite_and_named_when_it
     assert average.module.min_val.tolist() == [-2.5, -1.0]
 
 
-def test_an_observer_of_torch_averages_its_range():
-    model = nn.Sequential(torch.ao.quantization.MovingAverageMinMaxObserver(), nn.Linear(1, 1))
-    with pytest.warns(EMAWarning, match=r"'0\.min_val', '0\.max_val' has no finite value yet"):
-        average = ModelAverage(model, "update")
-    for _ in range(3):
-        model[0](torch.tensor([-1.0, 3.0]))
-        average.update(0.1)
-    assert (average.module[0].min_val.item(), average.module[0].max_val.item()) == (-1.0, 3.0)
-
-
 # Other shapes and layouts; `test_pairing` has buffers that grow.
 
 

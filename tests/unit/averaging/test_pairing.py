@@ -6,23 +6,9 @@ from torch import nn
 
 from ignite_ema import ModelAverage
 from tests.helpers.bits import contents, copied, storages, tensors
-from tests.helpers.models import compiled, constant, frozen, module
+from tests.helpers.models import compiled, constant, module
 
 # Shapes and memory.
-
-
-def test_empty_and_0_d_tensors():
-    model = module(
-        scale=frozen(torch.tensor(1.0)), nothing=frozen(torch.zeros(0, 3)), empty=torch.zeros(0), count=torch.tensor(1)
-    )
-    model.register_buffer("none", None)
-    average = ModelAverage(model, "update")
-    model.scale.fill_(3.0)
-    model.count += 1
-    average.update(0.5)
-    assert (average.module.scale.item(), average.module.count.item()) == (2.0, 2)
-    assert average.module.nothing.shape == (0, 3)
-    assert average.module.none is None
 
 
 @pytest.mark.parametrize("mode", ["copy", "update"])
@@ -61,16 +47,6 @@ def test_overlapping_views_are_averaged_once(mode, due, twin):
     average.update(0.25)
     assert average.module.table.tolist() == [due] * 4
     assert average.module.tail.tolist() == [due] * 2
-
-
-def test_a_shared_submodule_is_averaged_once():
-    shared = constant()
-    average = ModelAverage(nn.Sequential(shared, nn.ReLU(), shared))
-    nn.init.ones_(shared.weight)
-    average.update(0.25)
-    assert average.module[0] is average.module[2]
-    assert average.module[0].weight.item() == 0.25
-    assert list(average.averaged_tensors()) == ["0.weight"]
 
 
 # Rebinding: tensors are read afresh at each update.

@@ -14,7 +14,6 @@ from tests.helpers.bits import assert_same_bits, bits, contents, copied
 from tests.helpers.models import Tied, compiled, move
 
 SCHEDULES = {
-    "constant": schedules.Constant(0.25),
     "linear": schedules.LinearWarmup(0.01, 0.5, 7),
     "debiased": schedules.Debiased(0.1),
     "function": lambda n: 0.5 / (n + 1),
@@ -116,14 +115,6 @@ def test_a_plain_state_is_loaded_and_what_it_has_no_place_for_stays(wrap, pair):
     assert contents(average.module) == due
 
 
-def test_a_plain_state_need_not_have_an_averaged_buffer_that_is_not_persistent(pair):
-    other = pair[1]
-    average = ModelAverage(Tied(), {"cache": "update"})
-    average.load_averaged(other.state_dict())
-    assert bits(average.module.first.weight) == bits(other.first.weight)
-    assert average.module.cache.tolist() == [0.0, 0.0]
-
-
 @pytest.mark.parametrize("left_out", ["first.weight", "second.weight"])
 def test_a_tied_weight_may_have_either_name_a_narrower_type_and_a_nan(left_out, pair):
     average, other = pair
@@ -134,22 +125,6 @@ def test_a_tied_weight_may_have_either_name_a_narrower_type_and_a_nan(left_out, 
     del state[left_out]
     average.load_averaged(state)
     torch.testing.assert_close(average.module.second.weight, due, rtol=0, atol=0, equal_nan=True)
-
-
-class WithExtraState(nn.Linear):
-    def get_extra_state(self):
-        return {"note": "no tensor"}
-
-    def set_extra_state(self, state):
-        pass
-
-
-def test_extra_state_is_no_weight():
-    model = nn.Sequential(WithExtraState(1, 1), nn.Linear(1, 1))
-    average = ModelAverage(model)
-    move(model)
-    average.load_averaged(model.state_dict())
-    assert contents(average.module) == contents(model)
 
 
 # strict=False: the ways out for another head, and for layers that are trained later.

@@ -157,13 +157,6 @@ def test_functions_that_a_copy_binds_anew_are_fine(change):
     assert torch.equal(twin(x), due)
 
 
-def test_a_function_of_a_shared_frozen_parameter_is_fine():
-    model = Net()
-    model.head.requires_grad_(False)
-    model.scale = lambda x, weight=model.head.weight: weight * x
-    ModelAverage(model, share_frozen=True)
-
-
 # train() and eval() with side effects.
 
 
