@@ -16,7 +16,6 @@ import torch
 from ignite.engine import Engine, EventEnum, Events, EventsList
 from ignite.handlers import Checkpoint
 from ignite.handlers.param_scheduler import LinearCyclicalScheduler
-from ignite.handlers.state_param_scheduler import LambdaStateScheduler
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
@@ -41,10 +40,6 @@ ROWS = list(rows())
 
 class Steps(EventEnum):
     DONE = "done"
-
-
-class Own(torch.Tensor):
-    """A type of somebody's own."""
 
 
 class Merging(nn.Linear):
@@ -195,15 +190,6 @@ def inside_inference_mode(make):
         return make()
 
 
-def nested():
-    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
-
-
-def freed(model):
-    next(model.parameters()).untyped_storage().resize_(0)
-    return model
-
-
 def zero_3():
     model = nn.Linear(1, 1)
     model.weight.ds_id = 0
@@ -215,7 +201,6 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(("act", "error", "words"), ROWS, ids=[act for act, *_ in ROWS])
 def test_bad_input_says_what_is_wrong_and_changes_nothing(act, error, words, world):
     before = world.snapshot()

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ignite_ema import EMAHandler, schedules
-from tests.helpers.bits import assert_same_bits, bits, contents, copied, storages, tensors, wide
+from tests.helpers.bits import assert_same_bits, bits, contents, copied, places, storages, tensors, wide
 from tests.helpers.models import compiled
 from tests.helpers.pairs import pairwise
 
@@ -34,7 +34,6 @@ PRECISIONS = {
     "float32": (torch.float32, None, torch.float32),
     "float64": (torch.float64, None, torch.float64),
     "bfloat16 in float32": (torch.bfloat16, torch.float32, torch.float32),
-    "float16 in float32": (torch.float16, torch.float32, torch.float32),
     "complex64": (torch.complex64, None, torch.complex64),
 }
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12, torch.complex64: 1e-6}
@@ -51,7 +50,6 @@ WRAPPERS = {
     "compiled": compiled,
     "DDP": DistributedDataParallel,
     "DDP in compiled": lambda model: compiled(DistributedDataParallel(model)),
-    "compiled in DDP": lambda model: DistributedDataParallel(compiled(model)),
     "compiled submodule": compiled_inside,
 }
 
@@ -89,10 +87,6 @@ def values(shape, dtype):
     if dtype.is_complex:
         return torch.complex(1 + torch.rand(shape), 1 + torch.rand(shape)).to(dtype)
     return (1 + torch.rand(shape, dtype=torch.float64)).to(dtype)
-
-
-def tensors_themselves(module):
-    return [*module.parameters(), *module.buffers()]
 
 
 def relative_error(tensor, reference):
@@ -186,15 +180,13 @@ def test_the_twin_is_a_plain_model_with_memory_of_its_own(trained, options):
 def test_the_online_model_is_left_alone(make):
     case = make(0)
     assert contents(case.plain) == case.before
-    needed = [parameter.requires_grad for parameter in case.plain.parameters()]
-    identities, before, after = list(map(id, tensors_themselves(case.plain))), [], []
+    where, before, after = places(case.plain), [], []
     case.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: before.append(contents(case.plain)))
     case.handler.attach(case.trainer)
     case.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: after.append(contents(case.plain)))
     case.trainer.run(range(UPDATES))
     assert after == before
-    assert list(map(id, tensors_themselves(case.plain))) == identities
-    assert [parameter.requires_grad for parameter in case.plain.parameters()] == needed
+    assert places(case.plain) == where
     assert all(module.training for module in case.plain.modules())
 
 
@@ -206,13 +198,7 @@ def test_a_checkpoint_of_ignite_brings_it_back_bit_for_bit(trained, make, tmp_pa
     fresh.handler.attach(fresh.trainer)
     to_load = {"trainer": fresh.trainer, "ema_handler": fresh.handler}
     Checkpoint.load_objects(to_load, tmp_path / checkpoint.last_checkpoint)
-    assert_same_state(fresh.handler, trained.handler)
-    assert fresh.trainer.state.iteration == UPDATES
-
-
-def assert_same_state(handler, other):
-    assert_same_bits(handler.state_dict(), other.state_dict())
-    saved = handler.state_dict()["averaged_tensors"]
-    assert ("body.cache" in saved) == (handler.handle_buffers == "update")  # not persistent
-    assert {"body.weight", "body.running_mean", "body.mask"} <= saved.keys()
-    assert handler.num_updates == other.num_updates == UPDATES
+    saved = trained.handler.state_dict()
+    assert_same_bits(fresh.handler.state_dict(), saved)
+    assert ("body.cache" in saved["averaged_tensors"]) == (fresh.handler.handle_buffers == "update")  # not persistent
+    assert fresh.trainer.state.iteration == fresh.handler.num_updates == UPDATES

@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import nn
 
-from ignite_ema import EMAHandler, EMAWarning, schedules
+from ignite_ema import EMAHandler, schedules
 from tests.helpers.models import compiled, constant
 
 # For brevity many tests move the weights before the run, which our handler warns about.
@@ -173,14 +173,6 @@ def test_low_precision_weights_move_when_the_average_is_held_in_float32(handler_
     model = constant(1.0, dtype)
     handler = handler_class(model, **({"dtype": torch.float32} if handler_class is EMAHandler else {}))
     assert update_towards(handler, model, 2.0, updates=1_000) == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_weights_that_cannot_move_are_warned_about_once(dtype):
-    model = constant(1.0, dtype)
-    with pytest.warns(EMAWarning, match="too small for the type of the average.*dtype=torch.float32") as seen:
-        update_towards(EMAHandler(model), model, 2.0, updates=3)
-    assert sum("too small" in str(one.message) for one in seen) == 1
 
 
 # 7. (1 - λ) · x + λ · x is not x: the rounding of 1 - λ acts on every update.

@@ -2,14 +2,11 @@
 
 import contextlib
 import copy
-import gc
-import weakref
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.parallel import DistributedDataParallel
 
 from ignite_ema import EMAHandler, EMAWarning, ModelAverage
 from tests.helpers.bits import assert_same_bits, contents, places
@@ -22,7 +19,6 @@ MODES = {
     "ema_train": "ema_train",
     "mapping": {"*kept": "keep", "*": "update"},
 }
-SPARSE = {**MODES, "update": "copy", "mapping": {"kept": "keep"}}  # sparse buffers cannot be averaged
 
 
 class Tensors(nn.Module):
@@ -40,22 +36,6 @@ class Tensors(nn.Module):
     def forward(self, x):
         tensors = [*self.parameters(), *self.buffers()]
         return torch.stack([tensor.detach().to_dense().to(torch.complex128).sum() for tensor in tensors]) * x.sum()
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm = nn.LSTM(3, 2, num_layers=2)
-        self.register_buffer("kept", torch.zeros(2))
-
-    def forward(self, x):
-        return self.lstm(x)[0] + self.kept
-
-
-def move_all(model):
-    move(model)
-    if isinstance(model, Tensors) and hasattr(model, "sparse"):
-        model.sparse = (torch.rand(3, 3) < 0.7).float().mul(torch.rand(())).to_sparse(layout=model.sparse.layout)
 
 
 def parameter(*shape, dtype=torch.float32):
@@ -86,14 +66,11 @@ def made_inside_inference_mode():
 MODELS = {
     "mixed types": mixed,
     "tied weights": Tied,
-    "LSTM": Recurrent,
     "expanded": lambda: Tensors(weight=parameter(2), expanded=torch.rand(1).expand(3), rows=torch.rand(3).expand(2, 3)),
     "empty and 0-d": lambda: Tensors(empty=parameter(0, 3), scalar=parameter(), none=torch.zeros(0)),
     "not contiguous": lambda: Tensors(turned=nn.Parameter(torch.rand(2, 3).T), every_other=torch.rand(8)[::2]),
     "channels last": lambda: Tensors(weight=nn.Parameter(torch.rand(2, 3, 2, 2).to(memory_format=torch.channels_last))),
     "views of one storage": views_of_one_storage,
-    "sparse": lambda: Tensors(weight=parameter(2), sparse=torch.eye(3).to_sparse()),
-    "sparse rows": lambda: Tensors(weight=parameter(2), sparse=torch.eye(3).to_sparse_csr()),
     "made in inference_mode": made_inside_inference_mode,
 }
 
@@ -107,9 +84,9 @@ def computed(model):
 def averaged(model, *arguments, **options):
     """An average of ``model`` that is neither what it was at first, nor what it is now."""
     average = ModelAverage(model, *arguments, **options)
-    move_all(model)
+    move(model)
     average.update(0.25)
-    move_all(model)
+    move(model)
     return average
 
 
@@ -127,12 +104,13 @@ def given_back(model, average):
 # What is in the block
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "mode"), [*((kind, "update") for kind in MODELS), *(("tied weights", m) for m in MODES)]
+)
 def test_the_model_is_the_twin_in_the_block_and_itself_again_after_it(kind, mode):
     torch.manual_seed(0)
     model = MODELS[kind]()
-    average = averaged(model, (SPARSE if "sparse" in kind else MODES)[mode])
+    average = averaged(model, MODES[mode])
     held_in, output = places(model), computed(model)
     assert contents(model) != contents(average.module)
     with given_back(model, average) as due:
@@ -140,24 +118,16 @@ def test_the_model_is_the_twin_in_the_block_and_itself_again_after_it(kind, mode
             with average.swapped():
                 assert contents(model) == due
                 assert torch.equal(computed(model), computed(average.module))
-                if kind not in ("expanded", "sparse", "sparse rows"):  # which cannot be written to
+                if kind != "expanded":  # which cannot be written to
                     assert [place[:2] for place in places(model)] == [place[:2] for place in held_in]
             assert torch.equal(computed(model), output)
-
-
-def test_a_buffer_that_views_a_parameter_follows_it_in_the_block():
-    model = nn.Linear(3, 2, bias=False)
-    model.register_buffer("row", model.weight.detach()[0])
-    average = averaged(model, "update")
-    with given_back(model, average) as due, average.swapped():
-        assert contents(model) == due
 
 
 # Where the block is
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda c: c.__name__)
-@pytest.mark.parametrize("kind", ["tied weights", "expanded", "made in inference_mode", "sparse"])
+@pytest.mark.parametrize("kind", ["tied weights", "expanded", "made in inference_mode"])
 def test_gradient_modes_do_not_matter(kind, context):
     model = MODELS[kind]()
     average = averaged(model)
@@ -190,7 +160,6 @@ def compiled_ddp(model):
 
 
 WRAPPERS = {
-    "DataParallel": DataParallel,
     "DDP": DistributedDataParallel,
     "compiled": compiled,
     "DDP in compiled": compiled_ddp,
@@ -239,37 +208,28 @@ def test_a_compiled_model_is_not_compiled_again():
 ACTIONS = {
     "update": lambda average: average.update(0.5),
     "reset": lambda average: average.reset(),
-    "reset of buffers": lambda average: average.reset(buffers_only=True),
     "swapped": lambda average: average.swapped().__enter__(),
     "load_state_dict": lambda average: average.load_state_dict(average.state_dict()),
     "load_averaged": lambda average: average.load_averaged(average.module.state_dict()),
 }
 
-SCOPES = {
-    "the same average": None,
-    "another of the model": lambda model: model,
-    "one of a part": lambda model: model[1],
-}
+
+SCOPES = {"another": lambda model: model, "a part": lambda model: model[1]}
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", [None, *SCOPES])
 @pytest.mark.parametrize("action", ACTIONS)
 def test_nothing_moves_an_average_while_its_model_holds_averaged_weights(action, scope):
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.BatchNorm1d(1))
     average = averaged(model)
-    other = ModelAverage(SCOPES[scope](model)) if SCOPES[scope] else average
+    other = ModelAverage(SCOPES[scope](model)) if scope else average
     untouched = contents(other.module)
-    with given_back(model, average):
-        with average.swapped():
-            inside = contents(model)
-            with pytest.raises(RuntimeError, match="holds averaged weights now. Leave the block"):
-                ACTIONS[action](other)
-            assert contents(model) == inside
-            assert contents(other.module) == untouched
-        with contextlib.ExitStack() as stack:
-            if action == "swapped":
-                stack.enter_context(other.swapped())
-            assert contents(other.module) == untouched
+    with given_back(model, average), average.swapped():
+        inside = contents(model)
+        with pytest.raises(RuntimeError, match="holds averaged weights now. Leave the block"):
+            ACTIONS[action](other)
+        assert contents(model) == inside
+        assert contents(other.module) == untouched
 
 
 def test_a_model_is_not_swapped_while_a_part_of_it_holds_averaged_weights():
@@ -289,17 +249,6 @@ def test_averages_of_other_models_go_on_in_the_block():
         with second.swapped():
             assert contents(other) == contents(second.module)
             assert contents(model) == due
-
-
-def test_a_handler_is_not_reset_or_loaded_in_the_block():
-    handler = EMAHandler(Tied(), 0.25)
-    handler.num_updates = 5
-    state = copy.deepcopy({**handler.state_dict(), "num_updates": 7, "num_skipped": 3})
-    with handler.swapped():
-        for action in (handler.reset, lambda: handler.load_state_dict(state)):
-            with pytest.raises(RuntimeError, match="holds averaged weights now"):
-                action()
-    assert (handler.num_updates, handler.num_skipped) == (5, 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -327,18 +276,10 @@ def test_training_in_the_block_is_warned_about():
         model(torch.ones(1, 1)).sum().backward()
 
 
-def test_memory_that_was_freed_in_the_block_is_there_again():
-    model = nn.Linear(3, 2)
-    average, before = ModelAverage(model), contents(model)
-    with average.swapped():
-        model.weight.untyped_storage().resize_(0)
-    assert contents(model) == before
-
-
 # Ways out of a block
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, StopIteration])
 def test_an_exception_reaches_the_caller_and_the_weights_are_back(error):
     model = Tied()
     average, raised = averaged(model), error("this one")
@@ -348,7 +289,7 @@ def test_an_exception_reaches_the_caller_and_the_weights_are_back(error):
         assert caught.value is raised
 
 
-def test_return_break_continue_and_a_generator_that_is_closed_are_ways_out():
+def test_a_return_and_a_generator_that_is_closed_are_ways_out():
     model = Tied()
     average = averaged(model)
 
@@ -366,44 +307,6 @@ def test_return_break_continue_and_a_generator_that_is_closed_are_ways_out():
         running = outputs()
         assert next(running) == due
         running.close()
-        for _ in range(2):
-            with average.swapped():
-                continue
-        while True:
-            with average.swapped():
-                break
 
 
 # Memory
-
-
-class Allocations(TorchDispatchMode):
-    """Every tensor that is made while it is active, weakly, and how many bytes they took."""
-
-    def __init__(self):
-        super().__init__()
-        self.made, self.bytes = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(t)}
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.made.append(weakref.ref(tensor))
-                self.bytes += tensor.untyped_storage().nbytes()
-        return result
-
-
-@pytest.mark.parametrize("share_frozen", [False, True])
-@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["one type", "another type"])
-def test_a_swap_takes_one_copy_of_what_is_not_shared_and_gives_it_back(dtype, share_frozen):
-    frozen = nn.Linear(100, 100).requires_grad_(False)
-    model = nn.Sequential(frozen, nn.Linear(100, 100), nn.BatchNorm1d(100))
-    model = model if dtype is None else model.bfloat16()
-    average = averaged(model, dtype=dtype, share_frozen=share_frozen)
-    with Allocations() as allocations, average.swapped():
-        pass
-    copied = [*(model[1:] if share_frozen else model).parameters(), *model.buffers()]
-    assert 0 < allocations.bytes <= sum(tensor.nbytes for tensor in copied)
-    gc.collect()
-    assert not any(tensor() is not None for tensor in allocations.made)

@@ -1,6 +1,5 @@
 """Ctrl-C at any time in a swap, also pressed twice: the model has its own weights when ``except`` runs."""
 
-import contextlib
 import random
 import signal
 import time
@@ -24,12 +23,6 @@ def ctrl_c_raises():
     signal.signal(signal.SIGINT, before)
 
 
-@contextlib.contextmanager
-def averaged_weights(handler):
-    with handler.swapped():
-        yield
-
-
 class Subject:
     """A model with a buffer, swapped in one of the ways that users swap in."""
 
@@ -40,17 +33,13 @@ class Subject:
         self.weight.data.fill_(1.0)
         self.handler.ema_model[0].weight.data.fill_(5.0)
         self.inside = self.weight.item
-        self.block = getattr(self, f"by_{way.replace(' ', '_')}")
+        self.block = getattr(self, f"by_{way}")
         self.evaluator = Engine(lambda engine, batch: self.inside())
         if way == "evaluator":
             self.handler.swap_during(self.evaluator)
 
     def by_with(self):
         with self.handler.swapped():
-            self.inside()
-
-    def by_generator(self):
-        with averaged_weights(self.handler):
             self.inside()
 
     def by_cast(self):
@@ -71,19 +60,8 @@ class Subject:
         assert self.handler.ema_model[0].weight.item() == 5.0
         assert not self.handler.average.is_swapped()
 
-    def check_that_all_goes_on(self):
-        with self.handler.swapped():
-            assert self.weight.item() == 5.0
-        self.check()
-        self.block()
-        self.check()
-        assert self.handler.average.update(0.0)
 
-
-WAYS = ["with", "cast", "decorator", "evaluator"]
-
-
-def storm(way, swaps, error=KeyboardInterrupt, again=False):
+def storm(way, swaps, again):
     """Swaps interrupted at times that nobody has chosen, in the block too if ``again``; gives how many of them were."""
     subject, dice, interrupted, left = Subject(way), random.Random(0), 0, False
 
@@ -96,7 +74,7 @@ def storm(way, swaps, error=KeyboardInterrupt, again=False):
         while frame is not None and frame.f_code is not subject.block.__code__:
             frame = frame.f_back
         if frame is not None:  # in the block, not in this test
-            raise error
+            raise KeyboardInterrupt
 
     def arm():
         nonlocal left
@@ -105,7 +83,7 @@ def storm(way, swaps, error=KeyboardInterrupt, again=False):
 
     def arm_and_raise():
         arm()
-        raise error
+        raise KeyboardInterrupt
 
     took = min(timeit.repeat(subject.block, number=1))
     before = signal.signal(signal.SIGALRM, press)
@@ -115,7 +93,7 @@ def storm(way, swaps, error=KeyboardInterrupt, again=False):
             if not again:
                 arm()
             subject.block()
-        except error:
+        except KeyboardInterrupt:
             interrupted += 1
             subject.check()
         while left:
@@ -123,13 +101,10 @@ def storm(way, swaps, error=KeyboardInterrupt, again=False):
         subject.check()
     signal.signal(signal.SIGALRM, before)
     subject.inside = subject.weight.item
-    subject.check_that_all_goes_on()
+    subject.block()
+    subject.check()
+    assert subject.handler.average.update(0.0)
     return interrupted
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
-def test_ctrl_c_at_any_time_leaves_the_weights(error):
-    assert storm("with", 200, error) > 20
 
 
 def test_ctrl_c_pressed_again_while_the_weights_are_given_back_leaves_them():
@@ -137,14 +112,14 @@ def test_ctrl_c_pressed_again_while_the_weights_are_given_back_leaves_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("way", WAYS)
-def test_thousands_of_interruptions_lose_no_weights(way, again):
-    storm(way, 3000, again=again)
+@pytest.mark.parametrize("way", ["with", "cast", "decorator", "evaluator"])
+def test_thousands_of_interruptions_lose_no_weights(way):
+    assert storm(way, 3000, again=False) > 300
+    storm(way, 3000, again=True)
 
 
-@pytest.mark.parametrize("first", range(1, 9))
-@pytest.mark.parametrize("second", [0, 1, 2, 5])
+@pytest.mark.parametrize("first", [1, 3, 4, 8])
+@pytest.mark.parametrize("second", [0, 1])
 def test_an_interrupt_of_any_copy_and_of_another_after_it_leaves_no_half(first, second, monkeypatch):
     subject, plain, calls = Subject("with"), swap._write, []
 
@@ -160,13 +135,6 @@ def test_an_interrupt_of_any_copy_and_of_another_after_it_leaves_no_half(first, 
     subject.check()
 
 
-def test_ctrl_c_in_the_block_is_not_held_back():
-    subject = Subject()
-    with pytest.raises(KeyboardInterrupt), subject.handler.swapped():
-        signal.raise_signal(signal.SIGINT)
-    subject.check()
-
-
 def test_a_block_that_is_entered_and_forgotten_gives_the_weights_back():
     subject = Subject()
     forgotten = subject.handler.swapped()
@@ -174,15 +142,6 @@ def test_a_block_that_is_entered_and_forgotten_gives_the_weights_back():
     assert subject.weight.item() == 5.0
     del forgotten
     subject.check()
-
-
-def test_a_swap_can_be_entered_again():
-    subject = Subject()
-    swapped = subject.handler.swapped()
-    for _ in range(2):
-        with swapped:
-            assert subject.weight.item() == 5.0
-        subject.check()
 
 
 def test_what_cannot_be_given_back_is_said(monkeypatch):

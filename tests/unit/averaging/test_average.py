@@ -2,7 +2,6 @@
 
 import copy
 import math
-import operator
 import pickle
 import sys
 import warnings
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from ignite_ema import EMAWarning, ModelAverage, schedules
-from tests.helpers.bits import contents
 from tests.helpers.models import constant
 
 
@@ -33,55 +31,6 @@ def test_a_tensor_that_both_would_own_raises_and_changes_nothing():
         average.update(0.5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("momentum", [2e-4, 1e-5])
-def test_constant_weights_do_not_drift_in_100_000_updates(momentum):
-    model = nn.Linear(64, 1)
-    average = ModelAverage(model)
-    for _ in range(100_000):
-        average.update(momentum)
-    assert contents(average.module) == contents(model)
-
-
-CONVERSIONS = {
-    "scripted": torch.jit.script,
-    "traced": lambda model: torch.jit.trace(model, torch.ones(1, 1)),
-}
-
-
-@pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_a_torchscript_module_is_averaged(conversion):
-    model = CONVERSIONS[conversion](constant(1.0))
-    average = ModelAverage(model)
-    model.weight.data.fill_(3.0)
-    average.update(0.5)
-    assert (average.module.weight.item(), model.weight.item()) == (2.0, 3.0)
-
-
-def test_a_child_of_the_name_of_torchs_own_wrapper_is_no_wrapper():
-    model = nn.ModuleDict({"_orig_mod": constant(), "extra": constant()})
-    assert set(ModelAverage(model).averaged_tensors()) == {"_orig_mod.weight", "extra.weight"}
-
-
-class Scaled(nn.Parameter):
-    """A parameter with an attribute, such as those of quantised layers."""
-
-    scale = None
-
-    def __deepcopy__(self, memo):
-        result = Scaled(self.data.clone(), self.requires_grad)
-        result.scale = self.scale
-        return result
-
-
-def test_a_subclass_of_parameter_is_copied_by_its_own_rule():
-    model = nn.Linear(1, 1)
-    model.weight = Scaled(torch.ones(1, 1))
-    model.weight.scale = 3.0
-    weight = ModelAverage(model).module.weight
-    assert (type(weight), weight.scale, weight.requires_grad) == (Scaled, 3.0, False)
-
-
 def test_a_pattern_that_matches_nothing_raises_before_the_twin_is_touched():
     twin = nn.BatchNorm1d(2)
     with pytest.raises(ValueError, match="got 'mean'"):
@@ -90,43 +39,11 @@ def test_a_pattern_that_matches_nothing_raises_before_the_twin_is_touched():
     assert twin.weight.requires_grad
 
 
-@pytest.mark.parametrize("layer", [0, -1])
-def test_a_layer_that_a_sequential_drops_and_gets_again_is_noticed(layer):
-    model = nn.Sequential(constant(), constant(), constant())
-    average = ModelAverage(model)
-    for _ in range(2):  # the second time, too
-        dropped = model[layer]
-        del model[layer]
-        with pytest.raises(RuntimeError, match=r"'2\.weight' is in the twin but not in the model"):
-            average.update(0.5)
-        model.insert(0 if layer == 0 else 2, dropped)
-        average.update(0.5)
-        model.append(constant())
-        with pytest.raises(RuntimeError, match=r"'3\.weight' is in the model but not in the twin"):
-            average.update(0.5)
-        del model[3]
-
-
-@pytest.mark.parametrize("layout", ["views of one memory", "expanded"])
-def test_parameters_that_share_memory_are_swapped_and_stay_the_objects_that_they_are(layout):
-    memory = torch.arange(4.0)
-    parts = (memory[:2], memory[2:]) if layout != "expanded" else (memory[:1].expand(2), memory[1:2].expand(2))
-    model = nn.ParameterList(map(nn.Parameter, parts))
-    average, before = ModelAverage(model), [one.detach().clone() for one in model]
-    average.module[0].fill_(7.0)
-    parameters = list(model.parameters())
-    with average.swapped():  # nothing is warned about
-        assert model[0].tolist() == [7.0, 7.0]
-        assert all(map(operator.is_, model.parameters(), parameters))
-    assert all(map(torch.equal, model.parameters(), before))
-
-
 # Momentum, counts, share.
 
 
 SCHEDULES = {
     "linear": schedules.LinearWarmup(0.01, 0.5, 7),
-    "rescaled": schedules.Rescaled(schedules.Constant(0.1), 3),
     "function": lambda n: 0.5 / (n + 1),
 }
 
@@ -144,6 +61,14 @@ def moving(average, steps):
     return average
 
 
+def test_a_torchscript_module_is_averaged():
+    model = torch.jit.script(constant(1.0))
+    average = ModelAverage(model)
+    model.weight.data.fill_(3.0)
+    average.update(0.5)
+    assert (average.module.weight.item(), model.weight.item()) == (2.0, 3.0)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_update_without_a_momentum_follows_the_schedule(schedule):
     by_itself, by_hand, share = moving(made(schedule), 12), made(None), 1.0
@@ -154,25 +79,6 @@ def test_update_without_a_momentum_follows_the_schedule(schedule):
         share *= 1 - schedule(n)
     assert torch.equal(by_itself.module.weight, by_hand.module.weight)
     assert by_itself.initial_share == by_hand.initial_share == share
-
-
-COPYING = [
-    schedules.EqualWeight(),
-    schedules.PowerFunction(0.1),
-    schedules.InverseGamma(),
-    schedules.Debiased(0.1),
-    1.0,
-]
-
-
-@pytest.mark.parametrize("schedule", COPYING, ids=repr)
-def test_after_a_copy_nothing_is_left_of_the_start(schedule):
-    assert moving(made(schedule), 1).initial_share == 0.0
-
-
-def test_a_momentum_of_1_makes_hard_copies():
-    average = moving(made(1.0), 3)
-    assert contents(average.module) == contents(average.model)
 
 
 def test_what_counts_as_an_update_and_what_is_left_of_the_start():
@@ -200,7 +106,7 @@ def test_what_counts_as_an_update_and_what_is_left_of_the_start():
     assert math.isnan(average.initial_share)  # nobody knows
 
 
-@pytest.mark.parametrize(("momentum", "warned"), [(0.999, True), (0.9, True), (0.89, False), (1.0, False)])
+@pytest.mark.parametrize(("momentum", "warned"), [(0.9, True), (0.89, False), (1.0, False)])
 def test_a_decay_is_warned_about(momentum, warned):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -216,7 +122,7 @@ def test_a_decay_is_warned_about(momentum, warned):
 WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda average: pickle.loads(pickle.dumps(average))}
 
 
-@pytest.mark.parametrize("options", [{}, {"share_frozen": True}, {"stochastic_rounding": True}], ids=str)
+@pytest.mark.parametrize("options", [{"share_frozen": True}, {"stochastic_rounding": True}], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_copy_goes_its_own_way_from_the_same_place(way, options):
     torch.manual_seed(0)
@@ -238,22 +144,10 @@ def test_a_copy_goes_its_own_way_from_the_same_place(way, options):
         assert (average.model[0].weight == 8).all()
 
 
-def two_types():
-    return nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).bfloat16())
-
-
 REPRS = [
     (
         lambda: moving(made(0.5), 1),
         "Linear: 6 parameters in float32 on cpu; momentum 0.5; 1 update; 50% initial weights",
-    ),
-    (
-        lambda: ModelAverage(nn.Linear(20, 60), dtype=torch.float64),
-        "Linear: 1,260 parameters in float64 on cpu; 0 updates; ",
-    ),
-    (
-        lambda: ModelAverage(two_types(), momentum=schedules.EqualWeight()),
-        "Sequential: 4 parameters in float32 and bfloat16 on cpu; momentum EqualWeight(); 0 updates; ",
     ),
     (lambda: ModelAverage(nn.ReLU()), "ReLU: 0 parameters; 0 updates; "),
     (lambda: ModelAverage.__new__(ModelAverage), "<AttributeError>"),  # shows what is broken, and does not raise

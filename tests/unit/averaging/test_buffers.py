@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ignite_ema import EMAWarning, ModelAverage
-from tests.helpers.models import frozen, module, move, net
+from tests.helpers.models import frozen, module, net
 
 SPARSE = {"coo": torch.Tensor.to_sparse, "csr": torch.Tensor.to_sparse_csr}
 
@@ -32,18 +32,6 @@ def test_statistics_are_the_running_means_and_variances_of_normalisation_layers(
     assert average.treatments()["other.scale"] == "copy"
 
 
-def test_statistics_leave_the_vectors_of_spectral_norm_unit_vectors():
-    model = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
-    average = ModelAverage(model, "statistics")
-    for _ in range(20):
-        nn.init.normal_(model.parametrizations.weight.original)
-        model.train()(torch.ones(1, 8))
-        average.update(0.1)
-    vector = average.module.parametrizations.weight[0]._u
-    assert torch.equal(vector, model.parametrizations.weight[0]._u)
-    assert vector.norm().item() == pytest.approx(1.0, rel=1e-5)
-
-
 # Not finite under "update".
 
 
@@ -59,36 +47,7 @@ def test_the_range_of_an_observer_is_copied_until_it_is_finite_and_named_when_it
     assert average.module.min_val.tolist() == [-2.5, -1.0]
 
 
-def test_an_observer_of_torch_averages_its_range():
-    model = nn.Sequential(torch.ao.quantization.MovingAverageMinMaxObserver(), nn.Linear(1, 1))
-    with pytest.warns(EMAWarning, match=r"'0\.min_val', '0\.max_val' has no finite value yet"):
-        average = ModelAverage(model, "update")
-    for _ in range(3):
-        model[0](torch.tensor([-1.0, 3.0]))
-        average.update(0.1)
-    assert (average.module[0].min_val.item(), average.module[0].max_val.item()) == (-1.0, 3.0)
-
-
-# Other shapes and layouts.
-
-
-@pytest.mark.parametrize("policy", ["copy", "ema_train", "update"])
-def test_a_buffer_that_grows_is_followed_if_it_is_not_averaged(policy):
-    model = observed()
-    model.register_buffer("positions", torch.arange(2.0), persistent=False)
-    average = ModelAverage(model, policy)
-    model.positions = torch.arange(5.0)
-    if policy == "update":
-        with pytest.raises(RuntimeError, match=r"'positions' has shape \(5,\) in the model and .*\(2,\) in the twin"):
-            average.update(0.5)
-        return
-    average.update(0.5)
-    assert len(average.module.positions) == (5 if policy == "copy" else 2)
-    with average.swapped():
-        assert torch.equal(model.positions, average.module.positions)
-    assert model.positions.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
-    average.reset()
-    assert torch.equal(average.module.positions, model.positions)
+# Other shapes and layouts; `test_pairing` has buffers that grow.
 
 
 def test_tied_buffers_that_grow_stay_tied():
@@ -137,14 +96,3 @@ def test_a_copied_buffer_of_another_layout_is_followed(before, after):
     average.update(0.5)
     assert average.module.graph.layout is after.layout
     assert torch.equal(average.module.graph.to_dense(), after.to_dense())
-
-
-def test_a_view_of_a_buffer_stays_one():
-    model = nn.Module()
-    model.register_buffer("table", torch.zeros(4))
-    model.tail = model.table[2:]
-    average = ModelAverage(model)
-    move(model)
-    average.update(1)
-    assert torch.equal(average.module.tail, average.module.table[2:])
-    assert torch.equal(average.module.table, model.table)

@@ -4,9 +4,8 @@ import warnings
 
 import pytest
 import torch
-from ignite.engine import Engine
 
-from ignite_ema import EMAHandler, ModelAverage
+from ignite_ema import ModelAverage
 from ignite_ema.averaging import kernels
 from tests.helpers.bits import bits
 from tests.helpers.models import frozen, module
@@ -34,18 +33,6 @@ def test_eight_bit_floats_are_averaged_through_float32(dtype, role):
         due_wide.lerp_(model.tensor.detach().float(), 0.3)
     assert bits(average.module.tensor) == bits(due)
     assert bits(wide.module.tensor) == bits(due_wide)
-
-
-@ROLES
-@pytest.mark.parametrize("dtype", FLOATS[4:], ids=str)
-def test_complex_tensors_are_averaged(dtype, role):
-    model = module(tensor=role(torch.tensor([1 + 2j], dtype=dtype)), view=torch.tensor([1 + 2j]).conj())
-    average = ModelAverage(model, "update")
-    model.tensor.fill_(3 + 6j)
-    model.view = torch.tensor([3 + 6j]).conj()
-    average.update(0.25)
-    assert bits(average.module.tensor) == bits(torch.tensor([1.5 + 3j], dtype=dtype))
-    assert average.module.view.tolist() == [1.5 - 3j]
 
 
 @pytest.mark.filterwarnings("ignore:A momentum of .* is too small:ignite_ema.EMAWarning")
@@ -106,36 +93,6 @@ def test_masks_of_minus_infinity_stay_bit_for_bit(dtype, momentum):
     for _ in range(3):
         average.update(momentum)
     assert bits(average.module.mask) == bits(mask)
-
-
-@pytest.mark.parametrize("updates_before", [0, 1])
-@pytest.mark.parametrize("momentum", [0.1, 0.9])
-def test_an_entry_that_becomes_infinite_is_infinite_in_the_average(momentum, updates_before):
-    model = module(mask=torch.zeros(2))
-    average = ModelAverage(model, "update")
-    for _ in range(updates_before):
-        average.update(momentum)
-    model.mask = torch.tensor([0.0, -torch.inf])
-    for _ in range(3):
-        average.update(momentum)
-    assert average.module.mask.tolist() == [0.0, -torch.inf]
-
-
-@pytest.mark.parametrize("twin_is_loaded", [True, False])
-@pytest.mark.parametrize("how", ["load", "assign", "data"])
-def test_infinities_that_a_frozen_parameter_gets_between_runs_are_no_nan(how, twin_is_loaded):
-    model, source = (module(mask=frozen(torch.tensor([0.0, value]))) for value in (0.0, -torch.inf))
-    handler, trainer = EMAHandler(model, momentum=0.5), Engine(lambda engine, batch: None)
-    handler.attach(trainer)
-    trainer.run(range(2))
-    if how == "data":
-        model.mask.data = source.mask.data.clone()
-    else:
-        model.load_state_dict(source.state_dict(), assign=how == "assign")
-    if twin_is_loaded:
-        handler.ema_model.load_state_dict(source.state_dict())
-    trainer.run(range(3))
-    assert handler.ema_model.mask.tolist() == [0.0, -torch.inf]
 
 
 def test_a_momentum_of_0_leaves_even_a_nan_out():

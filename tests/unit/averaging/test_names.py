@@ -44,12 +44,9 @@ class Renaming(nn.Module):
 
 WRAPPERS = {
     "activation checkpointing of a part": lambda: build(checkpoint_wrapper),
-    "activation checkpointing": lambda: checkpoint_wrapper(build()),
     "Fabric of a part": lambda: build(Fabric),
-    "Fabric": lambda: Fabric(build()),
     "Fabric over checkpointing": lambda: Fabric(build(checkpoint_wrapper)),
     "a hook that renames": lambda: build(Renaming),
-    "a compiled part": lambda: build(compiled),
     "compiled": lambda: compiled(build()),
     "compiled inside checkpointing": lambda: build(lambda part: checkpoint_wrapper(compiled(part))),
     "DDP over compiled": lambda: DistributedDataParallel(compiled(build())),

@@ -1,6 +1,5 @@
 """The state of an average is complete, and loads; other weights load as far as they fit."""
 
-import copy
 import io
 import math
 from pathlib import Path
@@ -12,10 +11,9 @@ from torch.nn.parallel import DataParallel
 
 from ignite_ema import EMAHandler, EMAWarning, ModelAverage, schedules
 from tests.helpers.bits import assert_same_bits, bits, contents, copied
-from tests.helpers.models import Tied, compiled, move, net
+from tests.helpers.models import Tied, compiled, move
 
 SCHEDULES = {
-    "constant": schedules.Constant(0.25),
     "linear": schedules.LinearWarmup(0.01, 0.5, 7),
     "debiased": schedules.Debiased(0.1),
     "function": lambda n: 0.5 / (n + 1),
@@ -88,59 +86,6 @@ def test_a_state_that_goes_on_with_another_schedule_is_warned_about():
     made(None).load_state_dict(state)  # its momentum comes with each update
 
 
-def test_frozen_parameters_in_a_state_may_be_shared_now_if_they_are_equal():
-    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
-    state = ModelAverage(model).state_dict()
-    ModelAverage(model, share_frozen=True).load_state_dict(state)
-    sharing = ModelAverage(model, share_frozen=True)
-    state["averaged_tensors"] = {name: one + 1 for name, one in state["averaged_tensors"].items()}
-    before = contents(sharing.module)
-    with pytest.raises(ValueError, match=r"'0\.weight' is frozen and shared"):
-        sharing.load_state_dict(state)
-    assert contents(sharing.module) == before
-
-
-def test_non_persistent_buffers_stand_in_a_state_only_if_they_are_averaged():
-    model = Tied()
-    assert "cache" not in ModelAverage(model).averaged_tensors()
-    average = ModelAverage(model, {"cache": "update"})
-    move(model)
-    average.update(0.5)
-    other = ModelAverage(Tied(), {"cache": "update"})
-    other.load_state_dict(average.state_dict())
-    assert bits(other.module.cache) == bits(average.module.cache)
-
-
-@pytest.mark.parametrize("schedule", [0.25, schedules.InverseGamma(), schedules.Cosine(0.1, 0.0, 5)], ids=str)
-def test_a_count_is_what_files_can_hold(schedule):
-    average = made(schedule)
-    average.num_updates = 2**63 - 1
-    made(schedule).load_state_dict(average.state_dict())
-
-
-def test_the_state_is_that_of_the_twin_whatever_became_of_the_model():
-    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-    average = ModelAverage(model)
-    state = copy.deepcopy(average.state_dict())
-    del model[1]
-    assert_same_bits(average.state_dict(), state)
-    with pytest.raises(RuntimeError, match=r"'1\.\w+' is in the twin but not in the model"):
-        average.update(0.5)
-    assert_same_bits(average.state_dict(), state)
-
-
-def test_a_twin_whose_memory_was_freed_raises_until_it_has_some():
-    average = made()
-    state = copy.deepcopy(average.state_dict())
-    average.module.weight.untyped_storage().resize_(0)
-    for use in (lambda: average.load_state_dict(state), lambda: average.update(0.5)):
-        with pytest.raises(RuntimeError, match="'weight' has no memory for its values in the twin"):
-            use()
-    average.module.to_empty(device="cpu")
-    average.load_state_dict(state)
-    assert torch.equal(average.module.weight, average.model.weight)
-
-
 # Other weights.
 
 
@@ -170,21 +115,6 @@ def test_a_plain_state_is_loaded_and_what_it_has_no_place_for_stays(wrap, pair):
     assert contents(average.module) == due
 
 
-def test_a_plain_state_need_not_have_an_averaged_buffer_that_is_not_persistent(pair):
-    other = pair[1]
-    average = ModelAverage(Tied(), {"cache": "update"})
-    average.load_averaged(other.state_dict())
-    assert bits(average.module.first.weight) == bits(other.first.weight)
-    assert average.module.cache.tolist() == [0.0, 0.0]
-
-
-def test_parameters_alone_leave_the_buffers_alone(pair):
-    average, other = pair
-    buffers = {name: bits(tensor) for name, tensor in average.module.named_buffers()}
-    average.load_averaged(dict(other.named_parameters()))
-    assert contents(average.module) == {**{n: bits(one) for n, one in other.named_parameters()}, **buffers}
-
-
 @pytest.mark.parametrize("left_out", ["first.weight", "second.weight"])
 def test_a_tied_weight_may_have_either_name_a_narrower_type_and_a_nan(left_out, pair):
     average, other = pair
@@ -195,28 +125,6 @@ def test_a_tied_weight_may_have_either_name_a_narrower_type_and_a_nan(left_out, 
     del state[left_out]
     average.load_averaged(state)
     torch.testing.assert_close(average.module.second.weight, due, rtol=0, atol=0, equal_nan=True)
-
-
-class WithExtraState(nn.Linear):
-    def get_extra_state(self):
-        return {"note": "no tensor"}
-
-    def set_extra_state(self, state):
-        pass
-
-
-def test_extra_state_is_no_weight():
-    model = nn.Sequential(WithExtraState(1, 1), nn.Linear(1, 1))
-    average = ModelAverage(model)
-    move(model)
-    average.load_averaged(model.state_dict())
-    assert contents(average.module) == contents(model)
-
-
-def test_8_bit_floats_load_into_wider_types():
-    average = ModelAverage(nn.Linear(2, 2))
-    average.load_averaged({"weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "bias": torch.ones(2)})
-    assert average.module.weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
 # strict=False: the ways out for another head, and for layers that are trained later.
@@ -271,17 +179,3 @@ def test_a_count_of_0_that_would_wipe_what_is_loaded_is_refused():
         average.update()
         assert (average.module.weight - average.model.weight).abs().max() > 0.1
     made(schedules.Constant(1.0)).load_averaged(plain, num_updates=0)  # hard copies are what is asked for
-
-
-@pytest.mark.parametrize("mode", ["copy", "update", "statistics", "ema_train", {"1.*": "keep"}], ids=str)
-def test_buffers_alone_can_be_reset(mode):
-    handler = EMAHandler(net(), handle_buffers=mode)
-    handler.num_updates = 7
-    move(handler.model)
-    weights = {name: bits(parameter) for name, parameter in handler.ema_model.named_parameters()}
-    handler.reset(buffers_only=True)
-    assert contents(handler.ema_model) == {**contents(handler.model), **weights}
-    assert handler.num_updates == 7
-    handler.reset()
-    assert contents(handler.ema_model) == contents(handler.model)
-    assert handler.num_updates == 0

@@ -33,16 +33,6 @@ def test_inference_mode_does_not_matter(model_inside, made_inside, updated_insid
     assert not any(tensor.is_inference() for tensor in tensors(average.module).values())
 
 
-def test_memory_that_is_parted_inside_inference_mode_can_be_updated_outside():
-    model = nn.BatchNorm1d(2)
-    average = ModelAverage(model)
-    average.update(0.5)
-    average.module.load_state_dict(model.state_dict(), assign=True)
-    with torch.inference_mode():
-        average.update(0.5)
-    assert not any(tensor.is_inference() for tensor in tensors(average.module).values())
-
-
 class Quantised(torch.Tensor):
     """A type of tensor that can be copied but not interpolated."""
 
@@ -69,37 +59,6 @@ def test_a_type_of_tensor_that_cannot_be_averaged_is_named_and_may_be_shared():
     average = ModelAverage(model, share_frozen=True)
     assert average.update(0.5)
     assert average.module.base is model.base
-
-
-# Tensors without the memory for their values, and tensors without one shape.
-
-
-def freed(size):
-    model = nn.Sequential(nn.Linear(3, 3))
-    model[0].weight.untyped_storage().resize_(size)
-    return model
-
-
-@pytest.mark.parametrize("size", [0, 8])
-@pytest.mark.parametrize("options", [{}, {"share_frozen": True}, {"dtype": torch.float64}])
-def test_a_model_whose_memory_is_freed_is_refused(size, options):
-    model = freed(size).requires_grad_(not options.get("share_frozen"))
-    with pytest.raises(RuntimeError, match="'0.weight' has no memory for its values; load"):
-        ModelAverage(model, **options)
-
-
-def test_a_view_of_a_part_of_a_large_memory_is_no_matter():
-    model = nn.Linear(3, 3, bias=False)
-    model.weight = nn.Parameter(torch.arange(100.0)[91:].view(3, 3))
-    assert ModelAverage(model).module.weight.tolist() == model.weight.tolist()
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-def test_a_nested_buffer_is_refused(layout):
-    model = module(x=torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout))
-    with pytest.raises(RuntimeError, match="'x'.*nested tensor"):
-        ModelAverage(model)
 
 
 # A deep copy returns functions as they are: those that refer to the model are named.
@@ -179,12 +138,9 @@ UNTIED = {
     "method": lambda model: setattr(model, "forward", types.MethodType(Net.forward, model)),
     "partial": lambda model: setattr(model, "forward", functools.partial(Net.forward, model)),
     "object": lambda model: setattr(model, "forward", ToFloat32(model.forward)),
-    "wrapped method": lambda model: setattr(model, "forward", types.MethodType(to_float32(Net.forward), model)),
     "compile": lambda model: model.compile(backend="eager"),
-    "function": lambda model: setattr(model, "activation", nn.functional.relu),
     "lambda": lambda model: setattr(model, "scale", lambda x, by=2.0: by * x),
     "hook": lambda model: model.body.register_forward_hook(plain_hook),
-    "a class": lambda model: setattr(model, "kind", Net),
     "parametrization": lambda model: nn.utils.parametrizations.weight_norm(model.body),
     "spectral norm": lambda model: nn.utils.spectral_norm(model.body),
 }
@@ -199,13 +155,6 @@ def test_functions_that_a_copy_binds_anew_are_fine(change):
     due = twin(x)
     nn.init.zeros_(model.head.weight)
     assert torch.equal(twin(x), due)
-
-
-def test_a_function_of_a_shared_frozen_parameter_is_fine():
-    model = Net()
-    model.head.requires_grad_(False)
-    model.scale = lambda x, weight=model.head.weight: weight * x
-    ModelAverage(model, share_frozen=True)
 
 
 # train() and eval() with side effects.
