@@ -200,3 +200,14 @@ def test_the_handler_holds_no_strong_reference_to_the_engine():
     assert alive() is None
     handle.remove()
     handler.state_dict()
+
+
+def test_the_attribute_stays_as_long_as_another_handler_shares_it():
+    trainer, handler = set_up()
+    handle = handler.attach(trainer)
+    other = EMAHandler(handler.model, 0.5)
+    with pytest.warns(EMAWarning, match="shares it"):
+        other.attach(trainer)
+    handle.remove()
+    trainer.run([0, 0])
+    assert other.num_updates == 2

@@ -177,7 +177,7 @@ def test_an_evaluator_is_collected_with_what_was_put_on_it():
 def test_a_copy_of_the_evaluator_is_detached_and_says_so_when_it_runs(kit):
     _, handler, evaluator = kit
     with handler.swap_during(evaluator) as handle:
-        copied = copy.deepcopy(evaluator)
+        copied = copy.deepcopy(copy.deepcopy(evaluator))
         assert handle.is_attached
         with pytest.warns(EMAWarning, match=r"is a copy of .* Call swap_during\(\) with the copy"):
             copied.run([0])

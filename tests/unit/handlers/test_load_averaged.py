@@ -66,3 +66,20 @@ def test_the_names_of_a_wrapped_model_are_taken_out(prefix):
     handler = EMAHandler(net())
     handler.load_averaged({"ema_model": {prefix + name: value for name, value in net(4).state_dict().items()}})
     assert contents(handler.ema_model) == contents(net(4))
+
+
+def test_a_buffer_of_the_model_is_not_taken_for_the_count():
+    model = net()
+    model.register_buffer("num_updates", torch.tensor(5))
+    handler = EMAHandler(model)
+    handler.load_averaged(model.state_dict())
+    assert handler.num_updates == 0
+
+
+def test_what_no_state_holds_is_not_missed_by_a_part():
+    model = net()
+    model.register_buffer("table", torch.ones(3), persistent=False)
+    handler = EMAHandler(model)
+    handler.load_averaged(handler.state_dict(), strict=False)
+    handler.load_averaged(dict(model.named_parameters()), strict=False)
+    assert handler.initial_share == 0
