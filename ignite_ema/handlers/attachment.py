@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 from weakref import ref
 
 from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
@@ -34,16 +34,6 @@ _BEFORE_STEP = (None, Events.STARTED, Events.EPOCH_STARTED, Events.ITERATION_STA
 _NOT_FOR_UPDATES = (Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH)
 
 
-class Owner(Protocol):
-    """Who attaches: called back with the engine."""
-
-    def _on_event(self, engine: Engine, attachment: "Attachment") -> None: ...
-
-    def _on_run_start(self, engine: Engine, attachment: "Attachment") -> None: ...
-
-    def _on_run_end(self, engine: Engine, attachment: "Attachment") -> None: ...
-
-
 def attachments(engine: Engine) -> "list[Attachment]":
     """What is attached to ``engine`` now."""
     return list(vars(engine).get(_ATTACHMENTS, ()))
@@ -56,7 +46,8 @@ class Attachment(RemovableEventHandle):
     as it is fired. The start of a run is its first iteration: whatever listens to ``STARTED`` has run then.
 
     Args:
-        owner: who attaches.
+        owner: who attaches; its ``_on_event``, ``_on_run_start`` and ``_on_run_end`` are called with the engine and
+            this attachment.
         engine: where to; referred to weakly.
         names: the attributes of ``engine.state`` that the owner publishes.
         event: the event, accepted by :func:`members_of`.
@@ -72,7 +63,7 @@ class Attachment(RemovableEventHandle):
 
     def __init__(
         self,
-        owner: Owner,
+        owner: Any,
         engine: Engine,
         names: tuple[str, ...],
         event: Event,
@@ -86,7 +77,7 @@ class Attachment(RemovableEventHandle):
         update.__qualname__ = update.__name__ = f"{type(owner).__name__}.update"
         self._held: list[object] = [update]
         super().__init__(event, update, engine)  # type: ignore[arg-type]  # a string is as good
-        self.owner: Any = owner
+        self.owner = owner
         self.names = names
         self.is_attached = True
         self.has_stepped = False
@@ -237,7 +228,7 @@ class Attachments:
                 self._stepped.discard(attachment.names[0])
 
 
-def check_attachable(owner: Owner, engine: Engine, names: Iterable[str], *events: Event) -> None:
+def check_attachable(owner: object, engine: Engine, names: Iterable[str], *events: Event) -> None:
     """Raises TypeError, ValueError or RuntimeError unless ``owner`` can be attached to ``engine``.
 
     Args:

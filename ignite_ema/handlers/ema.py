@@ -39,6 +39,10 @@ _STATE: dict[str, type | tuple[type, ...]] = {
     "optimizer_stepped": list,
     "saved_while_swapped": bool,
 }
+_SAVED_WHILE_SWAPPED = (
+    "The EMA handler {0} saved inside swapped() or swap_during(). Its own state is right, but a model that {0} saved "
+    "beside it has averaged weights, too. Save what you resume from at an event of the trainer."
+)
 
 
 class EMAHandler:
@@ -263,10 +267,7 @@ class EMAHandler:
             attachment.note_reading()
         is_swapped = self.average.is_swapped()
         if is_swapped:
-            warn_first_rank(
-                "The EMA handler is saved inside swapped() or swap_during(). Its own state is right, but a model that "
-                "is saved beside it has averaged weights, too. Save what you resume from at an event of the trainer."
-            )
+            warn_first_rank(_SAVED_WHILE_SWAPPED.format("is"))
         return {
             **self.average.state_dict(),
             "current_momentum": self._plain_momentum() if self._momentum.schedule is None else None,
@@ -299,10 +300,7 @@ class EMAHandler:
             self._attachments.publish(saved)
         self._go_on()
         if state["saved_while_swapped"]:
-            warn_first_rank(
-                "The EMA handler was saved inside swapped() or swap_during(). Its own state is right, but a model that "
-                "was saved beside it has averaged weights, too. Save what you resume from at an event of the trainer."
-            )
+            warn_first_rank(_SAVED_WHILE_SWAPPED.format("was"))
 
     def load_averaged(
         self,
