@@ -18,7 +18,7 @@ __all__ = [
     "Attachment",
     "Attachments",
     "Event",
-    "Owner",
+   
     "attachments",
     "check_attachable",
     "members_of",

@@ -54,7 +54,7 @@ def output(model):
         return set(model(torch.ones(1, 4)).flatten().tolist())
 
 
-# The states, of which each leaves the weights of now somewhere.
+# The states, of which each leaves the current weights somewhere.
 
 
 def is_gathered(model):

@@ -122,7 +122,7 @@ def test_a_handler_that_was_not_restored_is_missed_in_the_checkpoint_once(load_f
     with pytest.warns(EMAWarning, match="resumes at iteration 4.*'ema_momentum' was not restored") as caught:
         resumed(trainer).run([0] * 4)
     assert len(caught) == 1
-    assert ("starts from the weights of now" if load_first else "that it was made with") in str(caught[0].message)
+    assert ("starts from the current weights" if load_first else "that it was made with") in str(caught[0].message)
     with silence():
         resumed(trainer).run([0] * 4)
 
