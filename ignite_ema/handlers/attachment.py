@@ -18,7 +18,6 @@ __all__ = [
     "Attachment",
     "Attachments",
     "Event",
-   
     "attachments",
     "check_attachable",
     "members_of",
