@@ -73,23 +73,6 @@ def test_a_prefix_that_does_not_begin_all_names_is_refused(prefix, error, messag
         read(wrapped()[1], strip_prefix=prefix)
 
 
-FORGED = "a\n\x1b[2Jdistance  0.000e+00  all\u202e"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {FORGED: 3},
-        {"ema": {FORGED: torch.zeros(1, device="meta")}},
-        {"ema_" + FORGED: state(1), "ema": state(2)},
-    ],
-)
-def test_names_in_messages_are_quoted(content):
-    with pytest.raises(ValueError, match=r"'(ema_)?a\\n\\x1b\[2Jdistance  0.000e\+00  all\\u202e") as info:
-        read(content)
-    assert str(info.value).isprintable()
-
-
 # --- values ---
 
 META = nn.Linear(2, 2, device="meta").state_dict()
