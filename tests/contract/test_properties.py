@@ -364,19 +364,6 @@ class Averaging(RuleBasedStateMachine):
         assert kept >= self.model.state_dict().keys() - self.shared
         assert {name: all_bits(self.twin)[name] for name in kept} == {name: held[name] for name in kept}
 
-    @rule()
-    def load_averaged(self):
-        state = {name: tensor.clone() for name, tensor in self.twin.state_dict().items()}
-        new = changed(self.twin, self.generator)
-        self.twin.load_state_dict({name: new[name] for name in state if name not in self.shared}, strict=False)
-        held = all_bits(self.twin)
-        if state:
-            self.handler.load_averaged({"ema_model": state}, num_updates=self.count)
-        for group in self.ties:
-            saved = next((name for name in group if name in state), None)
-            for name in group:
-                assert bits(tensors(self.twin)[name]) == (held[name] if saved is None else bits(state[saved])), name
-
     @invariant()
     def what_always_holds(self):
         if not hasattr(self, "handler"):

@@ -28,25 +28,10 @@ class Fabric(nn.Module):
         return self._original_module.load_state_dict(*arguments, **options)
 
 
-class Renaming(nn.Module):
-    """Adds a name to those of its state dict, by a hook."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-        self._register_state_dict_hook(self._rename)
-
-    @staticmethod
-    def _rename(self, state, prefix, _):
-        for name in [name for name in state if name.startswith(f"{prefix}inner.")]:
-            state[prefix + name.removeprefix(f"{prefix}inner.")] = state.pop(name)
-
-
 WRAPPERS = {
     "activation checkpointing of a part": lambda: build(checkpoint_wrapper),
     "Fabric of a part": lambda: build(Fabric),
     "Fabric over checkpointing": lambda: Fabric(build(checkpoint_wrapper)),
-    "a hook that renames": lambda: build(Renaming),
     "compiled": lambda: compiled(build()),
     "compiled inside checkpointing": lambda: build(lambda part: checkpoint_wrapper(compiled(part))),
     "DDP over compiled": lambda: DistributedDataParallel(compiled(build())),
@@ -70,7 +55,7 @@ def test_states_of_a_wrapped_and_of_a_plain_model_load_into_each_other(wrapper, 
     assert torch.equal(wrapped.averaged_tensors()["1.0.weight"], average.module[1][0].weight)
 
 
-@pytest.mark.parametrize("wrap", [checkpoint_wrapper, Fabric, Renaming, compiled])
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, Fabric, compiled])
 def test_a_wrapper_that_is_put_on_between_updates_is_followed(wrap):
     model = build()
     average = ModelAverage(model)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ignite_ema import ModelAverage
-from tests.helpers.bits import contents, copied, storages, tensors
+from tests.helpers.bits import copied, storages, tensors
 from tests.helpers.models import compiled, constant, module
 
 # Shapes and memory.
@@ -90,20 +90,6 @@ def test_loading_never_ties_the_average_to_what_was_loaded():
         load()
         for source in (model, average.module):
             assert set(storages(other.module).values()).isdisjoint(storages(source).values())
-
-
-@pytest.mark.parametrize("into_twin", [True, False], ids=["model into twin", "twin into model"])
-def test_memory_that_was_assigned_from_one_to_the_other_is_parted_at_the_update(into_twin):
-    model = nn.BatchNorm1d(2)
-    average = ModelAverage(model, "update")
-    average.update(0.5)
-    source, target = (model, average.module) if into_twin else (average.module, model)
-    target.load_state_dict(source.state_dict(), assign=True)
-    before = contents(model)
-    average.update(0.5)
-    assert set(storages(model).values()).isdisjoint(storages(average.module).values())
-    average.module.weight.fill_(7.0)
-    assert contents(model) == before
 
 
 # Copied and kept buffers may change their shape, as position tables do that grow with the longest sequence.
