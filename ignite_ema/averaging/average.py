@@ -189,6 +189,14 @@ class ModelAverage:
             ) from None
         return self._pairing
 
+    def _unswapped(self, what: str) -> Pairing:
+        """As :meth:`_current`; raises RuntimeError if a part of the model holds averaged weights, too."""
+        refuse_while_swapped(self.model, what)
+        pairing = self._current()
+        for module in self.model.modules() if pairing.has_swapped_part() else ():
+            refuse_while_swapped(module, what)
+        return pairing
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the pairing, which knows where tensors lie in this process."""
         return {**vars(self), "_pairing": None}
@@ -260,10 +268,9 @@ class ModelAverage:
             momentum = self._next_momentum()
         elif type(momentum) is not float or not 0 <= momentum <= 1:
             momentum = checked_momentum(momentum, "momentum")
-        refuse_while_swapped(self.model, "updated")
-        pairing = self._current()
+        pairing = self._unswapped("updated")
         groups = pairing.groups
-        if self._skip_nonfinite and momentum:
+        if self._skip_nonfinite:
             if (name := pairing.first_nonfinite()) is not None:
                 self.num_skipped += 1
                 self._tell_once(
@@ -331,8 +338,7 @@ class ModelAverage:
         Args:
             buffers_only: copy the buffers alone, and leave weights and counts as they are.
         """
-        refuse_while_swapped(self.model, "reset")
-        pairing = self._current()
+        pairing = self._unswapped("reset")
         slots = [slot for slot in pairing.slots if slot.online.is_buffer or not buffers_only]
         self._fill(pairing, {slot.name: slot.online.get() for slot in slots})
         if not buffers_only:
@@ -362,12 +368,7 @@ class ModelAverage:
             >>> model.weight.item()
             7.0
         """
-        return Swapped(self._swappable, self.model, buffers_from)
-
-    def _swappable(self) -> Pairing:
-        for module in self.model.modules():
-            refuse_while_swapped(module, "swapped")
-        return self._current()
+        return Swapped(partial(self._unswapped, "swapped"), self.model, buffers_from)
 
     def is_swapped(self) -> bool:
         """Whether the model holds averaged weights now, those of this average or of another of the same model."""
@@ -421,11 +422,10 @@ class ModelAverage:
                 the twin cannot hold without loss; nothing has been loaded then.
             RuntimeError: inside :meth:`swapped`.
         """
-        refuse_while_swapped(self.model, "loaded")
+        pairing = self._unswapped("loaded")
         check_average_state(state)
         if self.schedule is not None:
             scheduled(self.schedule, state["num_updates"])  # raises before anything has changed
-        pairing = self._current()
         self._fill(pairing, complete_tensors(pairing, state))
         self._num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
         self._initial_share = state["initial_share"]
@@ -451,14 +451,13 @@ class ModelAverage:
                 at the first update; nothing has been loaded then.
             RuntimeError: inside :meth:`swapped`.
         """
-        refuse_while_swapped(self.model, "loaded")
+        pairing = self._unswapped("loaded")
         if not isinstance(source, Mapping):
             raise TypeError(
                 f"source should be a state_dict, got {type(source).__name__}. EMAHandler.load_averaged() reads files."
             )
         saved = source.get("num_updates") if "averaged_tensors" in source else None
         count = self._count_after_load(saved if num_updates is None else num_updates)
-        pairing = self._current()
         values = fitting_tensors(pairing, source, strict)
         rest = {} if strict else {slot.name: slot.online.get() for slot in missing_slots(pairing, values)}
         self._fill(pairing, {**values, **rest})

@@ -11,7 +11,8 @@ The groups for the kernels hold detached aliases of the tensors, so that an upda
 """
 
 from collections.abc import Callable
-from operator import attrgetter, eq, getitem, is_
+from itertools import repeat
+from operator import attrgetter, contains, eq, getitem, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,9 @@ from .memory import give_own_memory, has_values, is_dense, sharing_memory
 from .names import Place, first_names, places_of
 from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sharding
 
-__all__ = ["Group", "Mismatch", "Pairing", "Slot", "nonfinite_in", "replace"]
+__all__ = ["SWAPPED", "Group", "Mismatch", "Pairing", "Slot", "nonfinite_in", "replace"]
+
+SWAPPED = "_ignite_ema_swapped"  # the attribute of a module that holds averaged weights: its id, unlike a copy's
 
 _requires_grad = attrgetter("requires_grad")
 
@@ -169,6 +172,10 @@ class Pairing:
             and not (self.shared and any(_requires_grad(slot.online.get()) for slot in self.shared))
         )
 
+    def has_swapped_part(self) -> bool:
+        """Whether a module of the model holds averaged weights now, maybe those of an average of that part alone."""
+        return any(map(contains, self._attributes, repeat(SWAPPED)))
+
     @property
     def is_sharded(self) -> bool:
         """Whether ranks hold parts of the tensors."""
@@ -233,6 +240,7 @@ class Pairing:
         shared = {(id(place.table), place.key) for slot in self.shared for place in (slot.online, slot.averaged)}
         places = {(id(place.table), place.key): place for place in (*ours, *theirs)}
         read = [place for key, place in places.items() if key not in shared]
+        self._attributes = list(map(vars, online.modules()))
         modules = [*online.modules(), *averaged.modules()]
         self._all_tables = [table for one in modules for table in (one._parameters, one._buffers, one._modules)]
         self._size = sum(map(len, self._all_tables))

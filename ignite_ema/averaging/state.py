@@ -55,7 +55,7 @@ def check_average_state(
             )
     if entries and "ignite_ema_version" not in entries:
         raise ValueError(
-            f"The state of {what} should be what its state_dict() gave, but it lacks 'ignite_ema_version'. To start "
+            f"The state of {what} should be what its state_dict() gave, but it misses 'ignite_ema_version'. To start "
             "from the state_dict of a model, call load_averaged() with it."
         )
     if entries:

@@ -15,18 +15,17 @@ from torch import Tensor, nn
 
 from .checks import warn_user
 from .memory import has_values, overlaps_itself
-from .pairing import Pairing, Slot, replace
+from .pairing import SWAPPED, Pairing, Slot, replace
 from .sharding import fsdp_modules, local, reshard
 
 __all__ = ["Swapped", "is_swapped", "refuse_while_swapped"]
 
 _TRIALS = 3  # of giving back a tensor
-_MARK = "_ignite_ema_swapped"  # the attribute of a module that is swapped
 
 
 def is_swapped(model: nn.Module) -> bool:
     """Whether ``model`` holds averaged weights now, those of any of its averages."""
-    return vars(model).get(_MARK) == id(model)
+    return vars(model).get(SWAPPED) == id(model)
 
 
 def refuse_while_swapped(model: nn.Module, what: str) -> None:
@@ -137,12 +136,12 @@ class _SavedModules:
     def mark(self) -> None:
         """Marks them; each by its own id, which a copy does not have."""
         for module, _ in self.children.values():
-            vars(module)[_MARK] = id(module)
+            vars(module)[SWAPPED] = id(module)
 
     def give_back(self) -> None:
         """Takes the marks off, and puts each tensor back into its place."""
         for module, _ in self.children.values():
-            vars(module).pop(_MARK, None)
+            vars(module).pop(SWAPPED, None)
         for module, table, key, tensor in self._places:
             if table.get(key, tensor) is not tensor:
                 setattr(module, key, tensor)  # not into the table: an LSTM has a list of its weights besides

@@ -274,7 +274,7 @@ def test_attached_three_times_it_updates_once_and_ends_with_its_handle(handler_c
     handle = handler.attach(trainer)
     for name in ("ema_momentum", "another_name"):
         if handler_class is EMAHandler:
-            with pytest.raises(RuntimeError, match="once, but it is already, as 'ema_momentum'"):
+            with pytest.raises(RuntimeError, match="once, but this one is already, as 'ema_momentum'"):
                 handler.attach(trainer, name)
         else:
             handler.attach(trainer)
@@ -316,7 +316,7 @@ def test_a_name_of_the_engine_raises(handler_class, expected):
     model = constant(1.0)
     handler, trainer = handler_class(model), idle()
     if expected == RAISES:
-        with pytest.raises(ValueError, match="not be an attribute of the engine's own, got 'iteration'"):
+        with pytest.raises(ValueError, match="already uses, got 'iteration'"):
             handler.attach(trainer, "iteration")
     else:
         handler.attach(trainer, "iteration")

@@ -245,7 +245,7 @@ class Averaging(RuleBasedStateMachine):
         before = identity(self.model)
         twin = build(self.spec, self.seed + 2) if self.brings_twin else None
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "stochastic_rounding should find|.* has no finite value yet")
+            warnings.filterwarnings("ignore", "stochastic_rounding should find|There is no finite value yet")
             self.handler = EMAHandler(self.model, 0.25, ema_model=twin, **self.options)
         self.trainer = Engine(lambda engine, batch: None)
         if attach_first:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ignite_ema import ModelAverage
+from ignite_ema import EMAWarning, ModelAverage
 from tests.helpers.bits import bits, contents, places
 
 QUIET = pytest.mark.filterwarnings("ignore:.*and the change is dropped")
@@ -122,3 +122,36 @@ def test_a_cast_of_shared_frozen_parameters_is_undone_and_what_is_written_into_t
     with average.swapped(), torch.no_grad():
         model[0].weight.fill_(3.0)
     assert model[0].weight.item() == 3.0
+
+
+def test_a_layer_that_is_replaced_in_a_block_that_raises_is_named_in_a_warning():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    average = ModelAverage(model)
+    own = model[1].weight.clone()
+
+    def replace_and_raise():
+        with average.swapped():
+            model[0] = nn.Linear(2, 2)
+            raise KeyError("mine")
+
+    with pytest.warns(EMAWarning, match="'0' was replaced inside"), pytest.raises(KeyError, match="mine"):
+        replace_and_raise()
+    assert torch.equal(model[1].weight, own)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda whole: whole.update(0.5),
+        lambda whole: whole.reset(),
+        lambda whole: whole.load_state_dict(whole.state_dict()),
+        lambda whole: whole.swapped().__enter__(),
+    ],
+    ids=["update", "reset", "load", "swap"],
+)
+def test_an_average_of_the_whole_waits_while_a_part_holds_averaged_weights(move):
+    part = nn.Linear(2, 2)
+    inner, whole = ModelAverage(part), ModelAverage(nn.Sequential(part, nn.Linear(2, 2)))
+    with inner.swapped(), pytest.raises(RuntimeError, match="while the model holds its own weights"):
+        move(whole)
+    whole.update(0.5)

@@ -179,3 +179,13 @@ def test_a_count_of_0_that_would_wipe_what_is_loaded_is_refused():
         average.update()
         assert (average.module.weight - average.model.weight).abs().max() > 0.1
     made(schedules.Constant(1.0)).load_averaged(plain, num_updates=0)  # hard copies are what is asked for
+
+
+def test_the_state_of_untied_weights_is_refused_by_a_tied_model():
+    untied, tied = Tied(), Tied()
+    untied.second.weight = nn.Parameter(torch.randn_like(untied.second.weight))
+    average = ModelAverage(tied)
+    before = contents(average.module)
+    with pytest.raises(ValueError, match="'second.weight' is tied to 'first.weight'"):
+        average.load_state_dict(ModelAverage(untied).state_dict())
+    assert contents(average.module) == before
