@@ -79,7 +79,7 @@ def averages(tensor, **others):
 EVIL = Evil(os.system, ("touch executed",))
 ENTRIES, ANOTHER = "the entries that a PostHocEMA writes, but", "should be of the run of 'snapshot_65.pt', .* another"
 BAD_FILES = [
-    (of_bytes(lambda data: data[:-300]), "snapshot_65.pt' should be a file .*, but it is cut short"),
+    (of_bytes(lambda data: data[:-300]), "snapshot_65.pt' should be a file .*cut short"),
     (of_bytes(damaged), "snapshot_65.pt' should be a file .* damaged"),
     (of_bytes(lambda data: b""), "snapshot_65.pt' should hold weights, but it is empty"),
     (of_bytes(lambda data: b"not found"), "snapshot_65.pt' should be a file that"),
