@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -130,8 +129,6 @@ class DirectoryReader(FileSystemReader):
             with path.open("rb") as file:
                 file.seek(place.offset)
                 chunk = io.BytesIO(file.read(place.length))
-            if not zipfile.is_zipfile(chunk):
-                raise ValueError(f"{quoted(path)} should have {quoted(index.fqn)}, but is damaged; take another copy.")
             verify(chunk, f"{path} ({index.fqn})")
         return plan
 
@@ -149,18 +146,16 @@ class PlainPlanner(DefaultLoadPlanner):
 def _read_distributed(path: Path) -> Any:
     """All that a checkpoint holds, in this process alone, whether it is one of several or not."""
     reader, planner = DirectoryReader(path), PlainPlanner()
-    content = {name: _room_for(entry) for name, entry in reader.contents.state_dict_metadata.items()}
+    content: dict[str, Any] = dict.fromkeys(reader.contents.state_dict_metadata)
+    for name, entry in reader.contents.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            content[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     planner.set_up_planner(content, reader.contents, is_coordinator=True)
     reader.set_up_storage_reader(reader.contents, is_coordinator=True)
     plan = reader.prepare_local_plan(planner.create_local_plan())
     (plan,) = reader.prepare_global_plan(planner.create_global_plan([plan]))
     reader.read_data(planner.finish_plan(plan), planner).wait()
     return nested(content, reader.contents.planner_data or {})
-
-
-def _room_for(entry: Any) -> Any:
-    is_tensor = isinstance(entry, TensorStorageMetadata)
-    return torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None
 
 
 def nested(content: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> Any:

@@ -167,7 +167,6 @@ def load_stream(stream: str | IO[bytes], *, mmap: bool = False) -> Any:
 
 
 _OTHER_KINDS = {
-    b"PK\3\4": "is cut short: a zip archive without its end; take another copy",
     b"version https://git-lfs": "is a pointer of Git LFS; get the file itself with git lfs pull",
     b"<": "is an HTML page, as a download that needs a login leaves; download it again",
 }  # by their first bytes
@@ -183,7 +182,8 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
 
     Args:
         path: of the file.
-        verified: whether to verify the file first, see :func:`verify`.
+        verified: whether to verify the file first, see :func:`verify`. Safetensors and the files of torch before 1.6
+            have no checksums: what was changed in these goes unnoticed.
 
     Raises:
         FileNotFoundError, ValueError: if it is no such file, or has changed since it was written.
@@ -194,7 +194,7 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
     head = _head(path)
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         load = partial(_safetensors_for(path).load_file, path)
-    elif zipfile.is_zipfile(path):
+    elif head.startswith(b"PK"):
         if verified:
             verify(path)
         load = partial(load_stream, str(path), mmap=True)
@@ -236,20 +236,17 @@ def _head(path: Path) -> bytes:
 
 
 def verify(file: Path | IO[bytes], name: str | None = None) -> None:
-    """Compares a file of ``torch.save`` with the checksums in it, at about the speed of the disk.
+    """Compares a file of ``torch.save``, a zip archive, with the checksums in it, at about the speed of the disk.
 
-    A file whose checksums are all zero has none (``torch.serialization.set_crc32_options``). Nor have safetensors and
-    the files of torch before 1.6: what was changed in these goes unnoticed.
+    A file whose checksums are all zero has none (``torch.serialization.set_crc32_options``).
 
     Args:
         file: a path, or a stream.
         name: of the file, for messages.
 
     Raises:
-        ValueError: if a byte has changed since the file was written, or it is a TorchScript archive.
+        ValueError: if a byte has changed since the file was written, or it is no zip archive of tensors.
     """
-    if not zipfile.is_zipfile(file):
-        return
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()

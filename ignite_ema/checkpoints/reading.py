@@ -161,8 +161,14 @@ def read_part(
     if base is None:
         return averaged, lacks
     other, _ = _read(base.state_dict() if isinstance(base, nn.Module) else base, None, None, "base")
-    tensors = _completed(averaged.tensors, other.online or other.tensors, lacks, where)
-    return replace(averaged, tensors=tensors, online=None), []
+    own = other.online or other.tensors
+    if lacking := [name for name in lacks if name not in own]:
+        raise ValueError(
+            f"base should have what the average in {where} lacks, but has no {listed(lacking)}; pass a state dict of "
+            "the same model (--base)."
+        )
+    added = {name: own[name] for name in (lacks or own) if name not in averaged.tensors}
+    return replace(averaged, tensors=averaged.tensors | added, online=None), []
 
 
 def _read(source: Source, key: str | None, names: Names, where: str) -> tuple[Averaged, Sequence[str]]:
@@ -257,7 +263,7 @@ def _with_names(found: Found, tensors: Tensors, names: Names, where: str) -> Sta
         )
     known = dict(names.named_parameters() if isinstance(names, nn.Module) else names)
     pairs = zip(known.items(), tensors, strict=False)
-    other = next((name for (name, value), tensor in pairs if _shape(value) != _shape(tensor)), None)
+    other = next((key for (key, one), two in pairs if getattr(one, "shape", None) != getattr(two, "shape", None)), None)
     if other is not None or len(known) != len(tensors):
         got = len(known) if len(known) != len(tensors) else f"another shape for {quoted(other)}"
         raise ValueError(
@@ -283,28 +289,6 @@ def _cleaned(state: State, where: str) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"The average in {where} should have tensors, but it is empty; take another checkpoint.")
     return tensors
-
-
-def _completed(tensors: dict[str, Tensor], base: State, missing: Sequence[str], where: str) -> dict[str, Tensor]:
-    """The tensors of an average, and what a base has beside them.
-
-    Args:
-        tensors: of the average.
-        base: a state dict of the same model.
-        missing: the names that have to come from the base, and no others; if there are none, all that it has.
-        where: what holds the average, for messages.
-    """
-    own = _cleaned(base, "base")
-    if lacking := [name for name in missing if name not in own]:
-        raise ValueError(
-            f"base should have what the average in {where} lacks, but has no {listed(lacking)}; pass a state dict of "
-            "the same model (--base)."
-        )
-    return tensors | {name: own[name] for name in (missing or own) if name not in tensors}
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {kind_of(value)}"
 
 
 def _stripped(averaged: Averaged, prefix: str, where: str) -> Averaged:

@@ -38,7 +38,7 @@ def entries(**changes):
 EVIL = Evil(os.system, ("touch executed",))
 ENTRIES, ANOTHER = "the entries that a PostHocEMA writes, but", "should be of the run of 'snapshot_65.pt', .* another"
 BAD_FILES = [
-    (of_bytes(lambda data: data[:-300]), "snapshot_65.pt' should be a file .*, but it is cut short"),
+    (of_bytes(lambda data: data[:-300]), "snapshot_65.pt' should be a file .*cut short"),
     (of_bytes(damaged), "snapshot_65.pt' should be a file .* damaged"),
     (of_bytes(lambda data: b""), "snapshot_65.pt' should hold weights, but it is empty"),
     (lambda folder: (folder / "snapshot_65.pt").mkdir(), "snapshot_65.pt' should be a file, got a directory"),
