@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..averaging.average import ModelAverage
 from ..averaging.buffers import BufferPolicy
 from ..averaging.checks import (
-    check_count,
     check_saved_mapping,
     one_line,
     warn_first_rank,
@@ -30,7 +29,6 @@ from .attachment import (
     Attachment,
     Attachments,
     Event,
-    attachments,
     check_attachable,
     members_of,
     optimizer_with_hooks,
@@ -122,9 +120,10 @@ class PostHocEMA:
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
     ) -> None:
-        self.sigma_rels = _checked_widths(sigma_rels)
-        _check_options(handle_buffers, samples, snapshot_dtype)
-        self._samples, self._dtype = samples if callable(samples) else None, snapshot_dtype
+        _check_options(sigma_rels, handle_buffers, samples, snapshot_dtype)
+        self.sigma_rels = tuple(float(PowerFunction(sigma_rel).sigma_rel) for sigma_rel in sigma_rels)
+        self._samples: Any = samples
+        self._dtype = snapshot_dtype
         self._exponents = [PowerFunction(sigma_rel).gamma + 1 for sigma_rel in self.sigma_rels]
         self.time_unit = "samples" if samples else "updates"
         self.streams = tuple(
@@ -141,8 +140,6 @@ class PostHocEMA:
             )
             for sigma_rel, twin in zip(self.sigma_rels, _checked_twins(ema_models, self.sigma_rels), strict=True)
         )
-        if not any(True for _ in self.model.parameters()):
-            raise ValueError("model should have parameters, got none; there is nothing to average.")
         self.dirname = Path(dirname)
         on_first_rank(lambda: self.dirname.mkdir(parents=True, exist_ok=True))
         self._attachments = Attachments()
@@ -228,17 +225,6 @@ class PostHocEMA:
         """
         names = tuple(f"{name}_{index}" for index in range(len(self.streams)))
         check_attachable(self, engine, [name, *names], event, snapshot_event)
-        if self.time_unit == "samples" and self._samples is None:
-            raise TypeError(
-                "samples should be a function of the engine to count its batches, got True; pass one such as "
-                "lambda engine: len(engine.state.batch[0]) to PostHocEMA."
-            )
-        others = (other.owner for other in attachments(engine) if isinstance(other.owner, PostHocEMA))
-        if any(other.dirname.resolve() == self.dirname.resolve() for other in others):
-            raise ValueError(
-                f"dirname should be another than '{self.dirname}', where another PostHocEMA of this engine writes; "
-                "give each its own directory."
-            )
         steps = optimizer_with_hooks(optimizer, self.model)
         if taken := [taken for taken in names if hasattr(engine.state, taken)]:
             warn_user(
@@ -246,7 +232,7 @@ class PostHocEMA:
                 "engine, and is overwritten. Choose another name."
             )
         attachment = Attachment(self, engine, names, event, set(names).difference(taken), steps)
-        if self._samples is not None:
+        if self.time_unit == "samples":
             attachment.call_at(engine, Events.ITERATION_STARTED, self._count_batch)
         for moment in members_of(snapshot_event, engine):
             attachment.call_at(engine, moment, self._save)  # type: ignore[arg-type]  # a string is as good
@@ -259,8 +245,8 @@ class PostHocEMA:
         """Writes a snapshot now; returns its path, or None if there is one of this time or no update yet.
 
         Raises:
-            OSError, RuntimeError, ValueError: if it cannot be written, a weight is beyond the range of the snapshots'
-                type, the averages are of different times, or the directory has snapshots of another run. On all ranks.
+            OSError, ValueError: if it cannot be written, a weight is beyond the range of the snapshots' type, or the
+                directory has snapshots of another run. On all ranks.
         """
         return self._write(0, 0)
 
@@ -295,7 +281,7 @@ class PostHocEMA:
                 or unit of time; nothing has been loaded then.
         """
         _check_state(state, self.sigma_rels, self.time_unit)
-        for index, average in enumerate(self.streams):  # what the first takes fits the others, too
+        for index, average in enumerate(self.streams):
             average.load_state_dict(state[f"stream_{index}"])
         self._seen, self.time = state["samples_seen"], state["updated_at"]
         self._run_id, self._times = state["run_id"], list(state["snapshot_times"])
@@ -352,8 +338,7 @@ class PostHocEMA:
         """The first update copies: there is nothing to say about the share of the initial weights."""
 
     def _count_batch(self, engine: Engine) -> None:
-        if self._samples is not None:
-            self._count(self._samples(engine), "samples should return")
+        self._count(self._samples(engine), "samples should return")
 
     def _save(self, engine: Engine) -> None:
         self._write(engine.state.iteration, engine.state.epoch)
@@ -385,11 +370,6 @@ class PostHocEMA:
         self._prepare()
         if self.time in self._times[-1:]:
             return None
-        if len(counts := {average.num_updates for average in self.streams}) > 1:
-            raise RuntimeError(
-                f"The averages should be of one time, got {sorted(counts)} updates; reset() or load the PostHocEMA as "
-                "a whole."
-            )
         shared = self.streams[0].shared_tensors()
         gathered = [_gathered(average.averaged_tensors()) for average in self.streams]
 
@@ -447,16 +427,11 @@ def _contents(
     return compact(averaged), compact(copied)
 
 
-def _checked_widths(sigma_rels: Sequence[float]) -> tuple[float, ...]:
-    if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Sequence) or not sigma_rels:
+def _check_options(
+    sigma_rels: object, handle_buffers: BufferPolicy, samples: object, snapshot_dtype: torch.dtype
+) -> None:
+    if not isinstance(sigma_rels, Sequence) or not sigma_rels:
         raise TypeError(f"sigma_rels should be a sequence of widths such as (0.05, 0.10), got {sigma_rels!r}.")
-    widths = tuple(float(PowerFunction(sigma_rel).sigma_rel) for sigma_rel in sigma_rels)
-    if len(set(widths)) < len(widths):
-        raise ValueError(f"sigma_rels should be different widths, got {sigma_rels!r}; name each once.")
-    return widths
-
-
-def _check_options(handle_buffers: BufferPolicy, samples: object, snapshot_dtype: torch.dtype) -> None:
     if handle_buffers == "ema_train":
         raise ValueError(
             "handle_buffers should be 'statistics', 'copy', 'update' or a mapping, got 'ema_train': an average that is "
@@ -475,41 +450,22 @@ def _checked_twins(twins: Sequence[nn.Module] | None, sigma_rels: Sequence[float
     """A twin of the user's own, or None, for each width."""
     if twins is None:
         return [None] * len(sigma_rels)
-    if len({id(twin) for twin in twins}) != len(sigma_rels) or len(twins) != len(sigma_rels):
-        raise ValueError(
-            f"ema_models should be {len(sigma_rels)} different modules, one for each width, got {len(twins)} that are "
-            "not."
-        )
+    if not len(set(map(id, twins))) == len(twins) == len(sigma_rels):
+        raise ValueError(f"ema_models should be {len(sigma_rels)} different modules, one for each width, got others.")
     return twins
 
 
 def _check_state(state: Mapping[str, Any], sigma_rels: Sequence[float], time_unit: str) -> None:
     """Raises TypeError or ValueError, naming the entry, unless ``state`` may be loaded."""
+    entries = state if isinstance(state, Mapping) else {}
     own = {"ignite_ema_posthoc_version": _VERSION, "sigma_rels": list(sigma_rels), "time_unit": time_unit}
     for key, value in own.items():
-        if isinstance(state, Mapping) and key in state and repr(state[key]) != repr(value):
+        if entries.get(key, value) != value:
             raise ValueError(
                 f"{key!r} of the state should be {value!r}, got {state[key]!r}; make the PostHocEMA as it was made "
                 "when the state was saved."
             )
     streams = [f"stream_{index}" for index in range(len(sigma_rels))]
     check_saved_mapping(state, {**_STATE, **dict.fromkeys(streams, Mapping)}, "a PostHocEMA")
-    for key in ("samples_seen", "updated_at"):
-        check_count(state[key], f"{key!r} of the state")
     for stream in streams:
         check_average_state(state[stream])
-    at, times = state["updated_at"], state["snapshot_times"]
-    forms = [
-        (one["num_updates"], {name: getattr(x, "shape", None) for name, x in one["averaged_tensors"].items()})
-        for one in map(state.__getitem__, streams)
-    ]
-    if (
-        any(form != forms[0] for form in forms)
-        or (time_unit == "updates" and forms[0][0] != at)
-        or times != sorted({time for time in times if type(time) is int and 0 < time <= at})
-        or not state["run_id"]
-    ):
-        raise ValueError(
-            "The averages and snapshots of the state should be of one model and one run until its time, got others; "
-            "load what state_dict() gave, unchanged."
-        )

@@ -1,7 +1,6 @@
 """Which weighted sum of known averages comes closest to a target, and how close: least squares over their profiles."""
 
 import math
-import numbers
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -74,11 +73,9 @@ def fitted(
     last = max(snapshot.time for snapshot in snapshots) if end is None else end
     wanted = [Snapshot(as_profile(target), last) for target in targets]
     norms = torch.cat([_gram([target], [target])[0] for target in wanted])
-    for target, norm in zip(wanted, norms.tolist(), strict=True):
+    for target, norm in zip(targets, norms.tolist(), strict=True):
         if not 0 < norm < math.inf:
-            raise ValueError(
-                f"target should have a density that float64 can hold, got {target.profile}; choose a longer average."
-            )
+            raise ValueError(f"target should have a density that float64 can hold, got {target}; choose a longer one.")
     gram, mixed = _gram(snapshots, snapshots), _gram(snapshots, wanted)
     solved = _solved(gram, torch.cat([mixed, torch.ones(len(snapshots), 1, dtype=torch.float64)], dim=1))
     free, ones = solved[:, :-1], solved[:, -1:]
@@ -89,14 +86,7 @@ def fitted(
 
 def as_profile(target: Profile | float) -> Profile:
     """``target``, or the power function of this ``sigma_rel``."""
-    if isinstance(target, Profile):
-        return target
-    if isinstance(target, bool) or not isinstance(target, numbers.Real):
-        raise TypeError(
-            f"target should be a profile or a number, got {target!r}; pass a sigma_rel such as 0.15, or a profile "
-            "such as ExponentialProfile(0.05)."
-        )
-    return PowerProfile(target)
+    return target if isinstance(target, Profile) else PowerProfile(target)
 
 
 def _solved(gram: Tensor, right: Tensor) -> Tensor:
@@ -115,21 +105,16 @@ def _solved(gram: Tensor, right: Tensor) -> Tensor:
 def _gram(rows: Sequence[Snapshot], columns: Sequence[Snapshot]) -> Tensor:
     """The inner products of all pairs, computed in a block for each pair of profiles."""
     result = torch.empty(len(rows), len(columns), dtype=torch.float64)
-    for profile, here in _by_profile(rows):
-        for other, there in _by_profile(columns):
-            block = inner_products(profile, _times(rows, here), other, _times(columns, there))
-            result[torch.tensor(here)[:, None], torch.tensor(there)] = block
+    for profile, here, ends in _by_profile(rows):
+        for other, there, other_ends in _by_profile(columns):
+            result[here[:, None], there] = inner_products(profile, ends, other, other_ends)
     return result
 
 
-def _times(snapshots: Sequence[Snapshot], indices: Sequence[int]) -> Tensor:
-    return torch.tensor([snapshots[index].time for index in indices], dtype=torch.float64)
-
-
-def _by_profile(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Profile, list[int]]]:
-    profiles: list[Profile] = []  # not a set: a user's own profile may not be hashable
-    for snapshot in snapshots:
-        if snapshot.profile not in profiles:
-            profiles.append(snapshot.profile)
-    for profile in profiles:
-        yield profile, [index for index, snapshot in enumerate(snapshots) if snapshot.profile == profile]
+def _by_profile(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Profile, Tensor, Tensor]]:
+    """Each profile, with the indices and the times of its snapshots."""
+    profiles = [snapshot.profile for snapshot in snapshots]  # not in a dict: a user's own may not be hashable
+    for index, profile in enumerate(profiles):
+        if profiles.index(profile) == index:
+            here = [k for k, other in enumerate(profiles) if other == profile]
+            yield profile, torch.tensor(here), torch.tensor([snapshots[k].time for k in here], dtype=torch.float64)

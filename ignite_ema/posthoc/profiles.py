@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..schedules import MAX_SIGMA_REL, PowerFunction
+from ..schedules import PowerFunction
 
 __all__ = [
-    "MAX_SIGMA_REL",
     "ExponentialProfile",
     "PowerProfile",
     "Profile",
@@ -57,11 +56,7 @@ class PowerProfile(Profile):
     sigma_rel: float
 
     def __post_init__(self) -> None:
-        if not 0 < _number(self.sigma_rel) < MAX_SIGMA_REL:
-            raise ValueError(
-                f"sigma_rel should be a number in (0, 1/√12 = {MAX_SIGMA_REL:.4f}), a fraction of the run, got "
-                f"{self.sigma_rel!r}; the mean of the whole run is the widest."
-            )
+        PowerFunction(self.sigma_rel)  # raises unless it is in the range
 
     @property
     def gamma(self) -> float:
@@ -89,21 +84,15 @@ class ExponentialProfile(Profile):
     half_life: float
 
     def __post_init__(self) -> None:
-        if not 0 < _number(self.half_life) < math.inf:
-            raise ValueError(
-                f"half_life of ExponentialProfile should be a number above 0, a fraction of the run, got "
-                f"{self.half_life!r}; divide a half-life in updates by the number of updates."
-            )
+        _check_range(
+            0 < _number(self.half_life) < math.inf, "half_life", self.half_life, "above 0, a fraction of the run"
+        )
 
     @classmethod
     def from_momentum(cls, momentum: float, num_updates: int) -> "ExponentialProfile":
         """The profile of an EMA with the weight ``momentum`` of the new weights, after ``num_updates`` updates."""
-        if not 0 < _number(momentum) < 1:
-            raise ValueError(
-                f"momentum should be in (0, 1), the weight of the new weights (1 - decay), got {momentum!r}."
-            )
-        if not num_updates >= 1:
-            raise ValueError(f"num_updates should be 1 or more, got {num_updates!r}.")
+        _check_range(0 < _number(momentum) < 1, "momentum", momentum, "in (0, 1), the weight of the new weights")
+        _check_range(_number(num_updates) >= 1, "num_updates", num_updates, "of at least 1")
         return cls(math.log(2) / -math.log1p(-momentum) / num_updates)
 
     @property
@@ -147,10 +136,7 @@ class UniformProfile(_Steps):
     window: float
 
     def __post_init__(self) -> None:
-        if not 0 < _number(self.window) <= 1:
-            raise ValueError(
-                f"window of UniformProfile should be in (0, 1], the part of the run that counts, got {self.window!r}."
-            )
+        _check_range(0 < _number(self.window) <= 1, "window", self.window, "in (0, 1], the part of the run that counts")
 
     @property
     def edges(self) -> Tensor:  # type: ignore[override]
@@ -173,10 +159,8 @@ class SampledProfile(_Steps):
 
     def __post_init__(self) -> None:
         weights = tuple(float(weight) for weight in self.weights)
-        if not weights or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-            raise ValueError(
-                f"weights of SampledProfile should be numbers of at least 0 and not all 0, got {self.weights!r}."
-            )
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ValueError(f"weights should be numbers of at least 0 and not all 0, got {self.weights!r}.")
         object.__setattr__(self, "weights", weights)
 
     def __repr__(self) -> str:
@@ -207,14 +191,16 @@ class Snapshot:
     def __post_init__(self) -> None:
         if not isinstance(self.profile, Profile):
             raise TypeError(f"profile should be a Profile, such as PowerProfile(0.05), got {self.profile!r}.")
-        if not 0 < _number(self.time) < math.inf:
-            raise ValueError(
-                f"time of a Snapshot should be above 0, got {self.time!r}; before it there are no weights."
-            )
+        _check_range(0 < _number(self.time) < math.inf, "time", self.time, "above 0, where the run starts")
 
 
 def _number(value: object) -> float:
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+
+
+def _check_range(is_inside: bool, name: str, value: object, wanted: str) -> None:
+    if not is_inside:
+        raise ValueError(f"{name} should be a number {wanted}, got {value!r}.")
 
 
 def inner_products(p: Profile, ends: Tensor, q: Profile, other_ends: Tensor) -> Tensor:

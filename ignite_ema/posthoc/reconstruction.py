@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def sigma_rel_from_gamma(gamma: float) -> float:
     Raises:
         ValueError: for an exponent of 0 (the mean of the whole run) or below.
     """
-    if not 0 < gamma < float("inf"):
+    if not 0 < gamma < math.inf:
         raise ValueError(f"gamma should be a number above 0, where the width is below 1/√12 = 0.2887, got {gamma!r}.")
     return float(((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5)
 
@@ -60,14 +60,11 @@ def stored(dirname: str | os.PathLike[str], step: int | None = None) -> list[Sto
     Raises:
         FileNotFoundError, ValueError: if there is no snapshot, or none at ``step``; if a file cannot be read; if the
             snapshots are not all of one run.
-        TypeError: if ``step`` is not an integer.
     """
     snapshots = read_all(Path(dirname))
-    if step is not None and type(step) is not int:
-        raise TypeError(f"step should be the time of a snapshot, an integer, got {step!r}.")
     times = [snapshot.time for snapshot in snapshots]
     if step is not None and step not in times:
-        nearest = sorted(sorted(times, key=lambda time: abs(time - step))[:2])
+        nearest = sorted(sorted(times, key=lambda time: abs(time - float(step)))[:2])
         raise ValueError(
             f"step should be the time of a snapshot, in {snapshots[0].time_unit}, got {step!r}; nearest in "
             f"'{dirname}': {' and '.join(map(str, nearest))}."
@@ -132,17 +129,17 @@ def reconstruct(
         FileNotFoundError, ValueError: if there are no snapshots, none at ``step``, or some of another run; if the
             residual, or the error from rounding to 16 bits (:func:`rounding`), is above ``max_residual``; if a file
             has changed since it was written; if frozen parameters are missing.
-        TypeError: if a target is neither a profile nor a number.
 
     Note:
         Warns if the residual or the rounding error is above 1 %. A weight that is infinite or NaN in any snapshot is
         taken from the last one.
     """
     is_several = isinstance(target, Sequence) and not isinstance(target, (str, bytes))
-    sources = _sources(dirname, target if is_several else [target], step, max_residual, base)  # type: ignore[list-item, arg-type]
-    total = sum(tensor.numel() for tensor in sources.used[-1].averaged[0].values())
+    targets = target if is_several else [target]
+    used, weights, frozen = _sources(dirname, targets, step, max_residual, base)  # type: ignore[arg-type]
+    total = sum(tensor.numel() for tensor in used[-1].averaged[0].values())
     with _bar(total, unit=" weights", unit_scale=True) if progress else nullcontext() as bar:
-        states = _rebuilt(sources, sources.weights, bar)
+        states = _rebuilt(used, weights, frozen, bar)
     return states if is_several else states[0]
 
 
@@ -169,14 +166,14 @@ def sweep(
         Pairs of a profile, as it was passed, and its score, in order.
 
     Raises:
-        TypeError, ValueError, OSError: as :func:`reconstruct` does, before anything is scored.
+        ValueError, OSError: as :func:`reconstruct` does, before anything is scored.
     """
     targets = list(profiles)
-    sources = _sources(dirname, targets, step, max_residual, base)
+    used, weights, frozen = _sources(dirname, targets, step, max_residual, base)
     scores = []
     with _bar(len(targets), unit=" averages") if find_spec("tqdm") else nullcontext() as bar:
-        for target, row in zip(targets, sources.weights, strict=True):
-            [state] = _rebuilt(sources, row[None])
+        for target, row in zip(targets, weights, strict=True):
+            [state] = _rebuilt(used, row[None], frozen)
             scores.append((target, score(state)))
             if bar is not None:
                 bar.update()
@@ -194,46 +191,26 @@ def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:
     return float(0.43 * coarsest / 2 * coefficients.norm().clamp(min=1))
 
 
-class _Sources(NamedTuple):
-    """What averages are rebuilt from, all of it verified.
-
-    ``weights``, of shape (targets, n), has a row for each target and a column for each average in the snapshots.
-    """
-
-    used: list[StoredSnapshot]
-    weights: Tensor
-    frozen: dict[str, Tensor]
-
-
 def _sources(
-    dirname: str | os.PathLike[str],
-    targets: Sequence[Profile | float],
-    step: int | None,
-    max_residual: float,
-    base: Base,
-) -> _Sources:
-    """Reads and verifies the snapshots, and fits the targets; raises if a target is out of reach."""
-    if not isinstance(max_residual, numbers.Real) or isinstance(max_residual, bool) or not max_residual >= 0:
-        raise ValueError(f"max_residual should be a number of at least 0, got {max_residual!r}; 0.1 is 10%.")
+    dirname: str | os.PathLike[str], targets: Sequence[Profile | float], step: int | None, limit: float, base: Base
+) -> tuple[list[StoredSnapshot], Tensor, dict[str, Tensor]]:
+    """The snapshots, the coefficients of shape (targets, n), and the frozen parameters, verified.
+
+    Raises ValueError if the residual of a target, or its rounding error, is above the limit.
+    """
+    if not isinstance(limit, numbers.Real) or not limit >= 0:
+        raise ValueError(f"max_residual should be a number of at least 0, got {limit!r}; 0.1 is 10%.")
     used = stored(dirname, step)
     weights, residuals = fitted([known for snapshot in used for known in snapshot.snapshots], targets)
     for target, row, residual in zip(map(as_profile, targets), weights, residuals, strict=True):
-        _check(
-            f"The closest sum of snapshots differs from {target} by",
-            residual,
-            max_residual,
-            "choose another length or end time (step=), store more snapshots",
-        )
-        _check(
-            f"The sum that gives {target} amplifies the rounding of each weight to",
-            rounding(used[-1], row),
-            max_residual,
-            "choose a longer average, store float32 snapshots",
-        )
+        differs = f"The closest sum of snapshots differs from {target} by"
+        _check(differs, residual, limit, "choose another length or end time (step=), store more snapshots")
+        amplifies = f"The sum that gives {target} amplifies the rounding of each weight to"
+        _check(amplifies, rounding(used[-1], row), limit, "choose a longer average, store float32 snapshots")
     frozen = _frozen(used[-1], Path(dirname), base)
     for snapshot in used:
         verify(path_of(Path(dirname), snapshot.time))
-    return _Sources(used, weights, frozen)
+    return used, weights, frozen
 
 
 def _check(finding: str, error: float, limit: float, remedy: str) -> None:
@@ -251,12 +228,10 @@ def _check(finding: str, error: float, limit: float, remedy: str) -> None:
 def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Tensor]:
     """The frozen parameters by name, in memory of their own."""
     shapes = snapshot.frozen_shapes
-    if not shapes:
-        if base is not None:
-            raise ValueError(f"base should be left out: the snapshots in '{dirname}' are complete.")
-        return {}
-    tensors: Any = base
-    if base is None:
+    if base is not None and not shapes:
+        raise ValueError(f"base should be left out: the snapshots in '{dirname}' are complete.")
+    tensors: Any = load_file(base) if isinstance(base, (str, os.PathLike)) else base
+    if base is None and shapes:
         tensors = read_frozen(dirname, snapshot.run_id)
         if tensors is None:
             raise FileNotFoundError(
@@ -265,27 +240,25 @@ def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Te
                 "base= (--base FILE)."
             )
         verify(frozen_path(dirname))
-    elif isinstance(base, (str, os.PathLike)):
-        tensors = load_file(base)
-    if not isinstance(tensors, Mapping):
-        raise TypeError(f"base should be a state dict, got {type(tensors).__name__}; pass one of the model.")
     for name, shape in shapes.items():
-        tensor = tensors.get(name)
-        if not isinstance(tensor, Tensor) or list(tensor.shape) != list(shape):
-            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        tensor = tensors.get(name) if isinstance(tensors, Mapping) else tensors
+        got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        if got != list(shape):
             raise ValueError(
-                f"base should have the frozen '{name}' of shape {tuple(shape)}, got {got}; pass the plain state dict "
+                f"base should have the frozen '{name}' of shape {list(shape)}, got {got}; pass the plain state dict "
                 "of the model that was trained."
             )
     return {name: tensors[name].detach().clone() for name in shapes}
 
 
-def _rebuilt(sources: _Sources, weights: Tensor, bar: Any = None) -> list[dict[str, Tensor]]:
+def _rebuilt(
+    used: Sequence[StoredSnapshot], weights: Tensor, frozen: dict[str, Tensor], bar: Any = None
+) -> list[dict[str, Tensor]]:
     """The state dict for each row of weights, of shape (targets, n)."""
-    last = sources.used[-1]
-    results = [{name: tensor.clone() for name, tensor in last.copied.items()} | sources.frozen for _ in weights]
+    last = used[-1]
+    results = [{name: tensor.clone() for name, tensor in last.copied.items()} | frozen for _ in weights]
     for name in last.averaged[0]:
-        parts = [stream[name] for snapshot in sources.used for stream in snapshot.averaged]
+        parts = [stream[name] for snapshot in used for stream in snapshot.averaged]
         for result, tensor in zip(results, _combined(parts, weights, bar), strict=True):
             result[name] = tensor
     return [{name: result[stored] for name, stored in last.state_dict_names.items()} for result in results]

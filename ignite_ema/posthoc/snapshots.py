@@ -6,7 +6,7 @@ Frozen parameters that the averages share with the model are stored once for the
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,6 @@ class StoredSnapshot:
     def snapshots(self) -> list[Snapshot]:
         """The profile and the time of each average in the file."""
         return [Snapshot(PowerProfile(sigma_rel), self.time) for sigma_rel in self.sigma_rels]
-
-
-_TYPES = {
-    **dict.fromkeys(("time_unit", "run_id"), str),
-    **dict.fromkeys(("time", "num_updates", "iteration", "epoch"), int),
-    **dict.fromkeys(("sigma_rels", "averaged"), list),
-    **dict.fromkeys(("copied", "state_dict_names", "frozen_shapes"), dict),
-}
 
 
 def path_of(dirname: Path, time: int) -> Path:
@@ -186,19 +178,14 @@ def read(path: Path) -> StoredSnapshot:
         FileNotFoundError, ValueError: if there is no such file, or :func:`write` did not write it.
     """
     content = load_file(path, verified=False)
-    if not isinstance(content, dict) or "ignite_ema_snapshot" not in content:
+    version = content.pop("ignite_ema_snapshot", None) if isinstance(content, dict) else None
+    if version is None or (version == _VERSION and content.keys() != {field.name for field in fields(StoredSnapshot)}):
         raise ValueError(f"'{path}' should be a snapshot of a PostHocEMA, but it is another file; move it elsewhere.")
-    version = content.pop("ignite_ema_snapshot")
     if version != _VERSION:
         raise ValueError(
             f"'{path}' should be of version {_VERSION}, got {version}; read it with the ignite_ema that wrote it."
         )
-    if content.keys() != _TYPES.keys() or not all(type(content[key]) is kind for key, kind in _TYPES.items()):
-        raise ValueError(f"'{path}' should have the entries that a PostHocEMA writes, but it has others; restore it.")
-    snapshot = StoredSnapshot(**content)
-    if path != path_of(path.parent, snapshot.time):
-        raise ValueError(f"'{path}' should be named 'snapshot_{snapshot.time}.pt', after its time; rename it.")
-    return snapshot
+    return StoredSnapshot(**content)
 
 
 def read_all(dirname: Path) -> list[StoredSnapshot]:
@@ -216,19 +203,12 @@ def read_all(dirname: Path) -> list[StoredSnapshot]:
     snapshots = {path: read(path) for path in paths.values()}
     *others, (last_path, last) = snapshots.items()
     for path, snapshot in others:
-        if _form(snapshot) != _form(last):
+        if snapshot.run_id != last.run_id:
             raise ValueError(
-                f"'{path}' should be of the run of '{last_path.name}', with the same widths, names and shapes, but it "
-                "is of another one; keep the snapshots of each run in a directory of their own."
+                f"'{path}' should be of the run of '{last_path.name}', but it is of another one; keep the snapshots of "
+                "each run in a directory of their own."
             )
     return list(snapshots.values())
-
-
-def _form(snapshot: StoredSnapshot) -> tuple[object, ...]:
-    """What two snapshots must have in common to be added."""
-    shapes = [{name: tensor.shape for name, tensor in stream.items()} for stream in snapshot.averaged]
-    names = snapshot.state_dict_names, snapshot.frozen_shapes
-    return snapshot.run_id, snapshot.time_unit, snapshot.sigma_rels, names, shapes
 
 
 def read_frozen(dirname: Path, run_id: str) -> dict[str, Tensor] | None:
