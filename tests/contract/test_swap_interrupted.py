@@ -6,6 +6,7 @@ import time
 import timeit
 
 import pytest
+import torch
 from ignite.engine import Engine
 from torch import nn
 
@@ -100,6 +101,7 @@ def storm(way, swaps, again):
             time.sleep(1e-4)
         subject.check()
     signal.signal(signal.SIGALRM, before)
+    torch.set_grad_enabled(True)  # a cast of torch's own may have been interrupted within its no_grad()
     subject.inside = subject.weight.item
     subject.block()
     subject.check()
