@@ -33,12 +33,14 @@ class Averaged:
         online: the raw weights of the same names, if the file has them.
         num_updates: how many updates the average has behind it, if the file states just that. The counts of mmengine
             (``steps``) and ema-pytorch (``step``) are of calls, only some of which update: None.
+        entry: the keys that lead to the weights, joined by dots; empty if they are all that the source holds.
     """
 
     system: str
     tensors: dict[str, Tensor]
     online: dict[str, Tensor] | None = None
     num_updates: int | None = None
+    entry: str = ""
 
     def __repr__(self) -> str:
         raw = "no raw weights" if self.online is None else "raw weights"
@@ -241,9 +243,9 @@ def _averaged(found: Found, names: Names, where: str) -> Averaged:
     raw = {plain_name(name): value for name, value in (online or {}).items()}
     frozen = {name: raw[name] for name in found.frozen if name in raw}
     tensors |= _cleaned(frozen, where) if frozen else {}
-    if not covers(raw, tensors) or any(raw[name].is_meta for name in tensors):
-        return Averaged(found.system, tensors, None, found.num_updates)
-    return Averaged(found.system, tensors, _cleaned({name: raw[name] for name in tensors}, where), found.num_updates)
+    is_whole = covers(raw, tensors) and not any(raw[name].is_meta for name in tensors)
+    online = _cleaned({name: raw[name] for name in tensors}, where) if is_whole else None
+    return Averaged(found.system, tensors, online, found.num_updates, ".".join(found.path))
 
 
 def _with_names(found: Found, tensors: Tensors, names: Names, where: str) -> State:

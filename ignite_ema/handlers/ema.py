@@ -331,6 +331,11 @@ class EMAHandler:
         else:
             found, _ = read_part(source, key, unwrapped(self.ema_model) if names is None else names)
             tensors, count = found.tensors, found.num_updates
+            if found.system == "plain" and found.entry and key is None:
+                warn_first_rank(
+                    f"The checkpoint has no average, and this one starts from the weights in {found.entry!r}. If these "
+                    f"are averaged weights, pass key={found.entry!r}."
+                )
         count = count if num_updates is None else num_updates
         first = self._momentum.at(0)
         if count is None and self._momentum.counts and not self._guidance.start_is_known and first < 1:
