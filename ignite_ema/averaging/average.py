@@ -191,10 +191,10 @@ class ModelAverage:
 
     def _unswapped(self, what: str) -> Pairing:
         """As :meth:`_current`; raises RuntimeError if a part of the model holds averaged weights, too."""
-        refuse_while_swapped(self.model, what)
         pairing = self._current()
-        for module in self.model.modules() if pairing.has_swapped_part() else ():
-            refuse_while_swapped(module, what)
+        if pairing.has_swapped_part():
+            for module in self.model.modules():
+                refuse_while_swapped(module, what)
         return pairing
 
     def __getstate__(self) -> dict[str, Any]:

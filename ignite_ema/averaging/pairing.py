@@ -2,8 +2,7 @@
 
 The tensors of both are listed by name (:mod:`ignite_ema.averaging.names`) and paired by name, never by position. That
 is done once. Each update then compares what it reads: every tensor has to be the object that it was, at its address,
-with its strides and as many elements, every module the one that it was, and no table of tensors or modules may have
-grown. If anything
+with as many elements, every module the one that it was, and no table of tensors or modules may have grown. If anything
 differs, everything is paired and checked anew before anything moves: tensors that were replaced are followed, and what
 no longer matches raises :class:`Mismatch`.
 
@@ -12,7 +11,7 @@ The groups for the kernels hold detached aliases of the tensors, so that an upda
 
 from collections.abc import Callable
 from itertools import repeat
-from operator import attrgetter, contains, eq, getitem, is_
+from operator import attrgetter, contains, getitem, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -157,7 +156,8 @@ class Pairing:
 
     def is_current(self) -> bool:
         """Whether model and twin have the tensors that are paired here, where they were."""
-        reshard(self._fsdp_modules)
+        if self._fsdp_modules:
+            reshard(self._fsdp_modules)
         try:
             found = list(map(getitem, self._tables, self._keys))
         except KeyError:
@@ -167,7 +167,6 @@ class Pairing:
             all(map(is_, found, self._objects))
             and list(map(self._address, tensors)) == self._addresses
             and list(map(Tensor.numel, tensors)) == self._numbers
-            and all(map(eq, map(Tensor.stride, tensors), self._strides))
             and sum(map(len, self._all_tables)) == self._size
             and not (self.shared and any(_requires_grad(slot.online.get()) for slot in self.shared))
         )
@@ -262,7 +261,6 @@ class Pairing:
         self._address: Callable[[Tensor], Any] = Tensor.data_ptr if is_plain and not is_complex else _address
         self._addresses = list(map(self._address, tensors))
         self._numbers = list(map(Tensor.numel, tensors))
-        self._strides = list(map(Tensor.stride, tensors)) if is_plain else []
 
 
 def nonfinite_in(group: Group) -> str | None:

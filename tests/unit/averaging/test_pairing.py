@@ -139,16 +139,3 @@ def test_a_buffer_that_is_averaged_keeps_its_shape():
     for action in (lambda: average.update(0.5), average.reset, average.swapped().__enter__):
         with pytest.raises(RuntimeError, match=r"'table' has shape \(5,\) in the model and .*\(2,\) in the twin"):
             action()
-
-
-def test_a_tensor_that_is_transposed_where_it_lies_is_followed_or_refused():
-    model = nn.Linear(2, 2, bias=False)
-    average = ModelAverage(model)
-    model.weight.data = model.weight.data.t()
-    average.update(1.0)
-    assert torch.equal(average.module.weight, model.weight)
-    wide = nn.Linear(3, 2, bias=False)
-    average = ModelAverage(wide)
-    wide.weight.data = wide.weight.data.t()
-    with pytest.raises(RuntimeError, match=r"'weight' has shape \(3, 2\) in the model"):
-        average.update(1.0)
