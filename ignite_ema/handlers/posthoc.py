@@ -56,7 +56,7 @@ class PostHocEMA:
             averaged are stored as they are.
         samples: called with the engine when an iteration starts, returns the number of samples in its batch. Time is
             then counted in samples, for batches whose size changes; without it in updates, at whatever interval they
-            are made. True: :meth:`update` is told the number.
+            are made. True: :meth:`update` is told the number, in a loop without an engine.
         snapshot_dtype: the type in which the averages are stored: float32, float64, bfloat16 or float16. 16 bits halve
             the files and round each weight by up to 0.4 % (bfloat16) or 0.05 % (float16), on average 0.17 and 0.02 %.
             What is rebuilt is off by that, times the norm of the coefficients if it is above 1: with 64 snapshots 2.3

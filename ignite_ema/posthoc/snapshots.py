@@ -105,7 +105,7 @@ def write(snapshot: StoredSnapshot, dirname: Path) -> Path:
     path = path_of(dirname, snapshot.time)
     if path.exists():
         raise FileExistsError(
-            f"'{path}' exists already, and this run has not written it; give each run a directory of its own."
+            f"'{path}' exists already, and this PostHocEMA has not written it; give each a directory of its own."
         )
     _save({"ignite_ema_snapshot": _VERSION, **vars(snapshot)}, path, force=False)
     return path

@@ -186,7 +186,10 @@ def test_what_cannot_be_done_is_one_sentence(arguments, message, command, capsys
         (["--list", "--last", "0.1"], "reconstruct should have --list, or --list --json, or --out and a length"),
         (["--sigma-rel", "0.1", "--out", "out.pt", "--json"], "reconstruct should have --list, or --list --json, or"),
         (["--list", "--out", "out.pt"], "argument --out: not allowed with argument --list"),
-        (["--sigma-rel", "nan", "--out", "out.pt"], "--sigma-rel: sigma_rel of PowerFunction should be a number in (0, 1/√12 "),
+        (
+            ["--sigma-rel", "nan", "--out", "out.pt"],
+            "--sigma-rel: sigma_rel of PowerFunction should be a number in (0, 1/√12 ",
+        ),
         (["--half-life", "0", "--out", "out.pt"], "--half-life: half_life should be a number above 0"),
         (["--last", "1.5", "--out", "out.pt"], "--last: window should be a number in (0, 1], the part of"),
         (["--sigma-rel", "0.1", "--out", "."], "OUT should name a file, with {} in it for several, got '.'"),

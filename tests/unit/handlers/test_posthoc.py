@@ -305,9 +305,10 @@ def test_two_on_a_trainer_need_names_and_folders_of_their_own(tmp_path):
     assert times_in(tmp_path / "two") == [8, 16]
     names = {name for name in vars(run.trainer.state) if "momentum" in name or "other" in name}
     assert names == {"posthoc_momentum_0", "posthoc_momentum_1", "other_0"}
-    PostHocEMA(run.model, dirname=tmp_path / "two").attach(run.trainer, "same", snapshot_event=EVENT)
-    with pytest.raises(ValueError, match="snapshots of this run alone"):
-        run.train(24)
+    same = Run(tmp_path / "three")
+    PostHocEMA(same.model, dirname=tmp_path / "three").attach(same.trainer, "other", snapshot_event=EVENT(every=5))
+    with pytest.raises(FileExistsError, match="snapshot_5.pt' exists already, .* a directory of its own"):
+        same.train(8)
 
 
 def test_twins_of_ones_own_and_parts_of_a_larger_tensor_are_stored_alone(tmp_path):

@@ -91,7 +91,7 @@ def test_snapshots_are_in_the_order_of_their_times_and_other_files_are_left_alon
 def test_a_snapshot_that_is_there_is_not_overwritten(tmp_path):
     path = snapshots.write(make_snapshot(3), tmp_path)
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="snapshot_3.pt' exists already, and this run has not written it"):
+    with pytest.raises(FileExistsError, match="snapshot_3.pt' exists already, .* a directory of its own"):
         snapshots.write(make_snapshot(3, 7.0), tmp_path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
