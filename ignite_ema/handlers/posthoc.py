@@ -37,16 +37,6 @@ from .attachment import (
 __all__ = ["PostHocEMA"]
 
 _VERSION = 3
-_STATE: dict[str, type | tuple[type, ...]] = {
-    "ignite_ema_posthoc_version": int,
-    "sigma_rels": list,
-    "time_unit": str,
-    "samples_seen": int,
-    "updated_at": int,
-    "run_id": str,
-    "snapshot_times": list,
-    "optimizer_stepped": list,
-}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -66,7 +56,7 @@ class PostHocEMA:
             averaged are stored as they are.
         samples: called with the engine when an iteration starts, returns the number of samples in its batch. Time is
             then counted in samples, for batches whose size changes; without it in updates, at whatever interval they
-            are made. True: :meth:`update` is told the number.
+            are made. True: :meth:`update` is told the number, in a loop without an engine.
         snapshot_dtype: the type in which the averages are stored: float32, float64, bfloat16 or float16. 16 bits halve
             the files and round each weight by up to 0.4 % (bfloat16) or 0.05 % (float16), on average 0.17 and 0.02 %.
             What is rebuilt is off by that, times the norm of the coefficients if it is above 1: with 64 snapshots 2.3
@@ -120,7 +110,8 @@ class PostHocEMA:
         skip_nonfinite: bool = False,
         stochastic_rounding: bool = False,
     ) -> None:
-        _check_options(sigma_rels, handle_buffers, samples, snapshot_dtype)
+        _check_options(sigma_rels, handle_buffers, samples, snapshot_dtype, ema_models)
+        twins: Sequence[nn.Module | None] = ema_models or [None] * len(sigma_rels)
         self.sigma_rels = tuple(float(PowerFunction(sigma_rel).sigma_rel) for sigma_rel in sigma_rels)
         self._samples: Any = samples
         self._dtype = snapshot_dtype
@@ -138,7 +129,7 @@ class PostHocEMA:
                 skip_nonfinite=skip_nonfinite,
                 stochastic_rounding=stochastic_rounding,
             )
-            for sigma_rel, twin in zip(self.sigma_rels, _checked_twins(ema_models, self.sigma_rels), strict=True)
+            for sigma_rel, twin in zip(self.sigma_rels, twins, strict=True)
         )
         self.dirname = Path(dirname)
         on_first_rank(lambda: self.dirname.mkdir(parents=True, exist_ok=True))
@@ -188,10 +179,7 @@ class PostHocEMA:
         if self.time_unit == "samples":
             self._count(samples, "samples should be")
         elif samples is not None:
-            raise TypeError(
-                f"samples should be left out if time is counted in updates, got {samples!r}; pass samples=True to "
-                "PostHocEMA to count them."
-            )
+            raise TypeError(f"samples should be left out unless PostHocEMA has samples=True, got {samples!r}.")
         return self._update()
 
     def attach(
@@ -261,6 +249,12 @@ class PostHocEMA:
         """The complete state: each average's, time, and which snapshots there are; tensors and plain values only."""
         for attachment in self._attachments:
             attachment.note_reading()
+        return self._plain_state() | {
+            f"stream_{index}": average.state_dict() for index, average in enumerate(self.streams)
+        }
+
+    def _plain_state(self) -> dict[str, Any]:
+        """The state without the averages."""
         return {
             "ignite_ema_posthoc_version": _VERSION,
             "sigma_rels": list(self.sigma_rels),
@@ -270,7 +264,6 @@ class PostHocEMA:
             "run_id": self._run_id,
             "snapshot_times": list(self._times),
             "optimizer_stepped": sorted(self._attachments.stepped()),
-            **{f"stream_{index}": average.state_dict() for index, average in enumerate(self.streams)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -280,7 +273,7 @@ class PostHocEMA:
             TypeError, ValueError: for a state with a missing, unexpected or wrong entry, or of another model, widths
                 or unit of time; nothing has been loaded then.
         """
-        _check_state(state, self.sigma_rels, self.time_unit)
+        _check_state(state, self._plain_state(), len(self.streams))
         for index, average in enumerate(self.streams):
             average.load_state_dict(state[f"stream_{index}"])
         self._seen, self.time = state["samples_seen"], state["updated_at"]
@@ -352,13 +345,8 @@ class PostHocEMA:
         if self._resumed_at is None:
             return
         begun, shared = self._resumed_at, self.streams[0].shared_tensors()
-
-        def prepared() -> tuple[list[int], bool]:
-            times = prepare(self.dirname, self._run_id, begun, self._times)
-            return times, bool(shared) and read_frozen(self.dirname, self._run_id) is None
-
-        self._times, lacks_frozen = on_first_rank(prepared)
-        if lacks_frozen:
+        self._times = on_first_rank(lambda: prepare(self.dirname, self._run_id, begun, self._times))
+        if bool(shared) and on_first_rank(lambda: read_frozen(self.dirname, self._run_id) is None):
             frozen = _gathered(shared)
             on_first_rank(lambda: write_frozen(compact(frozen), self._run_id, self.dirname))
         self._resumed_at = None
@@ -428,7 +416,11 @@ def _contents(
 
 
 def _check_options(
-    sigma_rels: object, handle_buffers: BufferPolicy, samples: object, snapshot_dtype: torch.dtype
+    sigma_rels: object,
+    handle_buffers: BufferPolicy,
+    samples: object,
+    snapshot_dtype: torch.dtype,
+    ema_models: Sequence[nn.Module] | None,
 ) -> None:
     if not isinstance(sigma_rels, Sequence) or not sigma_rels:
         raise TypeError(f"sigma_rels should be a sequence of widths such as (0.05, 0.10), got {sigma_rels!r}.")
@@ -444,28 +436,21 @@ def _check_options(
         )
     if snapshot_dtype not in _DTYPES:
         raise ValueError(f"snapshot_dtype should be one of {', '.join(map(str, _DTYPES))}, got {snapshot_dtype!r}.")
-
-
-def _checked_twins(twins: Sequence[nn.Module] | None, sigma_rels: Sequence[float]) -> Sequence[nn.Module | None]:
-    """A twin of the user's own, or None, for each width."""
-    if twins is None:
-        return [None] * len(sigma_rels)
-    if not len(set(map(id, twins))) == len(twins) == len(sigma_rels):
+    if ema_models is not None and not len(set(map(id, ema_models))) == len(ema_models) == len(sigma_rels):
         raise ValueError(f"ema_models should be {len(sigma_rels)} different modules, one for each width, got others.")
-    return twins
 
 
-def _check_state(state: Mapping[str, Any], sigma_rels: Sequence[float], time_unit: str) -> None:
-    """Raises TypeError or ValueError, naming the entry, unless ``state`` may be loaded."""
+def _check_state(state: Mapping[str, Any], own: Mapping[str, Any], num_streams: int) -> None:
+    """Raises TypeError or ValueError, naming the entry, unless ``state`` may be loaded in place of ``own``."""
     entries = state if isinstance(state, Mapping) else {}
-    own = {"ignite_ema_posthoc_version": _VERSION, "sigma_rels": list(sigma_rels), "time_unit": time_unit}
-    for key, value in own.items():
-        if entries.get(key, value) != value:
+    for key in ("ignite_ema_posthoc_version", "sigma_rels", "time_unit"):
+        if entries.get(key, own[key]) != own[key]:
             raise ValueError(
-                f"{key!r} of the state should be {value!r}, got {state[key]!r}; make the PostHocEMA as it was made "
+                f"{key!r} of the state should be {own[key]!r}, got {state[key]!r}; make the PostHocEMA as it was made "
                 "when the state was saved."
             )
-    streams = [f"stream_{index}" for index in range(len(sigma_rels))]
-    check_saved_mapping(state, {**_STATE, **dict.fromkeys(streams, Mapping)}, "a PostHocEMA")
+    kinds: dict[str, type | tuple[type, ...]] = {key: type(value) for key, value in own.items()}
+    streams = [f"stream_{index}" for index in range(num_streams)]
+    check_saved_mapping(state, kinds | dict.fromkeys(streams, Mapping), "a PostHocEMA")
     for stream in streams:
         check_average_state(state[stream])

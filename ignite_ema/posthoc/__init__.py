@@ -8,7 +8,8 @@ are not needed for that. Karras et al. 2024 (arXiv 2312.02696), section 3 and ap
 
 from .fitting import GOOD, coefficients, fitted, planned, residual, residuals
 from .profiles import ExponentialProfile, PowerProfile, Profile, SampledProfile, Snapshot, UniformProfile
-from .reconstruction import gamma_from_sigma_rel, reconstruct, rounding, sigma_rel_from_gamma, stored, sweep
+from .reconstruction import gamma_from_sigma_rel, reconstruct, rounding, sigma_rel_from_gamma, sweep
+from .snapshots import stored
 
 __all__ = [
     "GOOD",

@@ -17,9 +17,9 @@ from ..checkpoints.files import load_file, verify
 from ..schedules import PowerFunction
 from .fitting import GOOD, as_profile, fitted
 from .profiles import Profile
-from .snapshots import StoredSnapshot, frozen_path, path_of, read_all, read_frozen
+from .snapshots import StoredSnapshot, frozen_path, path_of, read_frozen, stored
 
-__all__ = ["gamma_from_sigma_rel", "reconstruct", "rounding", "sigma_rel_from_gamma", "stored", "sweep"]
+__all__ = ["gamma_from_sigma_rel", "reconstruct", "rounding", "sigma_rel_from_gamma", "sweep"]
 
 Base: TypeAlias = "Mapping[str, Tensor] | str | os.PathLike[str] | None"
 _Target = TypeVar("_Target", bound=Profile | float)
@@ -48,28 +48,6 @@ def sigma_rel_from_gamma(gamma: float) -> float:
     if not 0 < gamma < math.inf:
         raise ValueError(f"gamma should be a number above 0, where the width is below 1/√12 = 0.2887, got {gamma!r}.")
     return float(((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5)
-
-
-def stored(dirname: str | os.PathLike[str], step: int | None = None) -> list[StoredSnapshot]:
-    """The snapshots in the directory of a ``PostHocEMA``, in the order of their times.
-
-    Args:
-        dirname: the directory.
-        step: the time of the last snapshot to return; None: all are returned.
-
-    Raises:
-        FileNotFoundError, ValueError: if there is no snapshot, or none at ``step``; if a file cannot be read; if the
-            snapshots are not all of one run.
-    """
-    snapshots = read_all(Path(dirname))
-    times = [snapshot.time for snapshot in snapshots]
-    if step is not None and step not in times:
-        nearest = sorted(sorted(times, key=lambda time: abs(time - float(step)))[:2])
-        raise ValueError(
-            f"step should be the time of a snapshot, in {snapshots[0].time_unit}, got {step!r}; nearest in "
-            f"'{dirname}': {' and '.join(map(str, nearest))}."
-        )
-    return [snapshot for snapshot in snapshots if step is None or snapshot.time <= step]
 
 
 @overload

@@ -26,8 +26,8 @@ __all__ = [
     "paths_in",
     "prepare",
     "read",
-    "read_all",
     "read_frozen",
+    "stored",
     "write",
     "write_frozen",
 ]
@@ -105,7 +105,7 @@ def write(snapshot: StoredSnapshot, dirname: Path) -> Path:
     path = path_of(dirname, snapshot.time)
     if path.exists():
         raise FileExistsError(
-            f"'{path}' exists already, and this run has not written it; give each run a directory of its own."
+            f"'{path}' exists already, and this PostHocEMA has not written it; give each a directory of its own."
         )
     _save({"ignite_ema_snapshot": _VERSION, **vars(snapshot)}, path, force=False)
     return path
@@ -179,28 +179,31 @@ def read(path: Path) -> StoredSnapshot:
     """
     content = load_file(path, verified=False)
     version = content.pop("ignite_ema_snapshot", None) if isinstance(content, dict) else None
-    if version is None or (version == _VERSION and content.keys() != {field.name for field in fields(StoredSnapshot)}):
-        raise ValueError(f"'{path}' should be a snapshot of a PostHocEMA, but it is another file; move it elsewhere.")
-    if version != _VERSION:
+    if version != _VERSION or content.keys() != {field.name for field in fields(StoredSnapshot)}:
         raise ValueError(
-            f"'{path}' should be of version {_VERSION}, got {version}; read it with the ignite_ema that wrote it."
+            f"'{path}' should be a snapshot of a PostHocEMA of version {_VERSION}, but it is another file, or of "
+            f"version {version}; move it elsewhere, or read it with the ignite_ema that wrote it."
         )
     return StoredSnapshot(**content)
 
 
-def read_all(dirname: Path) -> list[StoredSnapshot]:
-    """All snapshots in a directory, in the order of their times, not verified.
+def stored(dirname: str | os.PathLike[str], step: int | None = None) -> list[StoredSnapshot]:
+    """The snapshots in the directory of a ``PostHocEMA``, in the order of their times.
+
+    Args:
+        dirname: the directory.
+        step: the time of the last snapshot to return; None: all are returned.
 
     Raises:
-        FileNotFoundError, ValueError: if there are none, a file is not a snapshot, or they are not all of one run.
+        FileNotFoundError, ValueError: if there is no snapshot, or none at ``step``; if a file cannot be read; if the
+            snapshots are not all of one run.
     """
-    paths = paths_in(dirname)
-    if not paths:
+    snapshots = {path: read(path) for path in paths_in(Path(dirname)).values()}
+    if not snapshots:
         raise FileNotFoundError(
             f"'{dirname}' should be a directory with the snapshots of a PostHocEMA, but it has no file such as "
             "'snapshot_1000.pt'; check the path."
         )
-    snapshots = {path: read(path) for path in paths.values()}
     *others, (last_path, last) = snapshots.items()
     for path, snapshot in others:
         if snapshot.run_id != last.run_id:
@@ -208,7 +211,14 @@ def read_all(dirname: Path) -> list[StoredSnapshot]:
                 f"'{path}' should be of the run of '{last_path.name}', but it is of another one; keep the snapshots of "
                 "each run in a directory of their own."
             )
-    return list(snapshots.values())
+    times = [snapshot.time for snapshot in snapshots.values()]
+    if step is not None and step not in times:
+        nearest = sorted(sorted(times, key=lambda time: abs(time - float(step)))[:2])
+        raise ValueError(
+            f"step should be the time of a snapshot, in {last.time_unit}, got {step!r}; nearest in '{dirname}': "
+            f"{' and '.join(map(str, nearest))}."
+        )
+    return [snapshot for snapshot in snapshots.values() if step is None or snapshot.time <= step]
 
 
 def read_frozen(dirname: Path, run_id: str) -> dict[str, Tensor] | None:

@@ -142,10 +142,9 @@ def test_a_loop_without_an_engine_writes_what_an_engine_does(tmp_path):
 @pytest.mark.parametrize(
     ("samples", "enter", "error", "message"),
     [
-        (None, lambda ema, engine: ema.update(3), TypeError, "be left out .* counted in updates, got 3"),
+        (None, lambda ema, engine: ema.update(3), TypeError, "be left out .* got 3"),
         (True, lambda ema, engine: ema.update(), ValueError, "be the number of samples .* got None"),
         (True, lambda ema, engine: ema.update(0), ValueError, "be the number of samples .* got 0"),
-        (True, lambda ema, engine: ema.attach(engine), TypeError, "be a function .* got True"),
         (
             lambda engine: 2.0,
             lambda ema, engine: (ema.attach(engine), engine.run([0])),
@@ -240,10 +239,6 @@ def test_saving_by_hand(tmp_path):
     assert run.ema.save() == tmp_path / "snapshot_7.pt"
     assert run.ema.save() is None
     assert times_in(tmp_path) == [5, 7]
-    run.ema.streams[1].reset()
-    run.train(8)
-    with pytest.raises(RuntimeError, match=r"should be of one time, got \[1, 8\] updates"):
-        run.ema.save()
 
 
 @pytest.mark.parametrize("snapshot", [EVENT, EVENT(every=10) | Events.EPOCH_COMPLETED])
@@ -304,15 +299,16 @@ def test_two_on_a_trainer_need_names_and_folders_of_their_own(tmp_path):
     with pytest.warns(EMAWarning, match="Attribute 'posthoc_momentum_0' already exists .* Choose another name"):
         other.attach(run.trainer).remove()
     assert run.trainer.state.posthoc_momentum_0 == 1  # of the first one
-    same = PostHocEMA(run.model, dirname=tmp_path / "two" / ".." / "one")
-    with pytest.raises(ValueError, match="dirname should be another than '.*one', where another PostHocEMA"):
-        same.attach(run.trainer, name="other")
     assert traces(run.trainer) == before
     other.attach(run.trainer, "other", snapshot_event=EVENT(every=8))
     run.train(16)
     assert times_in(tmp_path / "two") == [8, 16]
     names = {name for name in vars(run.trainer.state) if "momentum" in name or "other" in name}
     assert names == {"posthoc_momentum_0", "posthoc_momentum_1", "other_0"}
+    same = Run(tmp_path / "three")
+    PostHocEMA(same.model, dirname=tmp_path / "three").attach(same.trainer, "other", snapshot_event=EVENT(every=5))
+    with pytest.raises(FileExistsError, match="snapshot_5.pt' exists already, .* a directory of its own"):
+        same.train(8)
 
 
 def test_twins_of_ones_own_and_parts_of_a_larger_tensor_are_stored_alone(tmp_path):

@@ -95,9 +95,9 @@ def test_what_is_missing_is_said_or_taken_from_a_base(lacking, tmp_path):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ({"a": torch.zeros(2), "b": torch.zeros(2)}, r"'embedding.weight' of shape \(100, 50\), got NoneType; pass"),
-        ({"embedding.weight": torch.zeros(2)}, r"shape \(100, 50\), got \(2,\); pass"),
-        (3.5, "base should be a state dict, got float; pass"),
+        ({"a": torch.zeros(2), "b": torch.zeros(2)}, r"'embedding.weight' of shape \[100, 50\], got NoneType; pass"),
+        ({"embedding.weight": torch.zeros(2)}, r"shape \[100, 50\], got \[2\]; pass"),
+        (3.5, "got float; pass the plain state dict"),
     ],
 )
 def test_a_base_that_does_not_fit_is_refused(base, message, lacking):

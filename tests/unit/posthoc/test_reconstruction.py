@@ -184,9 +184,9 @@ def test_what_is_out_of_reach_is_refused_unless_asked_for(folder):
 
 
 NO_TARGETS = [
-    ((0.1, "32"), {}, "step should be the time of a snapshot, an integer, got '32'"),
+    ((0.1, "32"), {}, "step should be the time of a snapshot, in updates, got '32'"),
     (([],), {}, "targets should be at least one, got none"),
-    *(((target,), {}, "target should be a profile or a number, got") for target in ("0.1", None, [None], True)),
+    *(((target,), {}, "sigma_rel .* should be a number in") for target in ("0.1", None, [None], True)),
     *(((0.1,), {"max_residual": value}, "max_residual should be a number") for value in (math.nan, -0.1, "0.1", None)),
 ]
 

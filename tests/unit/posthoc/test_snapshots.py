@@ -36,20 +36,21 @@ def entries(**changes):
 
 
 EVIL = Evil(os.system, ("touch executed",))
-ENTRIES, ANOTHER = "the entries that a PostHocEMA writes, but", "should be of the run of 'snapshot_65.pt', .* another"
+OTHER, ANOTHER = (
+    "should be a snapshot .* but it is another file",
+    "should be of the run of 'snapshot_65.pt', .* another",
+)
 BAD_FILES = [
     (of_bytes(lambda data: data[:-300]), "snapshot_65.pt' should be a file .*cut short"),
     (of_bytes(damaged), "snapshot_65.pt' should be a file .* damaged"),
     (of_bytes(lambda data: b""), "snapshot_65.pt' should hold weights, but it is empty"),
     (lambda folder: (folder / "snapshot_65.pt").mkdir(), "snapshot_65.pt' should be a file, got a directory"),
     (of_bytes(lambda data: pickle.dumps(EVIL)), "snapshot_65.pt' should"),
-    (saved({"ignite_ema_snapshot": 2, "evil": EVIL}), ENTRIES),
-    (saved({"weight": torch.zeros(1)}), "should be a snapshot of a PostHocEMA, but it is another file"),
-    (lambda folder: (folder / "snapshot_64.pt").rename(folder / "snapshot_65.pt"), "should be named 'snapshot_64.pt'"),
-    (entries(ignite_ema_snapshot=1), "should be of version 2, got 1; read it with the ignite_ema that wrote it"),
-    *((entries(**{name: bad}), ENTRIES) for name, bad in (("more", 1), ("copied", ...), ("time", 65.0), ("run_id", 3))),
-    *((entries(**{name: other}), ANOTHER) for name, other in (("run_id", "other"), ("sigma_rels", [0.05, 0.2]))),
-    (entries(averaged=[{"a": torch.zeros(3, 2), "b": torch.zeros(())}] * 2), ANOTHER),
+    (saved({"ignite_ema_snapshot": 2, "evil": EVIL}), OTHER),
+    (saved({"weight": torch.zeros(1)}), OTHER),
+    (entries(ignite_ema_snapshot=1), "of version 2, .* of version 1; .* read it with the ignite_ema that wrote it"),
+    *((entries(**{name: bad}), OTHER) for name, bad in (("more", 1), ("copied", ...))),
+    (entries(run_id="other"), ANOTHER),
 ]
 
 
@@ -90,7 +91,7 @@ def test_snapshots_are_in_the_order_of_their_times_and_other_files_are_left_alon
 def test_a_snapshot_that_is_there_is_not_overwritten(tmp_path):
     path = snapshots.write(make_snapshot(3), tmp_path)
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="snapshot_3.pt' exists already, and this run has not written it"):
+    with pytest.raises(FileExistsError, match="snapshot_3.pt' exists already, .* a directory of its own"):
         snapshots.write(make_snapshot(3, 7.0), tmp_path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
