@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..averaging.average import ModelAverage
 from ..averaging.buffers import BufferPolicy
 from ..averaging.checks import (
+    check_count,
     check_saved_mapping,
     one_line,
     warn_first_rank,
@@ -213,6 +214,11 @@ class PostHocEMA:
         """
         names = tuple(f"{name}_{index}" for index in range(len(self.streams)))
         check_attachable(self, engine, [name, *names], event, snapshot_event)
+        if self._samples is True:
+            raise TypeError(
+                "samples should be a function of the engine to count its batches, got True; pass one such as "
+                "lambda engine: len(engine.state.batch[0]) to PostHocEMA."
+            )
         steps = optimizer_with_hooks(optimizer, self.model)
         if taken := [taken for taken in names if hasattr(engine.state, taken)]:
             warn_user(
@@ -424,6 +430,8 @@ def _check_options(
 ) -> None:
     if not isinstance(sigma_rels, Sequence) or not sigma_rels:
         raise TypeError(f"sigma_rels should be a sequence of widths such as (0.05, 0.10), got {sigma_rels!r}.")
+    if len(set(sigma_rels)) < len(sigma_rels):
+        raise ValueError(f"sigma_rels should be different widths, got {sigma_rels!r}; name each once.")
     if handle_buffers == "ema_train":
         raise ValueError(
             "handle_buffers should be 'statistics', 'copy', 'update' or a mapping, got 'ema_train': an average that is "
@@ -452,5 +460,16 @@ def _check_state(state: Mapping[str, Any], own: Mapping[str, Any], num_streams: 
     kinds: dict[str, type | tuple[type, ...]] = {key: type(value) for key, value in own.items()}
     streams = [f"stream_{index}" for index in range(num_streams)]
     check_saved_mapping(state, kinds | dict.fromkeys(streams, Mapping), "a PostHocEMA")
+    for key in ("samples_seen", "updated_at"):
+        check_count(state[key], f"{key!r} of the state")
+    forms = []
     for stream in streams:
         check_average_state(state[stream])
+        tensors = state[stream]["averaged_tensors"]
+        shapes = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
+        forms.append((state[stream]["num_updates"], shapes))
+    if any(form != forms[0] for form in forms):  # or one would be loaded before the next is refused
+        raise ValueError(
+            "The averages of the state should be of one model and one number of updates, got others; load what "
+            "state_dict() gave, unchanged."
+        )

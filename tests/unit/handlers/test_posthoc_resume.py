@@ -11,9 +11,11 @@ import torch
 from ignite.engine import Events
 from ignite.handlers import Checkpoint, DiskSaver
 
+from ignite_ema import PostHocEMA
 from ignite_ema.posthoc import stored
-from tests.helpers.bits import assert_same_bits
+from tests.helpers.bits import assert_same_bits, contents
 from tests.helpers.files import newest
+from tests.helpers.models import net
 from tests.helpers.posthoc_runs import Run, files, size_of_batch, times_in
 
 EVENT = Events.ITERATION_COMPLETED
@@ -162,3 +164,13 @@ def test_a_killed_process_resumes_and_writes_the_same_files(uninterrupted, tmp_p
         assert process.exitcode == -signal.SIGKILL
     train(tmp_path)
     assert files(tmp_path / "snapshots") == uninterrupted["samples"][1]
+
+
+def test_a_state_of_which_one_average_is_of_another_model_loads_nothing(tmp_path):
+    ema = PostHocEMA(net(), dirname=tmp_path / "own")
+    state = ema.state_dict()
+    state["stream_1"] = PostHocEMA(net(width=5), dirname=tmp_path / "other").state_dict()["stream_1"]
+    before = [contents(stream.module) for stream in ema.streams]
+    with pytest.raises(ValueError, match="one model and one number of updates"):
+        ema.load_state_dict(state)
+    assert [contents(stream.module) for stream in ema.streams] == before
