@@ -102,7 +102,7 @@ class ForeignObject(dict[Any, Any]):
 
 def restricted_unpickler(
     pairs: Collection[Pair], builders: Mapping[Pair, Callable[..., Any]] | None = None
-) -> type[pickle.Unpickler]:
+) -> type[pickle._Unpickler]:
     """An unpickler that imports the given names only, and gives a fresh :class:`ForeignObject` class for any other.
 
     Functions are handed out wrapped, so that a file cannot set attributes of the originals.
@@ -113,7 +113,8 @@ def restricted_unpickler(
     """
     replaced = builders or {}
 
-    class RestrictedUnpickler(pickle.Unpickler):
+    # The one in Python: in C, a flipped bit in the index of a memo takes up to 64 GB of memory.
+    class RestrictedUnpickler(pickle._Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in replaced:
                 return partial(replaced[module, name])

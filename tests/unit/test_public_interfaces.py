@@ -35,6 +35,7 @@ FRAMES_AND_CODE = {
 # torch.compile names its model, and what Ignite's own handlers ask an engine for.
 ALLOWED = re.compile(
     r"_foreach_\w+|_parameters|_buffers|_modules|_version|_orig_mod|_allowed_events"
+    r"|_Unpickler"  # of pickle: the only one whose memory a damaged file cannot blow up
     r"|_(forward|backward|state_dict|load_state_dict)(_pre|_post)?_hooks"
 )
 
