@@ -352,26 +352,33 @@ def _check_pair(slot: Slot, online: Tensor, averaged: Tensor) -> None:
     for tensor, where in ((online, "model"), (averaged, "twin")):
         if not has_values(local(tensor)):
             raise Mismatch(
-                f"'{slot.name}' has no memory for its values in the {where} (it was moved to meta, or freed)"
+                f"'{slot.name}' has no memory for its values in the {where} (it was moved to meta, or freed): give it "
+                "values first"
             )
     if averaged.is_inference():
-        raise Mismatch(f"'{slot.name}' of the twin was made inside torch.inference_mode() and cannot be written")
+        raise Mismatch(f"'{slot.name}' of the twin was made inside torch.inference_mode(): make it outside")
 
 
 def _check_arithmetic(slot: Slot, online: Tensor, averaged: Tensor) -> None:
     """Raises TypeError for a tensor that cannot be averaged."""
     if online.layout is not torch.strided:
         raise TypeError(
-            f"A tensor should be strided to be averaged, got '{slot.name}' with layout {online.layout}. A buffer can "
-            f'be copied instead: handle_buffers={{"{slot.name}": "copy", "*": "update"}}.'
+            f"A tensor should be strided to be averaged, got '{slot.name}' with layout {online.layout}. "
+            f"{_instead(slot)}"
         )
     if {type(online), type(averaged)} <= {Tensor, nn.Parameter}:
         return
     try:
         torch._foreach_lerp_([averaged.clone()], [online], 0.5)
     except Exception as error:  # of which kind depends on the type
-        way_out = "Freeze it and pass share_frozen=True." if not slot.online.is_buffer else "Copy it instead."
         raise TypeError(
-            f"A parameter should be of a type that can be averaged, got '{slot.name}', a {type(online).__name__}, for "
-            f"which lerp fails ({str(error).splitlines()[0]}). {way_out}"
+            f"A tensor should be of a type that can be averaged, got '{slot.name}', a {type(online).__name__}, for "
+            f"which lerp fails ({str(error).splitlines()[0]}). {_instead(slot)}"
         ) from error
+
+
+def _instead(slot: Slot) -> str:
+    """What to do with a tensor that cannot be averaged."""
+    if slot.online.is_buffer:
+        return f'Copy it instead: handle_buffers={{"{slot.name}": "copy", "*": "update"}}.'
+    return "Freeze it and pass share_frozen=True."

@@ -205,9 +205,10 @@ def _check_fit(name: str, slot: Slot, loaded: object) -> None:
             f"weights are of another model. {_ANOTHER_MODEL}"
         )
     if not _keeps_values(loaded, own):
+        is_narrow = loaded.is_floating_point() and own.is_floating_point()
         raise ValueError(
             f"'{name}' of the averaged tensors should fit into {own.dtype}, got {loaded.dtype}. "
-            + (f"Make the average with dtype={loaded.dtype}." if loaded.is_floating_point() else "Convert it first.")
+            + (f"Make the average with dtype={loaded.dtype}." if is_narrow else "Convert it first.")
         )
 
 

@@ -107,7 +107,7 @@ def schedule_from(
     if isinstance(momentum, BaseParamScheduler):
         raise TypeError(
             f"momentum should be a float or a schedule of the number of updates, got {type(momentum).__name__} of "
-            "Ignite. Pass a float and attach the scheduler to the engine, where it drives engine.state.<name>."
+            "Ignite. Pass a float, and let a StateParamScheduler drive engine.state.<name>."
         )
     if callable(momentum):
         if momentum_warmup is not None or warmup_iters is not None:
