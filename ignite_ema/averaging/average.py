@@ -17,10 +17,12 @@ from .checks import (
     checked_momentum,
     counted,
     described,
+    final_momentum,
     listed,
     module_summary,
     momentum_summary,
     one_line,
+    percentage,
     schedule_of,
     scheduled,
     warn_first_rank,
@@ -215,7 +217,7 @@ class ModelAverage:
             lambda: module_summary(self.module),
             lambda: momentum_summary(self._momentum),
             lambda: counted(self._num_updates, "update"),
-            lambda: "" if math.isnan(self._initial_share) else f"{self._initial_share:.0%} initial weights",
+            lambda: "" if math.isnan(self._initial_share) else f"{percentage(self._initial_share)} initial weights",
         )
 
     @property
@@ -324,6 +326,8 @@ class ModelAverage:
         """Warns, once, of an update that the type of the average rounds away."""
         if momentum == 0 or ("moved" in self._told and resolution <= torch.finfo(torch.float32).eps):
             return  # the end of a schedule that goes to 0; 16 bits stall long before
+        if self.schedule is not None and final_momentum(self.schedule) >= resolution:
+            return  # the beginning of a warm-up
         can_round = self._rounding is None and any(one.dtype in kernels.NARROW for one in self._parameters())
         self._tell_once("narrow", stalled(momentum, resolution, can_round))
 

@@ -25,10 +25,12 @@ __all__ = [
     "constant_of",
     "counted",
     "described",
+    "final_momentum",
     "listed",
     "module_summary",
     "momentum_summary",
     "one_line",
+    "percentage",
     "schedule_of",
     "scheduled",
     "warn_first_rank",
@@ -109,7 +111,7 @@ def schedule_of(momentum: float | Schedule) -> Schedule:
     if callable(momentum):
         scheduled(momentum, 0)
         if momentum not in (Constant(1.0), Debiased(1.0)):  # hard copies are meant
-            _warn_of_decay(_final(momentum), "the last momentum of the schedule")
+            _warn_of_decay(final_momentum(momentum), "the last momentum of the schedule")
         return momentum
     constant = constant_of(momentum)
     if constant.momentum < 1:  # hard copies are meant
@@ -213,12 +215,17 @@ def momentum_summary(momentum: object) -> str:
     return f"momentum {momentum:g}" if isinstance(momentum, numbers.Real) else f"momentum {described(momentum)}"
 
 
+def percentage(share: float) -> str:
+    """``25%``; a share below 1 is not rounded to all."""
+    return "over 99%" if 0.995 <= share < 1 else f"{share:.0%}"
+
+
 def counted(number: int, noun: str) -> str:
     """``1,234 updates``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _final(schedule: Schedule) -> float:
+def final_momentum(schedule: Schedule) -> float:
     """The momentum that a schedule ends with, by the name of its field; 0 if it has no such field."""
     while isinstance(schedule, CopyUntil):
         schedule = schedule.schedule

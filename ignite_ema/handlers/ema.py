@@ -267,7 +267,7 @@ class EMAHandler:
             attachment.note_reading()
         is_swapped = self.average.is_swapped()
         if is_swapped:
-            warn_first_rank(_SAVED_WHILE_SWAPPED.format("is"))
+            self._guidance.tell_once("saved while swapped", _SAVED_WHILE_SWAPPED.format("is"))
         return {
             **self.average.state_dict(),
             "current_momentum": self._plain_momentum() if self._momentum.schedule is None else None,

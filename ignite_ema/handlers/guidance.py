@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..averaging.average import ModelAverage
-from ..averaging.checks import counted, warn_first_rank, warn_user
+from ..averaging.checks import counted, final_momentum, percentage, warn_first_rank, warn_user
 from ..averaging.kernels import norms
 from ..averaging.names import tensors_of
 from ..averaging.sharding import local
@@ -73,19 +73,24 @@ class Guidance:
         average = self._average
         has_moved = average.num_updates or average.num_skipped or updates
         if not has_moved and iterations and not was_terminated:
-            self._tell_once(
+            self.tell_once(
                 "no update",
                 f"The run of {counted(iterations, 'iteration')} should have updated the average of '{name}', but its "
                 "event never fired. Attach the handler with an event that this run fires.",
             )
         if not updates or not average.num_updates or not average.initial_share > _TOO_MUCH:  # NaN: unknown
             return
-        last = self._momentum.at(average.num_updates - 1) or 0.0002
-        self._tell_once(
+        schedule, last = self._momentum.schedule, self._momentum.at(average.num_updates - 1)
+        if self._momentum.at(0) == 1:  # it would have copied at first, but for a count that was loaded or set
+            way_out = "set handler.num_updates = 0 before the run, and its schedule copies the model first"
+        else:
+            length = last if schedule is None else final_momentum(schedule) or self._momentum.at(0)
+            way_out = f"pass momentum=schedules.Debiased({length or 0.0002:g}) alone, which fits a run of any length"
+        self.tell_once(
             "initial share",
-            f"After {counted(average.num_updates, 'update')} {average.initial_share:.0%} of the average of '{name}' is "
-            f"still the weights that it started from, at a momentum of {last:g}. Unless more runs follow, pass "
-            f"momentum=schedules.Debiased({last:g}), which fits a run of any length.",
+            f"After {counted(average.num_updates, 'update')} {percentage(average.initial_share)} of the average of "
+            f"'{name}' is still the weights that it started from, at a momentum of {last:g}. Unless more runs follow, "
+            f"{way_out}.",
         )
 
     def _differs_from_model(self) -> bool:
@@ -100,7 +105,8 @@ class Guidance:
     def _parameters(self) -> list[Tensor]:
         return [local(parameter).detach() for parameter in self._average.module.parameters()]
 
-    def _tell_once(self, what: str, message: str) -> None:
+    def tell_once(self, what: str, message: str) -> None:
+        """Warns on the first rank, unless ``what`` was told before."""
         if what not in self._told:
             self._told.add(what)
             warn_first_rank(message)

@@ -157,3 +157,10 @@ REPRS = [
 @pytest.mark.parametrize(("make", "expected"), REPRS)
 def test_repr_says_what_is_averaged_and_where_it_stands(make, expected):
     assert repr(make()).startswith(f"ModelAverage({expected}")
+
+
+def test_the_beginning_of_a_warm_up_is_not_too_small_for_the_type():
+    model = constant(1.0)
+    average = ModelAverage(model, momentum=schedules.LinearWarmup(0.01, 0.0, 10**7))
+    for _ in range(3):
+        average.update()

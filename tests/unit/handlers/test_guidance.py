@@ -11,6 +11,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ignite_ema import EMAHandler, EMAWarning, schedules
+from tests.helpers.models import net
 
 EVENT = Events.ITERATION_COMPLETED
 
@@ -221,3 +222,39 @@ def test_handles_and_the_context_of_swapped_are_shown_in_a_line():
     with handler.swapped() as swap:
         assert repr(swap) == "Swapped(active)"
     assert repr(swap) == "Swapped(not active)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "length"),
+    [
+        ((0.0002,), 0.0002),
+        ((0.0002, 0.0, 2000), 0.0002),
+        ((schedules.LinearWarmup(0.001, 0.0, 500),), 0.001),
+        ((schedules.Cosine(0.001, 0.0, 400),), 0.001),
+    ],
+)
+def test_the_length_that_is_recommended_is_that_of_the_end_and_makes_the_average_useful(arguments, length):
+    model = net()
+    trainer, handler = Engine(lambda engine, batch: None), EMAHandler(model, *arguments)
+    handler.attach(trainer)
+    with pytest.warns(EMAWarning, match=rf"over 99% of .* pass momentum=schedules\.Debiased\({length}\) alone"):
+        trainer.run([0] * 4)
+    better = EMAHandler(model, schedules.Debiased(length))
+    better.attach(trainer, "other")
+    trainer.run([0] * 4)
+    assert better.initial_share == 0
+
+
+def test_a_schedule_that_would_have_copied_first_is_told_to_begin_again():
+    model = net()
+    state = EMAHandler(model).state_dict() | {"num_updates": 100}
+    handler = EMAHandler(model, schedules.Debiased(0.0002))
+    trainer = Engine(lambda engine, batch: None)
+    handler.attach(trainer)
+    with pytest.warns(EMAWarning, match="was saved with"):
+        handler.load_state_dict(state)
+    with pytest.warns(EMAWarning, match=r"set handler\.num_updates = 0 before the run"):
+        trainer.run([0, 0])
+    handler.num_updates = 0
+    trainer.run([0, 0])
+    assert handler.initial_share == 0
