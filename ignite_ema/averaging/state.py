@@ -34,6 +34,7 @@ AVERAGE_STATE: dict[str, type | tuple[type, ...]] = {
 }
 _UNTIED = "'{}' is tied to '{}' in the model and should be equal to it, but is not."
 _ANOTHER_MODEL = "Start from what fits with load_averaged(state, strict=False)."
+_OTHER_NAMES = "No name fits: take off the prefix if the names have one, or pass a state_dict of the model."
 
 
 def check_average_state(
@@ -116,7 +117,8 @@ def fitting_tensors(pairing: Pairing, source: Mapping[str, Any], strict: bool) -
     slots = {slot.name: slot for slot in pairing.slots}
     shared = {slot.name: slot for slot in pairing.shared}
     found: dict[str, Tensor] = {}
-    for name, value in _plain(source, pairing.first_names).items():
+    plain = _plain(source, pairing.first_names)
+    for name, value in plain.items():
         first = pairing.first_names.get(name)
         try:
             if first in shared:
@@ -127,8 +129,8 @@ def fitting_tensors(pairing: Pairing, source: Mapping[str, Any], strict: bool) -
                     raise ValueError(_UNTIED.format(name, first))
             else:
                 raise ValueError(
-                    f"The averaged tensors should be those of this model, but it has no '{name}'. The names may have a "
-                    f"prefix too many, or belong to another model. {_ANOTHER_MODEL}"
+                    f"The averaged tensors should be those of this model, but it has no '{name}'. "
+                    f"{_OTHER_NAMES if pairing.first_names.keys().isdisjoint(plain) else _ANOTHER_MODEL}"
                 )
         except ValueError:
             if strict:
