@@ -25,12 +25,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from .averaging.sharding import broadcast_buffers, is_first_rank, is_sharded, on_all_ranks, on_first_rank, whole
-from .checkpoints.directories import DirectoryReader, PlainPlanner, nested
+from .checkpoints.directories import DirectoryReader, nested
 from .checkpoints.files import ForeignObject, kind_of, sync_directory
 from .handlers.ema import EMAHandler
 
@@ -316,13 +315,11 @@ def _read(to_load: Mapping[str, Any], states: Mapping[str, Any], of_others: set[
             ) from None
         targets |= {key: made[at] for key, at in places[name].items()}
     try:
-        with _without_group():
-            load(targets, storage_reader=reader, planner=PlainPlanner(), no_dist=True)
-    except CheckpointException as error:
-        ((reason, _),) = error.failures.values()
-        if isinstance(reason, (OSError, ValueError)):
-            raise reason from error
-        raise ValueError(f"'{path}' cannot be read ({_first_line(reason)}); take another copy.") from error
+        reader.read_into(targets)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a damaged chunk can lead to nearly any
+        raise ValueError(f"'{path}' cannot be read ({_first_line(error)}); take another copy.") from error
     return {
         name: _state(value, {key: targets[key] for key in places[name]}, places[name], states[name])
         for name, value in to_load.items()

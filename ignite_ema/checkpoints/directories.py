@@ -122,6 +122,15 @@ class DirectoryReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.contents
 
+    def read_into(self, targets: dict[str, Any]) -> None:
+        """Fills tensors, and replaces None by values, in this process alone, whether it is one of several or not."""
+        planner = PlainPlanner()
+        planner.set_up_planner(targets, self.contents, is_coordinator=True)
+        self.set_up_storage_reader(self.contents, is_coordinator=True)
+        plan = self.prepare_local_plan(planner.create_local_plan())
+        (plan,) = self.prepare_global_plan(planner.create_global_plan([plan]))
+        self.read_data(planner.finish_plan(plan), planner).wait()
+
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         for index in {item.storage_index: None for item in plan.items}:
             place = self.storage_data[index]
@@ -144,17 +153,13 @@ class PlainPlanner(DefaultLoadPlanner):
 
 
 def _read_distributed(path: Path) -> Any:
-    """All that a checkpoint holds, in this process alone, whether it is one of several or not."""
-    reader, planner = DirectoryReader(path), PlainPlanner()
+    """All that a checkpoint holds."""
+    reader = DirectoryReader(path)
     content: dict[str, Any] = dict.fromkeys(reader.contents.state_dict_metadata)
     for name, entry in reader.contents.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             content[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    planner.set_up_planner(content, reader.contents, is_coordinator=True)
-    reader.set_up_storage_reader(reader.contents, is_coordinator=True)
-    plan = reader.prepare_local_plan(planner.create_local_plan())
-    (plan,) = reader.prepare_global_plan(planner.create_global_plan([plan]))
-    reader.read_data(planner.finish_plan(plan), planner).wait()
+    reader.read_into(content)
     return nested(content, reader.contents.planner_data or {})
 
 
