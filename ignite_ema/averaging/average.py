@@ -344,7 +344,7 @@ class ModelAverage:
         """
         pairing = self._unswapped("reset")
         slots = [slot for slot in pairing.slots if slot.online.is_buffer or not buffers_only]
-        self._fill(pairing, {slot.name: slot.online.get() for slot in slots})
+        fill(pairing, {slot.name: slot.online.get() for slot in slots})
         if not buffers_only:
             self.num_updates = self.num_skipped = 0
             self._initial_share = 1.0
@@ -473,11 +473,11 @@ class ModelAverage:
             )
 
     def _count_after_load(self, count: int | None) -> int:
-        """The number of updates that loaded weights count for; raises unless the schedule leaves something of them."""
+        """The number of updates that loaded weights count for; raises unless the schedule goes on and leaves some."""
         count = self._num_updates if count is None else count
         check_count(count)
         schedule = None if isinstance(self.schedule, Constant) else self.schedule
-        if schedule is not None and count == 0 and scheduled(schedule, 0) == 1:
+        if schedule is not None and scheduled(schedule, count) == 1 and count == 0:
             raise ValueError(
                 f"num_updates should say how many updates the loaded weights count for, got 0, after which "
                 f"{described(schedule)} copies the model over them. Pass the number of updates that they average, "

@@ -344,9 +344,6 @@ class EMAHandler:
                 f"does not say: {described(self._momentum.schedule)} would go on with a momentum of "
                 f"{first:g}. Pass num_updates=, 0 to start the schedule."
             )
-        if count is not None:
-            check_count(count)
-            self._momentum.at(count)  # raises before anything has changed
         self.average.load_averaged(tensors, num_updates=count, strict=strict)
         self._go_on()
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ignite_ema import EMAWarning, ModelAverage, schedules
+from tests.helpers.averages import made, moving
 from tests.helpers.models import constant
 
 
@@ -46,19 +47,6 @@ SCHEDULES = {
     "linear": schedules.LinearWarmup(0.01, 0.5, 7),
     "function": lambda n: 0.5 / (n + 1),
 }
-
-
-def made(momentum=0.25, **options):
-    torch.manual_seed(0)
-    return ModelAverage(nn.Linear(2, 2), momentum=momentum, **options)
-
-
-def moving(average, steps):
-    for _ in range(steps):
-        for parameter in average.model.parameters():
-            parameter.data.add_(1)
-        average.update()
-    return average
 
 
 def test_a_torchscript_module_is_averaged():
@@ -164,3 +152,9 @@ def test_the_beginning_of_a_warm_up_is_not_too_small_for_the_type():
     average = ModelAverage(model, momentum=schedules.LinearWarmup(0.01, 0.0, 10**7))
     for _ in range(3):
         average.update()
+
+
+def test_a_twin_of_ones_own_has_not_moved_yet_when_its_type_is_looked_at():
+    average = ModelAverage(constant(1.0), ema_model=constant(0.0))
+    with pytest.warns(EMAWarning, match="too small for the type"):
+        average.update(1e-9)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 
 from ignite_ema import EMAHandler, EMAWarning, ModelAverage, schedules
+from tests.helpers.averages import made, moving
 from tests.helpers.bits import assert_same_bits, bits, contents, copied
 from tests.helpers.models import Tied, compiled, move
 
@@ -19,19 +20,6 @@ SCHEDULES = {
     "function": lambda n: 0.5 / (n + 1),
 }
 FILES = Path(__file__).parents[2] / "integration" / "files"
-
-
-def made(momentum=0.25, **options):
-    torch.manual_seed(0)
-    return ModelAverage(nn.Linear(2, 2), momentum=momentum, **options)
-
-
-def moving(average, steps):
-    for _ in range(steps):
-        for parameter in average.model.parameters():
-            parameter.data.add_(1)
-        average.update()
-    return average
 
 
 # States of an average.
