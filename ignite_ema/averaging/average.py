@@ -30,7 +30,7 @@ from .checks import (
     warn_user,
 )
 from .memory import give_own_memory
-from .names import names_of, tensors_of
+from .names import buffers_of, names_of, parameters_of, tensors_of
 from .pairing import Group, Mismatch, Pairing, nonfinite_in
 from .sharding import local
 from .state import STATE_VERSION, check_average_state, fill, fitting_tensors, missing_slots
@@ -207,8 +207,9 @@ class ModelAverage:
         """Copies tensors that have come from another process in shared memory into private memory."""
         vars(self).update(state)
         # A model that holds this average is still empty while it is copied or unpickled.
-        shared = {id(parameter) for parameter in (self.model.parameters() if vars(self.model) else ())}
-        own = [local(one) for one in (*self.module.parameters(), *self.module.buffers()) if id(one) not in shared]
+        shared = {id(parameter) for parameter in (parameters_of(self.model) if vars(self.model) else ())}
+        twins = (*parameters_of(self.module), *buffers_of(self.module))
+        own = [local(one) for one in twins if id(one) not in shared]
         give_own_memory(tensor for tensor in own if tensor.device.type == "cpu" and tensor.is_shared())  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
@@ -412,7 +413,7 @@ class ModelAverage:
         try:
             pairing = self._current()
         except RuntimeError:  # the model has another structure now; the twin is what it was
-            shared = {id(parameter) for parameter in self.model.parameters()}
+            shared = {id(parameter) for parameter in parameters_of(self.model)}
             tensors = {name: one for name, one in tensors_of(self.module).items() if id(one) not in shared}
             return {name: tensor.detach() for name, tensor in tensors.items()}, names_of(self.module)
         saved = {slot.name: slot.averaged.get().detach() for slot in pairing.slots if slot.is_saved}

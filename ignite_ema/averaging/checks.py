@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..schedules import Constant, CopyUntil, Debiased, Schedule
-from .names import unwrapped
+from .names import parameters_of, unwrapped
 from .sharding import is_first_rank
 
 __all__ = [
@@ -203,7 +203,7 @@ def one_line(kind: str, *parts: Callable[[], str]) -> str:
 
 def module_summary(module: nn.Module) -> str:
     """The class of an averaged twin, its number of parameters, and their types and devices."""
-    parameters = list(unwrapped(module).parameters())
+    parameters = list(parameters_of(unwrapped(module)))
     size = f"{type(unwrapped(module)).__name__}: {counted(sum(one.numel() for one in parameters), 'parameter')}"
     types = {str(one.dtype).removeprefix("torch."): None for one in parameters}
     devices = {str(one.device): None for one in parameters}
