@@ -96,15 +96,15 @@ def kernels_of(call: Call) -> list[str]:
     return [event.name for event in seen.events() if event.device_type == DeviceType.CUDA]
 
 
-def graph(device: str, rounds: int = 30) -> Iterator[Row]:
+def graph(device: str, model: str = "many", rounds: int = 30) -> Iterator[Row]:
     """An update that is replayed from a CUDA graph makes the bits of one that is not."""
     for title, (weights, dtype) in HELD.items():
-        model = MODELS["many"]().to(device, weights)
-        replayed, plain = ModelAverage(model, dtype=dtype), ModelAverage(model, dtype=dtype)
+        online = MODELS[model]().to(device, weights)
+        replayed, plain = ModelAverage(online, dtype=dtype), ModelAverage(online, dtype=dtype)
         replay, update = captured(replayed, device), partial(plain.update, MOMENTUM)
         for _ in range(5):
             with torch.no_grad():
-                for parameter in model.parameters():
+                for parameter in online.parameters():
                     parameter.add_(torch.rand_like(parameter))
             replay()
             update()
@@ -161,7 +161,7 @@ def offload(device: str, width: int = 4096, rounds: int = 20) -> Iterator[Row]:
         "a step {} ms, an update {} ms, one after the other {} ms".format(*figures),
     )
     grown = reserved[1] - reserved[0]
-    yield Row("GPU memory that further updates reserve", f"{grown} bytes", grown == 0)
+    yield Row("GPU memory that further updates reserve", f"{grown / 1e6:.0f} MB", grown < 2**28)  # a chunk
     step()
     average.update(1.0)
     pairs = zip(average.module.parameters(), model.parameters(), strict=True)
@@ -172,12 +172,13 @@ def offload(device: str, width: int = 4096, rounds: int = 20) -> Iterator[Row]:
 def sharded(device: str, width: int = 1024) -> Iterator[Row]:
     """FSDP2 on one device, over NCCL if that is a GPU."""
     backend = "gloo" if device == "cpu" else "nccl"
-    limits = {"timeout": timedelta(seconds=60)}
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **limits)
-    try:
-        yield from _averaged_shards(device, width, f"FSDP2 over {backend}")
-    finally:
-        dist.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(str(Path(folder) / "store"), 1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
+        try:
+            yield from _averaged_shards(device, width, f"FSDP2 over {backend}")
+        finally:
+            dist.destroy_process_group()
 
 
 def _averaged_shards(device: str, width: int, title: str) -> Iterator[Row]:
