@@ -97,9 +97,9 @@ def counts() -> dict[str, list[int]]:
 
 def markdown(found: Mapping[str, list[int]]) -> str:
     """The table of the documentation."""
-    header = ["", *(f"{number:,} parameters" for number in PARAMETERS), "200 parameters, before"]
-    rows = [[name, *map(str, row), str(BEFORE[name])] for name, row in found.items()]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+    header = " | ".join([*(f"{number:,} parameters" for number in PARAMETERS), "200 parameters, before"])
+    rows = [f"| {kind} | {' | '.join(map(str, [*row, BEFORE[kind]]))} |" for kind, row in found.items()]
+    return "\n".join([f"| | {header} |", "|---" * (len(PARAMETERS) + 2) + "|", *rows])
 
 
 if __name__ == "__main__":
