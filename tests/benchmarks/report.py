@@ -11,6 +11,7 @@ from rich.table import Table
 from ignite_ema.demo import AVERAGED
 
 from .models import TARGETS, TITLES
+from .operations import PARAMETERS
 from .peers import FLOOR, LIMIT, OURS
 
 _COSTS = ("update", "construction", "state_dict", "swapped")
@@ -29,6 +30,7 @@ def show(figures: Mapping[str, Any]) -> None:
         for cost in _COSTS:
             if models and all(cost in model for model in models.values()):
                 output.print(_table(cost + title, cost, models))
+    output.print(_operations(figures["operations"]))
     output.print(origin(figures), highlight=False)
     missing = {peer: reason for model in figures["models"].values() for peer, reason in model["missing"].items()}
     for peer, reason in missing.items():
@@ -49,6 +51,15 @@ def _table(title: str, cost: str, models: Mapping[str, Any]) -> Table:
                 multiples[-1] += f" (at most {TARGETS[name]})"
             cells = (f"  {peer}", f"{figure['ms']['median']:.3g}", multiple(ours["median"]), spread, *multiples)
             table.add_row(*cells, style="green" if peer == OURS else "")
+    return table
+
+
+def _operations(counts: Mapping[str, list[int]]) -> Table:
+    columns = ("", *(f"{number:,} parameters" for number in PARAMETERS))
+    title = "operations of an update on an accelerator"
+    table = Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left")
+    for kind, row in counts.items():
+        table.add_row(kind, *map(str, row))
     return table
 
 
