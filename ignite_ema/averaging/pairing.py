@@ -221,19 +221,17 @@ class Pairing:
                     replace(slot.averaged, online)
 
     def _group(self, kinds: list[tuple[Any, ...]]) -> None:
-        members: dict[tuple[Any, ...], list[Slot]] = {}
-        for kind, slot in zip(kinds, self.slots, strict=True):
-            if kind:
-                members.setdefault(kind, []).append(slot)
-        self.groups: list[Group] = []
+        members: dict[tuple[Any, ...], list[tuple[Slot, Tensor, Tensor]]] = {}
         with torch.inference_mode(False):
-            for (kernel, averages, *_), slots in members.items():
-                online, averaged = map(list, zip(*(_flat(*slot.tensors()) for slot in slots), strict=True))
-                if averaged[0].layout is not torch.strided:  # an alias would not follow a new number of elements
-                    online, averaged = map(
-                        list, zip(*((one.online.get(), one.averaged.get()) for one in slots), strict=True)
-                    )
-                self.groups.append(Group(kernel, averaged, online, slots, averages))
+            for kind, slot in zip(kinds, self.slots, strict=True):
+                if kind:
+                    online, averaged = _aliases(slot)
+                    # A tensor that is not flat would send the whole group another, slower way on a GPU.
+                    members.setdefault((*kind, online.ndim == 1), []).append((slot, online, averaged))
+        self.groups: list[Group] = []
+        for (kernel, averages, *_), group in members.items():
+            slots, online_ones, averaged_ones = map(list, zip(*group, strict=True))
+            self.groups.append(Group(kernel, averaged_ones, online_ones, slots, averages))
         self.resolution = max((kind[2] for kind in kinds if kind), default=0.0)
 
     def _remember(self, online: nn.Module, averaged: nn.Module, ours: list[Place], theirs: list[Place]) -> None:
@@ -332,9 +330,12 @@ def _followed_buffers(
         raise
 
 
-def _flat(online: Tensor, averaged: Tensor) -> tuple[Tensor, Tensor]:
+def _aliases(slot: Slot) -> tuple[Tensor, Tensor]:
     """The two as one-dimensional views, if their elements lie in the same order."""
-    if online.layout is torch.strided and online.stride() == averaged.stride() and is_dense(online):
+    online, averaged = slot.tensors()
+    if online.layout is not torch.strided:  # an alias would not follow a new number of elements
+        return slot.online.get(), slot.averaged.get()
+    if online.stride() == averaged.stride() and is_dense(online):
         shape = (online.numel(),)
         return online.as_strided(shape, (1,)), averaged.as_strided(shape, (1,))
     return online, averaged
