@@ -52,6 +52,9 @@ def name_lines(axes: "Axes", gap: float = 0.1) -> None:
     ordered = sorted(lines, key=ends.__getitem__)
     for below, above in pairwise(ordered):
         ends[above] = max(ends[above], ends[below] + gap)
+    ends[ordered[-1]] = min(ends[ordered[-1]], 1.0)
+    for above, below in pairwise(reversed(ordered)):
+        ends[below] = min(ends[below], ends[above] - gap)
     for line in lines:
         place = {"transform": axes.transAxes, "va": "center", "fontsize": 8}
         axes.text(1.02, ends[line], line.get_label(), color=line.get_color(), fontweight="bold", **place)

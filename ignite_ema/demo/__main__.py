@@ -75,7 +75,8 @@ def _draw(runs: Mapping[int, Run], path: Path) -> None:
     dress(axes, xlabel="iteration", ylabel="test accuracy (%)", xlim=(0, iterations[-1]))
     axes.set_ylim(max(0, 10 * int(10 * lowest) - 5), 100)
     axes.axvspan(0, min(training.WARMUP_ITERS, iterations[-1]), color="0.95", lw=0)
-    axes.text(0.02, 0.03, "momentum warm-up", color="0.4", fontsize=8, transform=axes.transAxes)
+    note = {"color": "0.4", "fontsize": 8, "transform": axes.transAxes}
+    axes.text(0.05, 0.04, "warm-up", **note)
     for name, color, width in (("online", ONLINE, 1.1), ("averaged", AVERAGED, 2.4)):
         for seed in [*others, first]:
             accuracies = [100 * accuracy for accuracy in getattr(runs[seed], name)]
@@ -83,7 +84,9 @@ def _draw(runs: Mapping[int, Run], path: Path) -> None:
             axes.plot(iterations, accuracies, color=color, lw=lw, alpha=alpha, label=label)
     name_lines(axes)
     online, averaged = _at_the_end(runs)
-    over = f"seeds {first} to {first + len(others)}, all but seed {first} light" if others else f"seed {first}"
+    over = f"{len(runs)} seeds" if others else f"seed {first}"
+    if others:
+        axes.text(0.99, 0.04, f"light: all but seed {first}", ha="right", **note)
     noise = f"Digits, {100 * training.LABEL_NOISE:.0f} % of the training labels random, constant learning rate"
     headline(figure, f"{noise}\nAt the end (%): averaged {averaged}, online {online}; {over}")
     figure.savefig(path, pil_kwargs={"optimize": True})
