@@ -36,8 +36,8 @@ def dress(axes: "Axes", title: str = "", **settings: Any) -> None:
     axes.set_axisbelow(True)
     axes.minorticks_off()
     axes.tick_params(labelsize=8)
-    axes.xaxis.label.set_size(9)
-    axes.yaxis.label.set_size(9)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -46,15 +46,16 @@ def name_lines(axes: "Axes", gap: float = 0.1) -> None:
 
     Call it last: it uses the limits of the axes.
     """
-    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    labels = {line: str(line.get_label()) for line in axes.get_lines()}
+    lines = [line for line, label in labels.items() if not label.startswith("_")]
     to_axes = axes.transData + axes.transAxes.inverted()
-    ends = {line: min(1.0, max(0.0, to_axes.transform(line.get_xydata()[-1])[1])) for line in lines}
+    ends = {line: min(1.0, max(0.0, to_axes.transform(line.get_path().vertices)[-1, 1])) for line in lines}
     ordered = sorted(lines, key=ends.__getitem__)
     for below, above in pairwise(ordered):
         ends[above] = max(ends[above], ends[below] + gap)
     ends[ordered[-1]] = min(ends[ordered[-1]], 1.0)
     for above, below in pairwise(reversed(ordered)):
         ends[below] = min(ends[below], ends[above] - gap)
+    place: dict[str, Any] = {"transform": axes.transAxes, "va": "center", "fontsize": 8, "fontweight": "bold"}
     for line in lines:
-        place = {"transform": axes.transAxes, "va": "center", "fontsize": 8}
-        axes.text(1.02, ends[line], line.get_label(), color=line.get_color(), fontweight="bold", **place)
+        axes.text(1.02, ends[line], labels[line], color=line.get_color(), **place)

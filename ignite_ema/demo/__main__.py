@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ def _draw(runs: Mapping[int, Run], path: Path) -> None:
     dress(axes, xlabel="iteration", ylabel="test accuracy (%)", xlim=(0, iterations[-1]))
     axes.set_ylim(max(0, 10 * int(10 * lowest) - 5), 100)
     axes.axvspan(0, min(training.WARMUP_ITERS, iterations[-1]), color="0.95", lw=0)
-    note = {"color": "0.4", "fontsize": 8, "transform": axes.transAxes}
+    note: dict[str, Any] = {"color": "0.4", "fontsize": 8, "transform": axes.transAxes}
     axes.text(0.05, 0.04, "warm-up", **note)
     for name, color, width in (("online", ONLINE, 1.1), ("averaged", AVERAGED, 2.4)):
         for seed in [*others, first]:
