@@ -22,7 +22,7 @@ def printed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("code", "shown"), printed())
+@pytest.mark.parametrize(("code", "shown"), list(printed()))
 def test_a_page_shows_what_is_printed(code, shown, capsys):
     exec(compile(code, "page", "exec"), {"__name__": "page"})
     output = capsys.readouterr().out
