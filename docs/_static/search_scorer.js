@@ -1,7 +1,7 @@
 // Sphinx's scores, but a guide comes before the reference: whoever searches "swap" wants to read how to swap.
-const GUIDES = /^(quickstart|troubleshooting|faq|guides\/|recipes\/)/;
+var GUIDES = /^(quickstart|troubleshooting|faq|guides\/|recipes\/)/;
 
-const Scorer = {
+var Scorer = {
   score: ([docname, , , , score]) => score + (GUIDES.test(docname) ? 20 : 0),
   objNameMatch: 11,
   objPartialMatch: 6,
