@@ -46,7 +46,7 @@ def test_an_update_moves_as_many_bytes_as_it_says(held_by_model, held, due):
     with Bytes() as seen:
         average.update(0.5)
     assert seen.moved == due * model.weight.numel()
-    assert f"{due} bytes per parameter" in TEXT or f"({due} where" in TEXT or f"; {due} for" in TEXT
+    assert f"{due} bytes per parameter" in TEXT or f"({due} if" in TEXT or f"; {due} for" in TEXT
     assert average.module.weight.nbytes == model.weight.numel() * (held or held_by_model).itemsize
 
 
