@@ -17,6 +17,7 @@ version = release = __version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
@@ -29,11 +30,15 @@ nitpicky = True
 # Pages
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+myst_html_meta = {
+    "description": "Averages of a model's weights (EMA, SWA, post-hoc EMA) while PyTorch-Ignite trains it.",
+}
 nb_execution_mode = "off"  # the pages show what was committed; the tests execute every notebook
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # no scripts from elsewhere
 nb_merge_streams = True
 
 # Reference
+autosummary_generate = False  # the lists on top of the reference pages; autodoc writes the entries
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autoclass_content = "class"
@@ -53,6 +58,8 @@ nitpick_ignore_regex = [
 html_theme = "furo"
 html_title = f"ignite_ema {version}"
 html_static_path = ["_static"]
+html_favicon = "_static/favicon.svg"
+html_search_scorer = str(HERE / "_static" / "search_scorer.js")
 html_css_files = ["site.css"]
 html_show_sphinx = False
 html_theme_options = {
