@@ -120,7 +120,7 @@ def has_begun(tensor: Tensor) -> bool:
 def norms(tensors: Tensors) -> list[float]:
     """The Euclidean norms of those tensors that have one: a cheap mark by which to see that they have changed."""
     native = [one for one in tensors if type(one) is Tensor and one.dtype in _NATIVE and one.layout is torch.strided]
-    return torch.stack([norm.abs().double().cpu() for norm in torch._foreach_norm(native)]).tolist() if native else []
+    return torch.stack([norm.abs().cpu().double() for norm in torch._foreach_norm(native)]).tolist() if native else []
 
 
 def leaves_gpu(averaged: Tensor, online: Tensor) -> bool:
