@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from ignite_ema import EMAHandler, ModelAverage, PostHocEMA, checkpoints, distributed, schedules
+from ignite_ema import posthoc as lengths
 from ignite_ema.cli import main
 from tests.helpers.models import Tied, frozen, module, net
 
@@ -92,7 +93,7 @@ class World:
         self.state, self.posthoc_state = self.handler.state_dict(), self.posthoc.state_dict()
         self.tensors = self.state["averaged_tensors"]
         self.plain, self.tied_plain = self.model.state_dict(), self.tied_model.state_dict()
-        self.names = {**vars(math), **vars(schedules), **globals()}
+        self.names = {**vars(math), **vars(lengths), **vars(schedules), **globals()}
         self.names |= {name: getattr(self, name) for name in dir(self) if not name.startswith("_")}
 
     def write(self):
@@ -105,6 +106,7 @@ class World:
         }
         for name, content in files.items():
             torch.save(content, self.folder / f"{name}.pt")
+        (self.folder / "folder.pt").mkdir()
         (self.folder / "text.pt").write_text("epoch,loss\n1,0.5\n")
         saver = Checkpoint({"model": net(), "ema": net()}, distributed.ShardedSaver(self.folder / "sharded"))
         saver(idle())

@@ -191,7 +191,7 @@ def test_a_compiled_model_is_not_compiled_again():
         return graph.forward
 
     plain = Tied()
-    model = torch.compile(plain, backend=backend)
+    model = torch.compile(plain, backend=backend, fullgraph=True)
     average = averaged(plain)
     output = computed(model)
     for _ in range(2):
@@ -232,13 +232,15 @@ def test_nothing_moves_an_average_while_its_model_holds_averaged_weights(action,
         assert contents(other.module) == untouched
 
 
-def test_a_model_is_not_swapped_while_a_part_of_it_holds_averaged_weights():
+@pytest.mark.parametrize("action", ACTIONS)
+def test_an_average_of_the_whole_waits_while_a_part_holds_averaged_weights(action):
     part = nn.Linear(1, 1)
-    average, whole = averaged(part), ModelAverage(nn.Sequential(part))
+    average, whole = averaged(part), ModelAverage(nn.Sequential(part, nn.Linear(2, 2)))
     with given_back(part, average) as due, average.swapped():
-        with pytest.raises(RuntimeError, match="holds averaged weights now"):
-            whole.swapped().__enter__()
+        with pytest.raises(RuntimeError, match="while the model holds its own weights"):
+            ACTIONS[action](whole)
         assert contents(part) == due
+    assert whole.update(0.5)
 
 
 def test_averages_of_other_models_go_on_in_the_block():
@@ -307,6 +309,3 @@ def test_a_return_and_a_generator_that_is_closed_are_ways_out():
         running = outputs()
         assert next(running) == due
         running.close()
-
-
-# Memory
