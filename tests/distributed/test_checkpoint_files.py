@@ -180,8 +180,3 @@ def test_nothing_that_can_be_seen_is_removed_by_halves(tmp_path, monkeypatch):
         saver({"object": {"value": i}}, f"{i}.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["2.pt"]
     assert all(name.startswith(".") for name in removed)
-
-
-def test_saving_in_the_background_needs_a_group(tmp_path):
-    with pytest.raises(ValueError, match="asynchronous should be False if there is no process group, got True"):
-        ShardedSaver(tmp_path, asynchronous=True)

@@ -169,31 +169,6 @@ class Even(nn.Module):
         return self.head(self.body(self.embedding(x)))
 
 
-def compiles_once(folder):
-    frames = torch._dynamo.testing.CompileCounter()
-    model = torch.compile(Net(), backend=frames, fullgraph=True)
-    handler = EMAHandler(model, 0.25)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    x = torch.arange(7)
-    for _ in range(4):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), x).backward()
-        optimizer.step()
-        handler.average.update(0.25)
-    assert frames.frame_count == 1  # a break would have raised
-    with torch.no_grad():
-        model(x)
-        before = frames.frame_count
-        with handler.swapped():
-            got = model(x)
-        assert frames.frame_count == before
-        assert torch.equal(got, handler.ema_model.train()(x))
-
-
-def test_updates_and_swaps_compile_nothing_anew(world):
-    world(1, compiles_once)
-
-
 # What does not fit says so.
 
 
