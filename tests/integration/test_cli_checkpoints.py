@@ -157,22 +157,6 @@ def test_inspect_of_an_average_that_lacks_frozen_tensors(command):
     assert "tensors   4 (4 float32)\n" in out
 
 
-FORGED = "x\ndistance  0.000e+00  all\x1b[31m"
-
-
-def test_names_from_a_file_forge_no_lines(command):
-    layer = {FORGED + ".w": torch.ones(1), "all.w": torch.ones(1)}  # a layer called all is not the whole, either
-    lines = command("inspect", "file.pt", file={"model": layer, "ema": layer})[1].splitlines()
-    assert all(line.isprintable() for line in lines)
-    shown = [line.split(maxsplit=2)[2].rstrip() for line in lines[-3:]]
-    assert shown == ["all", r"'x\ndistance  0.000e+00  all\x1b[31m'", "'all'"]
-    torch.save({"ema " + FORGED: layer, "ema": {FORGED + ".w": torch.zeros(1)}}, "file.pt")
-    for arguments in (["inspect"], ["export", f"{FORGED}.pt"], ["inspect", "--key", FORGED]):
-        _, out, err = command(arguments[0], "file.pt", *arguments[1:])
-        assert all(line.isprintable() for line in (out + err).splitlines())
-        assert r"x\ndistance" in out + err
-
-
 # --- export ---
 
 
@@ -183,15 +167,6 @@ def test_no_overwriting_without_force(command):
     assert Path("out.pt").read_bytes() == b"precious"
     assert command("export", "file.pt", "out.pt", "--force")[0] == 0
     assert load_file("out.pt")["e.count"] == 99
-
-
-def test_a_checkpoint_is_never_written_over_itself(command):
-    torch.save(FILE, "file.pt")
-    before = Path("file.pt").read_bytes()
-    code, _, err = command("export", "file.pt", Path().resolve() / "." / "file.pt", "--force")
-    assert code == 1
-    assert "OUT should be another file than FILE" in err
-    assert Path("file.pt").read_bytes() == before
 
 
 def test_several_averages_in_one_export_or_none(command):
