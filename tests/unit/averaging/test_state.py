@@ -140,21 +140,6 @@ def test_another_head_starts_from_the_model(what):
     assert math.isnan(new.initial_share)
 
 
-def test_a_layer_that_is_unfrozen_goes_on_with_the_way_out_of_its_error():
-    model = headed(2)
-    model[0].requires_grad_(False)
-    old = ModelAverage(model, share_frozen=True)
-    model[1].weight.data.add_(1)
-    old.update(0.5)
-    model[0].requires_grad_(True)
-    with pytest.raises(RuntimeError, match=r"'0\.weight' was frozen .* new.load_averaged.*strict=False"):
-        old.update(0.5)
-    new = ModelAverage(model)
-    with pytest.warns(EMAWarning, match=r"'0\.weight', '0\.bias' started from the model"):
-        new.load_averaged(old.state_dict(), strict=False)
-    assert contents(new.module) == contents(old.module)
-
-
 def test_a_count_of_0_that_would_wipe_what_is_loaded_is_refused():
     for schedule in (schedules.EqualWeight(), schedules.Debiased(0.1), schedules.CopyUntil(3, SCHEDULES["linear"])):
         average = made(schedule)

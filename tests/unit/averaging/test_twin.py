@@ -9,7 +9,6 @@ from torch import nn
 
 from ignite_ema import EMAWarning, ModelAverage
 from tests.helpers.bits import contents, tensors
-from tests.helpers.models import module
 
 # inference_mode.
 
@@ -44,21 +43,6 @@ class Quantised(torch.Tensor):
 
     def __deepcopy__(self, memo):
         return nn.Parameter(self.detach().clone().as_subclass(Quantised), self.requires_grad)
-
-
-def quantised():
-    model = module(base=nn.Parameter(torch.ones(2).as_subclass(Quantised)), adapter=nn.Parameter(torch.ones(2)))
-    model.base.requires_grad_(False)
-    return model
-
-
-def test_a_type_of_tensor_that_cannot_be_averaged_is_named_and_may_be_shared():
-    with pytest.raises(TypeError, match="got 'base', a Quantised, for which lerp fails .no lerp.*share_frozen=True"):
-        ModelAverage(quantised())
-    model = quantised()
-    average = ModelAverage(model, share_frozen=True)
-    assert average.update(0.5)
-    assert average.module.base is model.base
 
 
 # A deep copy returns functions as they are: those that refer to the model are named.
