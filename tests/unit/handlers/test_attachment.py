@@ -65,27 +65,6 @@ def test_a_second_run_loses_no_update():
     assert handler.num_updates == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"name": "iteration"}, ValueError),
-        ({"name": "taken"}, TypeError),
-        ({"event": "no event"}, ValueError),
-        ({"optimizer": "no optimizer"}, TypeError),
-    ],
-    ids=["name of the engine's", "value that is no momentum", "event", "optimizer"],
-)
-def test_an_attach_that_raises_leaves_nothing_behind(options, error):
-    trainer, handler = set_up()
-    trainer.state.taken = "x"
-    before = dict(vars(trainer.state))
-    with pytest.raises(error):
-        handler.attach(trainer, **options)
-    assert vars(trainer.state) == before
-    assert not any(trainer._event_handlers.values())
-    handler.attach(trainer)  # without a warning that the attribute exists
-
-
 def test_profilers_list_a_name_that_reads_like_the_handler():
     trainer, handler = set_up()
     handler.attach(trainer)

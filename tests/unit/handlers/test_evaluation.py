@@ -120,17 +120,6 @@ def test_a_run_that_is_wrapped_is_called_and_stays(kit):
     assert calls == ["theirs"] * 3
 
 
-def test_a_run_that_was_taken_before_raises(kit):
-    _, handler, evaluator = kit
-    run = evaluator.run
-    with handler.swap_during(evaluator):
-        with pytest.raises(RuntimeError, match="should be started as evaluator.run.*own weights"):
-            run([0])
-        forget_what_failed(evaluator)
-        assert evaluator.run([0]).output == 5.0
-    assert run([0]).output == 1.0
-
-
 def test_a_swap_that_begins_within_a_run_raises(kit):
     _, handler, evaluator = kit
     evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: handler.swap_during(evaluator))
@@ -156,15 +145,6 @@ def test_an_engine_with_a_run_of_its_own_is_swapped_for():
     assert evaluator.run().output == 1.0
 
 
-def test_the_trainer_is_no_evaluator_and_an_evaluator_no_trainer(kit):
-    _, handler, engine = kit
-    with handler.attach(engine), pytest.raises(RuntimeError, match="evaluator should be another engine"):
-        handler.swap_during(engine)
-    assert "run" not in vars(engine)
-    with handler.swap_during(engine), pytest.raises(RuntimeError, match="engine should be one that trains"):
-        handler.attach(engine)
-
-
 def test_an_evaluator_is_collected_with_what_was_put_on_it():
     model, handler = scalar_handler()
     evaluator = evaluator_of(model)
@@ -183,18 +163,6 @@ def test_a_copy_of_the_evaluator_is_detached_and_says_so_when_it_runs(kit):
             copied.run([0])
         assert evaluator.run([0]).output == 5.0
     assert evaluator.run([0]).output == 1.0
-
-
-def test_a_state_that_is_saved_while_swapped_is_warned_about_then_and_when_it_is_loaded(kit):
-    _, handler, evaluator = kit
-    states = []
-    evaluator.add_event_handler(Events.COMPLETED, lambda: states.append(handler.state_dict()))
-    with handler.swap_during(evaluator), pytest.warns(EMAWarning, match=r"is saved inside swapped\(\)"):
-        evaluator.run([0])
-    with pytest.warns(EMAWarning, match=r"was saved inside swapped\(\)"):
-        scalar_handler()[1].load_state_dict(states[0])
-    evaluator.run([0])
-    scalar_handler()[1].load_state_dict(states[1])
 
 
 def evaluated_with_the_first_ranks_buffers(folder):

@@ -1,7 +1,6 @@
 """What a handler says if a run starts, or ends, with an average that is of no use: once, and only if it is true."""
 
 import gc
-import re
 import warnings
 from contextlib import contextmanager
 
@@ -54,18 +53,6 @@ def test_a_fifth_of_the_start_is_the_threshold_also_if_the_run_is_terminated(sha
     at(3, Engine.terminate)(handler, trainer)
     with pytest.warns(EMAWarning, match="After 3 updates 21%") if warns else silence():
         trainer.run([0] * 5)
-
-
-@pytest.mark.parametrize("count", [1, 30])
-def test_what_is_recommended_leaves_nothing_of_the_start(count):
-    _, trainer = set_up(1e-5)
-    with pytest.warns(EMAWarning, match="still the weights that it started from") as caught:
-        trainer.run([0] * count)
-    recommended = re.search(r"schedules\.\w+\(.*?\)", str(caught[0].message))[0]
-    handler, trainer = set_up(eval(recommended, {"schedules": schedules}))
-    with silence():
-        trainer.run([0] * count)
-    assert handler.initial_share == 0
 
 
 def test_an_event_that_never_fires_is_named_once():

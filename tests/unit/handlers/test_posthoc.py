@@ -139,28 +139,6 @@ def test_a_loop_without_an_engine_writes_what_an_engine_does(tmp_path):
             assert_same_bits([one.averaged, one.copied], [other.averaged, other.copied])
 
 
-@pytest.mark.parametrize(
-    ("samples", "enter", "error", "message"),
-    [
-        (None, lambda ema, engine: ema.update(3), TypeError, "be left out .* got 3"),
-        (True, lambda ema, engine: ema.update(), ValueError, "be the number of samples .* got None"),
-        (True, lambda ema, engine: ema.update(0), ValueError, "be the number of samples .* got 0"),
-        (
-            lambda engine: 2.0,
-            lambda ema, engine: (ema.attach(engine), engine.run([0])),
-            ValueError,
-            "return the number",
-        ),
-    ],
-)
-def test_samples_that_do_not_fit_the_clock_are_refused(samples, enter, error, message, tmp_path):
-    ema, engine = PostHocEMA(constant(), dirname=tmp_path, samples=samples), Engine(lambda engine, batch: None)
-    engine.logger.disabled = True
-    with pytest.raises(error, match=f"samples should {message}"):
-        enter(ema, engine)
-    assert (ema.time, ema.num_updates) == (0, 0)
-
-
 # 16 bits
 
 
