@@ -107,6 +107,7 @@ class World:
         for name, content in files.items():
             torch.save(content, self.folder / f"{name}.pt")
         (self.folder / "folder.pt").mkdir()
+        torch.save(3, self.folder / "number.pt")
         (self.folder / "text.pt").write_text("epoch,loss\n1,0.5\n")
         saver = Checkpoint({"model": net(), "ema": net()}, distributed.ShardedSaver(self.folder / "sharded"))
         saver(idle())
@@ -163,7 +164,7 @@ class World:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main([str(argument) for argument in arguments])
-        assert code == 1
+        assert (code, out.getvalue(), err.getvalue().count("\n")) == (1, "", 1)
         raise Said(err.getvalue().removesuffix("\n"))
 
 

@@ -7,11 +7,11 @@ has ever had: no update may write to one of them.
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, prune  # noqa: F401, the surgeries use these names
 
 from ignite_ema import ModelAverage
 from tests.helpers.bits import bits
-from tests.helpers.models import compiled, frozen
+from tests.helpers.models import compiled, frozen  # noqa: F401
 
 
 class Block(nn.Module):
@@ -72,16 +72,6 @@ twin[n].mean = twin[n].mean.double()
 twin[0].inner.bias = frozen(model[2].inner.bias.detach())
 """.strip().splitlines()
 
-NAMES = {
-    "Block": Block,
-    "compiled": compiled,
-    "frozen": frozen,
-    "nn": nn,
-    "parametrizations": parametrizations,
-    "prune": prune,
-    "torch": torch,
-}
-
 
 def named(module):
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -113,7 +103,7 @@ class Program:
     def operate(self, surgery, n):
         a, b = self.model[n], self.model[n + 1]
         with torch.no_grad():
-            exec(surgery, {**NAMES, "named": named, "model": self.model, "twin": self.twin, "a": a, "b": b, "n": n})
+            exec(surgery, {**globals(), "model": self.model, "twin": self.twin, "a": a, "b": b, "n": n})
 
     def use(self, how):
         """Whether it was accepted. If not, nothing has changed; the model never has."""

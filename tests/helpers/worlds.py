@@ -118,13 +118,6 @@ def run_world(folder, ranks, scenario, *args, timeout=TIMEOUT) -> list[Any]:
     return results
 
 
-def start_world(folder, ranks, scenario, *args) -> World:
-    """A world of its own in which ``scenario(folder, *args)`` runs, to be killed by the caller."""
-    world = World(ranks)
-    world.start(scenario, folder, *args)
-    return world
-
-
 _worlds: dict[int, World] = {}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ignite_ema import EMAHandler, cli
+from ignite_ema import EMAHandler
 from ignite_ema.checkpoints import load_file
 from tests.helpers.files import files_in
 from tests.helpers.peer_files import diffusers, equal, gan, ignite_ema, made, mmagic, prefixed, state
@@ -96,12 +96,6 @@ def test_distances_without_a_ratio(command):
     assert (shown["distance"], shown["layers"]) == (None, {"a": None, "b": None, "c": 1.0, "d": 0.0})
 
 
-def test_distance_is_computed_in_float64(command):
-    raw = {"a.w": torch.full((1000,), 300.0, dtype=torch.float16)}  # the square of 300 is no float16
-    averaged = {"a.w": torch.full((1000,), 303.0, dtype=torch.float16)}
-    assert "distance  1.000e-02  all" in command("inspect", "file.pt", file={"model": raw, "ema": averaged})[1]
-
-
 def test_a_plain_file_has_no_average_and_is_exported_all_the_same(command):
     weights = {"w": torch.zeros(2**20)}
     out = command("inspect", "file.pt", file=weights)[1]
@@ -160,15 +154,6 @@ def test_inspect_of_an_average_that_lacks_frozen_tensors(command):
 # --- export ---
 
 
-def test_no_overwriting_without_force(command):
-    Path("out.pt").write_bytes(b"precious")
-    said = "ignite-ema: 'out.pt' exists already; choose another name, or overwrite it with force (--force).\n"
-    assert command("export", "file.pt", "out.pt", file=FILE) == (1, "", said)
-    assert Path("out.pt").read_bytes() == b"precious"
-    assert command("export", "file.pt", "out.pt", "--force")[0] == 0
-    assert load_file("out.pt")["e.count"] == 99
-
-
 def test_several_averages_in_one_export_or_none(command):
     torch.save({"state_dict": gan()}, "file.pt")
     code, _, err = command("export", "file.pt", "out_{}.pt", "--key", "g_ema", "--key", "x_ema")
@@ -201,35 +186,3 @@ def test_a_prefix_is_suggested_and_taken_off(command):
 
 
 # --- what cannot be done ---
-
-
-def test_what_torch_cannot_compute_is_one_sentence(command, monkeypatch):
-    def fail(*args, **kwargs):
-        raise RuntimeError("not implemented\nfor this")
-
-    monkeypatch.setattr(cli, "_distances", fail)
-    assert command("inspect", "file.pt", file=FILE) == (1, "", "ignite-ema: not implemented\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inspect", "nowhere.pt"], "'nowhere.pt' should be a file, but there is none"),
-        (["inspect", "."], "got another one; name the file or directory in it"),
-        (["export", "file.pt", "out.bin"], "'out.bin' should end in .pt, .pth or .safetensors"),
-        (["inspect", "file.pt", "--key", "x"], "key should be one of 'ema_model' (Ignite) in 'file.pt', got 'x'"),
-        (["inspect", "list.pt"], "list of 1 tensors without names, as torch_ema saves them"),
-        (["inspect", "list.pt", "--names", "file.safetensors"], "keep the order of the parameters, but .safetensors"),
-        (["inspect", "list.pt", "--names", "number.pt"], "names should be a model, or a mapping"),
-        (["inspect", "list.pt", "--names", "file.pt"], "names should be of the 1 tensors that torch_ema has"),
-        (["inspect", "number.pt"], "'number.pt' should be, or hold, a mapping such as a state dict, got int"),
-    ],
-)
-def test_what_cannot_be_done_is_one_sentence(arguments, message, command):
-    torch.save({"shadow_params": [torch.zeros(1)], "num_updates": 2}, "list.pt")
-    torch.save(3, "number.pt")
-    code, out, err = command(*arguments, file=FILE)
-    assert (code, out, err.count("\n")) == (1, "", 1)
-    assert err.startswith("ignite-ema: ")
-    assert message in err
-    assert not Path("out.pt").exists()

@@ -85,16 +85,6 @@ def test_large_tensors_are_converted_in_parts(monkeypatch):
 # Values.
 
 
-@pytest.mark.parametrize("momentum", [0.3, 0.9, 1])
-@pytest.mark.parametrize("dtype", FLOATS[:4] + EIGHT_BITS[1:], ids=str)
-def test_masks_of_minus_infinity_stay_bit_for_bit(dtype, momentum):
-    mask = torch.full((4, 4), -torch.inf).triu(1).to(dtype)
-    average = ModelAverage(module(mask=mask), "update")
-    for _ in range(3):
-        average.update(momentum)
-    assert bits(average.module.mask) == bits(mask)
-
-
 def test_a_momentum_of_0_leaves_even_a_nan_out():
     model = module(weight=frozen(torch.ones(2)))
     average = ModelAverage(model)

@@ -192,23 +192,3 @@ def test_the_twin_is_put_into_eval_mode_by_eval():
 
 
 # A twin of one's own on the meta device.
-
-
-def test_a_plain_tensor_of_a_twin_on_the_meta_device_has_no_values_and_is_named():
-    class Rotary(nn.Linear):
-        def __init__(self):
-            super().__init__(4, 4)
-            self.freqs = torch.arange(4.0)  # no buffer, as in Llama's reference code
-
-        def forward(self, x):
-            return super().forward(x) * self.freqs
-
-    model = Rotary()
-    with torch.device("meta"):
-        twin = Rotary()
-    with pytest.warns(EMAWarning, match="'freqs' of ema_model stays on the meta device"):
-        average = ModelAverage(model, ema_model=twin)
-    with average.swapped():
-        model(torch.ones(1, 4))
-    twin.freqs = model.freqs  # the way out
-    assert torch.equal(twin(torch.ones(1, 4)), model(torch.ones(1, 4)))

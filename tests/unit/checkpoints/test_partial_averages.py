@@ -73,16 +73,3 @@ def test_an_average_that_shares_the_same_tensors_starts_from_a_partial_one(handl
 def test_buffers_of_a_list_of_parameters_come_from_a_base(model):
     shadow = {"optimization_step": 3, "shadow_params": [torch.ones_like(one) for one in model.parameters()]}
     net().load_state_dict(averaged_state_dict(shadow, names=model, base=model))
-
-
-@pytest.mark.parametrize(
-    ("base", "message"),
-    [
-        ({"0.weight": torch.zeros(3, 2)}, "base should have what the average in source lacks, but has no '0.bias'"),
-        ({"0.weight": 3}, "base should hold averaged weights or a state dict, but has '0.weight' .int."),
-        (3, "base should be, or hold, a mapping"),
-    ],
-)
-def test_a_base_that_does_not_fit(base, message, handler):
-    with pytest.raises((TypeError, ValueError), match=message):
-        read(handler.state_dict(), base=base)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ignite_ema.checkpoints import averaged_state_dict, read, save_file
+from ignite_ema.checkpoints import averaged_state_dict, read
 from tests.helpers.peer_files import equal, net, prefixed, state
 
 ONE = torch.ones(1)
@@ -58,17 +58,6 @@ def test_extra_state_that_is_no_tensor_is_left_out():
     extra = {"a._extra_state": {"scale": 1}, "b._extra_state": ONE}
     assert list(read({"state_dict_ema": state() | extra}).tensors) == ["a.weight", "a.bias", "b._extra_state"]
     assert read(state() | extra).system == "plain"
-
-
-def test_average_in_safetensors_outlives_the_file(tmp_path):
-    pytest.importorskip("safetensors")
-    path = tmp_path / "average.safetensors"
-    save_file({"n_averaged": torch.tensor(4)} | prefixed("module.", state(2)), path)
-    found = read(path)
-    with path.open("r+b") as opened:  # in place
-        opened.write(bytes(path.stat().st_size))
-    assert (found.system, found.num_updates) == ("torch AveragedModel", 4)
-    assert equal(found.tensors, state(2))
 
 
 def test_repr_is_one_line_without_tensors():

@@ -55,14 +55,6 @@ def test_a_fifth_of_the_start_is_the_threshold_also_if_the_run_is_terminated(sha
         trainer.run([0] * 5)
 
 
-def test_an_event_that_never_fires_is_named_once():
-    _, trainer = set_up(0.001, event=EVENT(after=200))
-    with pytest.warns(EMAWarning, match="The run of 100 iterations should have updated .* its event never fired"):
-        trainer.run([0] * 50, max_epochs=2)
-    with silence():
-        trainer.run([0] * 10)
-
-
 ENDS = {
     "interrupt": at(3, lambda trainer: trainer.interrupt()),
     "driven to a copy": lambda _, trainer: setattr(trainer.state, "ema_momentum", 1.0),

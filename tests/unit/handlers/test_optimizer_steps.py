@@ -41,13 +41,6 @@ def at_every(count):
     return lambda iteration: iteration % count == 0
 
 
-def recorded(trainer, read):
-    """What ``read()`` gives after each iteration."""
-    seen = []
-    trainer.add_event_handler(EVENT, lambda: seen.append(read()))
-    return seen
-
-
 @pytest.mark.parametrize(
     ("event", "due"),
     [
@@ -64,7 +57,8 @@ def test_an_event_updates_where_there_was_a_step_since_the_last_update(event, du
     optimizer, handler = sgd(model), EMAHandler(model, 0.25)
     trainer = stepping(model, optimizer, (2, 4, 6, 7, 8).__contains__)
     handler.attach(trainer, event=event, optimizer=optimizer)
-    counts = recorded(trainer, lambda: handler.num_updates)
+    counts = []
+    trainer.add_event_handler(EVENT, lambda: counts.append(handler.num_updates))
     trainer.run([0] * 9)
     assert counts == due
 

@@ -12,7 +12,7 @@ from ignite_ema.posthoc import PowerProfile, reconstruct, stored
 from ignite_ema.schedules import PowerFunction
 from tests.helpers.bits import assert_same_bits, contents
 from tests.helpers.models import Tied, compiled, constant, module
-from tests.helpers.posthoc_runs import LAST, Run, batches, files, kept, size_of_batch, times_in
+from tests.helpers.posthoc_runs import LAST, Run, batches, kept, size_of_batch, times_in
 
 GAMMAS = [PowerProfile(sigma_rel).gamma for sigma_rel in (0.05, 0.10)]
 EVENT = Events.ITERATION_COMPLETED
@@ -162,27 +162,6 @@ def test_what_rounded_snapshots_cost(dtype, rounding, tmp_path):
         assert 0.43 * min(norm, 1) * 0.9 < lost < 0.43 * max(norm, 1) * 1.1 + 2**-24 / rounding
 
 
-@pytest.mark.parametrize(
-    ("value", "dtype", "model_dtype"), [(1e5, torch.float16, None), (1e300, torch.float32, torch.float64)]
-)
-def test_a_weight_beyond_the_range_is_refused_and_nothing_is_written(value, dtype, model_dtype, tmp_path):
-    with pytest.raises(ValueError, match=rf"'weight' should be within .* be stored in {dtype}, got .*; pass another"):
-        kept(nn.Linear(2, 2).to(model_dtype), tmp_path, [1.0, value], snapshot_dtype=dtype)
-    assert list(files(tmp_path)) == ["snapshot_1.pt"]
-
-
-def test_what_16_bits_hold(tmp_path):
-    """The weights, infinite ones too, but no averaged statistics."""
-    model = nn.BatchNorm1d(2)
-    model.bias.requires_grad_(False).fill_(torch.inf)
-    kept(model, tmp_path, snapshot_dtype=torch.bfloat16)
-    one = stored(tmp_path)[0].averaged[0]
-    narrow, wide = torch.bfloat16, torch.float32
-    dtypes = {name: tensor.dtype for name, tensor in one.items()}
-    assert dtypes == {"weight": narrow, "bias": narrow, "running_mean": wide, "running_var": wide}
-    assert one["bias"].tolist() == [torch.inf] * 2
-
-
 # Writing
 
 
@@ -193,23 +172,6 @@ def test_a_run_ends_with_a_snapshot_unless_it_is_terminated(ends, due, tmp_path)
     assert times_in(tmp_path) == due
 
 
-def test_a_failing_write_ends_the_run_and_leaves_nothing(tmp_path, monkeypatch):
-    run = Run(tmp_path)
-
-    def fail(content, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    run.train(8)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", fail)
-        with pytest.raises(OSError, match="No space left on device"):
-            run.train(12)
-    assert [path.name for path in tmp_path.iterdir()] == ["snapshot_5.pt"]
-    assert run.ema.state_dict()["snapshot_times"] == [5]
-    assert run.ema.save() == tmp_path / "snapshot_10.pt"  # when there is space again
-
-
 def test_saving_by_hand(tmp_path):
     run = Run(tmp_path)
     assert run.ema.save() is None  # no update yet
@@ -217,6 +179,8 @@ def test_saving_by_hand(tmp_path):
     assert run.ema.save() == tmp_path / "snapshot_7.pt"
     assert run.ema.save() is None
     assert times_in(tmp_path) == [5, 7]
+    said = f"PostHocEMA(Sequential: sigma_rel 0.05 and 0.1; at 7 updates; 2 snapshots in '{tmp_path}')"
+    assert repr(run.ema) == said
 
 
 @pytest.mark.parametrize("snapshot", [EVENT, EVENT(every=10) | Events.EPOCH_COMPLETED])
@@ -246,13 +210,9 @@ def traces(engine):
     return handlers, set(vars(engine.state))
 
 
-def test_attaching_twice_or_half_way_leaves_no_more_and_remove_takes_everything_off(tmp_path):
+def test_attaching_twice_leaves_no_more_and_remove_takes_everything_off(tmp_path):
     run = Run(tmp_path, attach=False, snapshot=Events.EPOCH_COMPLETED(every=2) | EVENT(every=3) | Events.COMPLETED)
     before = traces(run.trainer)
-    for wrong in ({"event": "no event"}, {"snapshot_event": "no event"}, {"name": ""}, {"optimizer": run.model}):
-        with pytest.raises((TypeError, ValueError)):
-            run.ema.attach(run.trainer, **wrong)
-        assert traces(run.trainer) == before
     with run.attach() as handle:
         attached = traces(run.trainer)
         assert attached != before

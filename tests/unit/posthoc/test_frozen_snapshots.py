@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from ignite.engine import Engine, Events
 from torch import nn
 
-from ignite_ema import PostHocEMA
 from ignite_ema.checkpoints import save_file
 from ignite_ema.cli import main
 from ignite_ema.posthoc import reconstruct, stored
+from tests.helpers.posthoc_runs import kept
 
 
 class Adapted(nn.Module):
@@ -24,20 +23,9 @@ class Adapted(nn.Module):
         self.embedding.requires_grad_(not frozen)
 
 
-def run(dirname, last=4, model=None, state=None):
+def run(dirname, values=(1.0, 2.0, 3.0, 4.0), model=None, state=None):
     model = model or Adapted()
-
-    def step(engine, batch):
-        model.adapter.weight.data.fill_(batch)
-
-    trainer = Engine(step)
-    trainer.logger.disabled = True
-    ema = PostHocEMA(model, dirname=dirname, share_frozen=True)
-    if state is not None:
-        ema.load_state_dict(state)
-    ema.attach(trainer, snapshot_event=Events.ITERATION_COMPLETED)
-    trainer.run([float(k) for k in range(ema.num_updates, last)])
-    return model, ema
+    return model, kept(model, dirname, values, state, share_frozen=True)
 
 
 def test_what_is_rebuilt_is_complete_and_in_order(tmp_path):
@@ -51,9 +39,9 @@ def test_what_is_rebuilt_is_complete_and_in_order(tmp_path):
 
 
 def test_frozen_weights_are_stored_once_and_again_where_a_run_goes_on(tmp_path):
-    model, ema = run(tmp_path, 2)
+    model, ema = run(tmp_path, [1.0, 2.0])
     before = (tmp_path / "snapshot_frozen.pt").stat().st_mtime_ns
-    model, ema = run(tmp_path, 4, model, ema.state_dict())  # nor by a run that goes on
+    model, ema = run(tmp_path, [3.0, 4.0], model, ema.state_dict())  # nor by a run that goes on
     assert (tmp_path / "snapshot_frozen.pt").stat().st_mtime_ns == before
     assert [one.time for one in stored(tmp_path)] == [1, 2, 3, 4]
     found = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
@@ -61,7 +49,7 @@ def test_frozen_weights_are_stored_once_and_again_where_a_run_goes_on(tmp_path):
     assert len(found) == 4
     assert all(size < 10_000 for size in found.values())
     with pytest.warns(UserWarning, match="4 are missing"):
-        run(tmp_path / "other", 6, model, ema.state_dict())
+        run(tmp_path / "other", [5.0, 6.0], model, ema.state_dict())
     assert list(reconstruct(tmp_path / "other", 0.1, max_residual=9)) == list(model.state_dict())
 
 

@@ -119,17 +119,6 @@ def test_inner_products_of_powers_are_exact_to_float64(sigma_rel, ratio):
     assert got == pytest.approx(due, rel=1e-14)
 
 
-def test_inner_products_do_not_depend_on_the_default_type():
-    profile, ends = PowerProfile(0.05), times(1.0, 3.0)
-    due = [inner_products(profile, ends, other, ends) for other in ALL]
-    torch.set_default_dtype(torch.float16)
-    try:
-        got = [inner_products(profile, ends, other, ends) for other in ALL]
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(one, other) for one, other in zip(due, got, strict=True))
-
-
 @pytest.mark.parametrize(("momentum", "num_updates"), [(0.5, 10), (0.0002, 20_000), (1e-7, 1_000)])
 def test_the_profile_of_a_momentum_is_that_of_its_ema(momentum, num_updates):
     profile = ExponentialProfile.from_momentum(momentum, num_updates)
