@@ -278,23 +278,3 @@ def test_an_exception_reaches_the_caller_and_the_weights_are_back(error):
         with pytest.raises(error) as caught, average.swapped():
             raise raised
         assert caught.value is raised
-
-
-def test_a_return_and_a_generator_that_is_closed_are_ways_out():
-    model = Tied()
-    average = averaged(model)
-
-    def evaluate():
-        with average.swapped():
-            return contents(model)
-
-    def outputs():
-        with average.swapped():
-            yield contents(model)
-            yield None
-
-    with given_back(model, average) as due:
-        assert evaluate() == due
-        running = outputs()
-        assert next(running) == due
-        running.close()

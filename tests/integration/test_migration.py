@@ -29,6 +29,7 @@ from ignite_ema.schedules import (
     PowerFunction,
     RatioWarmup,
 )
+from tests.helpers.bits import copied
 from tests.helpers.peer_files import need
 
 EPOCHS, EPOCH = 6, 6
@@ -314,10 +315,6 @@ CASES = [
 ]
 
 
-def cloned(state):
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
 def trained(momentum, event=ITERATION, **options):
     """A handler whose model is trained, and what its trainer runs."""
     model = Net()
@@ -333,7 +330,7 @@ def ours(case):
     states = []
 
     def remember():
-        states.append(cloned(handler.ema_model.state_dict()))
+        states.append(copied(handler.ema_model.state_dict()))
 
     trainer.add_event_handler(Events.ITERATION_STARTED(after=1), remember)  # the end of the iteration before
     trainer.add_event_handler(Events.COMPLETED, remember)
@@ -344,7 +341,7 @@ def ours(case):
 def defined(case):
     """An average by their definition; where it copies, exactly."""
     model, weights = Net(), case.theirs()
-    average = {name: tensor.double() for name, tensor in cloned(model.state_dict()).items()}
+    average = {name: tensor.double() for name, tensor in copied(model.state_dict()).items()}
 
     def after(iteration):
         weight = next(weights)

@@ -48,17 +48,6 @@ def test_a_second_run_loses_no_update():
     assert handler.num_updates == 2
 
 
-# The end of a run
-
-
-def test_a_run_that_is_terminated_without_a_nan_loses_no_update():
-    trainer, handler = set_up()
-    trainer.add_event_handler(EVERY(once=3), trainer.terminate)
-    handler.attach(trainer)
-    trainer.run([0] * 5)
-    assert handler.num_updates == 3
-
-
 # What is saved or evaluated before the update of its iteration
 
 
@@ -91,17 +80,6 @@ def test_what_reads_the_average_before_the_update_of_its_iteration_is_warned_abo
         trainer.run([0] * 4)
     said = [str(one.message) for one in caught if issubclass(one.category, EMAWarning)]
     assert ["in iteration 2 before the update" in text for text in said] == [True] * is_early
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_checkpoints_of_ignites_common_training_handlers_are_seen(tmp_path):
-    common = pytest.importorskip("ignite.contrib.engines.common")
-    handler, trainer = EMAHandler(constant(), 0.8), Engine(lambda engine, batch: 0.0)
-    options = {"save_every_iters": 2, "output_path": str(tmp_path), "with_gpu_stats": False, "with_pbars": False}
-    common.setup_common_training_handlers(trainer, to_save={"ema": handler, "trainer": trainer}, **options)
-    handler.attach(trainer)
-    with pytest.warns(EMAWarning, match="in iteration 2 before the update"):
-        trainer.run([0] * 4)
 
 
 def test_what_reads_in_an_iteration_without_an_update_is_not_late():

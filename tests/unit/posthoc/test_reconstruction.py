@@ -188,25 +188,6 @@ def test_a_bar_shows_the_weights_and_needs_tqdm(folder, capsys, monkeypatch):
         reconstruct(folder, 0.15, progress=True)
 
 
-def test_types_wider_than_float32_are_kept(tmp_path):
-    for time in range(1, 9):
-        tensors = {
-            "double": torch.full((3,), 1 + 1e-12, dtype=torch.float64),
-            "complex": torch.full((3,), 2 - 1e-12j, dtype=torch.complex128),
-            "brain": torch.full((3,), 0.1, dtype=torch.bfloat16),
-            "empty": torch.empty(0, 4),
-            "transposed": torch.arange(6.0).view(2, 3).t(),
-        }
-        names = {name: name for name in tensors}
-        one = make_snapshot(time, averaged=[tensors, tensors], copied={}, state_dict_names=names)
-        snapshots.write(one, tmp_path)
-    wide = {"double": torch.float64, "complex": torch.complex128}
-    for name, tensor in reconstruct(tmp_path, 0.1).items():  # constant weights: nothing but the rounding of the sum
-        assert tensor.dtype == wide.get(name, torch.float32), name
-        due = tensors[name].to(tensor.dtype)
-        torch.testing.assert_close(tensor, due, rtol=4 * torch.finfo(tensor.dtype).eps, atol=0)
-
-
 def test_tensors_larger_than_a_chunk_are_rebuilt_in_parts(folder, monkeypatch):
     whole = reconstruct(folder, 0.15)
     monkeypatch.setattr(reconstruction, "_CHUNK", 4 * 128)
