@@ -117,9 +117,8 @@ def test_what_is_no_checkpoint_is_refused_and_a_link_to_one_is_followed(tmp_path
     save(tmp_path / "real")
     (tmp_path / "link").symlink_to(tmp_path / "real" / "1.pt")
     assert loaded(tmp_path / "link") == 1
-    for path in (tmp_path, tmp_path / "nothing", tmp_path / "nothing" / "deeper"):
-        with pytest.raises(FileNotFoundError, match="should be a directory that ShardedSaver wrote"):
-            load_objects(objects(3.0), path)
+    with pytest.raises(FileNotFoundError, match="should be a directory that ShardedSaver wrote"):
+        load_objects(objects(3.0), tmp_path)
 
 
 # What killed runs leave behind

@@ -87,13 +87,6 @@ def test_two_handlers_swap_two_models_and_are_removed_in_any_order():
         assert evaluator.run([0]).output == due
 
 
-def test_a_swap_that_begins_within_a_run_raises(kit):
-    _, handler, evaluator = kit
-    evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: handler.swap_during(evaluator))
-    with pytest.raises(RuntimeError, match="this run began before"):
-        evaluator.run([0] * 3)
-
-
 class Evaluator(Engine):
     """An engine that brings its data and has a run of its own, as those of MONAI."""
 
