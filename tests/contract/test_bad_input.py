@@ -23,6 +23,7 @@ from ignite_ema import EMAHandler, ModelAverage, PostHocEMA, checkpoints, distri
 from ignite_ema import posthoc as lengths
 from ignite_ema.cli import main
 from tests.helpers.models import Tied, frozen, module, net
+from tests.unit.averaging.test_twin import LoRA
 
 ROW = re.compile(r"^(?:(\S.*)|  (.+) -> (\w+): (.+))$", re.MULTILINE)
 
@@ -41,16 +42,6 @@ ROWS = list(rows())
 
 class Steps(EventEnum):
     DONE = "done"
-
-
-class Merging(nn.Linear):
-    """Adds its bias into its weight in eval mode, as adapters are merged."""
-
-    def train(self, mode=True):
-        super().train(mode)
-        if not mode:
-            self.weight.data += self.bias.data[:, None] + 1
-        return self
 
 
 class Said(Exception):
@@ -175,10 +166,6 @@ def without(mapping, *keys):
 def frozen_first(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
-
-
-def merging():
-    return Merging(2, 2)
 
 
 def partly(model):

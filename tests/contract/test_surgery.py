@@ -44,7 +44,6 @@ model[5] = compiled(nn.ReLU())
 
 OTHERS = """
 model[n], model[n + 2] = model[n + 2], model[n]
-model[n], model[n + 1] = model[n + 1], model[n]
 a.inner, b.inner = b.inner, a.inner
 model[n] = Block(n % 2)
 a.inner = nn.Linear(2, 2).requires_grad_(bool(n % 2))
@@ -52,7 +51,6 @@ a.inner.weight = nn.Parameter(torch.randn(2, 2), bool(n % 2))
 a.inner.bias = b.inner.bias
 a.inner.weight = nn.Parameter(b.inner.weight.detach(), a.inner.weight.requires_grad)
 del a.inner.bias
-a.inner.bias = None
 a.inner._parameters["shift"] = a.inner._parameters.pop("bias")
 a.requires_grad_(bool(n % 2))
 model.load_state_dict({k: torch.randn(v.shape).to(v.dtype) for k, v in named(model)}, False, True)

@@ -32,19 +32,6 @@ def test_inference_mode_does_not_matter(model_inside, made_inside, updated_insid
     assert not any(tensor.is_inference() for tensor in tensors(average.module).values())
 
 
-class Quantised(torch.Tensor):
-    """A type of tensor that can be copied but not interpolated."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, arguments=(), named=None):
-        if "lerp" in function.__name__:
-            raise NotImplementedError("no lerp for quantised tensors")
-        return super().__torch_function__(function, types, arguments, named or {})
-
-    def __deepcopy__(self, memo):
-        return nn.Parameter(self.detach().clone().as_subclass(Quantised), self.requires_grad)
-
-
 # A deep copy returns functions as they are: those that refer to the model are named.
 
 

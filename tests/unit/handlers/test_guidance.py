@@ -10,7 +10,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ignite_ema import EMAHandler, EMAWarning, schedules
-from tests.helpers.models import net
+from tests.helpers.models import Quantised, net
 
 EVENT = Events.ITERATION_COMPLETED
 
@@ -132,16 +132,6 @@ def test_weights_that_come_after_the_handler_was_made_or_reset_are_warned_about_
     trainer.add_event_handler(Events.STARTED, lambda: load_others(handler))
     with pytest.warns(EMAWarning, match=r"other weights than when .*call handler\.reset\(\)|Call handler\.reset\(\)"):
         trainer.run([0] * 4)
-
-
-class Quantised(torch.Tensor):
-    """A type that has few operations, as those of torchao."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is torch._foreach_norm:
-            raise NotImplementedError
-        return super().__torch_function__(function, types, args, kwargs)
 
 
 def test_frozen_parameters_of_a_type_without_norms_can_be_shared():
