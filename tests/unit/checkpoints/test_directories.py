@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -26,8 +27,6 @@ from tests.helpers.peer_files import equal, state
 def pretrained(folder, suffix=".safetensors", shards=2):
     """A model's directory as transformers writes it."""
     save = save_file if suffix == ".safetensors" else torch.save
-    if suffix == ".safetensors":
-        pytest.importorskip("safetensors")
     (folder / "config.json").write_text("{}")
     if shards == 1:
         save(state(1), folder / f"model{suffix}")
@@ -126,7 +125,6 @@ def test_an_average_of_a_distributed_checkpoint(tmp_path, capsys):
 
 
 def test_what_a_distributed_checkpoint_holds_comes_back_nested(tmp_path):
-    np = pytest.importorskip("numpy")
     content = {
         "values": {"n": 3, "score": np.float64(0.5), "when": datetime.datetime(2026, 1, 2), "names": ["a", "b"]},
         "shadow_params": [torch.ones(2), torch.zeros(2, 0)],

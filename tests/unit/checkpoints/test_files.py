@@ -11,6 +11,7 @@ import zipfile
 from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -87,7 +88,6 @@ def test_values_come_back_with_their_types(protocol, zipped, tmp_path):
 @FORMATS
 @PROTOCOLS
 def test_numpys_scalars_and_arrays_come_back(protocol, zipped, tmp_path):
-    np = pytest.importorskip("numpy")
     content = [
         *(np.float64(0.5), np.int32(3), np.bool_(True), np.datetime64("2026-01-02"), np.str_("a")),
         *(np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.array(["a", "b"])),
@@ -261,7 +261,6 @@ def test_files_of_another_kind_are_told_as_what_they_are(content, message, tmp_p
 
 @pytest.mark.parametrize("length", [7, -1])
 def test_safetensors_that_are_cut_short(length, tmp_path):
-    pytest.importorskip("safetensors")
     file = tmp_path / "file.safetensors"
     save_file({"w": torch.ones(9)}, file)
     file.write_bytes(file.read_bytes()[:length])

@@ -66,8 +66,6 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 def test_an_average_of_use_and_a_run_that_goes_on_are_not_warned_about(end):
     handler, trainer = set_up(0.01)
-    if end == "interrupt" and not hasattr(trainer, "interrupt"):
-        pytest.skip("this Ignite has no interrupt")
     ENDS[end](handler, trainer)
     with silence():
         trainer.run([0] * 4)

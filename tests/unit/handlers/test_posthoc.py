@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel
 from ignite_ema import EMAWarning, PostHocEMA, posthoc
 from ignite_ema.posthoc import PowerProfile, reconstruct, stored
 from ignite_ema.schedules import PowerFunction
-from tests.helpers.bits import assert_same_bits, contents
+from tests.helpers.bits import assert_same_bits
 from tests.helpers.models import Tied, compiled, constant, module
 from tests.helpers.posthoc_runs import LAST, Run, batches, kept, size_of_batch, times_in
 
@@ -250,17 +250,6 @@ def test_twins_of_ones_own_and_parts_of_a_larger_tensor_are_stored_alone(tmp_pat
     assert [stream.module for stream in ema.streams] == twins
     assert torch.equal(stored(tmp_path)[-1].averaged[1]["w"], twins[1].w)
     assert (tmp_path / "snapshot_3.pt").stat().st_size < 10_000
-
-
-def test_streams_swap_in_and_out(tmp_path):
-    run = Run(tmp_path).train(8)
-    before = contents(run.model)
-    with run.ema.streams[0].swapped():
-        assert torch.equal(run.model[0].weight, run.ema.streams[0].module[0].weight)
-        for action in (lambda: run.ema.load_state_dict(run.ema.state_dict()), run.ema.reset):
-            with pytest.raises(RuntimeError, match="while the model holds its own weights"):
-                action()
-    assert contents(run.model) == before
 
 
 # Warnings
