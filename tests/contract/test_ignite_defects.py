@@ -325,7 +325,8 @@ def test_a_name_of_the_engine_raises(handler_class, expected):
         assert handler.ema_model.weight.item() == expected
 
 
-# 15, 17. Models that cannot be deep-copied: an error from deep inside, and no way out. Sharded and lazy ones: ways_out.txt.
+# 15, 17. Models that cannot be deep-copied: an error from deep inside, and no way out. Sharded and lazy ones stand in
+# ways_out.txt.
 
 
 class Caching(nn.Module):

@@ -86,9 +86,6 @@ def test_a_model_that_is_frozen_throughout_can_be_averaged():
         assert average.averaged_tensors() == {}
 
 
-# What is saved
-
-
 def test_the_state_holds_what_is_held_and_nothing_else():
     model = Adapted(width=64)
     state = EMAHandler(model, 0.25, share_frozen=True).state_dict()

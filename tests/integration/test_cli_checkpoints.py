@@ -54,9 +54,6 @@ def test_files_of_other_systems(maker, command):
     assert files_in(Path()) == ["names.pt", "out.pt"]
 
 
-# --- inspect ---
-
-
 def test_inspect(command):
     assert command("inspect", "file.pt", file=FILE)[1].splitlines() == [
         "file      'file.pt'",
@@ -138,9 +135,6 @@ def test_inspect_of_an_average_that_lacks_frozen_tensors(command):
     assert "tensors   4 (4 float32)\n" in out
 
 
-# --- export ---
-
-
 def test_several_averages_in_one_export_or_none(command):
     torch.save({"state_dict": gan()}, "file.pt")
     code, _, err = command("export", "file.pt", "out_{}.pt", "--key", "g_ema", "--key", "x_ema")
@@ -170,6 +164,3 @@ def test_a_prefix_is_suggested_and_taken_off(command):
     assert "all names begin with 'module.', as a wrapped model's do; --strip-prefix module. takes" in out
     assert "module." not in command("export", "file.pt", "out.pt", "--strip-prefix", "module.", "--force")[1]
     assert equal(load_file("out.pt"), state(2))
-
-
-# --- what cannot be done ---

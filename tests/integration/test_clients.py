@@ -1,4 +1,4 @@
-"""Real clients: trainers that others have built on Ignite, each with the handler attached as its users would."""
+"""MONAI, whose trainers are built on Ignite, with the handler attached as its users would."""
 
 import warnings
 
@@ -23,9 +23,6 @@ def samples(count=8):
         {"image": torch.randn(3, generator=generator), "label": torch.randn(1, generator=generator)}
         for _ in range(count)
     ]
-
-
-# Ignite alone, with automatic mixed precision and accumulated gradients
 
 
 # MONAI

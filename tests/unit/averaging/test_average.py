@@ -1,4 +1,4 @@
-"""ModelAverage: its momentum, its counts, its copies, and modules that are unlike most."""
+"""ModelAverage: its momentum, its counts, its repr, and a module that is unlike most."""
 
 import math
 
@@ -9,8 +9,6 @@ from torch import nn
 from ignite_ema import EMAWarning, ModelAverage, schedules
 from tests.helpers.averages import made, moving
 from tests.helpers.models import constant
-
-# Momentum, counts, share.
 
 
 def test_a_torchscript_module_is_averaged():
@@ -56,9 +54,6 @@ def test_what_counts_as_an_update_and_what_is_left_of_the_start():
     assert (average.num_updates, average.initial_share) == (0, 1.0)
     average.num_updates = 5
     assert math.isnan(average.initial_share)  # nobody knows
-
-
-# Copies and repr.
 
 
 REPRS = [

@@ -15,9 +15,6 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.com
 EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
-# Types.
-
-
 @ROLES
 @pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
 def test_eight_bit_floats_are_averaged_through_float32(dtype, role):
@@ -80,9 +77,6 @@ def test_large_tensors_are_converted_in_parts(monkeypatch):
     assert all(map(torch.equal, start, due))
     assert 300 < max(sizes) <= 500
     assert sum(sizes) == sum(value.numel() for value in online)
-
-
-# Values.
 
 
 def test_a_momentum_of_0_leaves_even_a_nan_out():

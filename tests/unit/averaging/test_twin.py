@@ -176,6 +176,3 @@ def test_the_twin_is_put_into_eval_mode_by_eval():
 
     assert not ModelAverage(YOLO()).module.inner.training
     assert not ModelAverage(YOLO(), ema_model=YOLO()).module.inner.training
-
-
-# A twin of one's own on the meta device.

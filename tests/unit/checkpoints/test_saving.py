@@ -70,9 +70,6 @@ def test_save_over_the_file_that_is_read(tmp_path):
     assert equal(load_file(tmp_path / "file.pt"), TENSORS)
 
 
-# Modes
-
-
 @suffixes
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_a_file_has_the_mode_of_any_new_file(mask, suffix, tmp_path):
@@ -105,6 +102,3 @@ def test_a_file_system_that_cannot_sync_a_folder_is_enough(tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", refuse)
     save_file(TENSORS, tmp_path / "file.pt")
     assert files_in(tmp_path) == ["file.pt"]
-
-
-# Killed writers

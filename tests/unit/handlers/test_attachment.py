@@ -101,16 +101,13 @@ def test_what_reads_in_an_iteration_without_an_update_is_not_late():
 # What is taken away again
 
 
-@pytest.mark.parametrize(
-    "event", [EVERY, EVERY(every=2) | EVERY(every=3) | Events.EPOCH_COMPLETED], ids=["event", "list"]
-)
-def test_a_removed_handle_undoes_attach(event):
+@pytest.mark.parametrize(("event", "made"), [(EVERY, 6), (EVERY(every=2) | EVERY(every=3) | Events.EPOCH_COMPLETED, 4)])
+def test_a_removed_handle_undoes_attach(event, made):
     trainer, handler = set_up()
     with handler.attach(trainer, event=event) as handle:
         gc.collect()
         trainer.run([0] * 6)
-        made = handler.num_updates
-        assert made > 0
+        assert handler.num_updates == made
     assert not hasattr(trainer.state, "ema_momentum")
     assert not any(trainer._event_handlers.values())
     handle.remove()

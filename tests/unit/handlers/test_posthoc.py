@@ -139,9 +139,6 @@ def test_a_loop_without_an_engine_writes_what_an_engine_does(tmp_path):
             assert_same_bits([one.averaged, one.copied], [other.averaged, other.copied])
 
 
-# 16 bits
-
-
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float32, 2**-24)])
 def test_what_rounded_snapshots_cost(dtype, rounding, tmp_path):
     torch.manual_seed(0)

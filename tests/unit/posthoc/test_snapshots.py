@@ -73,9 +73,6 @@ def test_snapshots_are_in_the_order_of_their_times_and_other_files_are_left_alon
     assert [one.time for one in stored(str(tmp_path), 20)] == [9, 20]
 
 
-# A flipped bit in what is read
-
-
 @pytest.mark.parametrize(
     ("file", "places"),
     [
