@@ -123,6 +123,14 @@ def test_inspect_lists_several_averages(command):
         assert command("inspect", "file.pt", "--key", one["key"])[0] == 0
 
 
+def test_sparse_tensors(command):
+    model = {"a": torch.eye(2).to_sparse(), "b": torch.ones(1)}
+    out = command("inspect", "file.pt", file={"model": model, "ema": model | {"b": torch.zeros(1)}})[1]
+    assert "distance  5.774e-01  all" in out  # sqrt(1 / 3)
+    assert command("export", "file.pt", "out.pt")[0] == 0
+    assert torch.equal(load_file("out.pt")["a"].to_dense(), torch.eye(2))
+
+
 def test_inspect_of_an_average_that_lacks_frozen_tensors(command):
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
     model[0].requires_grad_(False)

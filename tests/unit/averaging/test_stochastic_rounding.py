@@ -135,6 +135,18 @@ def test_weights_of_any_layout_and_size_are_treated_alike(dtype, monkeypatch):
         assert ((tensor.double() - due).abs() < 2.1 * spacing(before, dtype)).all()
 
 
+def test_momenta_of_0_and_1_and_wider_weights_are_as_without():
+    model = nn.ModuleDict({"narrow": weights(magnitudes(100), torch.bfloat16), "wide": weights(magnitudes(100))})
+    average, plain = ModelAverage(model, stochastic_rounding=True), ModelAverage(model)
+    for momentum, is_same in ((0.0, True), (0.1, False), (1.0, True)):
+        for parameter in model.parameters():
+            parameter.data *= 2
+        for one in (average, plain):
+            one.update(momentum)
+        assert torch.equal(average.module["wide"].values, plain.module["wide"].values)
+        assert torch.equal(average.module["narrow"].values, plain.module["narrow"].values) == is_same
+
+
 def test_a_resumed_average_goes_on_with_the_same_bits():
     def made():
         model = weights(magnitudes(1000), torch.bfloat16)
