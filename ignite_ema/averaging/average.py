@@ -25,15 +25,15 @@ from .checks import (
     percentage,
     schedule_of,
     scheduled,
+    stalled,
     warn_first_rank,
     warn_user,
 )
 from .memory import give_own_memory
-from .names import names_of, tensors_of
+from .names import buffers_of, names_of, parameters_of, tensors_of
 from .pairing import Group, Mismatch, Pairing, nonfinite_in
-from .precision import stalled
 from .sharding import local
-from .state import STATE_VERSION, check_average_state, complete_tensors, fill, fitting_tensors, missing_slots
+from .state import STATE_VERSION, check_average_state, fill, fitting_tensors, missing_slots
 from .stochastic_rounding import StochasticRounding
 from .swap import Swapped, is_swapped, refuse_while_swapped
 from .twin import check_model, settle, stripped, twin_of
@@ -207,8 +207,9 @@ class ModelAverage:
         """Copies tensors that have come from another process in shared memory into private memory."""
         vars(self).update(state)
         # A model that holds this average is still empty while it is copied or unpickled.
-        shared = {id(parameter) for parameter in (self.model.parameters() if vars(self.model) else ())}
-        own = [local(one) for one in (*self.module.parameters(), *self.module.buffers()) if id(one) not in shared]
+        shared = {id(parameter) for parameter in (parameters_of(self.model) if vars(self.model) else ())}
+        twins = (*parameters_of(self.module), *buffers_of(self.module))
+        own = [local(one) for one in twins if id(one) not in shared]
         give_own_memory(tensor for tensor in own if tensor.device.type == "cpu" and tensor.is_shared())  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
@@ -412,7 +413,7 @@ class ModelAverage:
         try:
             pairing = self._current()
         except RuntimeError:  # the model has another structure now; the twin is what it was
-            shared = {id(parameter) for parameter in self.model.parameters()}
+            shared = {id(parameter) for parameter in parameters_of(self.model)}
             tensors = {name: one for name, one in tensors_of(self.module).items() if id(one) not in shared}
             return {name: tensor.detach() for name, tensor in tensors.items()}, names_of(self.module)
         saved = {slot.name: slot.averaged.get().detach() for slot in pairing.slots if slot.is_saved}
@@ -430,7 +431,7 @@ class ModelAverage:
         check_average_state(state)
         if self.schedule is not None:
             scheduled(self.schedule, state["num_updates"])  # raises before anything has changed
-        self._fill(pairing, complete_tensors(pairing, state))
+        self._fill(pairing, fitting_tensors(pairing, state, complete=True))
         self._num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
         self._initial_share = state["initial_share"]
         saved, own = state["momentum_schedule"], None if self.schedule is None else described(self.schedule)
@@ -462,7 +463,7 @@ class ModelAverage:
             )
         saved = source.get("num_updates") if "averaged_tensors" in source else None
         count = self._count_after_load(saved if num_updates is None else num_updates)
-        values = fitting_tensors(pairing, source, strict)
+        values = fitting_tensors(pairing, source, strict=strict)
         rest = {} if strict else {slot.name: slot.online.get() for slot in missing_slots(pairing, values)}
         self._fill(pairing, {**values, **rest})
         self._num_updates, self._initial_share = count, math.nan if rest else 0.0

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..schedules import Constant, CopyUntil, Debiased, Schedule
-from .names import unwrapped
+from .names import parameters_of, unwrapped
 from .sharding import is_first_rank
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "percentage",
     "schedule_of",
     "scheduled",
+    "stalled",
     "warn_first_rank",
     "warn_user",
 ]
@@ -201,7 +203,7 @@ def one_line(kind: str, *parts: Callable[[], str]) -> str:
 
 def module_summary(module: nn.Module) -> str:
     """The class of an averaged twin, its number of parameters, and their types and devices."""
-    parameters = list(unwrapped(module).parameters())
+    parameters = list(parameters_of(unwrapped(module)))
     size = f"{type(unwrapped(module)).__name__}: {counted(sum(one.numel() for one in parameters), 'parameter')}"
     types = {str(one.dtype).removeprefix("torch."): None for one in parameters}
     devices = {str(one.device): None for one in parameters}
@@ -231,6 +233,25 @@ def final_momentum(schedule: Schedule) -> float:
         schedule = schedule.schedule
     values = [getattr(schedule, name, None) for name in ("momentum", "end", "min_momentum")]
     return next((float(value) for value in values if isinstance(value, numbers.Real)), 0.0)
+
+
+def stalled(momentum: float, resolution: float, can_round: bool) -> str:
+    """The warning of an update that the type of the average rounds away.
+
+    Args:
+        momentum: λ of the update, smaller than ``resolution``.
+        resolution: the relative rounding step of the type.
+        can_round: whether ``stochastic_rounding`` would be a remedy.
+    """
+    needed = resolution / 2 / momentum
+    far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
+    wider = torch.float32 if resolution > torch.finfo(torch.float32).eps else torch.float64
+    return (
+        f"A momentum of {momentum:g} is too small for the type of the average: a weight moves only if it differs from "
+        f"its average by about {far} its size, and is rounded back otherwise. Pass dtype={wider} to average in "
+        f"{str(wider).removeprefix('torch.')} (or an ema_model of that type)"
+        f"{', or stochastic_rounding=True' if can_round else ''}."
+    )
 
 
 def _warn_of_decay(momentum: float, what: str) -> None:

@@ -4,12 +4,24 @@ Names are those of ``model.state_dict()``, found by identity, so that a module t
 activation checkpointing or Fabric, has the same names here. Wrappers are unwrapped.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["Place", "first_names", "name_of", "names_of", "places_of", "tensors_of", "unwrapped"]
+__all__ = [
+    "Place",
+    "buffers_of",
+    "first_names",
+    "modules_by_path",
+    "name_of",
+    "names_of",
+    "parameters_of",
+    "places_of",
+    "tensors_of",
+    "unwrapped",
+]
 
 
 class Place(NamedTuple):
@@ -51,7 +63,10 @@ def places_of(root: nn.Module) -> dict[str, Place]:
     A tensor that ``root.state_dict()`` does not have, or has a copy of, goes by its path.
     """
     root = unwrapped(root)
-    state = root.state_dict(keep_vars=True)
+    try:
+        state = root.state_dict(keep_vars=True)
+    except TypeError:  # one of the user's own, without torch's arguments
+        state = root.state_dict()
     saved: dict[int, list[str]] = {}
     for name, value in state.items():
         saved.setdefault(id(value), []).append(name)
@@ -93,6 +108,21 @@ def names_of(module: nn.Module) -> dict[str, str]:
     """The first name of the tensor under each name that ``module.state_dict()`` has for a parameter or a buffer."""
     places = places_of(module)
     return {name: first for name, first in first_names(places).items() if places[name].is_saved}
+
+
+def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
+    """As ``module.parameters()``, which a model may have overridden to give groups for an optimizer."""
+    return nn.Module.parameters(module)
+
+
+def buffers_of(module: nn.Module) -> Iterator[Tensor]:
+    """As ``module.buffers()``."""
+    return nn.Module.buffers(module)
+
+
+def modules_by_path(root: nn.Module) -> dict[str, nn.Module]:
+    """Each module once, by the prefix of its names, without wrappers: ``""`` is ``root``, then ``"0."``, …"""
+    return {path: module for path, _, module in _walk(root, "", "", set())}
 
 
 def _wrapper_key(module: nn.Module) -> str | None:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -49,17 +50,24 @@ def _chunks(tensors: Tensors) -> list[slice]:
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream that goes on from where the current one is."""
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side = _stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     return side
+
+
+@lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The same at each call, since torch keeps memory that was used on a stream for that stream alone."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _send(online: Tensors, side: torch.cuda.Stream) -> tuple[Tensors, torch.cuda.Event]:
     """Starts copies into page-locked memory, and gives them with the event after which they hold the values."""
     sizes = [value.numel() for value in online]
     flat = torch.empty(sum(sizes), dtype=online[0].dtype, pin_memory=True)
-    values = [part.view(value.shape) for part, value in zip(torch.split(flat, sizes), online, strict=True)]
+    pieces = zip(torch.split(flat, sizes), online, strict=True)
+    values = [part if value.ndim == 1 else part.view(value.shape) for part, value in pieces]
     with torch.cuda.stream(side):
-        gathered = online[0].reshape(-1) if len(online) == 1 else torch.cat([value.reshape(-1) for value in online])
-        flat.copy_(gathered, non_blocking=True)
+        rows = [value if value.ndim == 1 else value.reshape(-1) for value in online]
+        flat.copy_(rows[0] if len(rows) == 1 else torch.cat(rows), non_blocking=True)
         return values, side.record_event()

@@ -9,7 +9,8 @@ no longer matches raises :class:`Mismatch`.
 The groups for the kernels hold detached aliases of the tensors, so that an update needs no ``no_grad``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from operator import attrgetter, contains, getitem, is_
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from . import kernels
 from .buffers import Treatment
 from .memory import give_own_memory, has_values, is_dense, sharing_memory
-from .names import Place, first_names, places_of
+from .names import Place, first_names, modules_by_path, places_of
 from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sharding
 
 __all__ = ["SWAPPED", "Group", "Mismatch", "Pairing", "Slot", "nonfinite_in", "replace"]
@@ -125,21 +126,22 @@ class Pairing:
     ) -> None:
         self._fsdp_modules = [*fsdp_modules(online), *fsdp_modules(averaged)]
         reshard(self._fsdp_modules)
-        ours, theirs = places_of(online), places_of(averaged)
-        _check_names(ours, theirs)
-        once_shared = {} if before is None else before._once_shared
-        followed = {name for name, place in theirs.items() if id(place.get()) in once_shared}
-        self.first_names = _checked_ties(ours, theirs, followed)
-        self.slots: list[Slot] = []
-        self.shared: list[Slot] = []
-        for name in dict.fromkeys(self.first_names.values()):
-            slot = Slot(name, ours[name], theirs[name], _treatment(ours[name], name, treatment_of))
-            is_shared = ours[name].get() is theirs[name].get() or name in followed
-            (self.shared if is_shared else self.slots).append(slot)
-        for slot in self.shared:
-            _check_shared(slot, share_frozen)
         self._narrow = narrow
-        kinds = [self._kind_of(slot) for slot in self.slots]
+        with _followed_buffers(online, averaged, treatment_of, may_clear=before is not None):
+            ours, theirs = places_of(online), places_of(averaged)
+            _check_names(ours, theirs, treatment_of)
+            once_shared = {} if before is None else before._once_shared
+            followed = {name for name, place in theirs.items() if id(place.get()) in once_shared}
+            self.first_names = _checked_ties(ours, theirs, followed)
+            self.slots: list[Slot] = []
+            self.shared: list[Slot] = []
+            for name in dict.fromkeys(self.first_names.values()):
+                slot = Slot(name, ours[name], theirs[name], _treatment(ours[name], name, treatment_of))
+                is_shared = ours[name].get() is theirs[name].get() or name in followed
+                (self.shared if is_shared else self.slots).append(slot)
+            for slot in self.shared:
+                _check_shared(slot, share_frozen)
+            kinds = [self._kind_of(slot) for slot in self.slots]
         # Everything is checked. From here on the twin may change: it follows the model in what is shared or copied.
         for name in followed:
             theirs[name].table[theirs[name].key] = ours[name].get()
@@ -219,19 +221,17 @@ class Pairing:
                     replace(slot.averaged, online)
 
     def _group(self, kinds: list[tuple[Any, ...]]) -> None:
-        members: dict[tuple[Any, ...], list[Slot]] = {}
-        for kind, slot in zip(kinds, self.slots, strict=True):
-            if kind:
-                members.setdefault(kind, []).append(slot)
-        self.groups: list[Group] = []
+        members: dict[tuple[Any, ...], list[tuple[Slot, Tensor, Tensor]]] = {}
         with torch.inference_mode(False):
-            for (kernel, averages, *_), slots in members.items():
-                online, averaged = map(list, zip(*(_flat(*slot.tensors()) for slot in slots), strict=True))
-                if averaged[0].layout is not torch.strided:  # an alias would not follow a new number of elements
-                    online, averaged = map(
-                        list, zip(*((one.online.get(), one.averaged.get()) for one in slots), strict=True)
-                    )
-                self.groups.append(Group(kernel, averaged, online, slots, averages))
+            for kind, slot in zip(kinds, self.slots, strict=True):
+                if kind:
+                    online, averaged = _aliases(slot)
+                    # A tensor that is not flat would send the whole group another, slower way on a GPU.
+                    members.setdefault((*kind, online.ndim == 1), []).append((slot, online, averaged))
+        self.groups: list[Group] = []
+        for (kernel, averages, *_), group in members.items():
+            slots, online_ones, averaged_ones = map(list, zip(*group, strict=True))
+            self.groups.append(Group(kernel, averaged_ones, online_ones, slots, averages))
         self.resolution = max((kind[2] for kind in kinds if kind), default=0.0)
 
     def _remember(self, online: nn.Module, averaged: nn.Module, ours: list[Place], theirs: list[Place]) -> None:
@@ -249,7 +249,8 @@ class Pairing:
             for key, _ in table.items()  # the tables of TorchScript cannot be iterated over
             if (id(table), key) not in places or (id(table), key) in shared
         ]
-        others += [(vars(one), "_modules") for one in modules if one._modules]  # del of a Sequential makes a new table
+        # Deleting from a Sequential makes a new table; a traced module has none.
+        others += [(vars(one), "_modules") for one in modules if vars(one).get("_modules")]
         self._tables: list[Any] = [*(place.table for place in read), *(table for table, _ in others)]
         self._keys = [*(place.key for place in read), *(key for _, key in others)]
         self._objects = list(map(getitem, self._tables, self._keys))
@@ -287,9 +288,54 @@ def replace(place: Place, source: Tensor) -> None:
         place.table[place.key] = values
 
 
-def _flat(online: Tensor, averaged: Tensor) -> tuple[Tensor, Tensor]:
+@contextmanager
+def _followed_buffers(
+    online: nn.Module, averaged: nn.Module, treatment_of: Callable[[str], Treatment], may_clear: bool
+) -> Iterator[None]:
+    """Gives the twin the buffers that the model has got, such as a cache, and clears those that it no longer has.
+
+    It is undone if the block raises. Buffers that an update leaves alone may differ.
+    """
+    twins = modules_by_path(averaged)
+    pairs = [  # the tables of TorchScript cannot change
+        (path, module, twins[path])
+        for path, module in modules_by_path(online).items()
+        if path in twins and isinstance(module._buffers, dict)
+    ]
+    kinds = {
+        (value.device, value.dtype): (its.device, its.dtype)
+        for _, module, twin in pairs
+        for key, value in module._parameters.items()
+        if value is not None and (its := twin._parameters.get(key)) is not None
+    }
+    before = [(twin._buffers, dict(twin._buffers)) for _, _, twin in pairs]
+    for path, module, twin in pairs:
+        for key in {**module._buffers, **twin._buffers}:
+            buffer, own = module._buffers.get(key), twin._buffers.get(key)
+            if (buffer is None) == (own is None) or treatment_of(path + key) == "keep":
+                continue
+            if buffer is not None:
+                kind = kinds.get((buffer.device, buffer.dtype), (buffer.device, buffer.dtype))
+                with torch.inference_mode(False), torch.no_grad():
+                    twin._buffers[key] = buffer.to(*kind, copy=True)
+                twin._non_persistent_buffers_set |= module._non_persistent_buffers_set & {key}
+            elif may_clear:
+                twin._buffers[key] = None
+    try:
+        yield
+    except BaseException:
+        for table, content in before:
+            table.clear()
+            table.update(content)
+        raise
+
+
+def _aliases(slot: Slot) -> tuple[Tensor, Tensor]:
     """The two as one-dimensional views, if their elements lie in the same order."""
-    if online.layout is torch.strided and online.stride() == averaged.stride() and is_dense(online):
+    online, averaged = slot.tensors()
+    if online.layout is not torch.strided:  # an alias would not follow a new number of elements
+        return slot.online.get(), slot.averaged.get()
+    if online.stride() == averaged.stride() and is_dense(online):
         shape = (online.numel(),)
         return online.as_strided(shape, (1,)), averaged.as_strided(shape, (1,))
     return online, averaged
@@ -306,8 +352,12 @@ def _alike(online: Tensor, averaged: Tensor) -> bool:
     return kinds[0] == kinds[1]
 
 
-def _check_names(ours: dict[str, Place], theirs: dict[str, Place]) -> None:
+def _check_names(ours: dict[str, Place], theirs: dict[str, Place], treatment_of: Callable[[str], Treatment]) -> None:
     for name in sorted(ours.keys() ^ theirs.keys()):
+        places = ours if name in ours else theirs
+        if places[name].is_buffer and treatment_of(name) == "keep":
+            del places[name]  # each may have some of its own
+            continue
         here, there = ("model", "twin") if name in ours else ("twin", "model")
         raise Mismatch(f"'{name}' is in the {here} but not in the {there}")
     for name, place in ours.items():

@@ -16,7 +16,6 @@ __all__ = [
     "AVERAGE_STATE",
     "STATE_VERSION",
     "check_average_state",
-    "complete_tensors",
     "fill",
     "fitting_tensors",
     "missing_slots",
@@ -32,7 +31,7 @@ AVERAGE_STATE: dict[str, type | tuple[type, ...]] = {
     "averaged_tensors": Mapping,
     "state_dict_names": Mapping,
 }
-_UNTIED = "'{}' is tied to '{}' in the model and should be equal to it, but is not."
+_AS_THEN = "Build the model, and freeze and share its parameters, as they were then. "
 _ANOTHER_MODEL = "Start from what fits with load_averaged(state, strict=False)."
 _OTHER_NAMES = "No name fits: take off the prefix if the names have one, or pass a state_dict of the model."
 
@@ -76,40 +75,16 @@ def check_average_state(
         )
 
 
-def complete_tensors(pairing: Pairing, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checked state for the twin, by first name.
-
-    Raises:
-        ValueError: unless these are exactly the twin's, and fit.
-    """
-    slots = {slot.name: slot for slot in pairing.slots if slot.is_saved}
-    tensors = _plain(state, ())
-    for name in (*slots, *state["averaged_tensors"]):
-        if name not in tensors or name not in pairing.first_names:
-            fault = "misses" if name in slots else "should not have"
-            raise ValueError(
-                f"The averaged tensors should be those of this model, but the state {fault} '{name}'. Build the model, "
-                f"and freeze and share its parameters, as they were then. {_ANOTHER_MODEL}"
-            )
-    for slot in pairing.shared:
-        if slot.name in tensors:
-            _check_equal_to_shared(slot.name, slot, tensors[slot.name])
-    for name, slot in slots.items():
-        _check_fit(name, slot, tensors[name])
-    for name in state["averaged_tensors"]:
-        first = pairing.first_names[name]
-        if first in slots and not _are_equal(tensors[first], tensors[name]):
-            raise ValueError(_UNTIED.format(name, first))
-    return {name: tensors[name] for name in slots}
-
-
-def fitting_tensors(pairing: Pairing, source: Mapping[str, Any], strict: bool) -> dict[str, Tensor]:
+def fitting_tensors(
+    pairing: Pairing, source: Mapping[str, Any], *, strict: bool = True, complete: bool = False
+) -> dict[str, Tensor]:
     """The tensors of a state of an average, or of the plain ``state_dict`` of a model, for the twin, by first name.
 
     Args:
         pairing: the model and its twin.
-        source: what is loaded; parameters alone will do.
+        source: what is loaded.
         strict: whether all have to be there and fit.
+        complete: whether the buffers have to be there, too; without, parameters alone will do.
 
     Raises:
         ValueError: if they should fit and do not, or if nothing fits.
@@ -126,7 +101,9 @@ def fitting_tensors(pairing: Pairing, source: Mapping[str, Any], strict: bool) -
             elif first is not None:
                 _check_fit(name, slots[first], value)
                 if not _are_equal(found.setdefault(first, value), value):
-                    raise ValueError(_UNTIED.format(name, first))
+                    raise ValueError(
+                        f"'{name}' is tied to '{first}' in the model and should be equal to it, but is not."
+                    )
             else:
                 raise ValueError(
                     f"The averaged tensors should be those of this model, but it has no '{name}'. "
@@ -135,25 +112,28 @@ def fitting_tensors(pairing: Pairing, source: Mapping[str, Any], strict: bool) -
         except ValueError:
             if strict:
                 raise
-    if not found and slots:
+    if not found and slots and not complete:
         raise ValueError(
             "The loaded weights should have tensors of this model, but none fits by name and shape. Pass a state_dict "
             "of the model."
         )
-    for slot in missing_slots(pairing, found) if strict else ():
+    for slot in missing_slots(pairing, found, complete) if strict else ():
         raise ValueError(
-            f"The averaged tensors should be those of this model, but '{slot.name}' is missing. {_ANOTHER_MODEL}"
+            f"The averaged tensors should be those of this model, but '{slot.name}' is missing. "
+            f"{_AS_THEN if complete else ''}{_ANOTHER_MODEL}"
         )
     return found
 
 
-def missing_slots(pairing: Pairing, found: Mapping[str, Tensor]) -> list[Slot]:
-    """What ``found`` should have beside: buffers only if it has some, and none that ``state_dict()`` does not have."""
-    has_buffers = any(slot.name in found for slot in pairing.slots if slot.online.is_buffer)
+def missing_slots(pairing: Pairing, found: Mapping[str, Tensor], complete: bool = False) -> list[Slot]:
+    """What ``found`` lacks of a state, if it is ``complete``, or of a ``state_dict()``, of buffers if it has some."""
+    has_buffers = complete or any(slot.name in found for slot in pairing.slots if slot.online.is_buffer)
     return [
         slot
         for slot in pairing.slots
-        if slot.name not in found and slot.online.is_saved and (has_buffers or not slot.online.is_buffer)
+        if slot.name not in found
+        and (slot.is_saved if complete else slot.online.is_saved)
+        and (has_buffers or not slot.online.is_buffer)
     ]
 
 

@@ -143,7 +143,7 @@ class _SavedModules:
         for module, _ in self.children.values():
             vars(module).pop(SWAPPED, None)
         for module, table, key, tensor in self._places:
-            if table.get(key, tensor) is not tensor:
+            if key in table and table[key] is not tensor:
                 setattr(module, key, tensor)  # not into the table: an LSTM has a list of its weights besides
 
 
@@ -186,7 +186,7 @@ class _SavedTensor:
         place = self.slot.online
         if place.is_buffer or self._values is None:
             return False
-        return place.table.get(place.key) is not self.tensor or _version(self.tensor) != self.version
+        return place.key not in place.table or place.get() is not self.tensor or _version(self.tensor) != self.version
 
 
 def _swap(
@@ -247,8 +247,9 @@ def _fault(errors: dict[str, BaseException], modules: dict[str, tuple[nn.Module,
             f"({type(error).__name__}: {error}). Load the model from a checkpoint."
         )
     for path, (module, children) in modules.items():
+        found = dict(module._modules)
         for key, child in children.items():
-            if module._modules.get(key) is not child:
+            if found.get(key) is not child:
                 return (
                     "The modules of the model should stay while it holds averaged weights, but "
                     f"'{f'{path}.{key}'.lstrip('.')}' was replaced inside swapped(). All other weights are the model's "

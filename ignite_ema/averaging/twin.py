@@ -1,9 +1,13 @@
 """Making the averaged twin of a model: a deep copy that owns its memory, without wrappers and without gradients."""
 
+import contextlib
 import copy
+import dis
 import functools
 import types
+import weakref
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -13,13 +17,15 @@ from torch.nn.parameter import is_lazy
 
 from .checks import listed, warn_user
 from .memory import has_values
-from .names import name_of, tensors_of, unwrapped
+from .names import buffers_of, name_of, parameters_of, tensors_of, unwrapped
 from .sharding import is_sharded, local, sharding
 
 __all__ = ["check_model", "settle", "stripped", "twin_of"]
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TABLES = ("_parameters", "_buffers", "_modules")
+_ATOMIC = (int, float, str, bytes, type(None))
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # others do not run in a forward pass of the twin
 
 
 def stripped(module: nn.Module) -> nn.Module:
@@ -43,7 +49,7 @@ def check_model(model: object, has_own_twin: bool) -> None:
                 "FullyShardedDataParallel (FSDP1), which makes one flat parameter of many. Use fully_shard."
             )
     _check_tensors("model", model)
-    for tensor in model.parameters():
+    for tensor in parameters_of(model):
         if hasattr(tensor, "ds_id"):
             raise RuntimeError(
                 "model should be unsharded, or sharded with torch.distributed.fsdp.fully_shard, got a model whose "
@@ -99,7 +105,7 @@ def settle(twin: nn.Module, is_own: bool, trains: bool) -> None:
     if is_own:
         _refuse_changing_mode(twin, trains, on_copies=False)
     _set_mode(twin, trains)
-    for parameter in twin.parameters():  # all at once is not supported by TorchScript
+    for parameter in parameters_of(twin):  # all at once is not supported by TorchScript
         parameter.requires_grad_(False)
 
 
@@ -122,8 +128,8 @@ def _check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> N
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+    yield from parameters_of(module)
+    yield from buffers_of(module)
 
 
 def _check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen: bool) -> None:
@@ -258,10 +264,11 @@ def _obstacle(model: nn.Module, error: Exception) -> str:
 
 
 def _set_mode(module: nn.Module, trains: bool) -> None:
-    if trains:
-        module.train()
-    else:
-        module.eval()
+    with contextlib.suppress(NotImplementedError):  # an exported program has one mode
+        if trains:
+            module.train()
+        else:
+            module.eval()
 
 
 def _refuse_changing_mode(model: nn.Module, trains: bool, on_copies: bool) -> None:
@@ -297,8 +304,8 @@ def _equal(before: Tensor, after: Tensor | None) -> bool:
 
 def _warn_of_shared_functions(model: nn.Module, twin: nn.Module) -> None:
     """Warns of functions of the twin that compute with modules of the model: deepcopy does not copy functions."""
-    online = {id(one) for one in (*model.modules(), *model.parameters(), *model.buffers())}
-    online -= {id(one) for one in twin.parameters()}  # those that are shared
+    online = {id(one) for one in (*model.modules(), *_tensors(model))}
+    online -= {id(one) for one in parameters_of(twin)}  # those that are shared
     names = [
         f"{path}.{name}".lstrip(".")
         for path, module in twin.named_modules()
@@ -314,20 +321,21 @@ def _warn_of_shared_functions(model: nn.Module, twin: nn.Module) -> None:
 
 
 def _functions_in(module: nn.Module) -> Iterator[tuple[str, object]]:
-    """The functions that an instance brings: its attributes, and its hooks."""
+    """What may be or hold a function that an instance brings: its attributes, and its forward hooks."""
     for name, value in vars(module).items():
-        if isinstance(value, dict) and value and name.endswith("_hooks"):
+        if name in _HOOKS:
             for hook in value.values():
                 yield name.removeprefix("_").removesuffix("s"), hook
-        elif callable(value) and name != "extra_repr":  # which torchao sets, and computes nothing
+        # torchao sets the last, which computes nothing.
+        elif name not in _TABLES and not name.endswith("_hooks") and name != "extra_repr":
             yield name, value
 
 
 def _refers_to(value: object, online: set[int], seen: set[int]) -> bool:
-    """Whether a function reaches one of ``online``, by its closure, its defaults, or what it wraps or is bound to."""
+    """Whether a function reaches one of ``online``: by its closure, its defaults, or what it wraps or is bound to."""
     if id(value) in online:
         return True
-    if id(value) in seen or isinstance(value, (type, types.ModuleType, nn.Module, Tensor)):
+    if id(value) in seen or isinstance(value, (*_ATOMIC, type, types.ModuleType, nn.Module, Tensor)):
         return False
     seen.add(id(value))
     reached: list[object] = []
@@ -338,10 +346,17 @@ def _refers_to(value: object, online: set[int], seen: set[int]) -> bool:
     elif isinstance(value, types.FunctionType):
         reached = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
         reached += [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
-    elif isinstance(value, (list, tuple)):
+        names = {step.argval for step in dis.get_instructions(value) if step.opname == "LOAD_GLOBAL"}
+        found = [value.__globals__.get(name) for name in names]
+        reached += [one for one in found if isinstance(one, (nn.Module, types.MethodType, functools.partial))]
+    elif isinstance(value, weakref.ref):
+        reached = [value()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
         reached = list(value)
     elif isinstance(value, dict):
         reached = list(value.values())
+    elif is_dataclass(value):
+        reached = [getattr(value, field.name, None) for field in fields(value)]
     elif callable(value) and hasattr(value, "__dict__"):
         reached = [one for one in vars(value).values() if callable(one)]
     return any(_refers_to(one, online, seen) for one in reached)

@@ -9,22 +9,23 @@ never stopped.
 The colors and helpers here are the look of all pictures of the project.
 """
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["AVERAGED", "COLORS", "DPI", "ONLINE", "WIDTH", "dress", "headline"]
+__all__ = ["AVERAGED", "COLORS", "DPI", "ONLINE", "WIDTH", "dress", "headline", "name_lines"]
 
 ONLINE, AVERAGED = "#e69f00", "#0072b2"
 COLORS = (AVERAGED, ONLINE, "#009e73", "#cc79a7")  # color-blind readers can tell them apart: Okabe and Ito
-WIDTH, DPI = 9, 200  # inches; a picture is 1,800 pixels wide
+WIDTH, DPI = 6, 300  # inches; a picture is 1,800 pixels wide, and on a phone its letters are 7 pixels high
 
 
 def headline(figure: "Figure", text: str) -> None:
     """Sets the title of a figure, above all panels, on the left."""
-    figure.suptitle(text, x=0.01, ha="left", fontsize=11)
+    figure.suptitle(text, x=0.01, ha="left", fontsize=10)
 
 
 def dress(axes: "Axes", title: str = "", **settings: Any) -> None:
@@ -33,5 +34,28 @@ def dress(axes: "Axes", title: str = "", **settings: Any) -> None:
     axes.set(**settings)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
+    axes.minorticks_off()
     axes.tick_params(labelsize=8)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def name_lines(axes: "Axes", gap: float = 0.1) -> None:
+    """Writes the label of each line beside its right end, in its color, at least ``gap`` of the height apart.
+
+    Call it last: it uses the limits of the axes.
+    """
+    labels = {line: str(line.get_label()) for line in axes.get_lines()}
+    lines = [line for line, label in labels.items() if not label.startswith("_")]
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = {line: min(1.0, max(0.0, to_axes.transform(line.get_path().vertices)[-1, 1])) for line in lines}
+    ordered = sorted(lines, key=ends.__getitem__)
+    for below, above in pairwise(ordered):
+        ends[above] = max(ends[above], ends[below] + gap)
+    ends[ordered[-1]] = min(ends[ordered[-1]], 1.0)
+    for above, below in pairwise(reversed(ordered)):
+        ends[below] = min(ends[below], ends[above] - gap)
+    place: dict[str, Any] = {"transform": axes.transAxes, "va": "center", "fontsize": 8, "fontweight": "bold"}
+    for line in lines:
+        axes.text(1.02, ends[line], labels[line], color=line.get_color(), **place)

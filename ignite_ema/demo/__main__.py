@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 
-from . import AVERAGED, DPI, ONLINE, WIDTH, dress, headline, training
+from . import AVERAGED, DPI, ONLINE, WIDTH, dress, headline, name_lines, training
 from .training import Run, stopped_and_resumed
 
 __all__ = ["main"]
@@ -67,7 +68,7 @@ def _draw(runs: Mapping[int, Run], path: Path) -> None:
     """Draws both accuracies over the iterations: the first seed strong, the others light."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, 4.5), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     first, *others = runs
     iterations = [training.EVALUATE_EVERY * (i + 1) for i in range(len(runs[first].online))]
@@ -75,19 +76,20 @@ def _draw(runs: Mapping[int, Run], path: Path) -> None:
     dress(axes, xlabel="iteration", ylabel="test accuracy (%)", xlim=(0, iterations[-1]))
     axes.set_ylim(max(0, 10 * int(10 * lowest) - 5), 100)
     axes.axvspan(0, min(training.WARMUP_ITERS, iterations[-1]), color="0.95", lw=0)
-    axes.text(0.04, 0.02, "momentum warm-up", color="0.4", fontsize=9, transform=axes.transAxes)
-    ends = {"averaged": 100 * runs[first].averaged[-1], "online": 100 * runs[first].online[-1]}
-    ends["online"] = min(ends["online"], ends["averaged"] - 4)  # or the labels would overlap
-    for name, color, width in (("online", ONLINE, 1.1), ("averaged", AVERAGED, 3.0)):
+    note: dict[str, Any] = {"color": "0.4", "fontsize": 8, "transform": axes.transAxes}
+    axes.text(0.05, 0.04, "warm-up", **note)
+    for name, color, width in (("online", ONLINE, 1.1), ("averaged", AVERAGED, 2.4)):
         for seed in [*others, first]:
             accuracies = [100 * accuracy for accuracy in getattr(runs[seed], name)]
-            lw, alpha = (width, 1.0) if seed == first else (width / 2, 0.35)
-            axes.plot(iterations, accuracies, color=color, lw=lw, alpha=alpha)
-        axes.text(1.01 * iterations[-1], ends[name], name, color=color, va="center", weight="bold")
+            lw, alpha, label = (width, 1.0, name) if seed == first else (width / 2, 0.35, "_")
+            axes.plot(iterations, accuracies, color=color, lw=lw, alpha=alpha, label=label)
+    name_lines(axes)
     online, averaged = _at_the_end(runs)
-    over = f"{len(runs)} seeds; light: all but seed {first}" if others else f"seed {first}"
+    over = f"{len(runs)} seeds" if others else f"seed {first}"
+    if others:
+        axes.text(0.99, 0.04, f"light: all but seed {first}", ha="right", **note)
     noise = f"Digits, {100 * training.LABEL_NOISE:.0f} % of the training labels random, constant learning rate"
-    headline(figure, f"{noise}\nTest accuracy (%) at the end: averaged {averaged}, online {online}; {over}")
+    headline(figure, f"{noise}\nAt the end (%): averaged {averaged}, online {online}; {over}")
     figure.savefig(path, pil_kwargs={"optimize": True})
 
 

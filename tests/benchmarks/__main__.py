@@ -2,6 +2,7 @@
 
 Each update goes through an event of an Ignite engine. The limit is one ``lerp_`` over as many contiguous bytes, the
 floor one bare ``torch._foreach_lerp_`` of the same tensors. Times are medians; multiples compare those of one round.
+Beside the times stand the operations that an update dispatches on an accelerator.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from torch import nn
 
 from .measure import Call, busy, machine, ratios, summary, timed, write
 from .models import AVERAGED_IN, MODELS
+from .operations import counts
 from .peers import FLOOR, LIMIT, OURS, PEERS, Swapped, built, event, floor, limit, update_of
 from .report import draw, show
 
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures = json.loads(options.from_json.read_text(encoding="utf-8"))
     else:
         figures = {**machine(options.device), "rounds": options.rounds, "models": {}, "contended": {}}
+        figures["operations"] = counts()
         for name in options.models:
             model, dtype = MODELS[name]().to(options.device), AVERAGED_IN.get(name)
             figures["models"][name] = costs(model, dtype, options.rounds, updates_only=False)

@@ -100,4 +100,11 @@ def _cpu() -> str:
 
 
 def write(path: Path, figures: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    replace(path, json.dumps(figures, indent=1) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file that is there whole, or not at all."""
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

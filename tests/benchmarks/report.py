@@ -8,9 +8,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ignite_ema.demo import AVERAGED
+from ignite_ema.demo import AVERAGED, DPI, WIDTH, dress, headline
 
 from .models import TARGETS, TITLES
+from .operations import PARAMETERS
 from .peers import FLOOR, LIMIT, OURS
 
 _COSTS = ("update", "construction", "state_dict", "swapped")
@@ -29,6 +30,7 @@ def show(figures: Mapping[str, Any]) -> None:
         for cost in _COSTS:
             if models and all(cost in model for model in models.values()):
                 output.print(_table(cost + title, cost, models))
+    output.print(_operations(figures["operations"]))
     output.print(origin(figures), highlight=False)
     missing = {peer: reason for model in figures["models"].values() for peer, reason in model["missing"].items()}
     for peer, reason in missing.items():
@@ -52,6 +54,15 @@ def _table(title: str, cost: str, models: Mapping[str, Any]) -> Table:
     return table
 
 
+def _operations(counts: Mapping[str, list[int]]) -> Table:
+    columns = ("", *(f"{number:,} parameters" for number in PARAMETERS))
+    title = "operations of an update on an accelerator"
+    table = Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left")
+    for kind, row in counts.items():
+        table.add_row(kind, *map(str, row))
+    return table
+
+
 def multiple(ratio: float) -> str:
     """Two digits, but three about 1."""
     digits = 3 if 0.9 < ratio < 1.1 else 2
@@ -67,37 +78,34 @@ def origin(figures: Mapping[str, Any]) -> str:
 
 
 def draw(figures: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG of 1,600 pixels across: a panel for each model, a bar for each peer, from the limit on."""
+    """Writes a PNG of 1,800 pixels across: a panel for each model, a dot for each peer."""
     from matplotlib.figure import Figure
 
     models = figures["models"]
-    peers = list(dict.fromkeys(peer for model in models.values() for peer in (*model["update"], *model["missing"])))
+    peers = list(dict.fromkeys(peer for model in models.values() for peer in model["update"]))
     peers = [peer for peer in peers if peer not in ("event", LIMIT, FLOOR)]
-    rows = -(-len(models) // 3)
-    figure = Figure(figsize=(8, 0.8 + rows * (0.5 + 0.22 * len(peers))), dpi=200, layout="constrained")
-    panels = figure.subplots(rows, min(3, len(models)), sharey=True, squeeze=False).flatten()
+    rows = -(-len(models) // 2)
+    figure = Figure(figsize=(WIDTH, 0.8 + rows * (0.6 + 0.2 * len(peers))), dpi=DPI, layout="constrained")
+    panels = figure.subplots(rows, min(2, len(models)), sharey=True, squeeze=False).flatten()
     for panel in panels[len(models) :]:
         panel.set_axis_off()
+    most = max(figure["to_limit"]["median"] for model in models.values() for figure in model["update"].values())
     for axes, (name, model) in zip(panels, models.items(), strict=False):
         update = model["update"]
         for row, peer in enumerate(peers):
             if peer not in update:
-                axes.text(1.1, row, "not available", fontsize=7, va="center", color="0.45")
+                axes.text(1.1, row, "not available", fontsize=8, va="center", color="0.45")
                 continue
-            time = update[peer]["to_limit"]
-            color = AVERAGED if peer == OURS else "0.75"
-            axes.barh(row, time["median"] - 1, left=1, height=0.68, color=color)
-            axes.text(1.08 * max(1, time["median"]), row, f"{multiple(time['median'])}×", va="center", fontsize=7)
-        axes.set_xscale("log")
-        axes.set_xlim(1, 4 * max(figure["to_limit"]["median"] for figure in update.values()))
-        axes.set_xticks(ticks := [t for t in _TICKS if t <= axes.get_xlim()[1]], [f"{t}×" for t in ticks], fontsize=7)
+            time, color = update[peer]["to_limit"]["median"], AVERAGED if peer == OURS else "0.45"
+            axes.plot(time, row, "o", color=color, ms=6)
+            beside = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"{multiple(time)}×", (time, row), (6, 0), **beside)
+        dress(axes, f"{TITLES[name]}\nlimit {update[LIMIT]['ms']['median']:.2g} ms", xscale="log", xlim=(0.8, 4 * most))
+        axes.set_xticks(ticks := [t for t in _TICKS if t <= 4 * most], [f"{t}×" for t in ticks])
         axes.minorticks_off()
-        axes.set_yticks(range(len(peers)), peers, fontsize=8)
+        axes.set_yticks(range(len(peers)), peers)
         axes.set_ylim(len(peers) - 0.4, -0.6)
-        axes.tick_params(length=0)
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
-        axes.set_title(f"{TITLES[name]}\nlimit {update[LIMIT]['ms']['median']:.2g} ms", fontsize=8, loc="left")
-    figure.suptitle("Time of one update, as a multiple of the limit", x=0.01, ha="left", fontsize=11)
-    note = "The limit is one lerp_ that moves as many bytes. Logarithmic scales, from 1× on; medians."
-    figure.supxlabel(f"{note}\n{origin(figures)}", x=0.01, ha="left", fontsize=7, color="0.35")
+    headline(figure, "Time of one update, as a multiple of the limit")
+    note = "The limit is one lerp_ that moves as many bytes. Logarithmic scale; medians."
+    figure.supxlabel(f"{note}\n{origin(figures)}", x=0.01, ha="left", fontsize=8, color="0.35")
     figure.savefig(path, pil_kwargs={"optimize": True})

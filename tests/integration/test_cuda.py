@@ -1,5 +1,9 @@
-"""The contract on a GPU: no wait of the host, CUDA graphs, resume, swap, and an average that is held on the CPU."""
+"""The contract on a GPU: no wait of the host, CUDA graphs, resume, swap, and an average on the CPU.
 
+``python -m tests.benchmarks.gpu`` runs these tests with the others, and measures.
+"""
+
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -8,7 +12,7 @@ from ignite.engine import Engine
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
-from ignite_ema import EMAHandler, ModelAverage
+from ignite_ema import EMAHandler, EMAWarning, ModelAverage
 from ignite_ema.averaging import offload as staging
 from tests.helpers.bits import contents
 
@@ -46,24 +50,34 @@ def move(model):
 
 
 @contextmanager
-def no_wait():
+def watched(mode):
+    """Inside, an operation that makes the host wait is an error, or a warning, as ``mode`` says."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode(mode)
     try:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
 
+def no_wait():
+    return watched("error")
+
+
 def double(module):
     return {n: t.detach().cpu().double() for n, t in (*module.named_parameters(), *module.named_buffers())}
 
 
-def followed(due, model, momentum, averages_buffers):
+def followed(due, model, momentum, handle_buffers):
     """The float64 reference, one update on; infinities and integers as they are."""
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    averaged = dict(model.named_parameters()).keys() | {
+        name
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point()
+        and (handle_buffers == "update" or ("statistics" in handle_buffers and "running" in name))
+    }
     for name, value in double(model).items():
-        averages = name in parameters or (averages_buffers and buffers[name].is_floating_point())
+        averages = name in averaged
         # where all is copied, 0 times an infinity would be a NaN
         due[name] = (1 - momentum) * due[name] + momentum * value if averages and momentum < 1 else value
 
@@ -91,7 +105,7 @@ def precision_of(case):
     return 5e-2 if case == "bfloat16" else 1e-6
 
 
-@pytest.mark.parametrize("handle_buffers", ["copy", "update"])
+@pytest.mark.parametrize("handle_buffers", ["copy", "update", "statistics"])
 @pytest.mark.parametrize("case", CASES)
 def test_an_update_does_not_make_the_host_wait(case, handle_buffers):
     model, average = made_as(case, handle_buffers=handle_buffers)
@@ -103,8 +117,33 @@ def test_an_update_does_not_make_the_host_wait(case, handle_buffers):
         with no_wait():
             average.update(momentum)
         if momentum != 0:  # which copies buffers, but averages nothing
-            followed(due, model, momentum, handle_buffers == "update")
+            followed(due, model, momentum, handle_buffers)
     assert_follows(average.module, due, precision_of(case))
+
+
+def test_stochastic_rounding_does_not_make_the_host_wait_after_the_first_update():
+    model, average = made(torch.bfloat16, stochastic_rounding=True)
+    due = double(average.module)
+    for update in range(5):
+        move(model)
+        with watched("error" if update else "default"):
+            average.update(0.25)
+        followed(due, model, 0.25, "copy")
+    assert_follows(average.module, due, precision_of("bfloat16"))
+
+
+def test_skip_nonfinite_makes_the_host_wait_for_one_number():
+    model, average = made(skip_nonfinite=True)
+    with warnings.catch_warnings(record=True) as seen, watched("warn"):
+        warnings.simplefilter("always")
+        assert average.update(0.25)
+    assert sum("synchronizing" in str(warning.message) for warning in seen) == 1
+    before = contents(average.module)
+    with torch.no_grad():
+        model.head.bias.fill_(torch.nan)
+    with pytest.warns(EMAWarning, match="'head.bias' holds a NaN"):
+        assert not average.update(0.25)
+    assert contents(average.module) == before
 
 
 @pytest.mark.parametrize("handle_buffers", ["copy", "update"])
@@ -125,7 +164,7 @@ def test_an_update_in_a_graph_follows_the_reference(case, handle_buffers):
     for _ in range(5):
         move(model)
         graph.replay()
-        followed(due, model, 0.25, handle_buffers == "update")
+        followed(due, model, 0.25, handle_buffers)
     assert_follows(average.module, due, 1e-6)
 
 
@@ -200,11 +239,11 @@ def test_an_average_on_the_cpu_follows_the_reference(monkeypatch, case, handle_b
     for momentum in (0.25, 1.0, 0.25):
         move(model)
         average.update(momentum)
-        followed(due, model, momentum, handle_buffers == "update")
+        followed(due, model, momentum, handle_buffers)
     model.head.weight = nn.Parameter(torch.rand_like(model.head.weight))  # rebound, and not contiguous
     model.norm.weight = nn.Parameter(torch.rand(10, device=DEVICE, dtype=model.norm.weight.dtype)[::2])
     average.update(0.25)
-    followed(due, model, 0.25, handle_buffers == "update")
+    followed(due, model, 0.25, handle_buffers)
     assert_follows(average.module, due, 1e-6)
 
 
@@ -221,3 +260,12 @@ def test_what_is_under_way_is_waited_for_on_both_sides():
             average.update(1.0)
             model.weight.fill_(-1)
             assert average.module.weight.unique().tolist() == [i]
+
+
+def test_further_updates_of_an_average_on_the_cpu_reserve_no_memory_of_the_gpu():
+    _, average = made(device="cpu")
+    average.update(0.25)
+    before = torch.cuda.memory_reserved()
+    for _ in range(40):  # more than there are streams in torch's pool
+        average.update(0.25)
+    assert torch.cuda.memory_reserved() == before

@@ -13,6 +13,7 @@ from ignite_ema import ModelAverage, posthoc
 from tests.benchmarks import cost
 from tests.benchmarks.fidelity import HELD, STOCHASTIC, percent
 from tests.benchmarks.models import MODELS
+from tests.benchmarks.operations import markdown
 from tests.benchmarks.peers import OURS
 from tests.benchmarks.report import multiple
 
@@ -108,6 +109,10 @@ def test_the_table_of_speeds_is_what_was_measured():
     for row, key in (("ours to the limit", "to_limit"), ("ours to the floor", "to_floor")):
         measured = [multiple(figure[key]["median"]) if key in figure else "–" for figure in ours]
         assert rows.get(row, ["–"] * len(ours)) == measured
+
+
+def test_the_table_of_operations_is_what_was_counted():
+    assert markdown(figures_of("speed.json")["operations"]) in TEXT
 
 
 def test_the_table_of_errors_is_what_was_measured():

@@ -1,6 +1,7 @@
 """The way of an average on the CPU to a model on a GPU, with a GPU that is made up; `test_cuda` has a real one."""
 
 from math import nan
+from unittest.mock import Mock
 from weakref import WeakSet
 
 import pytest
@@ -81,6 +82,18 @@ def test_integers_are_copied_the_same_way(gpu):
     kernels._copy_staged(averaged, online, 0.0)
     assert averaged[0].tolist() == [0, 1, 2]
     assert gpu == ["stream", "send 1", "wait"]
+
+
+def test_all_copies_from_a_gpu_take_one_stream(monkeypatch):
+    """Each stream would keep the memory that was gathered on it."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or Mock())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    staging._stream.cache_clear()
+    for index in (0, 1, 0, 1):
+        staging._side_stream(torch.device("cuda", index))
+    staging._stream.cache_clear()
+    assert [device.index for device in made] == [0, 1]
 
 
 class Far:

@@ -2,48 +2,22 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ignite_ema import ModelAverage
 from ignite_ema.averaging import kernels
+from tests.benchmarks.operations import KINDS, Count, sending, updating
 
 
-class Count(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.operations = self.synchronisations = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operations += 1
-        self.synchronisations += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
-def counted(layers, dtype, options):
-    """An update of a model with four floating-point tensors in each layer."""
-    model = nn.ModuleList(nn.BatchNorm1d(8, dtype=dtype) for _ in range(layers))
-    average = ModelAverage(model, **options)
-    average.update(0.25)  # the first makes what later ones reuse
-    with Count() as count:
-        average.update(0.25)
-    return count
-
-
-KINDS = {
-    "copy": (torch.float32, {}, 3),
-    "update": (torch.float32, {"handle_buffers": "update"}, 40),
-    "statistics": (torch.float32, {"handle_buffers": "statistics"}, 40),
-    "stochastic rounding": (torch.bfloat16, {"stochastic_rounding": True}, 60),
-    "skip_nonfinite": (torch.float32, {"skip_nonfinite": True}, 10),
-}
-
-
-@pytest.mark.parametrize(("dtype", "options", "most"), KINDS.values(), ids=KINDS)
-def test_the_number_of_operations_does_not_grow_with_the_tensors(dtype, options, most):
-    few, many = (counted(layers, dtype, options) for layers in (3, 250))
+@pytest.mark.parametrize(("dtype", "options"), KINDS.values(), ids=KINDS)
+def test_the_number_of_operations_does_not_grow_with_the_tensors(dtype, options):
+    few, many = (updating(number, dtype, options, accelerated=True) for number in (10, 1000))
+    most = 60 if options.keys() & {"handle_buffers", "stochastic_rounding"} else 10
     assert few.operations == many.operations <= most
     assert few.synchronisations == many.synchronisations == ("skip_nonfinite" in options)
+
+
+@pytest.mark.parametrize("number", [10, 1000])
+def test_the_copies_to_an_average_on_the_cpu_do_not_grow_with_the_tensors(number):
+    assert sending([torch.zeros(8)] * number).operations <= 5
 
 
 @pytest.mark.parametrize("online_dtype", [torch.bfloat16, torch.float16])

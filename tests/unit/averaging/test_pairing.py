@@ -1,5 +1,7 @@
 """Which tensor is averaged into which: every shape and memory, read afresh at each update."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -139,3 +141,12 @@ def test_a_buffer_that_is_averaged_keeps_its_shape():
     for action in (lambda: average.update(0.5), average.reset, average.swapped().__enter__):
         with pytest.raises(RuntimeError, match=r"'table' has shape \(5,\) in the model and .*\(2,\) in the twin"):
             action()
+
+
+def test_a_weight_that_is_not_dense_is_averaged_apart_from_the_flat_ones():
+    """On a GPU one such tensor sends a whole list another, slower way."""
+    model = nn.Module()
+    model.plain, model.strided = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(4, 2)[::2])
+    average = ModelAverage(model, ema_model=copy.deepcopy(model))
+    shapes = [sorted(tensor.ndim for tensor in group.averaged) for group in average._pairing.groups]
+    assert shapes == [[1], [2]]

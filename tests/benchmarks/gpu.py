@@ -1,0 +1,283 @@
+"""What only a GPU can show: ``python -m tests.benchmarks.gpu FILE`` measures and checks it within ten minutes.
+
+FILE gets a table in Markdown, written again after each part. The exit status is 0 if the run is over and nothing is
+wrong. Each part takes a device, so that tests can run those on a CPU that need no GPU.
+"""
+
+import argparse
+import faulthandler
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+from xml.etree import ElementTree
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.autograd import DeviceType
+from torch.distributed.fsdp import fully_shard
+from torch.profiler import ProfilerActivity, profile
+
+from ignite_ema import ModelAverage
+
+from .measure import Call, machine, ratios, replace, summary, timed
+from .models import MODELS, TITLES
+from .peers import limit
+
+LIMIT = 600  # seconds
+MOMENTUM = 0.25  # moves 16-bit averages, too
+
+# The types of the model and of its average.
+HELD: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "bfloat16 averaged in float32": (torch.bfloat16, torch.float32),
+}
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    what: str
+    found: str
+    is_right: bool = True
+
+
+Part: TypeAlias = Callable[[str], Iterable[Row]]
+
+
+def updates(device: str, models: Sequence[str] = ("many", "gpt2"), rounds: int = 30) -> Iterator[Row]:
+    """Updates against one ``lerp_`` over contiguous memory that moves as many bytes, and their launches."""
+    for name in models:
+        for title, (weights, dtype) in HELD.items():
+            model = MODELS[name]().to(device, weights)
+            update = partial(ModelAverage(model, dtype=dtype).update, MOMENTUM)
+            times = timed({"update": update, "limit": limit(model, dtype)}, range(rounds))
+            milliseconds = summary(times["update"], 1000)["median"]
+            ratio = summary(ratios(times["update"], times["limit"]))["median"]
+            row = launched(f"update, {TITLES[name]}, {title}", update)
+            time = f"{milliseconds:.3g} ms, {ratio:.3g} times the contiguous `lerp_`"
+            yield row._replace(found=f"{time}; {row.found}")
+
+
+def fast_paths(device: str, tensors: int = 1200) -> Iterator[Row]:
+    """Whether the two operations that every update uses take their fast paths."""
+    for title, (weights, dtype) in HELD.items():
+        online = [torch.ones(1600, dtype=weights, device=device) for _ in range(tensors)]
+        averaged = [torch.zeros(1600, dtype=dtype, device=device) for _ in range(tensors)]
+        yield launched(f"`_foreach_copy_`, {tensors} tensors, {title}", partial(torch._foreach_copy_, averaged, online))
+        if weights == dtype:
+            lerp = partial(torch._foreach_lerp_, averaged, online, MOMENTUM)
+            yield launched(f"`_foreach_lerp_`, {tensors} tensors, {title}", lerp)
+
+
+def launched(what: str, call: Call) -> Row:
+    """The launches of a call, which are right if each is of many tensors."""
+    names = kernels_of(call)
+    others = [name for name in names if "multi_tensor_apply" not in name]
+    if not names:
+        return Row(what, "the profiler saw no launch", False)
+    if others:
+        return Row(what, f"{len(names)} launches, {len(others)} of them off the fast path, as {others[0][:80]}", False)
+    return Row(what, f"{len(names)} launches, all on the fast path")
+
+
+def kernels_of(call: Call) -> list[str]:
+    """The names of what the GPU runs for the second of two calls."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in seen.events() if event.device_type == DeviceType.CUDA]
+
+
+def graph(device: str, model: str = "many", rounds: int = 30) -> Iterator[Row]:
+    """An update that is replayed from a CUDA graph makes the bits of one that is not."""
+    for title, (weights, dtype) in HELD.items():
+        online = MODELS[model]().to(device, weights)
+        replayed, plain = ModelAverage(online, dtype=dtype), ModelAverage(online, dtype=dtype)
+        replay, update = captured(replayed, device), partial(plain.update, MOMENTUM)
+        for _ in range(5):
+            with torch.no_grad():
+                for parameter in online.parameters():
+                    parameter.add_(torch.rand_like(parameter))
+            replay()
+            update()
+        pairs = zip(replayed.module.parameters(), plain.module.parameters(), strict=True)
+        is_same = all(torch.equal(one, other) for one, other in pairs)
+        times = timed({"replay": replay, "update": update}, range(rounds))
+        replay_ms, update_ms = (summary(times[name], 1000)["median"] for name in ("replay", "update"))
+        found = f"{'the same' if is_same else 'other'} bits; {replay_ms:.3g} ms, not captured {update_ms:.3g} ms"
+        yield Row(f"CUDA graph, {title}", found, is_same)
+
+
+def captured(average: ModelAverage, device: str) -> Call:
+    """Replays an update from a CUDA graph; on a CPU, which has none, makes it."""
+    update = partial(average.update, MOMENTUM)
+    if device == "cpu":
+        return update
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # a warm-up, as torch asks for
+        update()
+    torch.cuda.current_stream().wait_stream(side)
+    average.reset()
+    made = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(made):
+        update()
+    return made.replay
+
+
+def offload(device: str, width: int = 4096, rounds: int = 20) -> Iterator[Row]:
+    """An average on the CPU beside a training step: its values, its time, and the memory that it leaves on the GPU."""
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(5))).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    batch = torch.randn(width, width, device=device)
+    average = ModelAverage(model, device="cpu")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    def both() -> None:
+        step()
+        average.update(MOMENTUM)
+
+    calls: Mapping[str, Call] = {"step": step, "update": partial(average.update, MOMENTUM), "both": both}
+    reserved = []
+    for count in (1, rounds):
+        times = timed(calls, range(max(2, count)))
+        reserved.append(torch.cuda.memory_reserved())
+    figures = [f"{summary(times[name], 1000)['median']:.3g}" for name in calls]
+    megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
+    yield Row(
+        f"average of {megabytes:.0f} MB on the CPU",
+        "a step {} ms, an update {} ms, one after the other {} ms".format(*figures),
+    )
+    grown = reserved[1] - reserved[0]
+    yield Row("GPU memory that further updates reserve", f"{grown / 1e6:.0f} MB", grown < 2**28)  # a chunk
+    step()
+    average.update(1.0)
+    pairs = zip(average.module.parameters(), model.parameters(), strict=True)
+    is_same = all(torch.equal(ours, theirs.cpu()) for ours, theirs in pairs)
+    yield Row("an update right after a step", f"has {'its' if is_same else 'other'} weights", is_same)
+
+
+def sharded(device: str, width: int = 1024) -> Iterator[Row]:
+    """FSDP2 on one device, over NCCL if that is a GPU."""
+    backend = "gloo" if device == "cpu" else "nccl"
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(str(Path(folder) / "store"), 1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
+        try:
+            yield from _averaged_shards(device, width, f"FSDP2 over {backend}")
+        finally:
+            dist.destroy_process_group()
+
+
+def _averaged_shards(device: str, width: int, title: str) -> Iterator[Row]:
+    mesh = dist.init_device_mesh(device, (1,))
+
+    def built() -> nn.Module:
+        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def shards(module: nn.Module) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [parameter.to_local() for parameter in module.parameters()]
+
+    with torch.device(device):
+        model = built()
+    with torch.device("meta"):
+        twin = built()
+    average = ModelAverage(model, ema_model=twin, skip_nonfinite=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    due = [shard.double() for shard in shards(model)]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, width, device=device)).square().mean().backward()
+        optimizer.step()
+        average.update(MOMENTUM)
+        due = [torch.lerp(old, new.double(), MOMENTUM) for old, new in zip(due, shards(model), strict=True)]
+    pairs = zip(shards(average.module), due, strict=True)
+    error = max((shard.double() - exact).abs().max().item() for shard, exact in pairs)
+    yield Row(f"{title}, three steps", f"off by {error:.1e} from an average in float64", error < 1e-6)
+    shards(model)[0].fill_(torch.nan)
+    is_skipped = not average.update(MOMENTUM)
+    yield Row(f"{title}, a NaN with `skip_nonfinite`", "skipped" if is_skipped else "averaged", is_skipped)
+
+
+def suite(device: str, paths: Sequence[str] = (), seconds: float = 420) -> Iterator[Row]:
+    """The tests, those that need a GPU included if this is one."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", str(report), *paths]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], timeout=seconds)
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    reasons = ["".join(found.itertext()) for case in cases if (found := case.find("skipped")) is not None]
+    is_right = done.returncode == 0
+    found = f"{len(cases) - len(reasons)} {'passed' if is_right else 'ran, and some failed'}, {len(reasons)} skipped"
+    yield Row("tests", found, is_right)
+    if device != "cpu":
+        was_left_out = any("there is no CUDA device" in reason for reason in reasons)
+        yield Row("tests that need a GPU", "skipped" if was_left_out else "ran", not was_left_out)
+
+
+PARTS: Sequence[Part] = (updates, fast_paths, graph, offload, sharded, suite)
+
+
+def measured(path: Path, device: str, parts: Sequence[Part] = PARTS) -> bool:
+    """Writes the table, after each part anew, and says whether all is right."""
+    rows: list[Row] = []
+    for number, part in enumerate(parts, start=1):
+        try:
+            for row in part(device):
+                rows.append(row)
+                print(f"{row.what}: {row.found}", flush=True)
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            rows.append(Row(part.__name__, reason.replace("|", "/"), False))
+        replace(path, _table(rows, device, is_over=number == len(parts)))
+    return all(row.is_right for row in rows)
+
+
+def _table(rows: Sequence[Row], device: str, is_over: bool) -> str:
+    here = machine(device)
+    versions = ", ".join(f"{name} {here['packages'][name]}" for name in ("torch", "pytorch-ignite"))
+    lines = [
+        f"{here['device_name']}, {here['date'][:10]}, Python {here['python']}, {versions}, CUDA {torch.version.cuda}",
+        "",
+        "| what | found | |",
+        "|---|---|---|",
+        *(f"| {row.what} | {row.found} | {'right' if row.is_right else 'wrong'} |" for row in rows),
+        *([] if is_over else ["", "The run is not over."]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
+    parser.add_argument("file", type=Path, help="where to write the table; a file that is there is replaced")
+    options = parser.parse_args(arguments)
+    if not options.file.parent.is_dir():
+        parser.error(f"{options.file.parent} should be a directory that is there.")
+    if not torch.cuda.is_available():
+        sys.exit("torch should find an NVIDIA GPU, but there is none; run this on a machine that has one.")
+    faulthandler.dump_traceback_later(LIMIT, exit=True)  # with status 1, whatever hangs
+    is_right = measured(options.file, "cuda")
+    faulthandler.cancel_dump_traceback_later()
+    sys.exit(0 if is_right else 1)
+
+
+if __name__ == "__main__":
+    main()
