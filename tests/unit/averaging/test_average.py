@@ -1,4 +1,4 @@
-"""ModelAverage: its momentum, its counts, its repr, and a module that is unlike most."""
+"""ModelAverage: its momentum, its counts and its repr."""
 
 import math
 
@@ -9,14 +9,6 @@ from torch import nn
 from ignite_ema import EMAWarning, ModelAverage, schedules
 from tests.helpers.averages import made, moving
 from tests.helpers.models import constant
-
-
-def test_a_torchscript_module_is_averaged():
-    model = torch.jit.script(constant(1.0))
-    average = ModelAverage(model)
-    model.weight.data.fill_(3.0)
-    average.update(0.5)
-    assert (average.module.weight.item(), model.weight.item()) == (2.0, 3.0)
 
 
 @pytest.mark.parametrize("schedule", [schedules.LinearWarmup(0.01, 0.5, 7), lambda n: 0.5 / (n + 1)])
