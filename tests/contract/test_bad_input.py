@@ -20,8 +20,10 @@ from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from ignite_ema import EMAHandler, ModelAverage, PostHocEMA, checkpoints, distributed, schedules
+from ignite_ema import posthoc as lengths
 from ignite_ema.cli import main
 from tests.helpers.models import Tied, frozen, module, net
+from tests.unit.averaging.test_twin import LoRA
 
 ROW = re.compile(r"^(?:(\S.*)|  (.+) -> (\w+): (.+))$", re.MULTILINE)
 
@@ -40,16 +42,6 @@ ROWS = list(rows())
 
 class Steps(EventEnum):
     DONE = "done"
-
-
-class Merging(nn.Linear):
-    """Adds its bias into its weight in eval mode, as adapters are merged."""
-
-    def train(self, mode=True):
-        super().train(mode)
-        if not mode:
-            self.weight.data += self.bias.data[:, None] + 1
-        return self
 
 
 class Said(Exception):
@@ -92,7 +84,7 @@ class World:
         self.state, self.posthoc_state = self.handler.state_dict(), self.posthoc.state_dict()
         self.tensors = self.state["averaged_tensors"]
         self.plain, self.tied_plain = self.model.state_dict(), self.tied_model.state_dict()
-        self.names = {**vars(math), **vars(schedules), **globals()}
+        self.names = {**vars(math), **vars(lengths), **vars(schedules), **globals()}
         self.names |= {name: getattr(self, name) for name in dir(self) if not name.startswith("_")}
 
     def write(self):
@@ -105,6 +97,8 @@ class World:
         }
         for name, content in files.items():
             torch.save(content, self.folder / f"{name}.pt")
+        (self.folder / "folder.pt").mkdir()
+        torch.save(3, self.folder / "number.pt")
         (self.folder / "text.pt").write_text("epoch,loss\n1,0.5\n")
         saver = Checkpoint({"model": net(), "ema": net()}, distributed.ShardedSaver(self.folder / "sharded"))
         saver(idle())
@@ -161,7 +155,7 @@ class World:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main([str(argument) for argument in arguments])
-        assert code == 1
+        assert (code, out.getvalue(), err.getvalue().count("\n")) == (1, "", 1)
         raise Said(err.getvalue().removesuffix("\n"))
 
 
@@ -172,10 +166,6 @@ def without(mapping, *keys):
 def frozen_first(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
-
-
-def merging():
-    return Merging(2, 2)
 
 
 def partly(model):

@@ -1,5 +1,6 @@
 """One contract for the combinations of buffers, momentum, types and wrappers: every two choices meet in one of them."""
 
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ignite_ema import EMAHandler, schedules
 from tests.helpers.bits import assert_same_bits, bits, copied, storages, tensors, wide
 from tests.helpers.models import compiled
-from tests.helpers.pairs import pairwise
 
 UPDATES = 10
 
@@ -99,6 +99,20 @@ def plain_loop(history, momenta):
     for momentum, model in zip(momenta, history[1:], strict=True):
         average = {name: (1 - momentum) * old + momentum * wide(model[name]) for name, old in average.items()}
     return average
+
+
+def pairwise(*dimensions):
+    """Combinations of one choice of each dimension, in which every two choices of different dimensions meet."""
+
+    def pairs(row):
+        return set(combinations(enumerate(row), 2))
+
+    rows = list(product(*dimensions))
+    missing, chosen = set().union(*map(pairs, rows)), []
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(missing & pairs(row))))
+        missing -= pairs(chosen[-1])
+    return chosen
 
 
 @pytest.fixture(scope="module", params=pairwise(BUFFERS, MOMENTA, PRECISIONS, WRAPPERS), ids=", ".join)

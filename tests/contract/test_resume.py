@@ -1,15 +1,10 @@
 """A run that is stopped anywhere and resumed ends with the same bits as one that never stopped."""
 
 import io
-import random
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
@@ -47,58 +42,6 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, stop, attach_first
         second.attach()
     second.train(LAST)
     assert_same_bits(second.states(), uninterrupted)
-
-
-@pytest.mark.slow
-def test_a_killed_process_resumes_with_the_same_bits(tmp_path, uninterrupted):
-    """SIGKILL at three random places of the run, each time resumed from the newest checkpoint on disk."""
-    chosen = random.Random(0)
-    script = [sys.executable, runs.__file__, str(tmp_path), str(LAST)]
-    iterations = sorted(chosen.sample(range(2, LAST), 3))
-    for iteration in iterations:
-        event = chosen.choice(["ITERATION_STARTED", "ITERATION_COMPLETED"])
-        killed = subprocess.run([*script, str(iteration), event], cwd=Path(__file__).parents[2], check=False)
-        assert killed.returncode == -signal.SIGKILL
-        assert not (tmp_path / "final.pt").exists()
-    subprocess.run(script, cwd=Path(__file__).parents[2], check=True)
-    assert_same_bits(torch.load(tmp_path / "final.pt", weights_only=True), uninterrupted)
-
-
-def test_checkpoint_by_path_with_two_handlers_and_intervals(tmp_path):
-    def gan():
-        torch.manual_seed(0)
-        nets = {"generator": nn.Linear(2, 2), "discriminator": nn.Linear(2, 1)}
-
-        def step(engine, batch):
-            for net in nets.values():
-                for parameter in net.parameters():
-                    parameter.data += engine.state.iteration
-
-        trainer = Engine(step)
-        handlers = {
-            "generator_ema": EMAHandler(nets["generator"], 0.1, 0.9, 8),
-            "discriminator_ema": EMAHandler(nets["discriminator"], 0.3),
-        }
-        handlers["generator_ema"].attach(trainer, "g_momentum", event=Events.ITERATION_COMPLETED(every=5))
-        handlers["discriminator_ema"].attach(trainer, "d_momentum")
-        return trainer, {**nets, **handlers, "trainer": trainer}, handlers
-
-    whole, _, expected = gan()
-    whole.run([0] * 10, max_epochs=4)
-
-    trainer, objects, _ = gan()
-    saver = Checkpoint(objects, DiskSaver(tmp_path), n_saved=1)
-    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=20), saver)
-    trainer.run([0] * 10, max_epochs=2)
-
-    trainer, objects, handlers = gan()
-    Checkpoint.load_objects(objects, tmp_path / saver.last_checkpoint)
-    assert trainer.state.g_momentum == handlers["generator_ema"].momentum_scheduler(4)
-    trainer.run([0] * 10, max_epochs=4)
-    assert_same_bits(
-        {name: handler.state_dict() for name, handler in handlers.items()},
-        {name: handler.state_dict() for name, handler in expected.items()},
-    )
 
 
 @pytest.mark.parametrize("key", ["ema_handler", "momentum"])

@@ -5,11 +5,10 @@ import io
 import pytest
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ignite_ema import EMAHandler, EMAWarning, ModelAverage
+from ignite_ema import EMAHandler, ModelAverage
 from tests.helpers.bits import contents, copied
-from tests.helpers.models import compiled, frozen, move
+from tests.helpers.models import frozen, move
 
 
 class Adapted(nn.Module):
@@ -28,7 +27,6 @@ class Adapted(nn.Module):
 
 FROZEN = ["base.weight", "base.bias"]
 HELD = ["down", "up", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
-WRAPPERS = {"DDP": DistributedDataParallel, "compiled": compiled}
 
 
 def named(module):
@@ -78,35 +76,6 @@ def test_the_twin_takes_the_bytes_of_what_trains_and_of_the_buffers(dtype):
     assert both == bytes_of(named(model).values()) + bytes_of(own)
 
 
-@pytest.mark.parametrize("handle_buffers", ["copy", "update"])
-def test_an_update_is_that_of_an_average_that_shares_nothing(handle_buffers):
-    model, reference = Adapted(), Adapted()
-    reference.load_state_dict(model.state_dict())
-    base = contents(model.base)
-    average, plain = (
-        ModelAverage(one, handle_buffers, share_frozen=share) for one, share in ((model, True), (reference, False))
-    )
-    for _ in range(3):
-        move(model)
-        reference.load_state_dict(model.state_dict())
-        assert average.update(0.25) == plain.update(0.25)
-    assert contents(average.module) == contents(plain.module)
-    assert contents(model.base) == base
-    assert shared_names(model, average.module) == FROZEN
-    assert not any(parameter.requires_grad for parameter in average.module.parameters())
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == HELD[:4]
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_wrapped_models_share_too(wrapper, process_group):
-    plain = Adapted()
-    average = ModelAverage(WRAPPERS[wrapper](plain), share_frozen=True)
-    move(plain)
-    average.update(0.5)
-    assert len({id(p) for p in average.module.parameters()} & {id(p) for p in plain.parameters()}) == 2
-    assert list(average.averaged_tensors()) == HELD
-
-
 def test_a_model_that_is_frozen_throughout_can_be_averaged():
     model = nn.Linear(2, 2).requires_grad_(False)
     average = ModelAverage(model, share_frozen=True, skip_nonfinite=True)
@@ -115,14 +84,6 @@ def test_a_model_that_is_frozen_throughout_can_be_averaged():
     average.reset()
     with average.swapped():
         assert average.averaged_tensors() == {}
-
-
-def test_nothing_to_share_is_warned_about():
-    with pytest.warns(EMAWarning, match="share_frozen should find frozen parameters, but all require gradients"):
-        ModelAverage(nn.Linear(1, 1), share_frozen=True)
-
-
-# What is saved
 
 
 def test_the_state_holds_what_is_held_and_nothing_else():
@@ -148,17 +109,6 @@ def test_a_base_that_is_frozen_no_more_raises_each_time_and_changes_nothing(pair
     assert contents(average.module) == before
     model.base.bias.requires_grad_(False)
     assert average.update(0.5)
-
-
-def test_a_shared_parameter_that_is_replaced_is_followed(pair):
-    model, average = pair
-    model.base.weight = frozen(torch.ones(4, 4))
-    with average.swapped():
-        assert shared_names(model, average.module) == FROZEN
-    for _ in range(2):
-        assert average.update(1.0)
-        assert shared_names(model, average.module) == FROZEN
-        assert contents(average.module) == contents(model)
 
 
 def test_tied_frozen_parameters_stay_tied_and_are_followed_together():
@@ -206,14 +156,3 @@ def test_a_shared_base_may_be_in_a_plain_state_if_it_is_equal(base, pair):
     average.load_averaged(state)
     assert contents(average.module) == contents(model) == before
     assert shared_names(model, average.module) == FROZEN
-
-
-def test_a_base_that_differs_is_refused_until_the_model_has_it(pair):
-    model, average = pair
-    before, state = contents(average.module), copied(model.state_dict())
-    state["base.bias"] += 1
-    with pytest.raises(ValueError, match="'base.bias' is frozen and shared.*oad the weights into the model first"):
-        average.load_averaged(state)
-    assert contents(average.module) == before
-    model.load_state_dict(state)
-    average.load_averaged(state)

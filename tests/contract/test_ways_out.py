@@ -26,9 +26,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from ignite_ema import EMAHandler, ModelAverage, PostHocEMA, schedules
 from tests.contract.test_surgery import OTHERS, Program, base
 from tests.helpers.bits import contents
-from tests.helpers.models import constant, linear, module, net, sgd
+from tests.helpers.models import Quantised, constant, linear, module, net, sgd
 from tests.helpers.runs import evaluator_of
-from tests.unit.averaging.test_twin import LoRA, Quantised
+from tests.unit.averaging.test_twin import LoRA
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Checkpoints of all ranks: saved by some, loaded by others, with kills and failures in between."""
 
 import math
-import time
 from collections import Counter, deque
 from datetime import datetime, timedelta, timezone
 from threading import Event
@@ -20,7 +19,7 @@ from ignite_ema.distributed import ShardedSaver, gathered_state_dict, load_objec
 from tests.distributed.worker import Net, Run, full, full_bits, in_worlds
 from tests.helpers.bits import assert_same_bits
 from tests.helpers.files import files_in
-from tests.helpers.worlds import run_world, start_world
+from tests.helpers.worlds import run_world
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="this torch gathers no weights on a CPU"
@@ -87,37 +86,6 @@ def test_saving_in_the_background_saves_what_was_there_then_and_the_last_n_stay(
     got = run_world(tmp_path, 1, loads, "plain", "checkpoint_6.pt")[0]
     assert {name for name in due["average"] if got["average"][name] != due["average"][name]} <= {"cache"}
     assert got["count"] == due["count"] == 6
-
-
-def saves_until_killed(folder, name):
-    run = Run("FSDP2")
-    checkpoint = Checkpoint(run.objects(), ShardedSaver(folder / name), n_saved=1)
-    run.trainer.add_event_handler(Events.ITERATION_COMPLETED, checkpoint)
-    run.train(10_000)
-
-
-def loads_all(folder):
-    counts = []
-    for checkpoint in sorted(folder.glob("*/checkpoint_*.pt")):
-        run = Run("plain", seed=1)
-        load_objects(run.objects(), checkpoint)
-        assert checkpoint.name == f"checkpoint_{run.handler.num_updates}.pt"
-        assert run.trainer.state.iteration == run.handler.num_updates
-        counts.append(checkpoint.parent.name)
-    return counts
-
-
-@pytest.mark.slow
-def test_a_kill_at_any_time_leaves_a_checkpoint_that_loads(tmp_path):
-    for name, delay in (("one", 0.011), ("other", 0.111)):
-        running = start_world(tmp_path, 2, saves_until_killed, name)
-        end = time.monotonic() + 30
-        while not list((tmp_path / name).glob("checkpoint_*.pt")):
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        time.sleep(delay)
-        running.kill()
-    assert set(run_world(tmp_path, 1, loads_all)[0]) == {"one", "other"}
 
 
 def gathers(folder, case):

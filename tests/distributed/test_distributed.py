@@ -3,11 +3,8 @@
 A scenario is a function that each process of a world calls; the tests say which worlds.
 """
 
-import os
-import socket
 import warnings
 
-import ignite.distributed as idist
 import pytest
 import torch
 import torch._dynamo.testing
@@ -20,12 +17,11 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ignite_ema import EMAHandler, ModelAverage
-from ignite_ema.distributed import load_objects, sync_buffers
+from ignite_ema.distributed import load_objects
 from tests.distributed.worker import (
     CASES,
     Net,
     Run,
-    full_bits,
     full_tensors,
     in_worlds,
     local,
@@ -169,31 +165,6 @@ class Even(nn.Module):
         return self.head(self.body(self.embedding(x)))
 
 
-def compiles_once(folder):
-    frames = torch._dynamo.testing.CompileCounter()
-    model = torch.compile(Net(), backend=frames, fullgraph=True)
-    handler = EMAHandler(model, 0.25)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    x = torch.arange(7)
-    for _ in range(4):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), x).backward()
-        optimizer.step()
-        handler.average.update(0.25)
-    assert frames.frame_count == 1  # a break would have raised
-    with torch.no_grad():
-        model(x)
-        before = frames.frame_count
-        with handler.swapped():
-            got = model(x)
-        assert frames.frame_count == before
-        assert torch.equal(got, handler.ema_model.train()(x))
-
-
-def test_updates_and_swaps_compile_nothing_anew(world):
-    world(1, compiles_once)
-
-
 # What does not fit says so.
 
 
@@ -239,47 +210,6 @@ def skips_together(folder, rank, case):
 @pytest.mark.parametrize(("ranks", "rank", "case"), [(2, 1, "FSDP2"), (4, 2, "FSDP2 over several meshes")])
 def test_a_nan_in_one_shard_is_skipped_on_all_ranks(world, ranks, rank, case):
     world(ranks, skips_together, rank, case)
-
-
-# Ignite's own way to several processes.
-
-
-def trains_with_idist(folder, port):
-    dist.destroy_process_group()
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    results = []
-    with idist.Parallel("gloo") as parallel:
-        parallel.run(_train_with_idist, results)
-    return results
-
-
-def _train_with_idist(local_rank, results):
-    torch.manual_seed(idist.get_rank())  # DDP takes the weights of the first rank
-    model = idist.auto_model(Net())
-    handler = EMAHandler(model, 0.5, handle_buffers="update")
-    optimizer = idist.auto_optim(torch.optim.SGD(model.parameters(), lr=0.1))
-
-    def step(engine, batch):
-        x = torch.randint(7, (8,))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), x).backward()
-        optimizer.step()
-
-    trainer = Engine(step)
-    handler.attach(trainer)
-    trainer.run(range(5))
-    results.append(full_bits(handler.ema_model))
-    sync_buffers(handler.ema_model)
-    results.append(full_bits(handler.ema_model))
-
-
-def test_averages_are_equal_on_all_ranks_and_statistics_once_they_are_synchronised(world):
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    (first, synced), (second, other) = world(2, trains_with_idist, port)
-    assert {name for name in first if first[name] != second[name]} == {"norm.running_mean", "norm.running_var"}
-    assert first == synced == other
 
 
 # A handler that is not made as it should be.

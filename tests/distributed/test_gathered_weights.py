@@ -1,7 +1,5 @@
 """Every entrance meets models and twins whose weights a pass has left gathered."""
 
-from itertools import product
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +10,6 @@ from torch.distributed.fsdp import fully_shard
 
 from ignite_ema import EMAHandler
 from ignite_ema.averaging.sharding import fsdp_modules, reshard
-from tests.helpers.worlds import run_world
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="this torch gathers no weights on a CPU"
@@ -54,26 +51,12 @@ def output(model):
         return set(model(torch.ones(1, 4)).flatten().tolist())
 
 
-# The states, of which each leaves the current weights somewhere.
-
-
-def is_gathered(model):
-    output(model)
-
-
-def is_gathered_with_a_graph(model):
-    model.graph = model(torch.ones(1, 4))
-
-
-STATES = [is_gathered, is_gathered_with_a_graph]
-
 FIVES = {name: torch.full(parameter.shape, 5.0) for name, parameter in Net().named_parameters()}
 
 
 def swap(handler):
     with handler.swapped():
         assert output(handler.model) == {16 * 3.0**3}
-        is_gathered_with_a_graph(handler.model)
 
 
 def attach(handler):
@@ -90,7 +73,7 @@ def load(handler):
     handler.load_state_dict({**state, "averaged_tensors": fives})
 
 
-# Each is given a handler of a model of 1 everywhere with an average of 3, both in the state, and after that the model's
+# Each is given a handler of a model of 1 everywhere with an average of 3, both gathered, and after that the model's
 # shards became 2; and the average that is due.
 ENTRANCES = {
     "construction": (lambda handler: EMAHandler(handler.model, ema_model=handler.ema_model), 2.0),
@@ -104,7 +87,6 @@ LOOKING_AT_ONE = {
     "load": (load, 5.0),
     "load of plain tensors": (lambda handler: handler.average.load_averaged(FIVES), 5.0),
 }
-ALL = [*ENTRANCES, *LOOKING_AT_ONE]
 
 
 def prepared(policy):
@@ -114,10 +96,13 @@ def prepared(policy):
     return handler
 
 
-def entrance_meets_state(entrance, state, policy="default"):
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("policy", ["default", False])
+@pytest.mark.parametrize("entrance", [*ENTRANCES, *LOOKING_AT_ONE])
+def test_every_entrance_meets_gathered_weights(entrance, policy):
     handler = prepared(policy)
     for module in (handler.model, handler.ema_model):
-        state(module)
+        output(module)
     fill(handler.model, 2.0)
     enter, average = (ENTRANCES | LOOKING_AT_ONE)[entrance]
     enter(handler)
@@ -125,31 +110,8 @@ def entrance_meets_state(entrance, state, policy="default"):
         reshard(fsdp_modules(handler.model) + fsdp_modules(handler.ema_model))
     assert output(handler.ema_model) == {16 * average**3}
     assert output(handler.model) == {16 * 2.0**3}
-    trains(handler)
-
-
-def trains(handler):
-    """One step of SGD from 2, towards smaller weights, and an update after it."""
-    optimizer = torch.optim.SGD(handler.model.shards, lr=2.0**-10)
+    optimizer = torch.optim.SGD(handler.model.shards, lr=2.0**-10)  # a step towards smaller weights, and an update
     handler.model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     handler.average.update(1.0)
     assert output(handler.model) == output(handler.ema_model) != {16 * 2.0**3}
-
-
-def meets_all(folder, policy, entrances):
-    for entrance, state in product(entrances, STATES):
-        entrance_meets_state(entrance, state, policy)
-
-
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("entrance", ALL)
-def test_every_entrance_meets_gathered_weights(entrance, state):
-    entrance_meets_state(entrance, state)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "policy", "entrances"), [(2, "default", ALL), (2, False, ALL), (4, 2, ["update"])])
-def test_gathered_weights_on_several_ranks(tmp_path, ranks, policy, entrances):
-    run_world(tmp_path, ranks, meets_all, policy, entrances, timeout=120)

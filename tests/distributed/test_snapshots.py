@@ -60,8 +60,9 @@ def writes(folder, case):
         written.append(args)
         return snapshots.write(*args)
 
-    handler.write = write
-    run = Run(case, folder / "snapshots").train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handler, "write", write)
+        run = Run(case, folder / "snapshots").train()
     assert run.ema.time == LAST
     assert run.ema.state_dict()["snapshot_times"] == [2, 4, 6, 8]
     assert run.ema.save() is None

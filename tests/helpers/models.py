@@ -44,6 +44,19 @@ class Tied(nn.Module):
         return self.second(self.norm(self.first(x))) + self.kept.sum() + self.cache.sum()
 
 
+class Quantised(torch.Tensor):
+    """A type of tensor that can be copied, but has neither norms nor an interpolation."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), named=None):
+        if "lerp" in function.__name__ or function is torch._foreach_norm:
+            raise NotImplementedError(f"no {function.__name__} for quantised tensors")
+        return super().__torch_function__(function, types, arguments, named or {})
+
+    def __deepcopy__(self, memo):
+        return nn.Parameter(self.detach().clone().as_subclass(Quantised), self.requires_grad)
+
+
 def frozen(tensor):
     return nn.Parameter(tensor, requires_grad=False)
 

@@ -299,15 +299,6 @@ def gan():
     return {name: one for fill, prefix in enumerate(names, 1) for name, one in prefixed(prefix, state(fill)).items()}
 
 
-def mmgen():
-    """From the definition of mmgen's ExponentialMovingAverageHook: plain twins, never swapped."""
-    raw, averaged = averages_of(net())
-    state = prefixed("generator.", raw) | prefixed("generator_ema.", averaged) | prefixed("discriminator.", raw)
-    path = path_of("mmgen.pth")
-    torch.save({"meta": {"iter": 7}, "state_dict": state}, path)
-    return Peer("mmagic", path, averaged, raw)
-
-
 def mmagic():
     """From the definition of mmagic's BaseGAN with ema_config, and two twins; DDP around the parts that train."""
     raw, averaged = averages_of(net())
@@ -320,7 +311,7 @@ def mmagic():
 
 
 PACKAGES = [timm, ema_pytorch, diffusers, torch_ema, lightning, mmengine]
-MAKERS = [torch_averaged_model, nested, *PACKAGES, ignite, ignite_ema, mmcv, mmgen, mmagic]
+MAKERS = [torch_averaged_model, nested, *PACKAGES, ignite, ignite_ema, mmcv, mmagic]
 
 
 @functools.cache

@@ -85,7 +85,7 @@ class Run:
         return torch.load(file, weights_only=True)
 
 
-def kept(model, dirname, values=(1.0, 2.0, 3.0), **options):
+def kept(model, dirname, values=(1.0, 2.0, 3.0), state=None, **options):
     """A PostHocEMA after updates at which all parameters have these values; a snapshot at each."""
 
     def step(engine, batch):
@@ -96,6 +96,8 @@ def kept(model, dirname, values=(1.0, 2.0, 3.0), **options):
     trainer = Engine(step)
     trainer.logger.disabled = True
     ema = PostHocEMA(model, dirname=dirname, **options)
+    if state is not None:
+        ema.load_state_dict(state)
     ema.attach(trainer, snapshot_event=Events.ITERATION_COMPLETED)
     trainer.run(list(values))
     return ema

@@ -1,18 +1,7 @@
-"""A small training run that depends on nothing but its iteration: the resume tests start it, kill it and resume it.
-
-``python runs.py DIRECTORY LAST [KILL_AT EVENT]`` trains up to iteration LAST, from the newest checkpoint in
-DIRECTORY if there is one, and writes the final state to DIRECTORY/final.pt. With KILL_AT and EVENT the process kills
-itself there.
-"""
-
-import os
-import signal
-import sys
-from pathlib import Path
+"""A small training run that depends on nothing but its iteration, and pieces of others."""
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
 from ignite_ema import EMAHandler
@@ -98,21 +87,3 @@ def trainer_for(model, *others):
 def averaged(handler):
     """The averaged weight, where there is one."""
     return handler.ema_model.weight.item()
-
-
-def main(directory, last, kill_at=None, event=None):
-    run = Run()
-    saver = Checkpoint(run.objects(), DiskSaver(directory, require_empty=False), n_saved=None)
-    run.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=3), saver)
-    if kill_at is not None:
-        run.trainer.add_event_handler(Events[event](once=kill_at), lambda: os.kill(os.getpid(), signal.SIGKILL))
-    saved = sorted(directory.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
-    if saved:
-        Checkpoint.load_objects(run.objects(), saved[-1])
-    run.train(last)
-    torch.save(run.states(), directory / "final.pt")
-
-
-if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    main(Path(arguments[0]), int(arguments[1]), *(int(a) if a.isdigit() else a for a in arguments[2:]))

@@ -56,11 +56,6 @@ class World:
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def start(self, scenario, *args):
-        """Lets each rank call ``scenario(*args)``, and does not wait."""
-        for pipe in self._pipes:
-            pipe.send((scenario, args))
-
     def results(self, scenario, *args, timeout=TIMEOUT) -> list[Any]:
         """What ``scenario(*args)``, which can be imported, returns on each rank.
 
@@ -68,7 +63,8 @@ class World:
             AssertionError: with the first error of a rank, or if one is not done after ``timeout`` seconds.
         """
         end, results = monotonic() + timeout, [None] * len(self._pipes)
-        self.start(scenario, *args)
+        for pipe in self._pipes:
+            pipe.send((scenario, args))
         waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         self.is_usable = False
         while waiting and (ready := wait(list(waiting), max(0, end - monotonic()))):
@@ -116,13 +112,6 @@ def run_world(folder, ranks, scenario, *args, timeout=TIMEOUT) -> list[Any]:
         if not world.is_usable:
             _worlds.pop(ranks).kill()
     return results
-
-
-def start_world(folder, ranks, scenario, *args) -> World:
-    """A world of its own in which ``scenario(folder, *args)`` runs, to be killed by the caller."""
-    world = World(ranks)
-    world.start(scenario, folder, *args)
-    return world
 
 
 _worlds: dict[int, World] = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ignite_ema import EMAHandler, cli
+from ignite_ema import EMAHandler
 from ignite_ema.checkpoints import load_file
 from tests.helpers.files import files_in
 from tests.helpers.peer_files import diffusers, equal, gan, ignite_ema, made, mmagic, prefixed, state
@@ -54,9 +54,6 @@ def test_files_of_other_systems(maker, command):
     assert files_in(Path()) == ["names.pt", "out.pt"]
 
 
-# --- inspect ---
-
-
 def test_inspect(command):
     assert command("inspect", "file.pt", file=FILE)[1].splitlines() == [
         "file      'file.pt'",
@@ -96,12 +93,6 @@ def test_distances_without_a_ratio(command):
     assert (shown["distance"], shown["layers"]) == (None, {"a": None, "b": None, "c": 1.0, "d": 0.0})
 
 
-def test_distance_is_computed_in_float64(command):
-    raw = {"a.w": torch.full((1000,), 300.0, dtype=torch.float16)}  # the square of 300 is no float16
-    averaged = {"a.w": torch.full((1000,), 303.0, dtype=torch.float16)}
-    assert "distance  1.000e-02  all" in command("inspect", "file.pt", file={"model": raw, "ema": averaged})[1]
-
-
 def test_a_plain_file_has_no_average_and_is_exported_all_the_same(command):
     weights = {"w": torch.zeros(2**20)}
     out = command("inspect", "file.pt", file=weights)[1]
@@ -123,11 +114,6 @@ def test_inspect_lists_several_averages(command):
         "'ema_a'  Ignite  2 tensors\n'ema_b'  Ignite  2 tensors\n",
         "",
     )
-    assert command("inspect", "file.pt", file={"model": layers(1), "shadow": layers(0)})[1].splitlines()[1:3] == [
-        "'model'   plain  2 tensors",
-        "'shadow'  plain  2 tensors",
-    ]
-    assert "distance  1.000e+00  all" in command("inspect", "file.pt", "--key", "shadow")[1]
     shown = json.loads(command("inspect", "file.pt", "--json", file={"state_dict": gan()})[1])
     assert [(one["key"], one["format"], one["tensors"]) for one in shown["averages"]] == [
         ("state_dict.g_ema", "mmagic", 2),
@@ -155,43 +141,6 @@ def test_inspect_of_an_average_that_lacks_frozen_tensors(command):
     out = command("inspect", "file.pt", "--base", "base.pt")[1]
     assert "lacks" not in out
     assert "tensors   4 (4 float32)\n" in out
-
-
-FORGED = "x\ndistance  0.000e+00  all\x1b[31m"
-
-
-def test_names_from_a_file_forge_no_lines(command):
-    layer = {FORGED + ".w": torch.ones(1), "all.w": torch.ones(1)}  # a layer called all is not the whole, either
-    lines = command("inspect", "file.pt", file={"model": layer, "ema": layer})[1].splitlines()
-    assert all(line.isprintable() for line in lines)
-    shown = [line.split(maxsplit=2)[2].rstrip() for line in lines[-3:]]
-    assert shown == ["all", r"'x\ndistance  0.000e+00  all\x1b[31m'", "'all'"]
-    torch.save({"ema " + FORGED: layer, "ema": {FORGED + ".w": torch.zeros(1)}}, "file.pt")
-    for arguments in (["inspect"], ["export", f"{FORGED}.pt"], ["inspect", "--key", FORGED]):
-        _, out, err = command(arguments[0], "file.pt", *arguments[1:])
-        assert all(line.isprintable() for line in (out + err).splitlines())
-        assert r"x\ndistance" in out + err
-
-
-# --- export ---
-
-
-def test_no_overwriting_without_force(command):
-    Path("out.pt").write_bytes(b"precious")
-    said = "ignite-ema: 'out.pt' exists already; choose another name, or overwrite it with force (--force).\n"
-    assert command("export", "file.pt", "out.pt", file=FILE) == (1, "", said)
-    assert Path("out.pt").read_bytes() == b"precious"
-    assert command("export", "file.pt", "out.pt", "--force")[0] == 0
-    assert load_file("out.pt")["e.count"] == 99
-
-
-def test_a_checkpoint_is_never_written_over_itself(command):
-    torch.save(FILE, "file.pt")
-    before = Path("file.pt").read_bytes()
-    code, _, err = command("export", "file.pt", Path().resolve() / "." / "file.pt", "--force")
-    assert code == 1
-    assert "OUT should be another file than FILE" in err
-    assert Path("file.pt").read_bytes() == before
 
 
 def test_several_averages_in_one_export_or_none(command):
@@ -223,38 +172,3 @@ def test_a_prefix_is_suggested_and_taken_off(command):
     assert "all names begin with 'module.', as a wrapped model's do; --strip-prefix module. takes" in out
     assert "module." not in command("export", "file.pt", "out.pt", "--strip-prefix", "module.", "--force")[1]
     assert equal(load_file("out.pt"), state(2))
-
-
-# --- what cannot be done ---
-
-
-def test_what_torch_cannot_compute_is_one_sentence(command, monkeypatch):
-    def fail(*args, **kwargs):
-        raise RuntimeError("not implemented\nfor this")
-
-    monkeypatch.setattr(cli, "_distances", fail)
-    assert command("inspect", "file.pt", file=FILE) == (1, "", "ignite-ema: not implemented\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inspect", "nowhere.pt"], "'nowhere.pt' should be a file, but there is none"),
-        (["inspect", "."], "got another one; name the file or directory in it"),
-        (["export", "file.pt", "out.bin"], "'out.bin' should end in .pt, .pth or .safetensors"),
-        (["inspect", "file.pt", "--key", "x"], "key should be one of 'ema_model' (Ignite) in 'file.pt', got 'x'"),
-        (["inspect", "list.pt"], "list of 1 tensors without names, as torch_ema saves them"),
-        (["inspect", "list.pt", "--names", "file.safetensors"], "keep the order of the parameters, but .safetensors"),
-        (["inspect", "list.pt", "--names", "number.pt"], "names should be a model, or a mapping"),
-        (["inspect", "list.pt", "--names", "file.pt"], "names should be of the 1 tensors that torch_ema has"),
-        (["inspect", "number.pt"], "'number.pt' should be, or hold, a mapping such as a state dict, got int"),
-    ],
-)
-def test_what_cannot_be_done_is_one_sentence(arguments, message, command):
-    torch.save({"shadow_params": [torch.zeros(1)], "num_updates": 2}, "list.pt")
-    torch.save(3, "number.pt")
-    code, out, err = command(*arguments, file=FILE)
-    assert (code, out, err.count("\n")) == (1, "", 1)
-    assert err.startswith("ignite-ema: ")
-    assert message in err
-    assert not Path("out.pt").exists()

@@ -1,107 +1,51 @@
-"""Real clients: trainers that others have built on Ignite, each with the handler attached as its users would."""
-
-import copy
-import warnings
+"""MONAI, whose trainers are built on Ignite, with the handler attached as its users would."""
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Events
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ignite_ema import EMAHandler
 from ignite_ema.schedules import LinearWarmup
-from tests.helpers.bits import contents, copied, tensors
+from tests.helpers.bits import contents
+from tests.helpers.peer_files import need
+
+engines, handlers = need("monai.engines"), need("monai.handlers")
 
 
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
-
-
-def samples(count=8):
+def data():
     generator = torch.Generator().manual_seed(0)
-    return [
-        {"image": torch.randn(3, generator=generator), "label": torch.randn(1, generator=generator)}
-        for _ in range(count)
-    ]
+    images, labels = torch.randn(8, 3, generator=generator), torch.randn(8, 1, generator=generator)
+    samples = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
+    return DataLoader(samples, batch_size=4)
 
 
-# Ignite alone, with automatic mixed precision and accumulated gradients
-
-
-def test_the_average_follows_the_steps_of_accumulated_gradients():
-    """bfloat16 autocast, four batches to a step, an average that moves with the steps alone."""
-    model, schedule = net(), LinearWarmup(0.1, 0.5, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-
-    def step(engine, batch):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = nn.functional.mse_loss(model(batch["image"]).float(), batch["label"]) / 4
-        scaler.scale(loss).backward()
-        if engine.state.iteration % 4 == 0:
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-
-    trainer, handler = Engine(step), EMAHandler(model, schedule, handle_buffers="update")
-    handler.attach(trainer, optimizer=optimizer)
-    steps = []
-    optimizer.register_step_post_hook(lambda *args: steps.append(copied(tensors(model))))
-    expected = {name: one.double() for name, one in tensors(model).items()}
-    trainer.run(DataLoader(samples(24), batch_size=2), max_epochs=2)
-    assert (handler.num_updates, len(steps)) == (6, 6)
-    for n, weights in enumerate(steps):
-        momentum = schedule(n)
-        expected = {name: (1 - momentum) * one + momentum * weights[name] for name, one in expected.items()}
-    for name, one in tensors(handler.ema_model).items():
-        due = expected[name] if one.is_floating_point() else steps[-1][name].double()
-        torch.testing.assert_close(one.double(), due, rtol=1e-5, atol=1e-6)  # six updates in float32
-
-
-# MONAI
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    try:
-        from monai.engines import SupervisedEvaluator, SupervisedTrainer
-        from monai.handlers import CheckpointLoader, CheckpointSaver, ValidationHandler, from_engine
-        from monai.handlers import MeanSquaredError as MonaiError
-    except ImportError:
-        SupervisedTrainer = None
-
-monai = pytest.mark.skipif(SupervisedTrainer is None, reason='needs MONAI: pip install -e ".[peers]"')
-
-
-class Monai:
+class Run:
     """A trainer and an evaluator as MONAI's tutorials put them together."""
 
-    def __init__(self, folder=None, epochs=2, momentum=0.25, **options):
-        self.model = net()
+    def __init__(self, epochs):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
-        self.handler = EMAHandler(self.model, momentum)
-        self.evaluator = SupervisedEvaluator(
-            device=torch.device("cpu"),
-            val_data_loader=DataLoader(samples(), batch_size=4),
-            network=self.model,
-            key_val_metric={"error": MonaiError(output_transform=from_engine(["pred", "label"]))},
-        )
-        self.swap = self.handler.swap_during(self.evaluator)
-        handlers = [ValidationHandler(validator=self.evaluator, interval=1, epoch_level=True)]
-        self.trainer = SupervisedTrainer(
-            device=torch.device("cpu"),
+        self.handler = EMAHandler(self.model, LinearWarmup(0.1, 0.9, 6))
+        device = torch.device("cpu")
+        self.evaluator = engines.SupervisedEvaluator(device=device, val_data_loader=data(), network=self.model)
+        self.trainer = engines.SupervisedTrainer(
+            device=device,
             max_epochs=epochs,
-            train_data_loader=DataLoader(samples(), batch_size=4),
+            train_data_loader=data(),
             network=self.model,
             optimizer=self.optimizer,
             loss_function=nn.MSELoss(),
-            train_handlers=handlers,
-            **options,
+            train_handlers=[handlers.ValidationHandler(validator=self.evaluator, interval=1, epoch_level=True)],
         )
         self.handler.attach(self.trainer)
-        if folder is not None:
-            CheckpointSaver(save_dir=str(folder), save_dict=self.objects(), save_interval=1).attach(self.trainer)
+        self.swap, self.are_averaged = self.handler.swap_during(self.evaluator), []
+        self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self.look)
+
+    def look(self):
+        self.are_averaged.append(contents(self.model) == contents(self.handler.ema_model))
 
     def objects(self):
         return {
@@ -112,41 +56,18 @@ class Monai:
             "trainer": self.trainer,
         }
 
-    def load(self, path):
-        CheckpointLoader(load_path=str(path), load_dict=self.objects(), map_location="cpu").attach(self.trainer)
-
 
 @pytest.mark.slow
-@monai
-def test_monai_evaluator_sees_the_averaged_weights():
-    run = Monai()
-    seen = []
-
-    def look(module, inputs):
-        if not module.training:  # MONAI's trainer puts it into train mode, the evaluator into eval mode
-            seen.append(contents(module) == contents(run.handler.ema_model))
-
-    run.model.register_forward_pre_hook(look)
-    run.trainer.run()
-    assert seen == [True] * 4
-    assert contents(run.model) != contents(run.handler.ema_model)
-    error = run.evaluator.state.metrics["error"]
-    with torch.no_grad():
-        twin = copy.deepcopy(run.handler.ema_model).eval()
-        due = [(twin(batch["image"]) - batch["label"]).square().mean() for batch in DataLoader(samples(), batch_size=4)]
-    assert error == pytest.approx(torch.stack(due).mean().item(), rel=1e-5)
-
-
-@pytest.mark.slow
-@monai
-def test_monai_checkpoints_resume(tmp_path):
-    whole = Monai(epochs=4, momentum=LinearWarmup(0.1, 0.9, 6))
+def test_monai_evaluates_the_average_and_its_checkpoints_resume(tmp_path):
+    whole, first, second = Run(epochs=4), Run(epochs=2), Run(epochs=4)
     whole.trainer.run()
-    first = Monai(tmp_path, epochs=2, momentum=LinearWarmup(0.1, 0.9, 6))
+    assert whole.are_averaged == [True] * 8
+    assert contents(whole.model) != contents(whole.handler.ema_model)
+    handlers.CheckpointSaver(save_dir=tmp_path, save_dict=first.objects(), save_interval=1).attach(first.trainer)
     first.trainer.run()
-    second = Monai(epochs=4, momentum=LinearWarmup(0.1, 0.9, 6))
     (saved,) = tmp_path.glob("*epoch=2.pt")
-    second.load(saved)
+    loader = handlers.CheckpointLoader(load_path=str(saved), load_dict=second.objects(), map_location="cpu")
+    loader.attach(second.trainer)
     second.trainer.run()
     assert second.handler.num_updates == whole.handler.num_updates == 8
     assert contents(second.handler.ema_model) == contents(whole.handler.ema_model)

@@ -112,23 +112,11 @@ def trace(schedule, average=-5.0):
     return seen
 
 
-def test_rules_that_copy_first_trace_as_in_mmengine():
-    assert trace(CopyUntil(1, Constant(0.1))) == pytest.approx([10, 11, 12.9, 15.61])
-    assert trace(EqualWeight()) == pytest.approx([10, 15, 20, 25])
-    assert trace(CopyUntil(1, Annealing(0.1, 4))) == pytest.approx([10, 18, 26, 34])
-
-
 def test_a_debiased_average_is_the_weighted_mean_of_the_weights_alone():
     seen = trace(Debiased(0.3))
     weights = [0.7**age for age in (3, 2, 1, 0)]
     assert seen[0] == 10
     assert seen[3] == pytest.approx(sum(w * x for w, x in zip(weights, (10, 20, 30, 40), strict=True)) / sum(weights))
-
-
-def test_the_profile_of_a_power_function_has_the_width_asked_for():
-    for sigma_rel in (0.01, 0.05, 0.1, 0.2, 0.28, 0.2886):
-        gamma = PowerFunction(sigma_rel).gamma
-        assert math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) == pytest.approx(sigma_rel, rel=1e-12)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)

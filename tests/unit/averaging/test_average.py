@@ -1,10 +1,6 @@
-"""ModelAverage: its momentum, its counts, its copies, and modules that are unlike most."""
+"""ModelAverage: its momentum, its counts and its repr."""
 
-import copy
 import math
-import pickle
-import sys
-import warnings
 
 import pytest
 import torch
@@ -15,49 +11,7 @@ from tests.helpers.averages import made, moving
 from tests.helpers.models import constant
 
 
-def two_layers():
-    return nn.Sequential(constant(), constant())
-
-
-def test_a_tensor_that_both_would_own_raises_and_changes_nothing():
-    model = two_layers()
-    twin = copy.deepcopy(model)
-    twin[1].weight = model[1].weight
-    with pytest.raises(RuntimeError, match="'1.weight' is one and the same tensor in the model and in the twin"):
-        ModelAverage(model, ema_model=twin)
-    assert model[1].weight.requires_grad
-    average = ModelAverage(model)
-    average.module[0].weight = model[0].weight
-    with pytest.raises(RuntimeError, match="'0.weight' is one and the same tensor"):
-        average.update(0.5)
-
-
-def test_a_pattern_that_matches_nothing_raises_before_the_twin_is_touched():
-    twin = nn.BatchNorm1d(2)
-    with pytest.raises(ValueError, match="got 'mean'"):
-        ModelAverage(nn.BatchNorm1d(2), {"mean": "keep"}, ema_model=twin)
-    assert twin.training
-    assert twin.weight.requires_grad
-
-
-# Momentum, counts, share.
-
-
-SCHEDULES = {
-    "linear": schedules.LinearWarmup(0.01, 0.5, 7),
-    "function": lambda n: 0.5 / (n + 1),
-}
-
-
-def test_a_torchscript_module_is_averaged():
-    model = torch.jit.script(constant(1.0))
-    average = ModelAverage(model)
-    model.weight.data.fill_(3.0)
-    average.update(0.5)
-    assert (average.module.weight.item(), model.weight.item()) == (2.0, 3.0)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("schedule", [schedules.LinearWarmup(0.01, 0.5, 7), lambda n: 0.5 / (n + 1)])
 def test_update_without_a_momentum_follows_the_schedule(schedule):
     by_itself, by_hand, share = moving(made(schedule), 12), made(None), 1.0
     for n in range(12):
@@ -92,44 +46,6 @@ def test_what_counts_as_an_update_and_what_is_left_of_the_start():
     assert (average.num_updates, average.initial_share) == (0, 1.0)
     average.num_updates = 5
     assert math.isnan(average.initial_share)  # nobody knows
-
-
-@pytest.mark.parametrize(("momentum", "warned"), [(0.9, True), (0.89, False), (1.0, False)])
-def test_a_decay_is_warned_about(momentum, warned):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        ModelAverage(nn.Linear(1, 1), momentum=momentum)
-    assert ["nearly copies them" in str(one.message) for one in caught] == [True] * warned
-    if sys.version_info >= (3, 12):
-        assert [one.filename for one in caught] == [__file__] * warned
-
-
-# Copies and repr.
-
-
-WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda average: pickle.loads(pickle.dumps(average))}
-
-
-@pytest.mark.parametrize("options", [{"share_frozen": True}, {"stochastic_rounding": True}], ids=str)
-@pytest.mark.parametrize("way", WAYS)
-def test_a_copy_goes_its_own_way_from_the_same_place(way, options):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).bfloat16()
-    model[0].bias.requires_grad_(False)
-    average = moving(ModelAverage(model, "update", momentum=0.25, **options), 3)
-    other = WAYS[way](average)
-    assert (other.num_updates, other.initial_share) == (3, average.initial_share)
-    assert (other.module[0].bias is other.model[0].bias) == bool(options.get("share_frozen"))
-    before = average.module[0].weight.clone()
-    for one in (average.model, other.model):
-        one[0].weight.data.fill_(8)
-    other.update()
-    assert torch.equal(average.module[0].weight, before)
-    average.update()
-    assert torch.equal(average.module[0].weight, other.module[0].weight)
-    with other.swapped():
-        assert torch.equal(other.model[0].weight, other.module[0].weight)
-        assert (average.model[0].weight == 8).all()
 
 
 REPRS = [

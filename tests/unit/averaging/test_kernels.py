@@ -15,9 +15,6 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.com
 EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
-# Types.
-
-
 @ROLES
 @pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
 def test_eight_bit_floats_are_averaged_through_float32(dtype, role):
@@ -80,19 +77,6 @@ def test_large_tensors_are_converted_in_parts(monkeypatch):
     assert all(map(torch.equal, start, due))
     assert 300 < max(sizes) <= 500
     assert sum(sizes) == sum(value.numel() for value in online)
-
-
-# Values.
-
-
-@pytest.mark.parametrize("momentum", [0.3, 0.9, 1])
-@pytest.mark.parametrize("dtype", FLOATS[:4] + EIGHT_BITS[1:], ids=str)
-def test_masks_of_minus_infinity_stay_bit_for_bit(dtype, momentum):
-    mask = torch.full((4, 4), -torch.inf).triu(1).to(dtype)
-    average = ModelAverage(module(mask=mask), "update")
-    for _ in range(3):
-        average.update(momentum)
-    assert bits(average.module.mask) == bits(mask)
 
 
 def test_a_momentum_of_0_leaves_even_a_nan_out():

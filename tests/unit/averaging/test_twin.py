@@ -9,7 +9,6 @@ from torch import nn
 
 from ignite_ema import EMAWarning, ModelAverage
 from tests.helpers.bits import contents, tensors
-from tests.helpers.models import module
 
 # inference_mode.
 
@@ -31,34 +30,6 @@ def test_inference_mode_does_not_matter(model_inside, made_inside, updated_insid
     assert average.module.weight.tolist() == [2.5, 2.5]
     assert average.module.running_mean.tolist() == [1.5, 1.5]
     assert not any(tensor.is_inference() for tensor in tensors(average.module).values())
-
-
-class Quantised(torch.Tensor):
-    """A type of tensor that can be copied but not interpolated."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, arguments=(), named=None):
-        if "lerp" in function.__name__:
-            raise NotImplementedError("no lerp for quantised tensors")
-        return super().__torch_function__(function, types, arguments, named or {})
-
-    def __deepcopy__(self, memo):
-        return nn.Parameter(self.detach().clone().as_subclass(Quantised), self.requires_grad)
-
-
-def quantised():
-    model = module(base=nn.Parameter(torch.ones(2).as_subclass(Quantised)), adapter=nn.Parameter(torch.ones(2)))
-    model.base.requires_grad_(False)
-    return model
-
-
-def test_a_type_of_tensor_that_cannot_be_averaged_is_named_and_may_be_shared():
-    with pytest.raises(TypeError, match="got 'base', a Quantised, for which lerp fails .no lerp.*share_frozen=True"):
-        ModelAverage(quantised())
-    model = quantised()
-    average = ModelAverage(model, share_frozen=True)
-    assert average.update(0.5)
-    assert average.module.base is model.base
 
 
 # A deep copy returns functions as they are: those that refer to the model are named.
@@ -205,26 +176,3 @@ def test_the_twin_is_put_into_eval_mode_by_eval():
 
     assert not ModelAverage(YOLO()).module.inner.training
     assert not ModelAverage(YOLO(), ema_model=YOLO()).module.inner.training
-
-
-# A twin of one's own on the meta device.
-
-
-def test_a_plain_tensor_of_a_twin_on_the_meta_device_has_no_values_and_is_named():
-    class Rotary(nn.Linear):
-        def __init__(self):
-            super().__init__(4, 4)
-            self.freqs = torch.arange(4.0)  # no buffer, as in Llama's reference code
-
-        def forward(self, x):
-            return super().forward(x) * self.freqs
-
-    model = Rotary()
-    with torch.device("meta"):
-        twin = Rotary()
-    with pytest.warns(EMAWarning, match="'freqs' of ema_model stays on the meta device"):
-        average = ModelAverage(model, ema_model=twin)
-    with average.swapped():
-        model(torch.ones(1, 4))
-    twin.freqs = model.freqs  # the way out
-    assert torch.equal(twin(torch.ones(1, 4)), model(torch.ones(1, 4)))

@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -26,8 +27,6 @@ from tests.helpers.peer_files import equal, state
 def pretrained(folder, suffix=".safetensors", shards=2):
     """A model's directory as transformers writes it."""
     save = save_file if suffix == ".safetensors" else torch.save
-    if suffix == ".safetensors":
-        pytest.importorskip("safetensors")
     (folder / "config.json").write_text("{}")
     if shards == 1:
         save(state(1), folder / f"model{suffix}")
@@ -126,7 +125,6 @@ def test_an_average_of_a_distributed_checkpoint(tmp_path, capsys):
 
 
 def test_what_a_distributed_checkpoint_holds_comes_back_nested(tmp_path):
-    np = pytest.importorskip("numpy")
     content = {
         "values": {"n": 3, "score": np.float64(0.5), "when": datetime.datetime(2026, 1, 2), "names": ["a", "b"]},
         "shadow_params": [torch.ones(2), torch.zeros(2, 0)],
@@ -139,47 +137,12 @@ def test_what_a_distributed_checkpoint_holds_comes_back_nested(tmp_path):
     assert torch.equal(loaded["half"], content["half"])
 
 
-def test_a_flipped_bit_in_a_chunk_is_found(tmp_path):
-    path = distributed({"w": torch.arange(1000.0), "n": 3}, tmp_path / "saved")
-    (file,) = path.glob("*.distcp")
-    content = bytearray(file.read_bytes())
-    content[content.find(torch.arange(1000.0).numpy().tobytes()) + 9] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"distcp \(w\)' should .* changed since: the checksum of its entry"):
-        read(path)
-
-
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_part_that_is_missing_is_named(damage, tmp_path):
-    path = distributed({"w": torch.arange(1000.0)}, tmp_path / "saved")
-    (file,) = path.glob("*.distcp")
-    file.write_bytes(file.read_bytes()[:500]) if damage == "cut" else file.unlink()
-    with pytest.raises(ValueError, match="saved' should hold all that was saved, but 'w' is not whole in its files"):
-        read(path)
-
-
 @contextmanager
 def changed(path):
     """The table of contents, written back at the end."""
     metadata = pickle.loads((path / ".metadata").read_bytes())
     yield metadata
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-def test_a_chunk_that_is_missing_is_named(tmp_path):
-    path = distributed({"w": torch.ones(4, 2)}, tmp_path / "saved")
-    with changed(path) as metadata:
-        metadata.state_dict_metadata["w"].size = torch.Size([8, 2])
-    with pytest.raises(ValueError, match="'w' is not whole in its files"):
-        read(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"nothing", pickle.dumps({"a": 1})])
-def test_a_damaged_table_is_refused(content, tmp_path):
-    path = distributed({"w": torch.ones(4)}, tmp_path / "saved")
-    (path / ".metadata").write_bytes(content)
-    with pytest.raises(ValueError, match="saved' should be a checkpoint of torch.distributed.checkpoint, but its"):
-        read(path)
 
 
 def test_nothing_in_a_distributed_checkpoint_runs(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import zipfile
 from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -87,7 +88,6 @@ def test_values_come_back_with_their_types(protocol, zipped, tmp_path):
 @FORMATS
 @PROTOCOLS
 def test_numpys_scalars_and_arrays_come_back(protocol, zipped, tmp_path):
-    np = pytest.importorskip("numpy")
     content = [
         *(np.float64(0.5), np.int32(3), np.bool_(True), np.datetime64("2026-01-02"), np.str_("a")),
         *(np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.array(["a", "b"])),
@@ -112,8 +112,6 @@ TRACE = "import pathlib; pathlib.Path('trace').touch()"
 ATTACKS = {
     "os.system": lambda: Evil(os.system, ("touch trace",)),
     "exec": lambda: Evil(exec, (TRACE,)),
-    "getattr": lambda: Evil(getattr, (Path("trace"), "touch")),
-    "open": lambda: Evil(open, ("trace", "w")),
     "a dotted name": lambda: Evil(io.BytesIO.__init__, (TRACE,)),
     "a pickle in a pickle": lambda: Evil(torch.storage._load_from_bytes, (pickle.dumps(Evil(exec, (TRACE,))),)),
     "state": lambda: Evil(Evil, (), {"call": Evil(exec, (TRACE,))}),
@@ -200,13 +198,15 @@ def test_a_file_without_checksums_is_read(tmp_path):
     assert torch.equal(load_file(path)["w"], torch.arange(9.0))
 
 
-def test_what_was_read_outlives_the_file(tmp_path):
-    path = saved({"ema": {"w": torch.zeros(100_000)}, "model": {"w": torch.ones(100_000)}}, tmp_path / "file.pt")
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_was_read_outlives_the_file(suffix, tmp_path):
+    path, ones = tmp_path / f"file{suffix}", {"module.w": torch.ones(100_000)}
+    save_file({"n_averaged": torch.tensor(4)} | ones, path)
     found = read(path)
     with path.open("r+b") as file:  # in place
         file.write(bytes(path.stat().st_size))
-    assert not found.tensors["w"].any()
-    assert torch.equal(found.online["w"], torch.ones(100_000))
+    assert (found.system, found.num_updates) == ("torch AveragedModel", 4)
+    assert torch.equal(found.tensors["w"], torch.ones(100_000))
 
 
 @pytest.mark.parametrize("call", [load_file, read])
@@ -259,21 +259,12 @@ def test_files_of_another_kind_are_told_as_what_they_are(content, message, tmp_p
     assert "\n" not in str(info.value)
 
 
-def test_no_file_at_all(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.pt' should be a file, but there is none"):
-        load_file(tmp_path / "nowhere.pt")
-    with pytest.raises(ValueError, match="should be a file, got a directory; name the file in it"):
-        load_file(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"no header", (10**12).to_bytes(8, "little") + b"{}"])
-def test_broken_safetensors(content, tmp_path):
-    pytest.importorskip("safetensors")
-    file = tmp_path / "broken.safetensors"
-    file.write_bytes(content)
-    with pytest.raises(
-        ValueError, match="should be a file that torch.save or safetensors wrote, but it cannot be read"
-    ):
+@pytest.mark.parametrize("length", [7, -1])
+def test_safetensors_that_are_cut_short(length, tmp_path):
+    file = tmp_path / "file.safetensors"
+    save_file({"w": torch.ones(9)}, file)
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ValueError, match="should be a file that torch.save or safetensors wrote, but it cannot be"):
         load_file(file)
 
 

@@ -123,22 +123,3 @@ def test_the_raw_weights_of_a_checkpoint_for_deployment():
     average = handler.ema_model.state_dict()
     file = {"model": average, "raw_model": model.state_dict(), "ema_handler": handler.state_dict()}
     assert torch.equal(read(file).online["weight"], model.weight)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ignite_ema_version": 2}, "should be 4, got '2'; read it with"),
-        ({"averaged_tensors": [1]}, "should be mappings, got list and dict"),
-        ({"state_dict_names": None}, "should be mappings, got dict and NoneType"),
-        ({"averaged_tensors": {}, "state_dict_names": {}}, "in source should have tensors, but it is empty"),
-    ],
-)
-def test_our_state_is_checked(change, message):
-    with pytest.raises(ValueError, match=message):
-        read({"ema_handler": EMAHandler(nn.Linear(1, 1)).state_dict() | change})
-
-
-def test_a_snapshot_of_a_posthoc_ema_is_no_average_by_itself():
-    with pytest.raises(ValueError, match=r"is a snapshot of a PostHocEMA; rebuild .*ignite-ema reconstruct DIR"):
-        read({"ignite_ema_snapshot": 1, "copied": {"weight": torch.zeros(1)}})

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ignite_ema.checkpoints import averaged_state_dict, read, save_file
-from tests.helpers.peer_files import equal, net, prefixed, state, tied
+from ignite_ema.checkpoints import averaged_state_dict, read
+from tests.helpers.peer_files import equal, net, prefixed, state
 
 ONE = torch.ones(1)
 
@@ -14,20 +14,6 @@ ONE = torch.ones(1)
 
 def shadow():
     return {"optimization_step": 3, "shadow_params": [torch.zeros(2, 2), torch.zeros(2)]}
-
-
-@pytest.mark.parametrize(
-    ("names", "error", "message"),
-    [
-        (None, ValueError, "list of 2 tensors without names, as diffusers.*named_parameters.*--names"),
-        ({"w": torch.zeros(2, 2)}, ValueError, "names should be of the 2 tensors that diffusers has.*got 1; pass"),
-        ({"b": torch.zeros(2), "w": torch.zeros(2, 2)}, ValueError, "got another shape for 'b'; pass"),
-        (["w", "b"], TypeError, "names should be a model, or a mapping.*got list"),
-    ],
-)
-def test_names_that_do_not_fit(names, error, message):
-    with pytest.raises(error, match=message):
-        read(shadow(), names=names)
 
 
 def test_names_from_a_model_for_a_list_and_the_raw_weights_beside_it():
@@ -59,40 +45,9 @@ def test_a_prefix_is_taken_off():
     assert equal(averaged_state_dict(file, strip_prefix="module."), found.tensors)
 
 
-@pytest.mark.parametrize(
-    ("prefix", "error", "message"),
-    [
-        *(
-            (prefix, ValueError, "strip_prefix should begin all")
-            for prefix in ("model.", "module.weight.", "", "module")
-        ),
-    ],
-)
-def test_a_prefix_that_does_not_begin_all_names_is_refused(prefix, error, message):
-    with pytest.raises(error, match=message):
-        read(wrapped()[1], strip_prefix=prefix)
-
-
 # --- values ---
 
 META = nn.Linear(2, 2, device="meta").state_dict()
-EMPTY = "The average in source should have tensors, but it is empty"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"ema_model": state() | {"n": 3}}, "'n' of the weights in source should be a tensor with values, got int"),
-        ({"state_dict_ema": {}, "state_dict": state()}, EMPTY),
-        ({"state_dict_ema": {"_extra_state": 3}}, EMPTY),
-        ({"shadow_params": [], "optimization_step": 3}, EMPTY),
-        ({"ema": META}, "should be a tensor with values, got one on the meta device"),
-        (META, "should be a tensor with values, got one on the meta device"),
-    ],
-)
-def test_what_is_no_weight_is_named(content, message):
-    with pytest.raises(ValueError, match=message):
-        read(content, names={})
 
 
 def test_raw_weights_without_values_are_none():
@@ -103,24 +58,6 @@ def test_extra_state_that_is_no_tensor_is_left_out():
     extra = {"a._extra_state": {"scale": 1}, "b._extra_state": ONE}
     assert list(read({"state_dict_ema": state() | extra}).tensors) == ["a.weight", "a.bias", "b._extra_state"]
     assert read(state() | extra).system == "plain"
-
-
-def test_ties_of_a_file_stay_ties(tmp_path):
-    torch.save({"ema": tied().state_dict()}, tmp_path / "file.pt")
-    tensors = averaged_state_dict(tmp_path / "file.pt")
-    assert tensors["tied.first.weight"].data_ptr() == tensors["tied.second.weight"].data_ptr()
-    assert tensors["tied.first.weight"].untyped_storage().nbytes() == 16
-
-
-def test_average_in_safetensors_outlives_the_file(tmp_path):
-    pytest.importorskip("safetensors")
-    path = tmp_path / "average.safetensors"
-    save_file({"n_averaged": torch.tensor(4)} | prefixed("module.", state(2)), path)
-    found = read(path)
-    with path.open("r+b") as opened:  # in place
-        opened.write(bytes(path.stat().st_size))
-    assert (found.system, found.num_updates) == ("torch AveragedModel", 4)
-    assert equal(found.tensors, state(2))
 
 
 def test_repr_is_one_line_without_tensors():
@@ -141,26 +78,6 @@ def test_plain_weights_are_no_average_unless_a_key_says_so(tmp_path):
         with pytest.raises(ValueError, match=f"{name} should hold an average, but it has plain weights alone; use"):
             averaged_state_dict(source)
         assert equal(averaged_state_dict(source, key="model"), state())
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"epoch": 3, "state_dict": {}}, r"but has 'epoch' \(int\), 'state_dict' \(dict\)\. Load it and pass the part"),
-        ({f"k{i}": {} for i in range(20)}, r"'k7' \(dict\), … \(20 in all\)"),
-        ({}, "but has nothing"),
-        ({"w": ONE, "epoch": 3}, r"but has 'w' \(Tensor\), 'epoch' \(int\)"),
-    ],
-)
-def test_what_a_file_without_weights_has_is_said(content, message):
-    with pytest.raises(ValueError, match=message):
-        read(content)
-
-
-@pytest.mark.parametrize(("source", "kind"), [([1], "list"), (nn.Linear(1, 1), "Linear"), (3, "int")])
-def test_not_a_mapping(source, kind):
-    with pytest.raises(TypeError, match=f"source should be, or hold, a mapping.*got {kind}; pass the state_dict"):
-        read(source)
 
 
 LINEAR = "an object of the class 'torch.nn.modules.linear.Linear'"

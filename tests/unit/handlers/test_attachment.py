@@ -7,7 +7,6 @@ import weakref
 import pytest
 from ignite.engine import Engine, EventEnum, Events
 from ignite.handlers import Checkpoint, DiskSaver
-from ignite.handlers.time_profilers import HandlersTimeProfiler
 
 from ignite_ema import EMAHandler, EMAWarning
 from tests.helpers.models import constant, net, sgd
@@ -21,25 +20,6 @@ def set_up(momentum=0.5, **options):
     return trainer_for(model), EMAHandler(model, momentum, **options)
 
 
-def updates_of(event, iterations, *, engine=None, epoch_length=None):
-    trainer, handler = set_up()
-    trainer = engine or trainer
-    handler.attach(trainer, event=event)
-    trainer.run([0] * (epoch_length or iterations), max_epochs=iterations // (epoch_length or iterations))
-    return handler.num_updates
-
-
-@pytest.mark.parametrize(
-    ("event", "epoch_length", "updates"),
-    [
-        (EVERY(every=2) | EVERY(every=3), 6, 4),  # 2, 3, 4, 6
-        (EVERY(every=2) | Events.EPOCH_COMPLETED, 3, 4),  # 2, 3, 4, 6
-    ],
-)
-def test_members_of_an_events_list_update_once_per_iteration(event, epoch_length, updates):
-    assert updates_of(event, 6, epoch_length=epoch_length) == updates
-
-
 class Steps(EventEnum):
     STEP = "step"
 
@@ -51,7 +31,10 @@ def test_a_custom_event_updates_each_time_it_is_fired(event):
     fired = Steps.STEP, "stepped"
     engine = Engine(lambda engine, batch: [engine.fire_event(one) for one in fired for _ in range(3)])
     engine.register_events(*fired)
-    assert updates_of(event, 4, engine=engine) == 12
+    handler = EMAHandler(constant(), 0.5)
+    handler.attach(engine, event=event)
+    engine.run([0] * 4)
+    assert handler.num_updates == 12
 
 
 def test_a_second_run_loses_no_update():
@@ -63,47 +46,6 @@ def test_a_second_run_loses_no_update():
     for trainer.second in (False, True):
         trainer.run([0])
     assert handler.num_updates == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"name": "iteration"}, ValueError),
-        ({"name": "taken"}, TypeError),
-        ({"event": "no event"}, ValueError),
-        ({"optimizer": "no optimizer"}, TypeError),
-    ],
-    ids=["name of the engine's", "value that is no momentum", "event", "optimizer"],
-)
-def test_an_attach_that_raises_leaves_nothing_behind(options, error):
-    trainer, handler = set_up()
-    trainer.state.taken = "x"
-    before = dict(vars(trainer.state))
-    with pytest.raises(error):
-        handler.attach(trainer, **options)
-    assert vars(trainer.state) == before
-    assert not any(trainer._event_handlers.values())
-    handler.attach(trainer)  # without a warning that the attribute exists
-
-
-def test_profilers_list_a_name_that_reads_like_the_handler():
-    trainer, handler = set_up()
-    handler.attach(trainer)
-    profiler = HandlersTimeProfiler()
-    profiler.attach(trainer)
-    trainer.run([0])
-    assert "EMAHandler.update" in {name for name, *_ in profiler.get_results()}
-
-
-# The end of a run
-
-
-def test_a_run_that_is_terminated_without_a_nan_loses_no_update():
-    trainer, handler = set_up()
-    trainer.add_event_handler(EVERY(once=3), trainer.terminate)
-    handler.attach(trainer)
-    trainer.run([0] * 5)
-    assert handler.num_updates == 3
 
 
 # What is saved or evaluated before the update of its iteration
@@ -140,17 +82,6 @@ def test_what_reads_the_average_before_the_update_of_its_iteration_is_warned_abo
     assert ["in iteration 2 before the update" in text for text in said] == [True] * is_early
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_checkpoints_of_ignites_common_training_handlers_are_seen(tmp_path):
-    common = pytest.importorskip("ignite.contrib.engines.common")
-    handler, trainer = EMAHandler(constant(), 0.8), Engine(lambda engine, batch: 0.0)
-    options = {"save_every_iters": 2, "output_path": str(tmp_path), "with_gpu_stats": False, "with_pbars": False}
-    common.setup_common_training_handlers(trainer, to_save={"ema": handler, "trainer": trainer}, **options)
-    handler.attach(trainer)
-    with pytest.warns(EMAWarning, match="in iteration 2 before the update"):
-        trainer.run([0] * 4)
-
-
 def test_what_reads_in_an_iteration_without_an_update_is_not_late():
     """Between two steps of accumulated gradients, and after the member of an events list that has updated."""
     model = net()
@@ -170,16 +101,13 @@ def test_what_reads_in_an_iteration_without_an_update_is_not_late():
 # What is taken away again
 
 
-@pytest.mark.parametrize(
-    "event", [EVERY, EVERY(every=2) | EVERY(every=3) | Events.EPOCH_COMPLETED], ids=["event", "list"]
-)
-def test_a_removed_handle_undoes_attach(event):
+@pytest.mark.parametrize(("event", "made"), [(EVERY, 6), (EVERY(every=2) | EVERY(every=3) | Events.EPOCH_COMPLETED, 4)])
+def test_a_removed_handle_undoes_attach(event, made):
     trainer, handler = set_up()
     with handler.attach(trainer, event=event) as handle:
         gc.collect()
         trainer.run([0] * 6)
-        made = handler.num_updates
-        assert made > 0
+        assert handler.num_updates == made
     assert not hasattr(trainer.state, "ema_momentum")
     assert not any(trainer._event_handlers.values())
     handle.remove()

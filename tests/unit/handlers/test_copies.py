@@ -19,15 +19,10 @@ def step(engine, batch):
     """Trains nothing."""
 
 
-def attached(*arguments, **options):
-    handler, trainer = EMAHandler(nn.Linear(2, 1), *arguments), Engine(step)
-    handler.attach(trainer, **options)
-    return handler, trainer
-
-
 @each_way
 def test_a_copy_of_an_attached_handler_does_not_touch_its_engine(copied):
-    handler, trainer = attached(0.5)
+    handler, trainer = EMAHandler(nn.Linear(2, 1), 0.5), Engine(step)
+    handler.attach(trainer)
     trainer.state.ema_momentum = 0.25
     trainer.run([0] * 2)
     other = copied(handler)
@@ -42,8 +37,12 @@ def test_a_copy_of_an_attached_handler_does_not_touch_its_engine(copied):
 
 
 @each_way
-def test_a_copy_goes_on_in_a_training_of_its_own(copied):
-    handler, trainer = attached(schedules.LinearWarmup(0.1, 0.9, 5))
+@pytest.mark.parametrize("option", ["share_frozen", "stochastic_rounding"])
+def test_a_copy_goes_on_in_a_training_of_its_own(copied, option):
+    model, trainer = nn.Linear(2, 1).bfloat16(), Engine(step)
+    model.bias.requires_grad_(False)
+    handler = EMAHandler(model, schedules.LinearWarmup(0.1, 0.9, 5), **{option: True})
+    handler.attach(trainer)
     trainer.run([0] * 2)
     handler.ema_model.weight.fill_(3.0)
     other, engine = copied(handler), Engine(step)
@@ -51,6 +50,7 @@ def test_a_copy_goes_on_in_a_training_of_its_own(copied):
     other.model.weight.data.fill_(8.0)
     engine.run([0])
     assert (other.num_updates, handler.num_updates) == (3, 2)
+    assert (other.ema_model.bias is other.model.bias) == (option == "share_frozen")
     assert (other.ema_model.weight == 3 + 0.5 * 5).all()
     assert (handler.ema_model.weight == 3).all()
 

@@ -1,6 +1,7 @@
 """EMAHandler as that of Ignite: its signature, its attributes; a decay in the place of a momentum; train mode."""
 
 import inspect
+import sys
 
 import ignite.handlers
 import pytest
@@ -52,13 +53,14 @@ def test_the_count_publishes_a_scheduled_momentum_and_leaves_a_driven_one_alone(
 )
 def test_a_decay_is_warned_about(momentum):
     what = "pass 1 - 0.9.*= 0.*1" if isinstance(momentum, float) else "the last momentum of the schedule is .*decay"
-    with pytest.warns(EMAWarning, match=what):
+    with pytest.warns(EMAWarning, match=what) as caught:
         EMAHandler(constant(), momentum)
+    assert sys.version_info < (3, 12) or caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(
     "momentum",
-    [1.0, 0.8, schedules.Constant(1.0), schedules.EqualWeight(), schedules.Debiased(0.001), lambda n: 0.9],
+    [1.0, 0.89, schedules.Constant(1.0), schedules.EqualWeight(), schedules.Debiased(0.001), lambda n: 0.9],
     ids=lambda momentum: getattr(momentum, "__name__", str(momentum)),
 )
 def test_what_is_no_decay_is_not_warned_about(momentum):
@@ -67,13 +69,6 @@ def test_what_is_no_decay_is_not_warned_about(momentum):
     handler.attach(trainer)
     trainer.run([0] * 3)
     assert momentum not in (1.0, schedules.Constant(1.0)) or averaged(handler) == 3.0
-
-
-def test_an_argument_that_is_unknown_is_named_and_a_decay_is_given_as_a_momentum():
-    with pytest.raises(TypeError, match=r"'decay'.* pass momentum=0\.001"):
-        EMAHandler(constant(), decay=0.999)
-    with pytest.raises(TypeError, match="'flatten'"):
-        EMAHandler(constant(), flatten=True)
 
 
 def test_a_teacher_that_was_evaluated_is_in_train_mode_at_the_next_iteration():

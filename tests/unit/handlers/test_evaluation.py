@@ -87,57 +87,6 @@ def test_two_handlers_swap_two_models_and_are_removed_in_any_order():
         assert evaluator.run([0]).output == due
 
 
-def test_two_handlers_of_one_model_raise_at_the_run_and_change_nothing(kit):
-    model, handler, evaluator = kit
-    handler.swap_during(evaluator)
-    handle = EMAHandler(model, 0.25).swap_during(evaluator)
-    with pytest.raises(RuntimeError, match="should be swapped while the model holds its own weights"):
-        evaluator.run([0])
-    assert model.weight.item() == 1.0
-    handle.remove()
-    assert evaluator.run([0]).output == 5.0
-
-
-def test_a_run_that_is_wrapped_is_called_and_stays(kit):
-    _, handler, evaluator = kit
-    calls = []
-
-    def wrap(inner):
-        def run(*args, **kwargs):
-            calls.append("theirs")
-            return inner(*args, **kwargs)
-
-        return run
-
-    handle = handler.swap_during(evaluator)
-    evaluator.run = theirs = wrap(evaluator.run)
-    assert evaluator.run([0]).output == 5.0
-    handle.remove()
-    with handler.swap_during(evaluator):
-        assert evaluator.run([0]).output == 5.0
-    assert evaluator.run is theirs
-    assert evaluator.run([0]).output == 1.0
-    assert calls == ["theirs"] * 3
-
-
-def test_a_run_that_was_taken_before_raises(kit):
-    _, handler, evaluator = kit
-    run = evaluator.run
-    with handler.swap_during(evaluator):
-        with pytest.raises(RuntimeError, match="should be started as evaluator.run.*own weights"):
-            run([0])
-        forget_what_failed(evaluator)
-        assert evaluator.run([0]).output == 5.0
-    assert run([0]).output == 1.0
-
-
-def test_a_swap_that_begins_within_a_run_raises(kit):
-    _, handler, evaluator = kit
-    evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: handler.swap_during(evaluator))
-    with pytest.raises(RuntimeError, match="this run began before"):
-        evaluator.run([0] * 3)
-
-
 class Evaluator(Engine):
     """An engine that brings its data and has a run of its own, as those of MONAI."""
 
@@ -154,15 +103,6 @@ def test_an_engine_with_a_run_of_its_own_is_swapped_for():
         assert evaluator.run(4).output == 5.0
     assert evaluator.global_epoch == 4
     assert evaluator.run().output == 1.0
-
-
-def test_the_trainer_is_no_evaluator_and_an_evaluator_no_trainer(kit):
-    _, handler, engine = kit
-    with handler.attach(engine), pytest.raises(RuntimeError, match="evaluator should be another engine"):
-        handler.swap_during(engine)
-    assert "run" not in vars(engine)
-    with handler.swap_during(engine), pytest.raises(RuntimeError, match="engine should be one that trains"):
-        handler.attach(engine)
 
 
 def test_an_evaluator_is_collected_with_what_was_put_on_it():
@@ -183,18 +123,6 @@ def test_a_copy_of_the_evaluator_is_detached_and_says_so_when_it_runs(kit):
             copied.run([0])
         assert evaluator.run([0]).output == 5.0
     assert evaluator.run([0]).output == 1.0
-
-
-def test_a_state_that_is_saved_while_swapped_is_warned_about_then_and_when_it_is_loaded(kit):
-    _, handler, evaluator = kit
-    states = []
-    evaluator.add_event_handler(Events.COMPLETED, lambda: states.append(handler.state_dict()))
-    with handler.swap_during(evaluator), pytest.warns(EMAWarning, match=r"is saved inside swapped\(\)"):
-        evaluator.run([0])
-    with pytest.warns(EMAWarning, match=r"was saved inside swapped\(\)"):
-        scalar_handler()[1].load_state_dict(states[0])
-    evaluator.run([0])
-    scalar_handler()[1].load_state_dict(states[1])
 
 
 def evaluated_with_the_first_ranks_buffers(folder):

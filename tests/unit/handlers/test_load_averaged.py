@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from ignite_ema import EMAHandler, EMAWarning, schedules
+from ignite_ema import EMAHandler, schedules
 from tests.helpers.bits import contents
 from tests.helpers.models import Tied, net
 
@@ -37,6 +37,7 @@ def test_the_count_stays_where_nobody_says_it_unless_the_schedule_needs_it():
     with pytest.raises(ValueError, match="would go on with a momentum of 0.1. Pass num_updates=, 0 to start"):
         warming_up.load_averaged(AVERAGED)
     warming_up.load_averaged(AVERAGED, num_updates=0)
+    EMAHandler(net(), 1.0).load_averaged(AVERAGED, num_updates=0)  # hard copies are what is asked for
     assert contents(handler.ema_model) == contents(warming_up.ema_model) == contents(net(4))
 
 
@@ -83,13 +84,3 @@ def test_what_no_state_holds_is_not_missed_by_a_part():
     handler.load_averaged(handler.state_dict(), strict=False)
     handler.load_averaged(dict(model.named_parameters()), strict=False)
     assert handler.initial_share == 0
-
-
-def test_a_training_checkpoint_without_an_average_is_said_unless_its_entry_is_named():
-    training = {"model": net(3).state_dict(), "optimizer": {"state": {}, "param_groups": []}}
-    handler = EMAHandler(net())
-    with pytest.warns(EMAWarning, match="has no average.*pass key='model'"):
-        handler.load_averaged(training)
-    assert contents(handler.ema_model) == contents(net(3))
-    handler.load_averaged(training, key="model")
-    handler.load_averaged(net(4).state_dict())  # a file of best weights

@@ -7,7 +7,6 @@ import ignite.handlers
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers.state_param_scheduler import LambdaStateScheduler
 
 from ignite_ema import EMAHandler, EMAWarning
 from ignite_ema.schedules import LinearWarmup
@@ -38,25 +37,6 @@ def test_warm_up_is_published_as_it_is_used_and_averages_as_ignites_handler_does
     assert averaged(handler) == pytest.approx(reference.ema_model.weight.item(), rel=1e-6)
     assert all(ours == theirs for ours, theirs in seen)
     assert [ours for ours, _ in seen] == [warmup, (warmup + 0.25) / 2, *[0.25] * 4]
-
-
-def test_a_state_param_scheduler_drives_a_plain_momentum():
-    model = constant()
-    trainer, handler = trainer_for(model), EMAHandler(model, 0.25)
-    scheduler = LambdaStateScheduler(lambda event_index: 1 / event_index, param_name="ema_momentum", create_new=True)
-    scheduler.attach(trainer, Events.ITERATION_COMPLETED)
-    handler.attach(trainer, warn_if_exists=False)
-    trainer.run([0] * 4)
-    assert averaged(handler) == pytest.approx((1 + 2 + 3 + 4) / 4)
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "x"])
-def test_a_driven_momentum_outside_0_to_1_raises_and_names_the_attribute(value):
-    handler, trainer = attached(0.25, name="generator_momentum")
-    trainer.state.generator_momentum = value
-    with pytest.raises((TypeError, ValueError), match=r"engine\.state\.generator_momentum should be a momentum"):
-        trainer.run([0])
-    assert (averaged(handler), handler.num_updates) == (0.0, 0)
 
 
 @pytest.mark.parametrize("value", [torch.tensor(0.5), 1])

@@ -37,17 +37,6 @@ def stepping(model, optimizer, steps_at):
     return Engine(process)
 
 
-def at_every(count):
-    return lambda iteration: iteration % count == 0
-
-
-def recorded(trainer, read):
-    """What ``read()`` gives after each iteration."""
-    seen = []
-    trainer.add_event_handler(EVENT, lambda: seen.append(read()))
-    return seen
-
-
 @pytest.mark.parametrize(
     ("event", "due"),
     [
@@ -64,7 +53,8 @@ def test_an_event_updates_where_there_was_a_step_since_the_last_update(event, du
     optimizer, handler = sgd(model), EMAHandler(model, 0.25)
     trainer = stepping(model, optimizer, (2, 4, 6, 7, 8).__contains__)
     handler.attach(trainer, event=event, optimizer=optimizer)
-    counts = recorded(trainer, lambda: handler.num_updates)
+    counts = []
+    trainer.add_event_handler(EVENT, lambda: counts.append(handler.num_updates))
     trainer.run([0] * 9)
     assert counts == due
 
@@ -142,7 +132,7 @@ def test_a_wrapper_of_the_optimizer_is_looked_through(wrap):
 def test_remove_takes_the_hook_off_the_optimizer():
     model = linear()
     optimizer, handler = sgd(model), EMAHandler(model, 0.25)
-    trainer = stepping(model, optimizer, at_every(1))
+    trainer = stepping(model, optimizer, lambda iteration: True)
     with handler.attach(trainer, optimizer=optimizer):
         assert len(optimizer._optimizer_step_post_hooks) == 1
         trainer.run([0])
@@ -182,7 +172,7 @@ class Accumulation:
         self.model = linear()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.1)
         self.handler = EMAHandler(self.model, EqualWeight())
-        self.trainer = stepping(self.model, self.optimizer, at_every(3))
+        self.trainer = stepping(self.model, self.optimizer, (3, 6, 9, 12).__contains__)
         self.handler.attach(self.trainer, event=EVENT(every=2), optimizer=self.optimizer)
 
     def run(self, last=12):

@@ -117,15 +117,6 @@ def test_missing_snapshots_are_warned_about(tmp_path):
     assert times_in(tmp_path) == [5, 15, 20, 25, 30, 35, 40]
 
 
-def test_a_run_that_resumes_without_its_averages_is_warned_about(tmp_path):
-    state = Run(tmp_path / "one").train(8).saved()
-    second = Run(tmp_path / "two")
-    Checkpoint.load_objects({"model": second.model, "trainer": second.trainer}, state)
-    with pytest.warns(UserWarning, match="resumes at iteration 8, but its PostHocEMA was not restored") as record:
-        second.train()
-    assert len(record) == 1
-
-
 def test_a_checkpoint_that_was_saved_just_before_a_snapshot_resumes(uninterrupted, tmp_path):
     first, states = Run(tmp_path, snapshot=EVENT(once=5)), []
     first.at(10, lambda: states.append(first.saved()))

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from ignite.engine import Engine, Events
 from torch import nn
 
-from ignite_ema import PostHocEMA
 from ignite_ema.checkpoints import save_file
 from ignite_ema.cli import main
 from ignite_ema.posthoc import reconstruct, stored
+from tests.helpers.posthoc_runs import kept
 
 
 class Adapted(nn.Module):
@@ -24,20 +23,9 @@ class Adapted(nn.Module):
         self.embedding.requires_grad_(not frozen)
 
 
-def run(dirname, last=4, model=None, state=None):
+def run(dirname, values=(1.0, 2.0, 3.0, 4.0), model=None, state=None):
     model = model or Adapted()
-
-    def step(engine, batch):
-        model.adapter.weight.data.fill_(batch)
-
-    trainer = Engine(step)
-    trainer.logger.disabled = True
-    ema = PostHocEMA(model, dirname=dirname, share_frozen=True)
-    if state is not None:
-        ema.load_state_dict(state)
-    ema.attach(trainer, snapshot_event=Events.ITERATION_COMPLETED)
-    trainer.run([float(k) for k in range(ema.num_updates, last)])
-    return model, ema
+    return model, kept(model, dirname, values, state, share_frozen=True)
 
 
 def test_what_is_rebuilt_is_complete_and_in_order(tmp_path):
@@ -51,9 +39,9 @@ def test_what_is_rebuilt_is_complete_and_in_order(tmp_path):
 
 
 def test_frozen_weights_are_stored_once_and_again_where_a_run_goes_on(tmp_path):
-    model, ema = run(tmp_path, 2)
+    model, ema = run(tmp_path, [1.0, 2.0])
     before = (tmp_path / "snapshot_frozen.pt").stat().st_mtime_ns
-    model, ema = run(tmp_path, 4, model, ema.state_dict())  # nor by a run that goes on
+    model, ema = run(tmp_path, [3.0, 4.0], model, ema.state_dict())  # nor by a run that goes on
     assert (tmp_path / "snapshot_frozen.pt").stat().st_mtime_ns == before
     assert [one.time for one in stored(tmp_path)] == [1, 2, 3, 4]
     found = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
@@ -61,7 +49,7 @@ def test_frozen_weights_are_stored_once_and_again_where_a_run_goes_on(tmp_path):
     assert len(found) == 4
     assert all(size < 10_000 for size in found.values())
     with pytest.warns(UserWarning, match="4 are missing"):
-        run(tmp_path / "other", 6, model, ema.state_dict())
+        run(tmp_path / "other", [5.0, 6.0], model, ema.state_dict())
     assert list(reconstruct(tmp_path / "other", 0.1, max_residual=9)) == list(model.state_dict())
 
 
@@ -83,6 +71,9 @@ def test_what_is_missing_is_said_or_taken_from_a_base(lacking, tmp_path):
     dirname, model = lacking
     with pytest.raises(FileNotFoundError, match="snapshot_frozen.pt' should have the 1 frozen .* pass .* base="):
         reconstruct(dirname, 0.1)
+    for base, got in (({}, "NoneType"), ({"embedding.weight": torch.zeros(2)}, r"\[2\]"), (3.5, "float")):
+        with pytest.raises(ValueError, match=rf"'embedding.weight' of shape \[100, 50\], got {got}; pass the plain"):
+            reconstruct(dirname, 0.1, base=base)
     save_file(model.state_dict(), tmp_path / "base.safetensors")
     for base in (model.state_dict(), tmp_path / "base.safetensors"):
         one, other = reconstruct(dirname, [0.1, 0.05], base=base)
@@ -90,19 +81,6 @@ def test_what_is_missing_is_said_or_taken_from_a_base(lacking, tmp_path):
         assert torch.equal(one["embedding.weight"], model.embedding.weight)
         assert one["embedding.weight"].data_ptr() != model.embedding.weight.data_ptr()
         assert other["embedding.weight"] is one["embedding.weight"]
-
-
-@pytest.mark.parametrize(
-    ("base", "message"),
-    [
-        ({"a": torch.zeros(2), "b": torch.zeros(2)}, r"'embedding.weight' of shape \[100, 50\], got NoneType; pass"),
-        ({"embedding.weight": torch.zeros(2)}, r"shape \[100, 50\], got \[2\]; pass"),
-        (3.5, "got float; pass the plain state dict"),
-    ],
-)
-def test_a_base_that_does_not_fit_is_refused(base, message, lacking):
-    with pytest.raises((TypeError, ValueError), match=message):
-        reconstruct(lacking[0], 0.1, base=base)
 
 
 def test_the_command_takes_a_base(lacking, tmp_path, capsys):
