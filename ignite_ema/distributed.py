@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,11 +24,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from .averaging.sharding import broadcast_buffers, is_first_rank, is_sharded, on_all_ranks, on_first_rank, whole
-from .checkpoints.directories import DirectoryReader, nested
+from .checkpoints.directories import nested, read_contents, read_into
 from .checkpoints.files import ForeignObject, kind_of, sync_directory
 from .handlers.ema import EMAHandler
 
@@ -40,9 +40,9 @@ KeyPath = tuple[str | int, ...]  # of a value in a nested state: keys of mapping
 
 
 class ShardedSaver(BaseSaveHandler):
-    """A save handler for Ignite's ``Checkpoint`` by which every rank saves what it holds. Make it on all ranks.
+    """A save handler for Ignite's ``Checkpoint`` with which every rank saves its own part. Make it on all ranks.
 
-    A checkpoint is a directory. It is written beside its place and renamed when all ranks are done; only then is the
+    A checkpoint is a directory. It is written under a hidden name and renamed when all ranks are done; only then is the
     checkpoint removed that ``n_saved`` drops. A run that is killed while it saves still has its last checkpoint.
     Several machines have to share the file system.
 
@@ -51,10 +51,14 @@ class ShardedSaver(BaseSaveHandler):
     unless it is sharded. An error on one rank is raised on all ranks.
 
     Args:
-        dirname: where the checkpoints go; made if it is missing.
-        asynchronous: go on training as soon as the values have been copied to the CPU, and write in the background, one
-            checkpoint at a time. Call :meth:`wait` at the end of training, for the last one.
-        require_empty: raise if the directory holds checkpoints of another run.
+        dirname: the directory of the checkpoints; made if it is missing.
+        asynchronous: whether training goes on as soon as the values have been copied to the CPU. They are written in
+            the background, one checkpoint at a time. Call :meth:`wait` at the end of training, for the last one.
+        require_empty: whether to raise if the directory holds checkpoints of another run.
+
+    Attributes:
+        dirname: the directory, the same on all ranks.
+        asynchronous: what was passed.
 
     Raises:
         ValueError: if ``dirname`` is not empty and should be, or if there is no process group for asynchronous writing.
@@ -88,7 +92,7 @@ class ShardedSaver(BaseSaveHandler):
         self.dirname = on_first_rank(partial(_prepared, Path(dirname), require_empty))
         self.asynchronous = asynchronous
         self._dropped: list[str] = []
-        self._running: tuple[Future[Any], str, list[str]] | None = None
+        self._running: tuple[Future[None], _Writer] | None = None
         if asynchronous:
             # A group of its own, or its messages would mix with those of training. torch's async_save is of no use: on
             # the oldest torch it does not copy what is on the CPU, and a rank that cannot copy leaves the rest waiting.
@@ -98,55 +102,60 @@ class ShardedSaver(BaseSaveHandler):
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
         """Saves the states of this rank; to be called on all ranks.
 
+        Args:
+            checkpoint: the state of each object, by name.
+            filename: the name of the new checkpoint.
+            metadata: passed by Ignite, and not used.
+
         Raises:
             ValueError: on all ranks, if two have different tensors under one name.
-            RuntimeError: on all ranks, if one could not write. The checkpoint before is still there then.
+            RuntimeError: on all ranks, if one could not write. The previous checkpoint is still there then.
         """
         self.wait()
-        name, dropped = on_first_rank(lambda: (filename, list(self._dropped)))
+        name, dropped = on_first_rank(lambda: (filename, self._dropped))
         _check_agreement(checkpoint)
+        self._dropped = []
         writer = _Writer(self.dirname / name, dropped)
-        with self._reported(name):
+        with self._reported(writer):
             on_first_rank(writer.clear)
-            on_all_ranks(writer.check_seen)
             if self.asynchronous:
                 copied = on_all_ranks(lambda: _copied(checkpoint))
-                self._running = self._executor.submit(_save, copied, writer, self._group), name, dropped
-                return
-            _save(checkpoint, writer)
-        self._forget(dropped)
+                self._running = self._executor.submit(_save, copied, writer, self._group), writer
+            else:
+                _save(checkpoint, writer)
 
     def remove(self, filename: str) -> None:
-        """Notes that a checkpoint is no longer needed; it is removed when the next one is in place."""
+        """Notes that a checkpoint is no longer needed; it is removed when the next one is in place.
+
+        Args:
+            filename: the name of the checkpoint.
+        """
         self._dropped.append(filename)
 
     def wait(self) -> None:
         """Waits for what is being written in the background; to be called on all ranks.
 
         Raises:
-            RuntimeError: on all ranks, if one could not write. The checkpoint before is still there then.
+            RuntimeError: on all ranks, if one could not write. The previous checkpoint is still there then.
         """
         if self._running is not None:
-            (future, name, dropped), self._running = self._running, None
-            with self._reported(name):
+            (future, writer), self._running = self._running, None
+            with self._reported(writer):
                 future.result()
-            self._forget(dropped)
 
     @contextmanager
-    def _reported(self, name: str) -> Iterator[None]:
-        """Removes a checkpoint that could not be written, and says why; what is raised inside is so on all ranks."""
+    def _reported(self, writer: "_Writer") -> Iterator[None]:
+        """Says on all ranks why a checkpoint could not be saved; what it should have replaced is dropped later."""
         try:
             yield
         except (Exception, CheckpointException) as error:
+            self._dropped += writer.dropped
             if is_first_rank():
-                shutil.rmtree(_hidden(self.dirname / name, "partial"), ignore_errors=True)
+                shutil.rmtree(writer.hidden, ignore_errors=True)
             raise RuntimeError(
-                f"'{self.dirname / name}' should be saved by all ranks, but {_reason(error)}; the checkpoint before it "
-                "is still there: remove the cause, and save again."
+                f"'{writer.target}' should be saved by all ranks, but {_reason(error)}; the checkpoint before it is "
+                "still there: remove the cause, and save again."
             ) from error
-
-    def _forget(self, dropped: Iterable[str]) -> None:
-        self._dropped = [name for name in self._dropped if name not in dropped]
 
 
 def _save(checkpoint: Mapping[str, Any], writer: "_Writer", group: Any = None) -> None:
@@ -156,47 +165,57 @@ def _save(checkpoint: Mapping[str, Any], writer: "_Writer", group: Any = None) -
         save(dict(checkpoint), storage_writer=writer, planner=planner, process_group=group)
 
 
-class _Writer(FileSystemWriter):
-    """Writes a checkpoint beside its place, to which the first rank moves it when all ranks have written."""
+@contextmanager
+def _without_group() -> Iterator[None]:
+    """Silences torch's remark that there is no process group: that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        yield
 
-    def __init__(self, target: Path, dropped: Iterable[str]) -> None:
-        self._beside, self._target, self._dropped = _hidden(target, "partial"), target, dropped
-        super().__init__(self._beside)
+
+class _Writer(FileSystemWriter):
+    """Writes a checkpoint under a hidden name, which the first rank changes when all ranks have written.
+
+    Attributes:
+        target: the path of the checkpoint.
+        hidden: where it is written.
+        dropped: the names of the checkpoints that are removed then.
+    """
+
+    def __init__(self, target: Path, dropped: list[str]) -> None:
+        self.target, self.hidden, self.dropped = target, _hidden(target, "partial"), dropped
+        super().__init__(self.hidden)
 
     def clear(self) -> None:
-        shutil.rmtree(self._beside, ignore_errors=True)  # of a save that failed
-        self._beside.mkdir()
+        shutil.rmtree(self.hidden, ignore_errors=True)  # of a save that failed
+        self.hidden.mkdir()
 
-    def check_seen(self) -> None:
-        if not self._beside.is_dir():
-            raise OSError(f"it does not see '{self._beside}', which the first rank has made")
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        if not self.hidden.is_dir():  # torch would make one here
+            raise OSError(f"it does not see '{self.hidden}', which the first rank has made")
+        return super().prepare_local_plan(plan)
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         super().finish(metadata, results)
-        sync_directory(self._beside)
-        old = _hidden(self._target, "old")
-        if replaces := self._target.exists():
+        sync_directory(self.hidden)
+        old = _hidden(self.target, "old")
+        if self.target.exists():
             shutil.rmtree(old, ignore_errors=True)
-            self._target.rename(old)
-        try:
-            self._beside.rename(self._target)
-        except OSError:
-            if replaces:
-                old.rename(self._target)
-            raise
-        sync_directory(self._target.parent)
-        for path in (old, *(self._target.with_name(name) for name in self._dropped)):
-            if path != self._target and path.exists():
+            self.target.rename(old)  # comes back if the run is killed now
+        self.hidden.rename(self.target)
+        sync_directory(self.target.parent)
+        for path in (old, *(self.target.with_name(name) for name in self.dropped)):
+            if path != self.target and path.exists():
                 _remove(path)
 
 
 def _hidden(path: Path, suffix: str) -> Path:
-    """A name beside a checkpoint: "partial" while it is written or removed, "old" while another takes its place."""
+    """The hidden name of a checkpoint: "partial" while it is written or removed, "old" while another replaces it."""
     return path.with_name(f".{path.name}.{suffix}")
 
 
 def _remove(path: Path) -> None:
-    """Renames it first, so that nothing half removed is taken for a checkpoint."""
+    """Removes a checkpoint, renamed first, so that nothing half removed is taken for one."""
     trash = _hidden(path, "partial")
     shutil.rmtree(trash, ignore_errors=True)
     path.rename(trash)
@@ -204,7 +223,7 @@ def _remove(path: Path) -> None:
 
 
 def _prepared(dirname: Path, require_empty: bool) -> Path:
-    """The directory, without what a killed run has left in it."""
+    """The directory, made if need be, without what a killed run has left in it."""
     names = sorted(path.name for path in dirname.iterdir()) if dirname.exists() else []
     if require_empty and (found := [name for name in names if not name.startswith(".")]):
         raise ValueError(
@@ -250,7 +269,7 @@ def _copied(value: Any) -> Any:
 
 
 def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str]) -> None:
-    """Fills objects with what :class:`ShardedSaver` has saved of them, on any number of ranks; to be called on all.
+    """Loads what :class:`ShardedSaver` has saved of some objects, on any number of ranks; to be called on all.
 
     Everything is read and verified before anything is changed, which takes memory for a second copy of the states.
 
@@ -260,14 +279,13 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str])
 
     Raises:
         FileNotFoundError: on all ranks, if it is not a checkpoint.
-        ValueError: on all ranks, if the checkpoint is damaged, or was not saved from these objects. Nothing has been
-            loaded then.
-        RuntimeError: on all ranks, if a model holds averaged weights (``swapped``).
+        OSError, ValueError: on all ranks, if the checkpoint is damaged, or was not saved from these objects. Nothing
+            has been loaded then.
     """
     path = on_first_rank(lambda: _found(Path(checkpoint)))
-    states = on_all_ranks(lambda: _current(to_load))
-    names = sorted(map(_text, _leaves(states)))
-    of_others = set().union(*_unequal(names)).difference(names)
+    states = on_all_ranks(lambda: {name: _unwrapped(value).state_dict() for name, value in to_load.items()})
+    names = [_text(at) for at in _leaves(states)]
+    of_others = set().union(*_gathered(names)).difference(names)
     loaded = on_all_ranks(lambda: _read(to_load, states, of_others, path))
     on_all_ranks(lambda: Checkpoint.load_objects(dict(to_load), loaded))
 
@@ -283,17 +301,6 @@ def _found(path: Path) -> Path:
     return path.absolute()
 
 
-def _current(to_load: Mapping[str, Any]) -> dict[str, Any]:
-    if not to_load:
-        raise ValueError("to_load should name the objects to be loaded, got none; pass those that were saved.")
-    for name, value in to_load.items():
-        if isinstance(value, EMAHandler) and value.average.is_swapped():
-            raise RuntimeError(
-                f"'{name}' should not be loaded while the model holds averaged weights; load it outside of swapped()."
-            )
-    return {name: _unwrapped(value).state_dict() for name, value in to_load.items()}
-
-
 def _unwrapped(value: Any) -> Any:
     """As Ignite's ``Checkpoint`` unwraps it."""
     return value.module if isinstance(value, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else value
@@ -301,11 +308,11 @@ def _unwrapped(value: Any) -> Any:
 
 def _read(to_load: Mapping[str, Any], states: Mapping[str, Any], of_others: set[str], path: Path) -> dict[str, Any]:
     """The states that were saved, in tensors that are sharded as the objects' own are."""
-    reader = DirectoryReader(path)
-    places = {name: _places(name, state, of_others, reader.contents) for name, state in states.items()}
+    contents = read_contents(path)
+    places = {name: _places(name, state, of_others, contents) for name, state in states.items()}
     targets: dict[str, Tensor | None] = {}
     for name, value in to_load.items():
-        entries = {at: reader.contents.state_dict_metadata[key] for key, at in places[name].items()}
+        entries = {at: contents.state_dict_metadata[key] for key, at in places[name].items()}
         try:
             made = _targets(value, states[name], entries)
         except ValueError as error:
@@ -314,12 +321,7 @@ def _read(to_load: Mapping[str, Any], states: Mapping[str, Any], of_others: set[
                 "objects that were saved, or take another one."
             ) from None
         targets |= {key: made[at] for key, at in places[name].items()}
-    try:
-        reader.read_into(targets)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # a damaged chunk can lead to nearly any
-        raise ValueError(f"'{path}' cannot be read ({_first_line(error)}); take another copy.") from error
+    read_into(targets, path, contents)
     return {
         name: _state(value, {key: targets[key] for key in places[name]}, places[name], states[name])
         for name, value in to_load.items()
@@ -505,38 +507,21 @@ def _gathered(value: _T) -> list[_T]:
     return values
 
 
-def _unequal(value: _T) -> list[_T]:
-    """The values of all ranks, in their order; only one, and only digests are sent, if all are equal."""
-    digests = _gathered(sha256(repr(value).encode()).hexdigest())
-    return _gathered(value) if len(set(digests)) > 1 else [value]
-
-
 def _difference(described: dict[str, str], *, complete: bool = False) -> str | None:
     """The first name under which two ranks have different things, in words; with ``complete``, all need all names."""
-    ranks = _unequal(described)
-    first: dict[str, int] = {}
-    for rank, there in enumerate(ranks):
-        for name, what in there.items():
-            expected = ranks[first.setdefault(name, rank)][name]
-            if what != expected:
-                return f"'{name}' {expected} on rank {first[name]} and {what} on rank {rank}"
-    for rank, there in enumerate(ranks if complete else ()):
-        if missing := first.keys() - there.keys():
-            return f"'{min(missing)}' on rank {first[min(missing)]} and not on rank {rank}"
+    ranks = _gathered(described)
+    for name in {name: None for names in ranks for name in names}:
+        there = {rank: names.get(name, "nothing") for rank, names in enumerate(ranks) if complete or name in names}
+        first, *others = there
+        for rank in others:
+            if there[rank] != there[first]:
+                return f"'{name}' {there[first]} on rank {first} and {there[rank]} on rank {rank}"
     return None
-
-
-@contextmanager
-def _without_group() -> Iterator[None]:
-    """Silences torch's remark that there is no process group: that is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
-        yield
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
-        rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])
+        rank, (error, _) = min(error.failures.items())
         return f"rank {rank} could not ({type(error).__name__}: {_first_line(error)})"
     return _first_line(error)
 

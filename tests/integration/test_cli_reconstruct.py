@@ -157,7 +157,10 @@ def test_what_is_there_is_kept_without_force(command, capsys, monkeypatch):
     [
         (["--list", "--step", "63"], "step should be the time of a snapshot, in updates, got 63; nearest in"),
         (["--sigma-rel", "0.1", "--out", "out.bin"], "'out.bin' should end in .pt, .pth or .safetensors"),
-        (["--sigma-rel", "0.1", "--out", "nowhere/out.pt"], "'nowhere/out.pt' should be in a folder that exists"),
+        (
+            ["--sigma-rel", "0.1", "--out", "nowhere/out.pt"],
+            "'nowhere/out.pt' should be a file in a folder that exists",
+        ),
         (["--sigma-rel", "0.1", "--out", "out.pt", "--max-residual", "nan"], "max_residual should be a number of"),
     ],
 )

@@ -154,7 +154,7 @@ def test_a_part_that_is_missing_is_named(damage, tmp_path):
     path = distributed({"w": torch.arange(1000.0)}, tmp_path / "saved")
     (file,) = path.glob("*.distcp")
     file.write_bytes(file.read_bytes()[:500]) if damage == "cut" else file.unlink()
-    with pytest.raises(ValueError, match="saved' should hold all that was saved, but 'w' is not whole in its files"):
+    with pytest.raises((OSError, ValueError), match="__0_0.distcp"):
         read(path)
 
 
@@ -170,7 +170,7 @@ def test_a_chunk_that_is_missing_is_named(tmp_path):
     path = distributed({"w": torch.ones(4, 2)}, tmp_path / "saved")
     with changed(path) as metadata:
         metadata.state_dict_metadata["w"].size = torch.Size([8, 2])
-    with pytest.raises(ValueError, match="'w' is not whole in its files"):
+    with pytest.raises(ValueError, match="saved' should be .*'w' is not whole"):
         read(path)
 
 

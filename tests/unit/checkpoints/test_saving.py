@@ -59,8 +59,8 @@ def test_conjugate_is_not_taken_for_a_tie(tmp_path):
     ("change", "name", "error", "message"),
     [
         ({}, "file.bin", ValueError, "should end in .pt, .pth or .safetensors"),
-        ({}, "folder.pt", ValueError, "should be a file, got a directory"),
-        ({}, "nowhere/file.pt", OSError, "nowhere/file.pt' should be in a folder that exists"),
+        ({}, "folder.pt", OSError, "folder.pt' should be a file in a folder that exists"),
+        ({}, "nowhere/file.pt", OSError, "nowhere/file.pt' should be a file in a folder that exists"),
         ({"n": 3}, "file.pt", TypeError, "'n' should be a tensor, got int"),
         ({"n": torch.zeros(1, device="meta")}, "file.pt", ValueError, "'n' should have values, got a tensor on"),
     ],

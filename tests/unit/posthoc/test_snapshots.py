@@ -43,8 +43,11 @@ OTHER, ANOTHER = (
 BAD_FILES = [
     (of_bytes(lambda data: data[:-300]), "snapshot_65.pt' should be a file .*cut short"),
     (of_bytes(damaged), "snapshot_65.pt' should be a file .* damaged"),
-    (of_bytes(lambda data: b""), "snapshot_65.pt' should hold weights, but it is empty"),
-    (lambda folder: (folder / "snapshot_65.pt").mkdir(), "snapshot_65.pt' should be a file, got a directory"),
+    (of_bytes(lambda data: b""), "snapshot_65.pt' should be a file .*cut short"),
+    (
+        lambda folder: (folder / "snapshot_65.pt").mkdir(),
+        "snapshot_65.pt' should be a file, but .* if it is a directory",
+    ),
     (of_bytes(lambda data: pickle.dumps(EVIL)), "snapshot_65.pt' should"),
     (saved({"ignite_ema_snapshot": 2, "evil": EVIL}), OTHER),
     (saved({"weight": torch.zeros(1)}), OTHER),
@@ -61,7 +64,7 @@ def test_a_bad_file_is_refused(spoil, message, tmp_path, monkeypatch):
         snapshots.write(make_snapshot(time), tmp_path)
     spoil(tmp_path)
     for enter in (stored, lambda folder: reconstruct(folder, 0.15)):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((OSError, ValueError), match=message):
             enter(tmp_path)
     assert not (tmp_path / "executed").exists()
 
