@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -122,7 +122,9 @@ class ShardedSaver(BaseSaveHandler):
                 copied = on_all_ranks(lambda: _copied(checkpoint))
                 self._running = self._executor.submit(_save, copied, writer, self._group), writer
             else:
-                _save(checkpoint, writer)
+                with warnings.catch_warnings():  # of torch, that there is no process group
+                    warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+                    _save(checkpoint, writer)
 
     def remove(self, filename: str) -> None:
         """Notes that a checkpoint is no longer needed; it is removed when the next one is in place.
@@ -161,16 +163,7 @@ class ShardedSaver(BaseSaveHandler):
 def _save(checkpoint: Mapping[str, Any], writer: "_Writer", group: Any = None) -> None:
     # If ranks differ in what they all have, as in buffers, the first rank's is saved, not a mixture.
     planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-    with nullcontext() if dist.is_initialized() else _without_group():
-        save(dict(checkpoint), storage_writer=writer, planner=planner, process_group=group)
-
-
-@contextmanager
-def _without_group() -> Iterator[None]:
-    """Silences torch's remark that there is no process group: that is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
-        yield
+    save(dict(checkpoint), storage_writer=writer, planner=planner, process_group=group)
 
 
 class _Writer(FileSystemWriter):
@@ -246,9 +239,11 @@ def _prepared(dirname: Path, require_empty: bool) -> Path:
 
 def _check_agreement(checkpoint: Mapping[str, Any]) -> None:
     """Raises ValueError on all ranks if two have different tensors under one name, which would be mixed."""
-    tensors = {_text(at): value for at, value in _leaves(checkpoint).items() if isinstance(value, Tensor)}
-    placed = {name: getattr(tensor, "placements", "whole") for name, tensor in tensors.items()}
-    described = {name: f"({one.dtype}, {tuple(one.shape)}, {placed[name]})" for name, one in tensors.items()}
+    described = {
+        _text(at): f"({leaf.dtype}, {tuple(leaf.shape)}, {getattr(leaf, 'placements', 'whole')})"
+        for at, leaf in _leaves(checkpoint).items()
+        if isinstance(leaf, Tensor)
+    }
     if difference := _difference(described):
         raise ValueError(
             f"What is saved under one name should be alike on all ranks, got {difference}; build the objects alike on "
@@ -283,10 +278,15 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str])
             has been loaded then.
     """
     path = on_first_rank(lambda: _found(Path(checkpoint)))
-    states = on_all_ranks(lambda: {name: _unwrapped(value).state_dict() for name, value in to_load.items()})
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # that Ignite's Checkpoint unwraps
+    inner = {name: value.module if isinstance(value, wrappers) else value for name, value in to_load.items()}
+    states = on_all_ranks(lambda: {name: value.state_dict() for name, value in inner.items()})
     names = [_text(at) for at in _leaves(states)]
-    of_others = set().union(*_gathered(names)).difference(names)
-    loaded = on_all_ranks(lambda: _read(to_load, states, of_others, path))
+    others = set().union(*_gathered(names)).difference(names)
+    contents = on_all_ranks(lambda: read_contents(path))
+    loaded = on_all_ranks(
+        lambda: {name: _read(name, value, states[name], others, path, contents) for name, value in to_load.items()}
+    )
     on_all_ranks(lambda: Checkpoint.load_objects(dict(to_load), loaded))
 
 
@@ -301,34 +301,32 @@ def _found(path: Path) -> Path:
     return path.absolute()
 
 
-def _unwrapped(value: Any) -> Any:
-    """As Ignite's ``Checkpoint`` unwraps it."""
-    return value.module if isinstance(value, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else value
-
-
-def _read(to_load: Mapping[str, Any], states: Mapping[str, Any], of_others: set[str], path: Path) -> dict[str, Any]:
-    """The states that were saved, in tensors that are sharded as the objects' own are."""
-    contents = read_contents(path)
-    places = {name: _places(name, state, of_others, contents) for name, state in states.items()}
-    targets: dict[str, Tensor | None] = {}
-    for name, value in to_load.items():
-        entries = {at: contents.state_dict_metadata[key] for key, at in places[name].items()}
-        try:
-            made = _targets(value, states[name], entries)
-        except ValueError as error:
-            raise ValueError(
-                f"'{path}' should be a checkpoint of these objects, but '{name}' in it {error}; load it into the "
-                "objects that were saved, or take another one."
-            ) from None
-        targets |= {key: made[at] for key, at in places[name].items()}
+def _read(name: str, value: Any, current: Any, others: set[str], path: Path, contents: Metadata) -> dict[str, Any]:
+    """The state of an object that was saved, nested and sharded as its current one is."""
+    places = _places(name, current, others, contents)
+    try:
+        made = _targets(value, current, {at: contents.state_dict_metadata[key] for key, at in places.items()})
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' should be a checkpoint of these objects, but '{name}' in it {error}; load it into the objects "
+            "that were saved, or take another one."
+        ) from None
+    targets = {key: made[at] for key, at in places.items()}
     read_into(targets, path, contents)
-    return {
-        name: _state(value, {key: targets[key] for key in places[name]}, places[name], states[name])
-        for name, value in to_load.items()
-    }
+    for key, leaf in targets.items():
+        if (foreign := _foreign(leaf)) is not None:
+            raise ValueError(
+                f"'{key}' should be a plain value, but has {kind_of(foreign)}; load the other objects only, or save a "
+                "state of plain values."
+            )
+    state: dict[str, Any] = _filled(nested(targets, places), current)
+    if isinstance(value, Optimizer):  # if it has not stepped, its own state has no numbers as keys
+        saved = state.get("state", {}).items()
+        state["state"] = {int(key) if str(key).isdecimal() else key: entry for key, entry in saved}
+    return state
 
 
-def _places(name: str, state: Any, of_others: set[str], contents: Metadata) -> dict[str, KeyPath]:
+def _places(name: str, state: Any, others: set[str], contents: Metadata) -> dict[str, KeyPath]:
     """The names in a checkpoint of what it has of an object, and the paths of these in the object's state.
 
     What another rank asks for is that rank's, as in a pipeline, in which each stage has names of its own.
@@ -337,7 +335,7 @@ def _places(name: str, state: Any, of_others: set[str], contents: Metadata) -> d
     places = {key: tuple(path[1:]) for key, path in paths.items() if path[0] == name and len(path) > 1}
     if not places and {str(key) for key in state} & {path[0] for path in paths.values()}:
         places = {key: tuple(path) for key, path in paths.items()}  # a single object is saved without its name
-    return {key: at for key, at in places.items() if _text((name, *at)) not in of_others}
+    return {key: at for key, at in places.items() if _text((name, *at)) not in others}
 
 
 @torch.no_grad()
@@ -377,21 +375,6 @@ def _targets(value: Any, current: Any, entries: Mapping[KeyPath, Any]) -> dict[K
         else:
             targets[at] = like.new_zeros(size, dtype=dtype)  # replicated, as torch's optimizers make it
     return targets
-
-
-def _state(value: Any, read: Mapping[str, Any], places: Mapping[str, KeyPath], current: Any) -> Any:
-    """What was read, nested as in the object's own state."""
-    for key, leaf in read.items():
-        if (foreign := _foreign(leaf)) is not None:
-            raise ValueError(
-                f"'{key}' should be a plain value, but has {kind_of(foreign)}; load the other objects only, or save a "
-                "state of plain values."
-            )
-    state = _filled(nested(read, places), current)
-    if isinstance(value, Optimizer):  # if it has not stepped, its own state has no numbers as keys
-        saved = state.get("state", {}).items()
-        state["state"] = {int(key) if str(key).isdecimal() else key: entry for key, entry in saved}
-    return state
 
 
 def _foreign(value: Any) -> Any:
@@ -520,11 +503,8 @@ def _difference(described: dict[str, str], *, complete: bool = False) -> str | N
 
 
 def _reason(error: BaseException) -> str:
+    rank = None
     if isinstance(error, CheckpointException):
         rank, (error, _) = min(error.failures.items())
-        return f"rank {rank} could not ({type(error).__name__}: {_first_line(error)})"
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].removesuffix(".")
+    reason = str(error).partition("\n")[0].removesuffix(".")
+    return reason if rank is None else f"rank {rank} could not ({type(error).__name__}: {reason})"
