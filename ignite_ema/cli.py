@@ -93,8 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("file", metavar="FILE", type=Path, help=text)
     text = "names for diffusers and torch_ema: torch.save(dict(model.named_parameters()), FILE)"
     source.add_argument("--names", metavar="FILE", type=Path, help=text)
-    text = "a file with the tensors that the average lacks, such as frozen ones"
-    source.add_argument("--base", metavar="FILE", type=Path, help=text)
+    source.add_argument("--base", metavar="FILE", type=Path, help="a file with tensors that the average lacks")
     source.add_argument("--strip-prefix", metavar="PREFIX", help="taken off all names, such as module.")
     key = "which average, if there are several, such as generator_ema"
     out = "the file to write: .pt, .pth or .safetensors; {} stands for the"
@@ -104,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="the same as one JSON object")
 
     command = _add_command(commands, _export, source)
-    command.add_argument("--key", action="append", help=f"{key}; several are written at once")
+    command.add_argument("--key", action="append", help=f"{key}; can be given several times")
     command.add_argument("out", metavar="OUT", type=Path, help=f"{out} key")
     command.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
 
@@ -119,8 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         lengths.add_argument(_flag(name), type=float, action="extend", default=[], nargs="+", metavar="X", help=text)
     command.add_argument("--step", metavar="N", type=int, help="the time of a snapshot; without it the last")
     command.add_argument("--force", action="store_true", help="overwrite files that exist")
-    text = "a file with the frozen weights, if snapshot_frozen.pt is missing"
-    command.add_argument("--base", metavar="FILE", type=Path, help=text)
+    command.add_argument("--base", metavar="FILE", type=Path, help="a file with the frozen weights, if DIR lacks them")
     text = "how far from the length asked for (default: %(default)s)"
     command.add_argument("--max-residual", metavar="X", type=float, default=_ACCEPTED, help=text)
     return whole

@@ -1,7 +1,7 @@
 """Checkpoints of sharded training: every rank saves its shards, and any number of ranks loads them.
 
-Ignite's ``Checkpoint`` asks every rank for its states and writes those of one. With :class:`ShardedSaver` it writes all
-of them, with :mod:`torch.distributed.checkpoint`. Reading a checkpoint runs nothing that is in it.
+Ignite's ``Checkpoint`` asks every rank for its states and writes those of one. With :class:`ShardedSaver` it writes
+those of all, with :mod:`torch.distributed.checkpoint`. Reading a checkpoint runs nothing that is in it.
 """
 
 import os
@@ -36,7 +36,7 @@ from .handlers.ema import EMAHandler
 __all__ = ["ShardedSaver", "gathered_state_dict", "load_objects", "sync_buffers"]
 
 _T = TypeVar("_T")
-KeyPath = tuple[str | int, ...]  # of a value in a nested state: keys of mappings, as strings, and places in lists
+KeyPath = tuple[str | int, ...]  # to a value in a nested state: keys of mappings, as strings, and places in lists
 
 
 class ShardedSaver(BaseSaveHandler):
@@ -94,8 +94,8 @@ class ShardedSaver(BaseSaveHandler):
         self._dropped: list[str] = []
         self._running: tuple[Future[None], _Writer] | None = None
         if asynchronous:
-            # A group of its own, or its messages would mix with those of training. torch's async_save is of no use: on
-            # the oldest torch it does not copy what is on the CPU, and a rank that cannot copy leaves the rest waiting.
+            # A group of its own, or its messages would mix with those of training. torch's async_save does not do: in
+            # torch 2.6 it does not copy tensors on the CPU, and a rank that cannot copy leaves the others waiting.
             self._group = dist.new_group(backend="gloo")
             self._executor = ThreadPoolExecutor(1, "ShardedSaver")
 
@@ -161,7 +161,7 @@ class ShardedSaver(BaseSaveHandler):
 
 
 def _save(checkpoint: Mapping[str, Any], writer: "_Writer", group: Any = None) -> None:
-    # If ranks differ in what they all have, as in buffers, the first rank's is saved, not a mixture.
+    # If ranks have different values under one name, as in buffers, the first rank's is saved, not a mixture.
     planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     save(dict(checkpoint), storage_writer=writer, planner=planner, process_group=group)
 
@@ -224,9 +224,9 @@ def _prepared(dirname: Path, require_empty: bool) -> Path:
             "directory, or pass require_empty=False to go on in this one."
         )
     dirname.mkdir(parents=True, exist_ok=True)
-    for partial_ in dirname.glob(".*.partial"):
-        if partial_.is_dir():
-            shutil.rmtree(partial_, ignore_errors=True)
+    for unfinished in dirname.glob(".*.partial"):
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
     for old in dirname.glob(".*.old"):
         if (old / ".metadata").is_file():
             target = dirname / old.name.removeprefix(".").removesuffix(".old")
@@ -252,7 +252,7 @@ def _check_agreement(checkpoint: Mapping[str, Any]) -> None:
 
 
 def _copied(value: Any) -> Any:
-    """A copy on the CPU; of a DTensor a copy of its shards."""
+    """A copy of a state on the CPU; of a DTensor its shards are copied."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -327,9 +327,9 @@ def _read(name: str, value: Any, current: Any, others: set[str], path: Path, con
 
 
 def _places(name: str, state: Any, others: set[str], contents: Metadata) -> dict[str, KeyPath]:
-    """The names in a checkpoint of what it has of an object, and the paths of these in the object's state.
+    """The names under which a checkpoint has an object's values, and their paths in the object's state.
 
-    What another rank asks for is that rank's, as in a pipeline, in which each stage has names of its own.
+    Names that another rank has, and this one does not, are left to it: in a pipeline each stage has names of its own.
     """
     paths = contents.planner_data or {key: (key,) for key in contents.state_dict_metadata}
     places = {key: tuple(path[1:]) for key, path in paths.items() if path[0] == name and len(path) > 1}
@@ -378,7 +378,7 @@ def _targets(value: Any, current: Any, entries: Mapping[KeyPath, Any]) -> dict[K
 
 
 def _foreign(value: Any) -> Any:
-    """An object in a value that could not be read, if there is one."""
+    """The first object in a value that could not be read; None if there is no such object."""
     if isinstance(value, ForeignObject):
         return value
     parts = [*value, *value.values()] if isinstance(value, Mapping) else value
@@ -399,7 +399,7 @@ def _leaves(state: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
 
 
 def _filled(saved: Any, current: Any) -> Any:
-    """What was saved, with the types of mappings and of their keys, and with empty mappings, which are not saved."""
+    """What was saved, with the types of the current mappings and keys, and with empty mappings, which are not saved."""
     if not isinstance(saved, dict) or not isinstance(current, dict):
         return saved
     filled = copy(current)  # a model's state keeps the versions of its modules
@@ -424,6 +424,9 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
 
     It includes the frozen parameters that the average shares with the model (``share_frozen``). Gathers one tensor at a
     time. Call it on all ranks; ``checkpoints.save_file`` writes the result on the first.
+
+    Args:
+        handler: the handler of the average.
 
     Raises:
         TypeError: if ``handler`` is not an EMAHandler.
@@ -451,11 +454,11 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
 def sync_buffers(module: nn.Module, source: int = 0) -> None:
     """Gives all ranks the buffers of one, such as batch-norm statistics; to be called on all.
 
+    Without a process group there is one rank, and nothing to do.
+
     Args:
         module: the averaged twin, or a model; its parameters, and buffers that are sharded, are left alone.
         source: the rank whose buffers the others get.
-
-    Without a process group there is one rank, and nothing to do.
 
     Raises:
         ValueError: on all ranks, if ``source`` is not a rank, or if their buffers differ in names, shapes or types;
@@ -491,7 +494,7 @@ def _gathered(value: _T) -> list[_T]:
 
 
 def _difference(described: dict[str, str], *, complete: bool = False) -> str | None:
-    """The first name under which two ranks have different things, in words; with ``complete``, all need all names."""
+    """Says under which name two ranks have different things, None if under none; ``complete``: all need all names."""
     ranks = _gathered(described)
     for name in {name: None for names in ranks for name in names}:
         there = {rank: names.get(name, "nothing") for rank, names in enumerate(ranks) if complete or name in names}

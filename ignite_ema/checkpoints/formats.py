@@ -170,20 +170,14 @@ def _mmagic(state: State) -> Iterator[Found]:
     ``ExponentialMovingAverageHook`` (mmgen, ``mmgen/core/hooks/ema_hook.py``) and ``BaseGAN`` (mmagic,
     ``mmagic/models/base_models/base_gan.py``) never swap.
     """
-    submodules: dict[str, dict[str, Any]] = {}
-    for name, value in state.items():
-        head, dot, rest = str(name).partition(".")
-        if dot:
-            submodules.setdefault(head, {})[rest] = value
-    for head, twin in submodules.items():
-        online = submodules.get(head.removesuffix("_ema"))
-        if not head.endswith("_ema") or online is None:
-            continue
+    heads = dict.fromkeys(str(name).partition(".")[0] for name in state)
+    for head in (head for head in heads if head.endswith("_ema")):
+        twin, online = within(state, f"{head}."), within(state, f"{head.removesuffix('_ema')}.")
         if "steps" in twin and len(inner := within(twin, "module.")) == len(twin) - 1:
             twin = inner
         if online.keys() != twin.keys():  # DDP around a part of the model
             online = within(online, "module.")
-        if online.keys() == twin.keys():
+        if twin and online.keys() == twin.keys():
             yield Found("mmagic", twin, online, path=(head,), rank=1)
 
 

@@ -82,7 +82,7 @@ def read(
     state (``_extra_state``) that is not a tensor is left out. diffusers and torch_ema keep parameters only, no buffers.
 
     mmcv and mmdetection 2 swap at the end of an epoch: ``key="model"`` is the average then. In a file that was saved
-    within an epoch, or by an ``IterBasedRunner``, it is the other way round: ``key="ema_"`` takes the average from the
+    within an epoch, or by an ``IterBasedRunner``, it is the other way around: ``key="ema_"`` takes the average from the
     ``ema_`` buffers. The file does not say which, so you have to choose.
 
     An average made with ``share_frozen=True`` lacks the frozen tensors. They are taken from the raw weights in the same
@@ -104,8 +104,7 @@ def read(
 
     Raises:
         TypeError, ValueError, FileNotFoundError: if nothing is recognized, or several averages are, or a list has no
-            names, or the average has no tensors, or tensors without values. The message says what was found, and how to
-            go on.
+            names, or the average has no tensors, or tensors without values.
 
     Examples:
         >>> import torch
@@ -262,7 +261,7 @@ def _with_names(found: Found, tensors: Tensors, names: Names, where: str) -> Sta
     named = dict(zip(known, tensors, strict=False))
     if len(known) != len(tensors) or (named and not covers(known, named)):
         raise ValueError(
-            f"names should be of the {len(tensors)} tensors that {found.system} has in {where}, in their order, got "
+            f"names should name the {len(tensors)} tensors that {found.system} has in {where}, in their order, got "
             f"{len(known)}, or other shapes; pass dict(model.named_parameters()) of the model that was averaged."
         )
     return named

@@ -245,7 +245,7 @@ def test_what_torch_cannot_compute_is_one_sentence(command, monkeypatch):
         (["inspect", "list.pt"], "list of 1 tensors without names, as torch_ema saves them"),
         (["inspect", "list.pt", "--names", "file.safetensors"], "keep the order of the parameters, but .safetensors"),
         (["inspect", "list.pt", "--names", "number.pt"], "names should be the model, or its dict"),
-        (["inspect", "list.pt", "--names", "file.pt"], "names should be of the 1 tensors that torch_ema has"),
+        (["inspect", "list.pt", "--names", "file.pt"], "names should name the 1 tensors that torch_ema has"),
         (["inspect", "number.pt"], "'number.pt' should be, or hold, a mapping such as a state dict, got int"),
     ],
 )

@@ -20,7 +20,7 @@ def shadow():
     ("names", "error", "message"),
     [
         (None, ValueError, "list of 2 tensors without names, as diffusers.*named_parameters.*--names"),
-        ({"w": torch.zeros(2, 2)}, ValueError, "names should be of the 2 tensors that diffusers has.*got 1, or"),
+        ({"w": torch.zeros(2, 2)}, ValueError, "names should name the 2 tensors that diffusers has.*got 1, or"),
         ({"b": torch.zeros(2), "w": torch.zeros(2, 2)}, ValueError, "got 2, or other shapes; pass"),
         (["w", "b"], ValueError, "names should be the model, or its .*got list"),
     ],
