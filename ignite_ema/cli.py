@@ -1,4 +1,4 @@
-"""The command ``ignite-ema``, also ``python -m ignite_ema``: looks into checkpoints, takes or rebuilds averages.
+"""The command ``ignite-ema``, also ``python -m ignite_ema``: inspects checkpoints, exports and rebuilds averages.
 
 What imports torch is imported when a command runs, so that ``--help`` answers at once.
 """
@@ -165,7 +165,7 @@ def _outs(arguments: argparse.Namespace, labels: Sequence[str]) -> list[Path]:
             f"OUT should have {{}} in it, for the key or length, got {str(arguments.out)!r} for {', '.join(labels)}."
         )
     for out in outs:
-        if out.resolve() == arguments.file.resolve():
+        if out.exists() and arguments.file.exists() and out.samefile(arguments.file):
             raise ValueError(f"OUT should be another file than FILE, got {str(out)!r} for both; name a new one.")
         check_target(out, force=arguments.force)
     return outs
@@ -203,10 +203,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
     try:
         found, lacks = read_part(file, arguments.key, names, arguments.base, arguments.strip_prefix)
     except SeveralAverages as several:
-        choices = [(one.label, one.system, len(one.tensors), one.note) for one in several.choices]
-        averages = [dict(zip(("key", "format", "tensors", "note"), one, strict=True)) for one in choices]
+        averages = [
+            {"key": one.label, "format": one.system, "tensors": len(one.tensors), "note": one.note or None}
+            for one in several.choices
+        ]
         lines = [f"{str(file)!r} has several averages; choose one by its key: --key, or its last part"]
-        lines += _table([(repr(key), system, f"{count} tensors", note) for key, system, count, note in choices])
+        lines += _table(
+            [(repr(one.label), one.system, f"{len(one.tensors)} tensors", one.note) for one in several.choices]
+        )
         _print({"file": str(file), "averages": averages}, lines, arguments.json)
         return
     ratios = {} if found.online is None else _distances(found.tensors, found.online)
@@ -256,12 +260,10 @@ def _distances(averaged: "Mapping[str, Tensor]", online: "Mapping[str, Tensor]")
     for name, tensor in averaged.items():
         if tensor.is_floating_point() or tensor.is_complex():
             raw = online[name].to(torch.complex128 if tensor.is_complex() else torch.float64)
+            apart, norm = float((tensor.to(raw.dtype) - raw).norm()) ** 2, float(raw.norm()) ** 2
             for layer in (None, name.rpartition(".")[0]):
-                apart, norm = squares.get(layer, (0.0, 0.0))
-                squares[layer] = (
-                    apart + float((tensor.to(raw.dtype) - raw).norm()) ** 2,
-                    norm + float(raw.norm()) ** 2,
-                )
+                before = squares.get(layer, (0.0, 0.0))
+                squares[layer] = (before[0] + apart, before[1] + norm)
     return {
         layer: math.sqrt(apart / norm) if norm else math.inf if apart else 0.0
         for layer, (apart, norm) in squares.items()

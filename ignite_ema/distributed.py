@@ -276,6 +276,7 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str])
         FileNotFoundError: on all ranks, if it is not a checkpoint.
         OSError, ValueError: on all ranks, if the checkpoint is damaged, or was not saved from these objects. Nothing
             has been loaded then.
+        RuntimeError: on all ranks, if the model of a handler holds averaged weights (``swapped``).
     """
     path = on_first_rank(lambda: _found(Path(checkpoint)))
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # that Ignite's Checkpoint unwraps

@@ -44,13 +44,9 @@ def kind_of(value: Any) -> str:
     return f"an object of the class '{kind.__module__}.{kind.__name__}'" if is_foreign else kind.__name__
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided
-
-
 def size_of(tensors: Mapping[str, Tensor]) -> int:
     """The size of the dense tensors, in bytes."""
-    return sum(tensor.nbytes for tensor in tensors.values() if _is_dense(tensor))
+    return sum(tensor.nbytes for tensor in tensors.values() if tensor.layout == torch.strided)
 
 
 def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,7 +54,7 @@ def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     copies: dict[Any, Tensor] = {}
     result = {name: value.detach() for name, value in tensors.items()}
     for name, tensor in result.items():
-        if _is_dense(tensor) and tensor.untyped_storage().nbytes() != tensor.nbytes:
+        if tensor.layout == torch.strided and tensor.untyped_storage().nbytes() != tensor.nbytes:
             view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
             if view not in copies:
                 copies[view] = tensor.clone()
@@ -321,7 +317,7 @@ def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Waits until renames in a directory are on the disk, if the file system can say so."""
+    """Syncs a directory, so that renames in it are on the disk, if its file system can do so."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
         try:
