@@ -43,7 +43,7 @@ class ShardedSaver(BaseSaveHandler):
     """A save handler for Ignite's ``Checkpoint`` with which every rank saves its own part. Make it on all ranks.
 
     A checkpoint is a directory. It is written under a hidden name and renamed when all ranks are done; only then is the
-    checkpoint removed that ``n_saved`` drops. A run that is killed while it saves still has its last checkpoint.
+    checkpoint that ``n_saved`` drops removed. A run that is killed while it saves still has its last checkpoint.
     Several machines have to share the file system.
 
     The first rank's directory, file name and ``n_saved`` count for all. Ranks may save different names, as the

@@ -116,18 +116,18 @@ class _RestrictedUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _BUILDERS:
-            return _BUILDERS[module, name]
+            return partial(_BUILDERS[module, name])  # a file must not set attributes of functions
         if name in _NAMES.get(module, ()):
             for place in dict.fromkeys((module.replace("numpy.core", "numpy._core"), module)):
                 with suppress(ImportError, AttributeError):  # numpy is missing, or older than 2
                     found = super().find_class(place, name)
                     is_function = callable(found) and not isinstance(found, type)
-                    return partial(found) if is_function else found  # a file must not set attributes of functions
+                    return partial(found) if is_function else found
         return type(name, (ForeignObject,), {"__module__": module})
 
 
 def unpickled(file: IO[bytes], **options: Any) -> Any:
-    """What a pickle holds, with nothing in it run; raises whatever a damaged one leads to."""
+    """What a pickle holds; runs nothing in it, and raises whatever a damaged one leads to."""
     return _RestrictedUnpickler(file, **options).load()
 
 
@@ -139,7 +139,7 @@ class _Pickle:
 
 
 def load_stream(stream: str | IO[bytes], *, mmap: bool = False) -> Any:
-    """What ``torch.save`` wrote, on the CPU, with nothing in it run; raises whatever a damaged stream leads to."""
+    """What ``torch.save`` wrote, on the CPU; runs nothing in it, and raises whatever a damaged stream leads to."""
     return torch.load(stream, map_location="cpu", mmap=mmap, pickle_module=_Pickle, weights_only=False)
 
 
