@@ -1,7 +1,7 @@
 """Checkpoints of sharded training: every rank saves its shards, and any number of ranks loads them.
 
-Ignite's ``Checkpoint`` asks every rank for its states and writes those of one. With :class:`ShardedSaver` it writes all
-of them, with :mod:`torch.distributed.checkpoint`. Reading a checkpoint runs nothing that is in it.
+Ignite's ``Checkpoint`` asks every rank for its states and writes those of one. With :class:`ShardedSaver` it writes
+those of all, with :mod:`torch.distributed.checkpoint`. Reading a checkpoint runs nothing that is in it.
 """
 
 import os
@@ -10,10 +10,9 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,25 +24,26 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from .averaging.sharding import broadcast_buffers, is_first_rank, is_sharded, on_all_ranks, on_first_rank, whole
-from .checkpoints.directories import DirectoryReader, nested
+from .checkpoints.directories import nested, read_contents, read_into
 from .checkpoints.files import ForeignObject, kind_of, sync_directory
 from .handlers.ema import EMAHandler
 
 __all__ = ["ShardedSaver", "gathered_state_dict", "load_objects", "sync_buffers"]
 
 _T = TypeVar("_T")
-KeyPath = tuple[str | int, ...]  # of a value in a nested state: keys of mappings, as strings, and places in lists
+KeyPath = tuple[str | int, ...]  # to a value in a nested state: keys of mappings, as strings, and places in lists
 
 
 class ShardedSaver(BaseSaveHandler):
-    """A save handler for Ignite's ``Checkpoint`` by which every rank saves what it holds. Make it on all ranks.
+    """A save handler for Ignite's ``Checkpoint`` with which every rank saves its own part. Make it on all ranks.
 
-    A checkpoint is a directory. It is written beside its place and renamed when all ranks are done; only then is the
-    checkpoint removed that ``n_saved`` drops. A run that is killed while it saves still has its last checkpoint.
+    A checkpoint is a directory. It is written under a hidden name and renamed when all ranks are done; only then is the
+    checkpoint that ``n_saved`` drops removed. A run that is killed while it saves still has its last checkpoint.
     Several machines have to share the file system.
 
     The first rank's directory, file name and ``n_saved`` count for all. Ranks may save different names, as the
@@ -51,10 +51,14 @@ class ShardedSaver(BaseSaveHandler):
     unless it is sharded. An error on one rank is raised on all ranks.
 
     Args:
-        dirname: where the checkpoints go; made if it is missing.
-        asynchronous: go on training as soon as the values have been copied to the CPU, and write in the background, one
-            checkpoint at a time. Call :meth:`wait` at the end of training, for the last one.
-        require_empty: raise if the directory holds checkpoints of another run.
+        dirname: the directory of the checkpoints; made if it is missing.
+        asynchronous: whether training goes on as soon as the values have been copied to the CPU. They are written in
+            the background, one checkpoint at a time. Call :meth:`wait` at the end of training, for the last one.
+        require_empty: whether to raise if the directory holds checkpoints of another run.
+
+    Attributes:
+        dirname: the directory, the same on all ranks.
+        asynchronous: what was passed.
 
     Raises:
         ValueError: if ``dirname`` is not empty and should be, or if there is no process group for asynchronous writing.
@@ -88,115 +92,123 @@ class ShardedSaver(BaseSaveHandler):
         self.dirname = on_first_rank(partial(_prepared, Path(dirname), require_empty))
         self.asynchronous = asynchronous
         self._dropped: list[str] = []
-        self._running: tuple[Future[Any], str, list[str]] | None = None
+        self._running: tuple[Future[None], _Writer] | None = None
         if asynchronous:
-            # A group of its own, or its messages would mix with those of training. torch's async_save is of no use: on
-            # the oldest torch it does not copy what is on the CPU, and a rank that cannot copy leaves the rest waiting.
+            # A group of its own, or its messages would mix with those of training. torch's async_save does not do: in
+            # torch 2.6 it does not copy tensors on the CPU, and a rank that cannot copy leaves the others waiting.
             self._group = dist.new_group(backend="gloo")
             self._executor = ThreadPoolExecutor(1, "ShardedSaver")
 
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
         """Saves the states of this rank; to be called on all ranks.
 
+        Args:
+            checkpoint: the state of each object, by name.
+            filename: the name of the new checkpoint.
+            metadata: passed by Ignite, and not used.
+
         Raises:
             ValueError: on all ranks, if two have different tensors under one name.
-            RuntimeError: on all ranks, if one could not write. The checkpoint before is still there then.
+            RuntimeError: on all ranks, if one could not write. The previous checkpoint is still there then.
         """
         self.wait()
-        name, dropped = on_first_rank(lambda: (filename, list(self._dropped)))
+        name, dropped = on_first_rank(lambda: (filename, self._dropped))
         _check_agreement(checkpoint)
+        self._dropped = []
         writer = _Writer(self.dirname / name, dropped)
-        with self._reported(name):
+        with self._reported(writer):
             on_first_rank(writer.clear)
-            on_all_ranks(writer.check_seen)
             if self.asynchronous:
                 copied = on_all_ranks(lambda: _copied(checkpoint))
-                self._running = self._executor.submit(_save, copied, writer, self._group), name, dropped
-                return
-            _save(checkpoint, writer)
-        self._forget(dropped)
+                self._running = self._executor.submit(_save, copied, writer, self._group), writer
+            else:
+                with warnings.catch_warnings():  # of torch, that there is no process group
+                    warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+                    _save(checkpoint, writer)
 
     def remove(self, filename: str) -> None:
-        """Notes that a checkpoint is no longer needed; it is removed when the next one is in place."""
+        """Notes that a checkpoint is no longer needed; it is removed when the next one is in place.
+
+        Args:
+            filename: the name of the checkpoint.
+        """
         self._dropped.append(filename)
 
     def wait(self) -> None:
         """Waits for what is being written in the background; to be called on all ranks.
 
         Raises:
-            RuntimeError: on all ranks, if one could not write. The checkpoint before is still there then.
+            RuntimeError: on all ranks, if one could not write. The previous checkpoint is still there then.
         """
         if self._running is not None:
-            (future, name, dropped), self._running = self._running, None
-            with self._reported(name):
+            (future, writer), self._running = self._running, None
+            with self._reported(writer):
                 future.result()
-            self._forget(dropped)
 
     @contextmanager
-    def _reported(self, name: str) -> Iterator[None]:
-        """Removes a checkpoint that could not be written, and says why; what is raised inside is so on all ranks."""
+    def _reported(self, writer: "_Writer") -> Iterator[None]:
+        """Says on all ranks why a checkpoint could not be saved; what it should have replaced is dropped later."""
         try:
             yield
         except (Exception, CheckpointException) as error:
+            self._dropped += writer.dropped
             if is_first_rank():
-                shutil.rmtree(_hidden(self.dirname / name, "partial"), ignore_errors=True)
+                shutil.rmtree(writer.hidden, ignore_errors=True)
             raise RuntimeError(
-                f"'{self.dirname / name}' should be saved by all ranks, but {_reason(error)}; the checkpoint before it "
-                "is still there: remove the cause, and save again."
+                f"'{writer.target}' should be saved by all ranks, but {_reason(error)}; the checkpoint before it is "
+                "still there: remove the cause, and save again."
             ) from error
-
-    def _forget(self, dropped: Iterable[str]) -> None:
-        self._dropped = [name for name in self._dropped if name not in dropped]
 
 
 def _save(checkpoint: Mapping[str, Any], writer: "_Writer", group: Any = None) -> None:
-    # If ranks differ in what they all have, as in buffers, the first rank's is saved, not a mixture.
+    # If ranks have different values under one name, as in buffers, the first rank's is saved, not a mixture.
     planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-    with nullcontext() if dist.is_initialized() else _without_group():
-        save(dict(checkpoint), storage_writer=writer, planner=planner, process_group=group)
+    save(dict(checkpoint), storage_writer=writer, planner=planner, process_group=group)
 
 
 class _Writer(FileSystemWriter):
-    """Writes a checkpoint beside its place, to which the first rank moves it when all ranks have written."""
+    """Writes a checkpoint under a hidden name, which the first rank changes when all ranks have written.
 
-    def __init__(self, target: Path, dropped: Iterable[str]) -> None:
-        self._beside, self._target, self._dropped = _hidden(target, "partial"), target, dropped
-        super().__init__(self._beside)
+    Attributes:
+        target: the path of the checkpoint.
+        hidden: where it is written.
+        dropped: the names of the checkpoints that are removed then.
+    """
+
+    def __init__(self, target: Path, dropped: list[str]) -> None:
+        self.target, self.hidden, self.dropped = target, _hidden(target, "partial"), dropped
+        super().__init__(self.hidden)
 
     def clear(self) -> None:
-        shutil.rmtree(self._beside, ignore_errors=True)  # of a save that failed
-        self._beside.mkdir()
+        shutil.rmtree(self.hidden, ignore_errors=True)  # of a save that failed
+        self.hidden.mkdir()
 
-    def check_seen(self) -> None:
-        if not self._beside.is_dir():
-            raise OSError(f"it does not see '{self._beside}', which the first rank has made")
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        if not self.hidden.is_dir():  # torch would make one here
+            raise OSError(f"it does not see '{self.hidden}', which the first rank has made")
+        return super().prepare_local_plan(plan)
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         super().finish(metadata, results)
-        sync_directory(self._beside)
-        old = _hidden(self._target, "old")
-        if replaces := self._target.exists():
+        sync_directory(self.hidden)
+        old = _hidden(self.target, "old")
+        if self.target.exists():
             shutil.rmtree(old, ignore_errors=True)
-            self._target.rename(old)
-        try:
-            self._beside.rename(self._target)
-        except OSError:
-            if replaces:
-                old.rename(self._target)
-            raise
-        sync_directory(self._target.parent)
-        for path in (old, *(self._target.with_name(name) for name in self._dropped)):
-            if path != self._target and path.exists():
+            self.target.rename(old)  # comes back if the run is killed now
+        self.hidden.rename(self.target)
+        sync_directory(self.target.parent)
+        for path in (old, *(self.target.with_name(name) for name in self.dropped)):
+            if path != self.target and path.exists():
                 _remove(path)
 
 
 def _hidden(path: Path, suffix: str) -> Path:
-    """A name beside a checkpoint: "partial" while it is written or removed, "old" while another takes its place."""
+    """The hidden name of a checkpoint: "partial" while it is written or removed, "old" while another replaces it."""
     return path.with_name(f".{path.name}.{suffix}")
 
 
 def _remove(path: Path) -> None:
-    """Renames it first, so that nothing half removed is taken for a checkpoint."""
+    """Removes a checkpoint, renamed first, so that nothing half removed is taken for one."""
     trash = _hidden(path, "partial")
     shutil.rmtree(trash, ignore_errors=True)
     path.rename(trash)
@@ -204,7 +216,7 @@ def _remove(path: Path) -> None:
 
 
 def _prepared(dirname: Path, require_empty: bool) -> Path:
-    """The directory, without what a killed run has left in it."""
+    """The directory, made if need be, without what a killed run has left in it."""
     names = sorted(path.name for path in dirname.iterdir()) if dirname.exists() else []
     if require_empty and (found := [name for name in names if not name.startswith(".")]):
         raise ValueError(
@@ -212,9 +224,9 @@ def _prepared(dirname: Path, require_empty: bool) -> Path:
             "directory, or pass require_empty=False to go on in this one."
         )
     dirname.mkdir(parents=True, exist_ok=True)
-    for partial_ in dirname.glob(".*.partial"):
-        if partial_.is_dir():
-            shutil.rmtree(partial_, ignore_errors=True)
+    for unfinished in dirname.glob(".*.partial"):
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
     for old in dirname.glob(".*.old"):
         if (old / ".metadata").is_file():
             target = dirname / old.name.removeprefix(".").removesuffix(".old")
@@ -227,9 +239,11 @@ def _prepared(dirname: Path, require_empty: bool) -> Path:
 
 def _check_agreement(checkpoint: Mapping[str, Any]) -> None:
     """Raises ValueError on all ranks if two have different tensors under one name, which would be mixed."""
-    tensors = {_text(at): value for at, value in _leaves(checkpoint).items() if isinstance(value, Tensor)}
-    placed = {name: getattr(tensor, "placements", "whole") for name, tensor in tensors.items()}
-    described = {name: f"({one.dtype}, {tuple(one.shape)}, {placed[name]})" for name, one in tensors.items()}
+    described = {
+        _text(at): f"({leaf.dtype}, {tuple(leaf.shape)}, {getattr(leaf, 'placements', 'whole')})"
+        for at, leaf in _leaves(checkpoint).items()
+        if isinstance(leaf, Tensor)
+    }
     if difference := _difference(described):
         raise ValueError(
             f"What is saved under one name should be alike on all ranks, got {difference}; build the objects alike on "
@@ -238,7 +252,7 @@ def _check_agreement(checkpoint: Mapping[str, Any]) -> None:
 
 
 def _copied(value: Any) -> Any:
-    """A copy on the CPU; of a DTensor a copy of its shards."""
+    """A copy of a state on the CPU; of a DTensor its shards are copied."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -250,7 +264,7 @@ def _copied(value: Any) -> Any:
 
 
 def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str]) -> None:
-    """Fills objects with what :class:`ShardedSaver` has saved of them, on any number of ranks; to be called on all.
+    """Loads what :class:`ShardedSaver` has saved of some objects, on any number of ranks; to be called on all.
 
     Everything is read and verified before anything is changed, which takes memory for a second copy of the states.
 
@@ -260,15 +274,20 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str])
 
     Raises:
         FileNotFoundError: on all ranks, if it is not a checkpoint.
-        ValueError: on all ranks, if the checkpoint is damaged, or was not saved from these objects. Nothing has been
-            loaded then.
-        RuntimeError: on all ranks, if a model holds averaged weights (``swapped``).
+        OSError, ValueError: on all ranks, if the checkpoint is damaged, or was not saved from these objects. Nothing
+            has been loaded then.
+        RuntimeError: on all ranks, if the model of a handler holds averaged weights (``swapped``).
     """
     path = on_first_rank(lambda: _found(Path(checkpoint)))
-    states = on_all_ranks(lambda: _current(to_load))
-    names = sorted(map(_text, _leaves(states)))
-    of_others = set().union(*_unequal(names)).difference(names)
-    loaded = on_all_ranks(lambda: _read(to_load, states, of_others, path))
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # that Ignite's Checkpoint unwraps
+    inner = {name: value.module if isinstance(value, wrappers) else value for name, value in to_load.items()}
+    states = on_all_ranks(lambda: {name: value.state_dict() for name, value in inner.items()})
+    names = [_text(at) for at in _leaves(states)]
+    others = set().union(*_gathered(names)).difference(names)
+    contents = on_all_ranks(lambda: read_contents(path))
+    loaded = on_all_ranks(
+        lambda: {name: _read(name, value, states[name], others, path, contents) for name, value in to_load.items()}
+    )
     on_all_ranks(lambda: Checkpoint.load_objects(dict(to_load), loaded))
 
 
@@ -283,59 +302,41 @@ def _found(path: Path) -> Path:
     return path.absolute()
 
 
-def _current(to_load: Mapping[str, Any]) -> dict[str, Any]:
-    if not to_load:
-        raise ValueError("to_load should name the objects to be loaded, got none; pass those that were saved.")
-    for name, value in to_load.items():
-        if isinstance(value, EMAHandler) and value.average.is_swapped():
-            raise RuntimeError(
-                f"'{name}' should not be loaded while the model holds averaged weights; load it outside of swapped()."
-            )
-    return {name: _unwrapped(value).state_dict() for name, value in to_load.items()}
-
-
-def _unwrapped(value: Any) -> Any:
-    """As Ignite's ``Checkpoint`` unwraps it."""
-    return value.module if isinstance(value, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else value
-
-
-def _read(to_load: Mapping[str, Any], states: Mapping[str, Any], of_others: set[str], path: Path) -> dict[str, Any]:
-    """The states that were saved, in tensors that are sharded as the objects' own are."""
-    reader = DirectoryReader(path)
-    places = {name: _places(name, state, of_others, reader.contents) for name, state in states.items()}
-    targets: dict[str, Tensor | None] = {}
-    for name, value in to_load.items():
-        entries = {at: reader.contents.state_dict_metadata[key] for key, at in places[name].items()}
-        try:
-            made = _targets(value, states[name], entries)
-        except ValueError as error:
-            raise ValueError(
-                f"'{path}' should be a checkpoint of these objects, but '{name}' in it {error}; load it into the "
-                "objects that were saved, or take another one."
-            ) from None
-        targets |= {key: made[at] for key, at in places[name].items()}
+def _read(name: str, value: Any, current: Any, others: set[str], path: Path, contents: Metadata) -> dict[str, Any]:
+    """The state of an object that was saved, nested and sharded as its current one is."""
+    places = _places(name, current, others, contents)
     try:
-        reader.read_into(targets)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # a damaged chunk can lead to nearly any
-        raise ValueError(f"'{path}' cannot be read ({_first_line(error)}); take another copy.") from error
-    return {
-        name: _state(value, {key: targets[key] for key in places[name]}, places[name], states[name])
-        for name, value in to_load.items()
-    }
+        made = _targets(value, current, {at: contents.state_dict_metadata[key] for key, at in places.items()})
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' should be a checkpoint of these objects, but '{name}' in it {error}; load it into the objects "
+            "that were saved, or take another one."
+        ) from None
+    targets = {key: made[at] for key, at in places.items()}
+    read_into(targets, path, contents)
+    for key, leaf in targets.items():
+        if (foreign := _foreign(leaf)) is not None:
+            raise ValueError(
+                f"'{key}' should be a plain value, but has {kind_of(foreign)}; load the other objects only, or save a "
+                "state of plain values."
+            )
+    state: dict[str, Any] = _filled(nested(targets, places), current)
+    if isinstance(value, Optimizer):  # if it has not stepped, its own state has no numbers as keys
+        saved = state.get("state", {}).items()
+        state["state"] = {int(key) if str(key).isdecimal() else key: entry for key, entry in saved}
+    return state
 
 
-def _places(name: str, state: Any, of_others: set[str], contents: Metadata) -> dict[str, KeyPath]:
-    """The names in a checkpoint of what it has of an object, and the paths of these in the object's state.
+def _places(name: str, state: Any, others: set[str], contents: Metadata) -> dict[str, KeyPath]:
+    """The names under which a checkpoint has an object's values, and their paths in the object's state.
 
-    What another rank asks for is that rank's, as in a pipeline, in which each stage has names of its own.
+    Names that another rank has, and this one does not, are left to it: in a pipeline each stage has names of its own.
     """
     paths = contents.planner_data or {key: (key,) for key in contents.state_dict_metadata}
     places = {key: tuple(path[1:]) for key, path in paths.items() if path[0] == name and len(path) > 1}
     if not places and {str(key) for key in state} & {path[0] for path in paths.values()}:
         places = {key: tuple(path) for key, path in paths.items()}  # a single object is saved without its name
-    return {key: at for key, at in places.items() if _text((name, *at)) not in of_others}
+    return {key: at for key, at in places.items() if _text((name, *at)) not in others}
 
 
 @torch.no_grad()
@@ -377,23 +378,8 @@ def _targets(value: Any, current: Any, entries: Mapping[KeyPath, Any]) -> dict[K
     return targets
 
 
-def _state(value: Any, read: Mapping[str, Any], places: Mapping[str, KeyPath], current: Any) -> Any:
-    """What was read, nested as in the object's own state."""
-    for key, leaf in read.items():
-        if (foreign := _foreign(leaf)) is not None:
-            raise ValueError(
-                f"'{key}' should be a plain value, but has {kind_of(foreign)}; load the other objects only, or save a "
-                "state of plain values."
-            )
-    state = _filled(nested(read, places), current)
-    if isinstance(value, Optimizer):  # if it has not stepped, its own state has no numbers as keys
-        saved = state.get("state", {}).items()
-        state["state"] = {int(key) if str(key).isdecimal() else key: entry for key, entry in saved}
-    return state
-
-
 def _foreign(value: Any) -> Any:
-    """An object in a value that could not be read, if there is one."""
+    """The first object in a value that could not be read; None if there is no such object."""
     if isinstance(value, ForeignObject):
         return value
     parts = [*value, *value.values()] if isinstance(value, Mapping) else value
@@ -414,7 +400,7 @@ def _leaves(state: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
 
 
 def _filled(saved: Any, current: Any) -> Any:
-    """What was saved, with the types of mappings and of their keys, and with empty mappings, which are not saved."""
+    """What was saved, with the types of the current mappings and keys, and with empty mappings, which are not saved."""
     if not isinstance(saved, dict) or not isinstance(current, dict):
         return saved
     filled = copy(current)  # a model's state keeps the versions of its modules
@@ -439,6 +425,9 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
 
     It includes the frozen parameters that the average shares with the model (``share_frozen``). Gathers one tensor at a
     time. Call it on all ranks; ``checkpoints.save_file`` writes the result on the first.
+
+    Args:
+        handler: the handler of the average.
 
     Raises:
         TypeError: if ``handler`` is not an EMAHandler.
@@ -466,11 +455,11 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
 def sync_buffers(module: nn.Module, source: int = 0) -> None:
     """Gives all ranks the buffers of one, such as batch-norm statistics; to be called on all.
 
+    Without a process group there is one rank, and nothing to do.
+
     Args:
         module: the averaged twin, or a model; its parameters, and buffers that are sharded, are left alone.
         source: the rank whose buffers the others get.
-
-    Without a process group there is one rank, and nothing to do.
 
     Raises:
         ValueError: on all ranks, if ``source`` is not a rank, or if their buffers differ in names, shapes or types;
@@ -505,41 +494,21 @@ def _gathered(value: _T) -> list[_T]:
     return values
 
 
-def _unequal(value: _T) -> list[_T]:
-    """The values of all ranks, in their order; only one, and only digests are sent, if all are equal."""
-    digests = _gathered(sha256(repr(value).encode()).hexdigest())
-    return _gathered(value) if len(set(digests)) > 1 else [value]
-
-
 def _difference(described: dict[str, str], *, complete: bool = False) -> str | None:
-    """The first name under which two ranks have different things, in words; with ``complete``, all need all names."""
-    ranks = _unequal(described)
-    first: dict[str, int] = {}
-    for rank, there in enumerate(ranks):
-        for name, what in there.items():
-            expected = ranks[first.setdefault(name, rank)][name]
-            if what != expected:
-                return f"'{name}' {expected} on rank {first[name]} and {what} on rank {rank}"
-    for rank, there in enumerate(ranks if complete else ()):
-        if missing := first.keys() - there.keys():
-            return f"'{min(missing)}' on rank {first[min(missing)]} and not on rank {rank}"
+    """Says under which name two ranks have different things, None if under none; ``complete``: all need all names."""
+    ranks = _gathered(described)
+    for name in {name: None for names in ranks for name in names}:
+        there = {rank: names.get(name, "nothing") for rank, names in enumerate(ranks) if complete or name in names}
+        first, *others = there
+        for rank in others:
+            if there[rank] != there[first]:
+                return f"'{name}' {there[first]} on rank {first} and {there[rank]} on rank {rank}"
     return None
 
 
-@contextmanager
-def _without_group() -> Iterator[None]:
-    """Silences torch's remark that there is no process group: that is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
-        yield
-
-
 def _reason(error: BaseException) -> str:
+    rank = None
     if isinstance(error, CheckpointException):
-        rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])
-        return f"rank {rank} could not ({type(error).__name__}: {_first_line(error)})"
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].removesuffix(".")
+        rank, (error, _) = min(error.failures.items())
+    reason = str(error).partition("\n")[0].removesuffix(".")
+    return reason if rank is None else f"rank {rank} could not ({type(error).__name__}: {reason})"

@@ -1,7 +1,7 @@
-"""Finds averaged weights in what a file holds: in the format of a system, or under a name that says so, or nowhere."""
+"""Finds averaged weights in the content of a file: by the format of a system, then by a name that says so."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,36 +17,34 @@ _COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
 _DEPTH = 2  # levels of mappings below the first that are searched
 
 
-def find(state: State) -> list[Found]:
-    """The averages in what a file holds, or if there are none its plain state dicts."""
-    return list(_averages(state, _DEPTH) or _plain(state))
+def find(content: State) -> list[Found]:
+    """The averages in the content of a file, or if there are none its plain state dicts."""
+    return list(_averages(content, _DEPTH) or _plain(content))
 
 
 def _averages(state: State, depth: int) -> list[Found]:
-    """What a format recognizes in a mapping, or if none does what its entries hold, or are by their names."""
+    """What a format recognizes in a mapping, or if none does, the averages in its entries."""
     found = [average for recognize in FORMATS for average in recognize(state)]
     if found or not depth:
         return found
-    for name, entry in ((str(name), entry) for name, entry in state.items() if isinstance(entry, Mapping)):
+    for name, entry in _mappings(state).items():
         inside = _averages(entry, depth - 1)
         if all(average.rank for average in inside):  # a model may have parts that look like averages
             inside += _named(name, entry, state)
-        for average in inside:
-            parent, entry_name = (average.parent, average.entry) if average.entry else (state, name)
-            found.append(replace(average, path=(name, *average.path), parent=parent, entry=entry_name))
+        found += [replace(average, path=(name, *average.path)) for average in inside]
     return found
 
 
 def _named(name: str, state: State, parent: State) -> Iterator[Found]:
     """A model's state dict under a name with "ema" in it, as ``Checkpoint`` writes it, or with another such word.
 
-    The other words are those of meters too ("avg_loss"): they count if the model lies beside.
+    The other words are also those of meters ("avg_loss"): they count if the model is beside it.
     """
     words = _WORDS.intersection(_words(name))
     if not words or not _has_tensors(state):
         return
     inner = within(state, "module.")  # a timm ModelEmaV3 has this prefix; a model of the bare names gives it away
-    models = [model for key, model in _models_in(parent).items() if not _WORDS.intersection(_words(key))]
+    models = [model for key, model in _mappings(parent).items() if not _WORDS.intersection(_words(key))]
     models += [within(model, "module.") for model in models]
     is_whole = any(covers(model, state) for model in models)
     is_wrapped = len(inner) == len(state) and any(covers(model, inner) for model in models)
@@ -54,41 +52,55 @@ def _named(name: str, state: State, parent: State) -> Iterator[Found]:
         yield Found("Ignite", inner if is_wrapped and not is_whole else state, rank=1)
 
 
-def _plain(state: State) -> Iterator[Found]:
+def _plain(content: State) -> Iterator[Found]:
     """The state dicts of a file without a known average: the file itself, or entries of it.
 
-    An entry that fits the model may be an average, whatever its name: it has to be chosen.
+    An entry that fits the model may be an average, whatever its name: the user has to choose.
     """
-    if _is_state_dict(state):
-        yield Found("plain", state)
+    if _is_state_dict(content):
+        yield Found("plain", content)
         return
-    entries = dict(_state_dicts(state, _DEPTH))
+    entries = dict(_state_dicts(content, _DEPTH))
     models = [entry for path, entry in entries.items() if path[0] in _MODEL_NAMES]
     for path, entry in entries.items():
         fits = any(covers(model, entry) or covers(entry, model) for model in models)
         is_likely = fits if models else len(path) == 1
-        yield Found("plain", entry, path=path, parent=state, entry=path[0], rank=1 if is_likely else 2)
+        yield Found("plain", entry, path=path, rank=1 if is_likely else 2)
 
 
 def _state_dicts(state: State, depth: int) -> Iterator[tuple[tuple[str, ...], State]]:
     """The state dicts in a mapping, and the keys that lead to them."""
-    for name, entry in state.items():
+    for name, entry in _mappings(state).items():
         if _is_state_dict(entry):
-            yield (str(name),), entry
-        elif isinstance(entry, Mapping) and depth > 1:
+            yield (name,), entry
+        elif depth > 1:
             for path, inner in _state_dicts(entry, depth - 1):
-                yield (str(name), *path), inner
+                yield (name, *path), inner
 
 
-def raw_beside(tensors: State, found: Found) -> State | None:
-    """The raw weights among the other entries of a file: what covers all names and shapes, if only one does."""
-    models = {_snake(name): entry for name, entry in _models_in(found.parent).items() if name != found.entry}
-    fitting = {name: entry for name, entry in models.items() if covers(entry, tensors)}
-    own = "_".join(word for word in _words(found.entry) if word not in _WORDS)
+def raw_beside(tensors: State, path: Sequence[str], content: State) -> State | None:
+    """The raw weights beside an average: an entry that covers its names and shapes, if only one does.
+
+    Args:
+        tensors: the average.
+        path: the keys that lead to it; what is nearest to it comes first.
+        content: what the file holds.
+    """
+    if not path:
+        return None
+    *outer, entry = path
+    parent = content
+    for name in outer:
+        parent = _mappings(parent)[name]
+    others = {"_".join(_words(name)): other for name, other in _mappings(parent).items() if name != entry}
+    fitting = {name: other for name, other in others.items() if covers(other, tensors)}
+    own = "_".join(word for word in _words(entry) if word not in _WORDS)
     for name in ("raw_model", own, "model", "state_dict"):
         if name in fitting:
             return fitting[name]
-    return next(iter(fitting.values())) if len(fitting) == 1 else None
+    if fitting:
+        return next(iter(fitting.values())) if len(fitting) == 1 else None
+    return raw_beside(tensors, outer, content)
 
 
 def plain_name(name: Any) -> str:
@@ -97,29 +109,26 @@ def plain_name(name: Any) -> str:
 
 
 def _words(name: str) -> list[str]:
-    """``netEMA_2`` is of the words "net", "ema" and "2"."""
-    return re.findall("[a-z]+|[0-9]+", _snake(name))
+    """The words of ``netEMA_2`` are "net", "ema" and "2"."""
+    snake = re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    return re.findall("[a-z]+|[0-9]+", snake)
 
 
-def _snake(name: str) -> str:
-    """``netEMA`` as ``net_ema``."""
-    return re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+def _mappings(state: State) -> dict[str, State]:
+    """The entries of a mapping that are mappings."""
+    return {str(name): entry for name, entry in state.items() if isinstance(entry, Mapping)}
 
 
-def _has_tensors(state: Any) -> bool:
-    return isinstance(state, Mapping) and any(isinstance(value, Tensor) for value in state.values())
+def _has_tensors(state: State) -> bool:
+    return any(isinstance(value, Tensor) for value in state.values())
 
 
-def _is_state_dict(state: Any) -> bool:
+def _is_state_dict(state: State) -> bool:
     """True for a mapping from names to tensors, with extra state at most."""
     return _has_tensors(state) and all(
         isinstance(name, str) and (isinstance(value, Tensor) or name.endswith("_extra_state"))
         for name, value in state.items()
     )
-
-
-def _models_in(parent: State) -> dict[str, State]:
-    return {str(name): entry for name, entry in parent.items() if _has_tensors(entry)}
 
 
 def covers(state: State, tensors: State) -> bool:

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 
-from .files import load_file, load_stream, quoted, restricted_unpickler, verify
+from .files import load_file, load_stream, quoted, unpickled, verify
 
-__all__ = ["DirectoryReader", "PlainPlanner", "nested", "read_directory", "read_directory_metadata"]
+__all__ = ["nested", "read_contents", "read_directory", "read_into"]
 
 _SUFFIXES = (".safetensors", ".bin")  # of what save_pretrained writes, the better one first
-_CHECKPOINT = "torch.distributed.checkpoint"
 
 
 def read_directory(path: Path) -> Any:
@@ -57,114 +56,78 @@ def _read_shards(path: Path, index: Path) -> dict[str, Any]:
 
 # --- torch.distributed.checkpoint ---
 
-_DTYPES = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
-_METADATA = ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta")
-_TENSORS = ("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")
-_PAIRS = {
-    *((f"{_CHECKPOINT}.metadata", name) for name in (*_METADATA, *_TENSORS)),
-    *(("torch", name) for name in ("Size", *_DTYPES)),
-    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-}
+
+def _read_distributed(path: Path) -> Any:
+    """All that a checkpoint holds."""
+    contents = read_contents(path)
+    targets: dict[str, Any] = dict.fromkeys(contents.state_dict_metadata)
+    for name, entry in contents.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            targets[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    read_into(targets, path, contents)
+    return nested(targets, contents.planner_data or {})
 
 
-def read_directory_metadata(path: Path) -> Metadata:
-    """The table of contents of a directory that :mod:`torch.distributed.checkpoint` wrote.
+def read_contents(path: Path) -> Metadata:
+    """The table of contents of a checkpoint.
 
     Raises:
-        ValueError: if it is damaged, or a file in the directory is missing or too short.
+        ValueError: if it is damaged.
     """
     try:
         with (path / ".metadata").open("rb") as file:
-            metadata: Metadata = restricted_unpickler(_PAIRS)(file).load()
-        lost = [index.fqn for index, place in metadata.storage_data.items() if not _is_there(path, place)]
-        lost += [name for name, entry in metadata.state_dict_metadata.items() if not _is_whole(name, entry, metadata)]
+            contents: Metadata = unpickled(file)
+        for name, entry in contents.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):  # what no chunk has would not be read
+                there = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+                if there != math.prod(entry.size):
+                    raise ValueError(f"'{name}' is not whole")
     except Exception as error:  # a damaged pickle can lead to nearly any
         raise ValueError(
-            f"{quoted(path)} should be a checkpoint of {_CHECKPOINT}, but its table of contents, '.metadata', cannot "
-            "be read; it is damaged, take another copy."
+            f"{quoted(path)} should be a checkpoint of torch.distributed.checkpoint, but its table of contents, "
+            f"'.metadata', is damaged: {quoted(error)}. Take another copy."
         ) from error
-    if lost:
-        raise ValueError(
-            f"{quoted(path)} should hold all that was saved, but {quoted(lost[0])} is not whole in its files, one of "
-            "which is missing or cut short; take another copy."
-        )
-    return metadata
+    return contents
 
 
-def _is_there(directory: Path, place: Any) -> bool:
-    file = directory / place.relative_path
-    return file.is_file() and bool(0 <= place.offset < place.offset + place.length <= file.stat().st_size)
+def read_into(targets: dict[str, Any], path: Path, contents: Metadata) -> None:
+    """Fills tensors, and replaces None by values, in this process alone, whether it is one of several or not.
 
+    Args:
+        targets: what to read, by the names in the table of contents.
+        path: the directory of the checkpoint.
+        contents: its table of contents.
 
-def _is_whole(name: str, entry: Any, metadata: Metadata) -> bool:
-    """True if an entry has a place for its bytes, or for chunks that cover its tensor."""
-    if not isinstance(entry, TensorStorageMetadata):
-        return MetadataIndex(name) in metadata.storage_data
-    for chunk in entry.chunks:
-        place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-        if place.length < math.prod(chunk.sizes) * entry.properties.dtype.itemsize:
-            return False
-    return sum(math.prod(chunk.sizes) for chunk in entry.chunks) == math.prod(entry.size)
-
-
-class DirectoryReader(FileSystemReader):
-    """Reads a checkpoint whose table of contents has been checked, and verifies each chunk before any is loaded.
-
-    Attributes:
-        contents: the table of contents.
+    Raises:
+        OSError, ValueError: if a file is missing, or was changed or cut short. Nothing has been filled then.
     """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.contents = read_directory_metadata(path)
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.contents
-
-    def read_into(self, targets: dict[str, Any]) -> None:
-        """Fills tensors, and replaces None by values, in this process alone, whether it is one of several or not."""
-        planner = PlainPlanner()
-        planner.set_up_planner(targets, self.contents, is_coordinator=True)
-        self.set_up_storage_reader(self.contents, is_coordinator=True)
-        plan = self.prepare_local_plan(planner.create_local_plan())
-        (plan,) = self.prepare_global_plan(planner.create_global_plan([plan]))
-        self.read_data(planner.finish_plan(plan), planner).wait()
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        for index in {item.storage_index: None for item in plan.items}:
-            place = self.storage_data[index]
-            path = Path(self.path) / place.relative_path
-            with path.open("rb") as file:
-                file.seek(place.offset)
-                chunk = io.BytesIO(file.read(place.length))
-            verify(chunk, f"{path} ({index.fqn})")
-        return plan
+    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(targets, contents, is_coordinator=True)
+    plan = planner.create_local_plan()
+    for index in dict.fromkeys(item.storage_index for item in plan.items):
+        place = contents.storage_data[index]
+        with (path / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            verify(io.BytesIO(file.read(place.length)), f"{path / place.relative_path} ({index.fqn})")
+    reader = FileSystemReader(path)
+    reader.set_up_storage_reader(contents, is_coordinator=True)
+    reader.read_data(plan, planner).wait()
 
 
-class PlainPlanner(DefaultLoadPlanner):
-    """Reads values that are not tensors without running anything; for a state that is flat already."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+class _Planner(DefaultLoadPlanner):
+    """Reads values that are not tensors without running anything."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = load_stream(value)
 
 
-def _read_distributed(path: Path) -> Any:
-    """All that a checkpoint holds."""
-    reader = DirectoryReader(path)
-    content: dict[str, Any] = dict.fromkeys(reader.contents.state_dict_metadata)
-    for name, entry in reader.contents.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            content[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    reader.read_into(content)
-    return nested(content, reader.contents.planner_data or {})
-
-
 def nested(content: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> Any:
-    """The values at the paths that they had when they were saved; whole numbers in a path are places in a list."""
+    """The values at the paths that they had when they were saved; whole numbers in a path are places in a list.
+
+    Args:
+        content: values by name.
+        paths: the path of each name; a name without one is a path by itself.
+    """
     root: dict[Any, Any] = {}
     for name, value in content.items():
         *outer, last = paths.get(name, (name,))
@@ -178,5 +141,5 @@ def nested(content: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> 
 def _with_lists(value: Any) -> Any:
     if type(value) is not dict:
         return value
-    inside = {key: _with_lists(one) for key, one in value.items()}
+    inside = {key: _with_lists(part) for key, part in value.items()}
     return [inside[key] for key in sorted(inside)] if inside and all(type(key) is int for key in inside) else inside

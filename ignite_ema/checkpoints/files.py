@@ -4,7 +4,7 @@ import errno
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -18,21 +18,17 @@ __all__ = [
     "ForeignObject",
     "check_target",
     "compact",
-    "copied",
-    "is_dense",
     "kind_of",
     "load_file",
     "load_stream",
     "quoted",
-    "restricted_unpickler",
     "save_file",
     "size_of",
     "sync_directory",
+    "unpickled",
     "verify",
     "whole_file",
 ]
-
-Pair = tuple[str, str]  # a module, and a name in it
 
 
 def quoted(name: Any) -> str:
@@ -48,35 +44,22 @@ def kind_of(value: Any) -> str:
     return f"an object of the class '{kind.__module__}.{kind.__name__}'" if is_foreign else kind.__name__
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """True if the tensor is strided, not sparse or of another layout."""
-    return tensor.layout == torch.strided
-
-
-def _view_of(tensor: Tensor) -> Any:
-    """What two tensors have in common exactly if they are the same view of the same memory."""
-    if not is_dense(tensor) or tensor.is_meta:
-        return id(tensor)
-    place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-    return (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
-
-
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in memory of their own; tied tensors stay tied."""
-    views = {name: _view_of(value) for name, value in tensors.items()}
-    copies = {view: tensors[name].detach().clone() for view, name in {views[name]: name for name in tensors}.items()}
-    return {name: copies[view] for name, view in views.items()}
+def size_of(tensors: Mapping[str, Tensor]) -> int:
+    """The size of the dense tensors, in bytes."""
+    return sum(tensor.nbytes for tensor in tensors.values() if tensor.layout == torch.strided)
 
 
 def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the unused rest of their storages, all of which torch would save with each view."""
-    parts = {k: v for k, v in tensors.items() if is_dense(v) and v.untyped_storage().nbytes() != v.nbytes}
-    return {name: value.detach() for name, value in {**tensors, **copied(parts)}.items()}
-
-
-def size_of(tensors: Mapping[str, Tensor]) -> int:
-    """The size of the dense tensors, in bytes."""
-    return sum(tensor.nbytes for tensor in tensors.values() if is_dense(tensor))
+    """The tensors without the unused rest of their storages, all of which torch would save; tied ones stay tied."""
+    copies: dict[Any, Tensor] = {}
+    result = {name: value.detach() for name, value in tensors.items()}
+    for name, tensor in result.items():
+        if tensor.layout == torch.strided and tensor.untyped_storage().nbytes() != tensor.nbytes:
+            view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
+            if view not in copies:
+                copies[view] = tensor.clone()
+            result[name] = copies[view]
+    return result
 
 
 # --- reading ---
@@ -100,42 +83,17 @@ class ForeignObject(dict[Any, Any]):
     __setstate__ = append = extend = add = swallow
 
 
-def restricted_unpickler(
-    pairs: Collection[Pair], builders: Mapping[Pair, Callable[..., Any]] | None = None
-) -> type[pickle._Unpickler]:
-    """An unpickler that imports the given names only, and gives a fresh :class:`ForeignObject` class for any other.
-
-    Functions are handed out wrapped, so that a file cannot set attributes of the originals.
-
-    Args:
-        pairs: (module, name) of what may be imported.
-        builders: functions that take the place of what has these names.
-    """
-    replaced = builders or {}
-
-    # The one in Python: in C, a flipped bit in the index of a memo takes up to 64 GB of memory.
-    class RestrictedUnpickler(pickle._Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if (module, name) in replaced:
-                return partial(replaced[module, name])
-            if (module, name) in pairs:
-                for place in dict.fromkeys((module.replace("numpy.core", "numpy._core"), module)):
-                    with suppress(ImportError, AttributeError):  # numpy is missing, or older than 2
-                        found = super().find_class(place, name)
-                        is_function = callable(found) and not isinstance(found, type)
-                        return partial(found) if is_function else found
-            return type(name, (ForeignObject,), {"__module__": module})
-
-    return RestrictedUnpickler
-
-
 _PLAIN = ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "list", "set", "tuple")
 _REBUILDERS = ("tensor", "tensor_v2", "tensor_v3", "sparse_tensor", "meta_tensor_no_storage")
+_CONTENTS = ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta")
+_TENSORS = ("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")
 _NAMES: dict[str, tuple[str, ...]] = {
     "torch": ("Size", "device", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
     "torch._utils": tuple(f"_rebuild_{name}" for name in _REBUILDERS),
     "torch.serialization": ("_get_layout",),
     "torch.storage": ("UntypedStorage",),
+    "torch.distributed.checkpoint.metadata": (*_CONTENTS, *_TENSORS),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "builtins": (*_PLAIN, "int", "range", "str"),
     "__builtin__": (*_PLAIN, "long", "unicode", "xrange"),  # the names of Python 2, which protocol 2 writes
     "_codecs": ("encode",),  # bytes in protocol 2
@@ -144,34 +102,45 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "numpy": ("dtype", "ndarray"),
     **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), ("_reconstruct", "scalar")),
     **dict.fromkeys(("numpy.core.numeric", "numpy._core.numeric"), ("_frombuffer",)),
-}
-_BUILDERS: dict[Pair, Callable[..., Any]] = {
+}  # what a file may import: modules, and names in them
+_BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
     ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, kind, args, state: rebuild(*args),
-}
+}  # what takes the place of other names: parameters and tensors of other classes come back as plain tensors
+
+
+# The one in Python: in C, a flipped bit in the index of a memo takes up to 64 GB of memory.
+class _RestrictedUnpickler(pickle._Unpickler):
+    """Imports the names in the tables only, and gives a fresh :class:`ForeignObject` class for any other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _BUILDERS:
+            return partial(_BUILDERS[module, name])  # a file must not set attributes of functions
+        if name in _NAMES.get(module, ()):
+            for place in dict.fromkeys((module.replace("numpy.core", "numpy._core"), module)):
+                with suppress(ImportError, AttributeError):  # numpy is missing, or older than 2
+                    found = super().find_class(place, name)
+                    is_function = callable(found) and not isinstance(found, type)
+                    return partial(found) if is_function else found
+        return type(name, (ForeignObject,), {"__module__": module})
+
+
+def unpickled(file: IO[bytes], **options: Any) -> Any:
+    """What a pickle holds; runs nothing in it, and raises whatever a damaged one leads to."""
+    return _RestrictedUnpickler(file, **options).load()
 
 
 class _Pickle:
     """What ``torch.load`` takes as ``pickle_module``."""
 
-    Unpickler = restricted_unpickler({(module, name) for module, names in _NAMES.items() for name in names}, _BUILDERS)
-
-    @classmethod
-    def load(cls, file: IO[bytes], **options: Any) -> Any:
-        return cls.Unpickler(file, **options).load()
+    Unpickler = _RestrictedUnpickler
+    load = staticmethod(unpickled)
 
 
 def load_stream(stream: str | IO[bytes], *, mmap: bool = False) -> Any:
-    """What ``torch.save`` wrote, on the CPU, with nothing in it run; raises whatever a damaged stream leads to."""
+    """What ``torch.save`` wrote, on the CPU; runs nothing in it, and raises whatever a damaged stream leads to."""
     return torch.load(stream, map_location="cpu", mmap=mmap, pickle_module=_Pickle, weights_only=False)
-
-
-_OTHER_KINDS = {
-    b"version https://git-lfs": "is a pointer of Git LFS; get the file itself with git lfs pull",
-    b"<": "is an HTML page, as a download that needs a login leaves; download it again",
-}  # by their first bytes
-_DAMAGED = "cannot be read as such; it is of another kind, cut short or damaged, take another copy"
 
 
 def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
@@ -182,9 +151,9 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
     mapped to the file if its format allows: clone what should outlive a file that is overwritten in place.
 
     Args:
-        path: of the file.
-        verified: whether to verify the file first, see :func:`verify`. Safetensors and the files of torch before 1.6
-            have no checksums: what was changed in these goes unnoticed.
+        path: the file.
+        verified: whether to compare the file with its checksums first, at about the speed of the disk. Safetensors and
+            the files of torch before 1.6 have no checksums: changes in these go unnoticed.
 
     Raises:
         FileNotFoundError, ValueError: if it is no such file, or has changed since it was written.
@@ -192,48 +161,36 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
         RuntimeError: if torch is told to refuse all but ``weights_only=True``.
     """
     path = Path(path)
-    head = _head(path)
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
-        load = partial(_safetensors_for(path).load_file, path)
-    elif head.startswith(b"PK"):
-        if verified:
-            verify(path)
-        load = partial(load_stream, str(path), mmap=True)
-    else:
-        load = partial(load_stream, str(path))
-        for beginning, what in _OTHER_KINDS.items():
-            if head.lstrip().startswith(beginning):
-                raise _not_torch(path, what)
-    if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
-        raise RuntimeError(
-            "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, in which nothing is run "
-            "either way; unset it, or load the file with torch.load and pass the mapping."
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{quoted(path)} should be a file, but there is none; check the path, and name a file if it is a directory."
         )
+    with path.open("rb") as file:
+        head = file.read(9)
+    if path.suffix == ".safetensors" or head[8:] == b"{":
+        load = partial(_safetensors_for(path).load_file, path)
+    else:
+        load = partial(load_stream, str(path), mmap=head.startswith(b"PK"))
+        if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
+            raise RuntimeError(
+                "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, in which nothing is run "
+                "either way; unset it, or load the file with torch.load and pass the mapping."
+            )
+        if verified and head.startswith(b"PK"):
+            verify(path)
     try:
         return load()
     except OSError:
         raise
     except Exception as error:  # a damaged file can lead to nearly any, MemoryError too
-        raise _not_torch(path, _DAMAGED) from error
+        raise _unreadable(path) from error
 
 
-def _not_torch(what: Any, fault: str) -> ValueError:
-    return ValueError(f"{quoted(what)} should be a file that torch.save or safetensors wrote, but it {fault}.")
-
-
-def _head(path: Path) -> bytes:
-    """The first bytes of a file that is there, and not empty."""
-    if not path.exists():
-        raise FileNotFoundError(f"{quoted(path)} should be a file, but there is none; check the path.")
-    if path.is_dir():
-        raise ValueError(
-            f"{quoted(path)} should be a file, got a directory; name the file in it that holds the weights."
-        )
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head:
-        raise ValueError(f"{quoted(path)} should hold weights, but it is empty; take another checkpoint.")
-    return head
+def _unreadable(what: Any) -> ValueError:
+    return ValueError(
+        f"{quoted(what)} should be a file that torch.save or safetensors wrote, but it cannot be read as such. It is "
+        "damaged, cut short, or of another kind, such as TorchScript or a pointer of Git LFS; take another copy."
+    )
 
 
 def verify(file: Path | IO[bytes], name: str | None = None) -> None:
@@ -243,7 +200,7 @@ def verify(file: Path | IO[bytes], name: str | None = None) -> None:
 
     Args:
         file: a path, or a stream.
-        name: of the file, for messages.
+        name: the name of the file, for messages; None: its path.
 
     Raises:
         ValueError: if a byte has changed since the file was written, or it is no zip archive of tensors.
@@ -252,15 +209,16 @@ def verify(file: Path | IO[bytes], name: str | None = None) -> None:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             changed = archive.testzip() if any(entry.CRC for entry in entries) else None
-    except Exception as error:  # see above
-        raise _not_torch(name or file, _DAMAGED) from error
-    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise _not_torch(name or file, "is a TorchScript archive; save the state_dict() of the module instead")
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # torch would read other numbers
-        raise _not_torch(name or file, "was compressed; unzip it, and zip it again without compression")
+    except Exception as error:  # as in load_file
+        raise _unreadable(name or file) from error
+    # torch would hand a TorchScript archive to another reader, and take compressed bytes for numbers.
+    if any(one.filename.endswith("/constants.pkl") or one.compress_type != zipfile.ZIP_STORED for one in entries):
+        raise _unreadable(name or file)
     if changed:
-        fault = f"has changed since: the checksum of its entry {quoted(changed)} differs; take another copy"
-        raise _not_torch(name or file, fault)
+        raise ValueError(
+            f"{quoted(name or file)} should be as it was written, but has changed since: the checksum of its entry "
+            f"{quoted(changed)} differs; take another copy."
+        )
 
 
 def _safetensors_for(path: Path) -> Any:
@@ -282,13 +240,13 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
     """Writes a plain state dict, as ``torch.save`` (``.pt``, ``.pth``) or as ``.safetensors``.
 
     The file appears at once and whole: it is written beside its place, synced and renamed. If ``path`` is a link, the
-    file that it points to is written. Tied tensors stay tied in a torch file; safetensors knows no ties and gets a
-    copy for each name.
+    file that it points to is written. Tied tensors stay tied in a torch file; safetensors has no ties and stores a copy
+    for each name.
 
     Args:
         tensors: a mapping from names to tensors.
-        path: the file to write; its suffix decides about the format.
-        force: whether to overwrite a file.
+        path: the file to write; its suffix says which format.
+        force: whether to overwrite a file that exists.
 
     Raises:
         FileExistsError: if there is a file already and ``force`` is False.
@@ -301,7 +259,6 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
             f"tensors should be a mapping from names to tensors, got {type(tensors).__name__}; pass the state_dict() "
             "of a module."
         )
-    check_target(path, force=force)
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"'{name}' should be a tensor, got {type(value).__name__}; take it out.")
@@ -309,46 +266,33 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
             raise ValueError(f"'{name}' should have values, got a tensor on the meta device; load its values first.")
     safetensors = _safetensors_for(path) if path.suffix == ".safetensors" else None
     with whole_file(path, force=force) as temporary:
-        if safetensors:
-            safetensors.save_file(_alone(tensors), temporary, metadata={"format": "pt"})
+        if safetensors:  # takes no two tensors that share memory
+            alone = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+            safetensors.save_file(alone, temporary, metadata={"format": "pt"})
         else:
             with temporary.open("wb") as file:  # torch does not say why it could not write to a path
                 torch.save(compact(tensors), file)
 
 
-def _alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in contiguous memory, which no two of them share."""
-    known: set[int] = set()
-    result = {}
-    for name, value in tensors.items():
-        tensor = value.detach().contiguous()
-        place = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if place in known else tensor
-        known.add(place)
-    return result
-
-
 def check_target(path: Path, *, force: bool) -> None:
     """Raises as :func:`save_file` does if ``path`` cannot be its target."""
     if path.suffix not in _SUFFIXES:
-        raise ValueError(
-            f"{str(path)!r} should end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; choose one of them."
+        raise ValueError(f"{str(path)!r} should end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; rename it.")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(path)!r} should be a file in a folder that exists; make the folder, or choose another name."
         )
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} should be a file, got a directory; name a file in it.")
     if path.exists() and not force:
         raise FileExistsError(
             f"{str(path)!r} exists already; choose another name, or overwrite it with force (--force)."
         )
-    if not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"{str(path)!r} should be in a folder that exists, but there is none; make it first.")
 
 
 @contextmanager
 def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
-    """Gives an empty file to write to, which becomes ``path`` when the block ends; then it is on the disk.
+    """Gives an empty file to write to, which becomes ``path`` when the block ends, and is on the disk then.
 
-    Raises as :func:`save_file` does; nothing is left behind then.
+    Raises as :func:`save_file` does, and leaves nothing behind then.
     """
     check_target(path, force=force)
     target = path.resolve()
@@ -373,7 +317,7 @@ def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Waits until renames in a directory are on the disk, if the file system can say so."""
+    """Syncs a directory, so that renames in it are on the disk, if its file system can do so."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
         try:

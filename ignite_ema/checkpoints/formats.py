@@ -1,17 +1,17 @@
 """The formats of other systems; `detection` searches a file for them.
 
-Each system has one function here that recognises its format in a mapping, and a row in one table. What these formats
-are was read in the systems' sources, which the functions name; nothing of them is needed to read their files.
+Each system has one function here, which recognizes its format in a mapping. The formats were read in the systems'
+sources, which the functions name; none of these systems is needed to read its files.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from ..averaging.state import STATE_VERSION
-from .files import kind_of, quoted
+from .files import quoted
 
 __all__ = ["FORMATS", "Found", "Names", "State", "Tensors", "within"]
 
@@ -22,13 +22,16 @@ Names: TypeAlias = nn.Module | Mapping[str, Tensor] | None
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """An average as it lies in the file, unchecked; lists have no names yet.
+    """An average as it lies in the file, unchecked.
 
     Attributes:
+        system: the name of the system whose format it is.
+        tensors: the averaged tensors, by name or in a list.
+        online: the raw weights that the format has beside them.
+        num_updates: the number of updates of the average, if the format says so.
         path: the keys that lead to it.
-        parent: the mapping in which it is, or is part of, an entry, and ``entry`` the key there.
         frozen: names that the average lacks, because it shares these tensors with the model.
-        rank: only what has the lowest is considered: 0 for a layout that only an average has, 1 for a name.
+        rank: 0 for a layout that only an average has, 1 for a name. Only averages of the lowest rank are considered.
         note: what helps to choose between this and others.
     """
 
@@ -37,8 +40,6 @@ class Found:
     online: Tensors | None = None
     num_updates: int | None = None
     path: tuple[str, ...] = ()
-    parent: State = field(default_factory=dict)
-    entry: str = ""
     frozen: tuple[str, ...] = ()
     rank: int = 0
     note: str = ""
@@ -51,36 +52,31 @@ class Found:
         return key in {self.label, self.path[-1] if self.path else "", self.system}
 
 
-# Each of these gets a mapping, and gives the averages that it holds in the layout of one system.
+# Each of these takes a mapping, and gives the averages that it holds in the layout of one system.
 
 
 def _ignite_ema(state: State) -> Iterator[Found]:
-    """The state of our handler: averaged tensors, and for each name of a ``state_dict`` that of its averaged tensor.
+    """The state of our handler: the averaged tensors, and which of them each name of the ``state_dict`` stands for.
 
-    A name whose averaged tensor is not there belongs to a frozen tensor that the average shared with the model.
+    A name without an averaged tensor belongs to a frozen tensor that the average shared with the model.
     """
-    if "ignite_ema_version" not in state or "averaged_tensors" not in state:
+    if "ignite_ema_version" not in state or not _has_states(state, "averaged_tensors", "state_dict_names"):
         return
-    tensors, names, version = (state.get(k) for k in ("averaged_tensors", "state_dict_names", "ignite_ema_version"))
-    if version != STATE_VERSION:
+    if (version := state["ignite_ema_version"]) != STATE_VERSION:
         raise ValueError(
             f"'ignite_ema_version' of the state of an EMAHandler should be {STATE_VERSION}, got {quoted(version)}; "
             "read it with the ignite_ema that wrote it."
         )
-    if not isinstance(tensors, Mapping) or not isinstance(names, Mapping):
-        raise ValueError(
-            "'averaged_tensors' and 'state_dict_names' of the state of an EMAHandler should be mappings, got "
-            f"{kind_of(tensors)} and {kind_of(names)}; take another checkpoint."
-        )
+    tensors, names = state["averaged_tensors"], state["state_dict_names"]
     named = {name: tensors[averaged] for name, averaged in names.items() if averaged in tensors}
     frozen = tuple(name for name in names if name not in named)
     yield Found("ignite_ema", named, None, _count(state, "num_updates"), frozen=frozen)
 
 
 def _mmengine(state: State) -> Iterator[Found]:
-    """``EMAHook.before_save_checkpoint`` swaps: the average is in ``state_dict``, the raw weights in the ema field.
+    """``EMAHook.before_save_checkpoint`` swaps: the average is in ``state_dict``, the raw weights in the other entry.
 
-    The field is the state of its ``BaseAveragedModel``. Scripts that do not swap have other names in theirs.
+    That entry is the state of its ``BaseAveragedModel``. Scripts that do not swap have other names in theirs.
     """
     parts = ("state_dict", "ema_state_dict")
     if _has_states(state, *parts):
@@ -90,7 +86,7 @@ def _mmengine(state: State) -> Iterator[Found]:
 
 
 def _timm(state: State) -> Iterator[Found]:
-    """What ``CheckpointSaver`` writes, both parts without wrappers."""
+    """What ``CheckpointSaver`` writes: average and model, both without wrappers."""
     if _has_states(state, "state_dict_ema"):
         raw = state["state_dict"] if _has_states(state, "state_dict") else None
         yield Found("timm", state["state_dict_ema"], raw, path=("state_dict_ema",))
@@ -114,7 +110,7 @@ def _lightning(state: State) -> Iterator[Found]:
             path = ("callbacks", str(name), "average_model_state")
             note = "the average, with the buffers from before training, such as running_mean"
             yield Found("Lightning", callback[path[-1]], state["state_dict"], count, path, note=note)
-            note = "raw weights, or the average where training has ended"
+            note = "raw weights, or the average if training has ended"
             yield Found("plain", state["state_dict"], path=("state_dict",), note=note)
 
 
@@ -139,7 +135,7 @@ def _diffusers(state: State) -> Iterator[Found]:
 
 
 def _torch_ema(state: State) -> Iterator[Found]:
-    """The state of ``torch_ema.ExponentialMovingAverage``, which may be saved while it has the raw weights put by."""
+    """The state of ``torch_ema.ExponentialMovingAverage``, which may have the raw weights stored in it."""
     shadow, raw = state.get("shadow_params"), state.get("collected_params")
     if isinstance(shadow, list) and "num_updates" in state:
         online = raw if isinstance(raw, list) and len(raw) == len(shadow) else None
@@ -147,11 +143,11 @@ def _torch_ema(state: State) -> Iterator[Found]:
 
 
 def _mmcv(state: State) -> Iterator[Found]:
-    """Buffers ``ema_<name>`` with underscores for dots, beside the model's own names.
+    """Buffers ``ema_<name>``, with underscores instead of dots, beside the model's own names.
 
     ``EMAHook`` (mmcv 1.x, ``mmcv/runner/hooks/ema.py``) and ``BaseEMAHook`` (mmdetection 2.x,
     ``mmdet/core/hook/ema.py``) swap in ``after_train_epoch``, ahead of the ``CheckpointHook``, and back in
-    ``before_train_epoch``. ``IterBasedRunner`` calls neither. The file does not say which of both saved it.
+    ``before_train_epoch``. ``IterBasedRunner`` calls neither. The file does not say which runner saved it.
     """
     buffers = {name for name in state if str(name).startswith("ema_") and "." not in name}
     own = {name: value for name, value in state.items() if name not in buffers}
@@ -159,7 +155,7 @@ def _mmcv(state: State) -> Iterator[Found]:
     if not buffers or not all(name in partners and _fit(own[partners[name]], state[name]) for name in buffers):
         return
     other = own | {partners[name]: state[name] for name in buffers}
-    note = "the average where the file was saved"
+    note = "the average if the file was saved"
     yield Found("mmcv", own, other, path=("model",), note=f"{note} at the end of an epoch")
     yield Found("mmcv", other, own, path=("ema_",), note=f"{note} within one, or by an IterBasedRunner")
 
@@ -174,20 +170,14 @@ def _mmagic(state: State) -> Iterator[Found]:
     ``ExponentialMovingAverageHook`` (mmgen, ``mmgen/core/hooks/ema_hook.py``) and ``BaseGAN`` (mmagic,
     ``mmagic/models/base_models/base_gan.py``) never swap.
     """
-    submodules: dict[str, dict[str, Any]] = {}
-    for name, value in state.items():
-        head, dot, rest = str(name).partition(".")
-        if dot:
-            submodules.setdefault(head, {})[rest] = value
-    for head, twin in submodules.items():
-        online = submodules.get(head.removesuffix("_ema"))
-        if not head.endswith("_ema") or online is None:
-            continue
+    heads = dict.fromkeys(str(name).partition(".")[0] for name in state)
+    for head in (head for head in heads if head.endswith("_ema")):
+        twin, online = within(state, f"{head}."), within(state, f"{head.removesuffix('_ema')}.")
         if "steps" in twin and len(inner := within(twin, "module.")) == len(twin) - 1:
             twin = inner
         if online.keys() != twin.keys():  # DDP around a part of the model
             online = within(online, "module.")
-        if online.keys() == twin.keys():
+        if twin and online.keys() == twin.keys():
             yield Found("mmagic", twin, online, path=(head,), rank=1)
 
 

@@ -1,7 +1,8 @@
 """Averaged weights out of the files of other systems, as a plain ``state_dict`` under the model's own names."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..averaging.checks import listed
 from .detection import covers, find, plain_name, raw_beside
-from .files import ForeignObject, copied, kind_of, load_file, quoted, size_of
+from .files import ForeignObject, kind_of, load_file, quoted, size_of
 from .formats import Found, Names, State, Tensors, within
 
 __all__ = ["Averaged", "SeveralAverages", "Source", "averaged_state_dict", "read", "read_part"]
@@ -25,14 +26,13 @@ class Averaged:
     """Averaged weights, and what else a file says about them.
 
     Attributes:
-        system: whose format it is: "ignite_ema", "Ignite", "torch AveragedModel", "timm", "Lightning", "mmengine",
-            "mmcv" (and mmdetection 2), "mmagic" (and mmgen), "diffusers", "ema-pytorch", "torch_ema", or "plain" for
-            a state dict without any average.
-        tensors: the averaged weights under the model's own names: of a file in memory of their own, of a mapping not
-            copied.
-        online: the raw weights of the same names, if the file has them.
-        num_updates: how many updates the average has behind it, if the file states just that. The counts of mmengine
-            (``steps``) and ema-pytorch (``step``) are of calls, only some of which update: None.
+        system: the system whose format it is: "ignite_ema", "Ignite", "torch AveragedModel", "timm", "Lightning",
+            "mmengine", "mmcv" (and mmdetection 2), "mmagic" (and mmgen), "diffusers", "ema-pytorch", "torch_ema", or
+            "plain" for a state dict without any average.
+        tensors: the averaged weights under the model's own names; copies if the source is a file.
+        online: the raw weights under the same names, if the file has them.
+        num_updates: the number of updates of the average, None if the file does not say. mmengine (``steps``) and
+            ema-pytorch (``step``) count calls, only some of which update.
         entry: the keys that lead to the weights, joined by dots; empty if they are all that the source holds.
     """
 
@@ -45,10 +45,8 @@ class Averaged:
     def __repr__(self) -> str:
         raw = "no raw weights" if self.online is None else "raw weights"
         count = "unknown" if self.num_updates is None else self.num_updates
-        return (
-            f"Averaged({self.system}, {len(self.tensors)} tensors, {size_of(self.tensors) / 2**20:.3f} MiB, {raw}, "
-            f"num_updates={count})"
-        )
+        size = f"{len(self.tensors)} tensors, {size_of(self.tensors) / 2**20:.3f} MiB"
+        return f"Averaged({self.system}, {size}, {raw}, num_updates={count})"
 
 
 class SeveralAverages(ValueError):
@@ -75,38 +73,38 @@ def read(
 ) -> Averaged:
     """The averaged weights in a checkpoint of this or another system.
 
+    The formats of the systems come first, then entries with "ema" or the like in their names. A file without a known
+    average gives its plain weights. If several averages, or several entries that fit one model, are found, choose one
+    with ``key``; the message lists them.
+
     ``_orig_mod.`` (of ``torch.compile``) is taken out of all names; ``module.`` only if the format itself puts it
     there, or with ``strip_prefix``: the names of a bare timm ``ModelEmaV3`` look like those of a wrapped model. Extra
     state (``_extra_state``) that is not a tensor is left out. diffusers and torch_ema keep parameters only, no buffers.
 
-    The formats of the systems come first, then entries with "ema" or the like in their names. If a file holds several
-    averages of a kind, ``key`` has to choose, and the message lists them. A file without a known average gives its
-    plain weights; if several entries fit one model, the choice has to be made, too.
-
     mmcv and mmdetection 2 swap at the end of an epoch: ``key="model"`` is the average then. In a file that was saved
-    within an epoch, or by an ``IterBasedRunner``, it is the other way round: ``key="ema_"`` takes the average from the
-    ``ema_`` buffers. The file does not say which, so that the choice has to be made.
+    within an epoch, or by an ``IterBasedRunner``, it is the other way around: ``key="ema_"`` takes the average from the
+    ``ema_`` buffers. The file does not say which, so you have to choose.
 
-    An average of ``share_frozen=True`` lacks the frozen tensors. They are taken from the raw weights in the same file,
-    or from ``base``.
+    An average made with ``share_frozen=True`` lacks the frozen tensors. They are taken from the raw weights in the same
+    file, or from ``base``.
 
     Nothing in a file runs. A file of ``torch.save`` is verified by the checksums in it; safetensors has none.
 
     Args:
-        source: a path, or what was loaded from one. The path may be of a directory: of ``save_pretrained``, with one or
-            several ``.safetensors`` or ``.bin`` files, of ``ShardedSaver`` or any of torch.distributed.checkpoint,
+        source: a path, or what was loaded from one. The path may be that of a directory: of ``save_pretrained``, with
+            one or several ``.safetensors`` or ``.bin`` files, or of ``ShardedSaver`` or torch.distributed.checkpoint,
             which is loaded as a whole, in one process.
-        key: chooses among several averages: the last part of an entry's path, such as "generator_ema", the whole path,
+        key: which of several averages: the last part of an entry's path, such as "generator_ema", the whole path,
             joined by dots, or the name of a system.
         names: for lists without names (diffusers, torch_ema), the model, or a mapping from its names to its
             parameters, in their order; the number and each shape have to agree. Unused for all other formats.
-        base: what has the tensors that the average lacks, such as frozen ones and buffers: a model, a state dict, or a
-            file of one.
-        strip_prefix: what begins all names of the average and is taken off them, such as "module.".
+        base: a model, a state dict, or a file of one, with the tensors that the average lacks, such as frozen ones and
+            buffers.
+        strip_prefix: a prefix of all names of the average, which is taken off them, such as "module.".
 
     Raises:
         TypeError, ValueError, FileNotFoundError: if nothing is recognized, or several averages are, or a list has no
-            names, or the average has no tensors, or tensors without values; says what was found and the way out.
+            names, or the average has no tensors, or tensors without values.
 
     Examples:
         >>> import torch
@@ -123,9 +121,9 @@ def read(
             f"The average in {_named_source(source)} should have all tensors of its model, but it shared {len(lacks)} "
             f"frozen ones with it, {listed(lacks)}; pass the model, or its file, as base (--base FILE)."
         )
-    if not isinstance(source, (str, os.PathLike)):
+    if isinstance(source, Mapping):
         return found
-    return replace(found, tensors=copied(found.tensors), online=found.online and copied(found.online))
+    return replace(found, tensors=deepcopy(found.tensors), online=deepcopy(found.online))
 
 
 def averaged_state_dict(
@@ -136,7 +134,14 @@ def averaged_state_dict(
     base: Base = None,
     strip_prefix: str | None = None,
 ) -> dict[str, Tensor]:
-    """The averaged weights alone, ready for ``model.load_state_dict``; see :func:`read`.
+    """The averaged weights alone, ready for ``model.load_state_dict``.
+
+    Args:
+        source: a path, or what was loaded from one, as for :func:`read`.
+        key: which of several averages. Plain weights have to be chosen with it.
+        names: the model, or its parameters by name, for lists without names.
+        base: a model, a state dict, or a file of one, with the tensors that the average lacks.
+        strip_prefix: a prefix of all names, which is taken off them.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as :func:`read`, and if there are plain weights alone and ``key`` does
@@ -173,23 +178,34 @@ def read_part(
     return replace(averaged, tensors=averaged.tensors | added, online=None), []
 
 
-def _read(source: Source, key: str | None, names: Names, where: str) -> tuple[Averaged, Sequence[str]]:
+def _read(source: Source, key: str | None, names: Names, where: str) -> tuple[Averaged, tuple[str, ...]]:
     """What a source itself has of an average, still mapped to the file, and the names of all frozen tensors."""
-    found = _chosen(_found(_content(source), where), key, where)
-    return _averaged(found, names, where), found.frozen
+    content = _content(source, where)
+    found = _chosen(content, key, where)
+    tensors = _cleaned(_with_names(found, found.tensors, names, where), where)
+    beside = raw_beside(tensors, found.path, content) if found.online is None else found.online
+    raw = {plain_name(name): value for name, value in _with_names(found, beside or {}, names, where).items()}
+    if frozen := {name: raw[name] for name in found.frozen if name in raw}:
+        tensors |= _cleaned(frozen, where)
+    is_whole = covers(raw, tensors) and not any(raw[name].is_meta for name in tensors)
+    online = _cleaned({name: raw[name] for name in tensors}, where) if is_whole else None
+    return Averaged(found.system, tensors, online, found.num_updates, ".".join(found.path)), found.frozen
 
 
-def _content(source: Source) -> Any:
-    if not isinstance(source, (str, os.PathLike)):
-        return source
-    if Path(source).is_dir():
-        from .directories import read_directory  # torch.distributed takes a while to import
-
-        return read_directory(Path(source))
-    return load_file(source)
+def _named_source(source: Source) -> str:
+    return quoted(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "source"
 
 
-def _found(content: Any, where: str) -> list[Found]:
+def _content(source: Source, where: str) -> State:
+    """The mapping that a source is, or holds."""
+    content: Any = source
+    if isinstance(source, (str, os.PathLike)):
+        if Path(source).is_dir():
+            from .directories import read_directory  # torch.distributed takes a while to import
+
+            content = read_directory(Path(source))
+        else:
+            content = load_file(source)
     if not isinstance(content, Mapping) or (isinstance(content, ForeignObject) and not content):
         raise TypeError(
             f"{where} should be, or hold, a mapping such as a state dict, got {kind_of(content)}; pass the "
@@ -200,6 +216,11 @@ def _found(content: Any, where: str) -> list[Found]:
             f"{where} should hold an average by itself, but it is a snapshot of a PostHocEMA; rebuild an average "
             "from its directory with posthoc.reconstruct (ignite-ema reconstruct DIR)."
         )
+    return content
+
+
+def _chosen(content: State, key: str | None, where: str) -> Found:
+    """The average of the lowest rank among those that answer to the key."""
     found = find(content)
     if not found:
         kinds = _enumerated(f"{quoted(name)} ({kind_of(value)})" for name, value in content.items())
@@ -207,15 +228,6 @@ def _found(content: Any, where: str) -> list[Found]:
             f"{where} should hold averaged weights or a state dict, but has {kinds or 'nothing'}. Load it and pass the "
             "part that is a state dict, tensors by their names."
         )
-    return found
-
-
-def _named_source(source: Source) -> str:
-    return quoted(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "source"
-
-
-def _chosen(found: list[Found], key: str | None, where: str) -> Found:
-    """The average of the lowest rank among those that answer to the key."""
     chosen = [average for average in found if key is None or average.answers_to(key)]
     if not chosen:
         raise ValueError(f"key should be one of {_shown(found)} in {where}, got {quoted(key)}.")
@@ -235,44 +247,24 @@ def _enumerated(parts: Iterable[str]) -> str:
     return ", ".join(shown[:_MOST_SHOWN] + [f"… ({len(shown)} in all)"] * (len(shown) > _MOST_SHOWN))
 
 
-def _averaged(found: Found, names: Names, where: str) -> Averaged:
-    tensors = _cleaned(_with_names(found, found.tensors, names, where), where)
-    if (online := found.online) is None:
-        online = raw_beside(tensors, found)
-    online = None if online is None else _with_names(found, online, names, where)
-    raw = {plain_name(name): value for name, value in (online or {}).items()}
-    frozen = {name: raw[name] for name in found.frozen if name in raw}
-    tensors |= _cleaned(frozen, where) if frozen else {}
-    is_whole = covers(raw, tensors) and not any(raw[name].is_meta for name in tensors)
-    online = _cleaned({name: raw[name] for name in tensors}, where) if is_whole else None
-    return Averaged(found.system, tensors, online, found.num_updates, ".".join(found.path))
-
-
 def _with_names(found: Found, tensors: Tensors, names: Names, where: str) -> State:
     """The tensors under their names, which for a list have to come from outside."""
     if isinstance(tensors, Mapping):
         return tensors
-    if names is None:
-        raise ValueError(
-            f"{where} holds a list of {len(tensors)} tensors without names, as {found.system} saves them; pass the "
-            "model, or its dict(model.named_parameters()), as names (on the command line: --names FILE, a file of "
-            "that mapping)."
-        )
     if not isinstance(names, (nn.Module, Mapping)):
-        raise TypeError(
-            f"names should be a model, or a mapping from names to its parameters, got {kind_of(names)}; pass "
-            "dict(model.named_parameters())."
+        raise ValueError(
+            f"{where} holds a list of {len(tensors)} tensors without names, as {found.system} saves them; names should "
+            f"be the model, or its dict(model.named_parameters()), got {kind_of(names)} (on the command line: --names "
+            "FILE, a file of that mapping)."
         )
     known = dict(names.named_parameters() if isinstance(names, nn.Module) else names)
-    pairs = zip(known.items(), tensors, strict=False)
-    other = next((key for (key, one), two in pairs if getattr(one, "shape", None) != getattr(two, "shape", None)), None)
-    if other is not None or len(known) != len(tensors):
-        got = len(known) if len(known) != len(tensors) else f"another shape for {quoted(other)}"
+    named = dict(zip(known, tensors, strict=False))
+    if len(known) != len(tensors) or (named and not covers(known, named)):
         raise ValueError(
-            f"names should be of the {len(tensors)} tensors that {found.system} has in {where}, in their order, got "
-            f"{got}; pass dict(model.named_parameters()) of the model that was averaged."
+            f"names should name the {len(tensors)} tensors that {found.system} has in {where}, in their order, got "
+            f"{len(known)}, or other shapes; pass dict(model.named_parameters()) of the model that was averaged."
         )
-    return dict(zip(known, tensors, strict=True))
+    return named
 
 
 def _cleaned(state: State, where: str) -> dict[str, Tensor]:

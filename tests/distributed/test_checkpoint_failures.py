@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ignite.handlers.checkpoint import Checkpoint
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.optim import SGD
 
 from ignite_ema import EMAHandler, distributed
@@ -61,9 +61,9 @@ SAVING = {
     "removes": (distributed, "_remove"),
 }
 LOADING = {
-    "opens": (distributed, "DirectoryReader"),
+    "opens": (distributed, "read_contents"),
     "checks": (directories, "verify"),
-    "reads": (directories.DirectoryReader, "read_data"),
+    "reads": (FileSystemReader, "read_data"),
     "fills": (Checkpoint, "load_objects"),
 }
 SAVES = [

@@ -256,12 +256,6 @@ def test_an_optimizer_that_has_stepped_goes_back_to_one_that_has_not(tmp_path):
     assert small.optimizer.state_dict()["state"] == {}
 
 
-def test_a_model_that_averages_is_not_loaded_into(tmp_path):
-    small, path = Small(), Small().save(tmp_path)
-    with small.handler.swapped(), pytest.raises(RuntimeError, match=r"load it outside of swapped\(\)"):
-        load_objects(small.objects, path)
-
-
 # The stages of a pipeline: a part of a model on each rank, with a handler and an optimizer of its own
 
 

@@ -32,8 +32,8 @@ def test_wrong_usage(arguments, command):
 def test_help(name, command):
     code, text, _ = command(*([name] if name else []), "--help")
     assert code == 0
-    assert "examples:\n  ignite-ema " in text
-    assert "exit codes:\n  0  done\n  1  a file cannot be read" in text
+    assert "Examples:\n  ignite-ema " in text
+    assert "Exit codes:\n  0  done\n  1  a file cannot be read" in text
     assert text.isascii()  # or a terminal that is not UTF-8 could not show it
     assert max(map(len, text.splitlines())) <= 100
     for line in text.splitlines():
