@@ -279,9 +279,7 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str])
         RuntimeError: on all ranks, if the model of a handler holds averaged weights (``swapped``).
     """
     path = on_first_rank(lambda: _found(Path(checkpoint)))
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # that Ignite's Checkpoint unwraps
-    inner = {name: value.module if isinstance(value, wrappers) else value for name, value in to_load.items()}
-    states = on_all_ranks(lambda: {name: value.state_dict() for name, value in inner.items()})
+    states = on_all_ranks(lambda: _current(to_load))
     names = [_text(at) for at in _leaves(states)]
     others = set().union(*_gathered(names)).difference(names)
     contents = on_all_ranks(lambda: read_contents(path))
@@ -289,6 +287,18 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str])
         lambda: {name: _read(name, value, states[name], others, path, contents) for name, value in to_load.items()}
     )
     on_all_ranks(lambda: Checkpoint.load_objects(dict(to_load), loaded))
+
+
+def _current(to_load: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of the objects, before anything is loaded."""
+    for name, value in to_load.items():
+        if isinstance(value, EMAHandler) and value.average.is_swapped():
+            raise RuntimeError(
+                f"'{name}' should not be loaded while the model holds averaged weights; load it outside of swapped()."
+            )
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # that Ignite's Checkpoint unwraps
+    inner = {name: value.module if isinstance(value, wrappers) else value for name, value in to_load.items()}
+    return {name: value.state_dict() for name, value in inner.items()}
 
 
 def _found(path: Path) -> Path:

@@ -431,7 +431,7 @@ class ModelAverage:
         check_average_state(state)
         if self.schedule is not None:
             scheduled(self.schedule, state["num_updates"])  # raises before anything has changed
-        self._fill(pairing, fitting_tensors(pairing, state, complete=True))
+        self._fill(pairing, fitting_tensors(pairing, state, complete=True)[0])
         self._num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
         self._initial_share = state["initial_share"]
         saved, own = state["momentum_schedule"], None if self.schedule is None else described(self.schedule)
@@ -463,14 +463,14 @@ class ModelAverage:
             )
         saved = source.get("num_updates") if "averaged_tensors" in source else None
         count = self._count_after_load(saved if num_updates is None else num_updates)
-        values = fitting_tensors(pairing, source, strict=strict)
+        values, unequal = fitting_tensors(pairing, source, strict=strict)
         rest = {} if strict else {slot.name: slot.online.get() for slot in missing_slots(pairing, values)}
         self._fill(pairing, {**values, **rest})
-        self._num_updates, self._initial_share = count, math.nan if rest else 0.0
-        if rest:
+        self._num_updates, self._initial_share = count, math.nan if rest or unequal else 0.0
+        if rest or unequal:
             warn_user(
-                f"{listed(rest)} started from the model, since the loaded weights have nothing that fits; "
-                f"{counted(len(values), 'tensor')} were loaded."
+                f"{listed([*rest, *unequal])} started from the model, since the loaded weights have nothing that fits, "
+                f"or the parameter is frozen and shared; {counted(len(values), 'tensor')} were loaded."
             )
 
     def _count_after_load(self, count: int | None) -> int:

@@ -127,8 +127,9 @@ class Pairing:
         self._fsdp_modules = [*fsdp_modules(online), *fsdp_modules(averaged)]
         reshard(self._fsdp_modules)
         self._narrow = narrow
-        with _followed_buffers(online, averaged, treatment_of, may_clear=before is not None):
-            ours, theirs = places_of(online), places_of(averaged)
+        ours = places_of(online)
+        with _followed_buffers(online, averaged, ours, treatment_of, may_clear=before is not None):
+            theirs = places_of(averaged)
             _check_names(ours, theirs, treatment_of)
             once_shared = {} if before is None else before._once_shared
             followed = {name for name, place in theirs.items() if id(place.get()) in once_shared}
@@ -290,7 +291,11 @@ def replace(place: Place, source: Tensor) -> None:
 
 @contextmanager
 def _followed_buffers(
-    online: nn.Module, averaged: nn.Module, treatment_of: Callable[[str], Treatment], may_clear: bool
+    online: nn.Module,
+    averaged: nn.Module,
+    ours: dict[str, Place],
+    treatment_of: Callable[[str], Treatment],
+    may_clear: bool,
 ) -> Iterator[None]:
     """Gives the twin the buffers that the model has got, such as a cache, and clears those that it no longer has.
 
@@ -308,17 +313,25 @@ def _followed_buffers(
         for key, value in module._parameters.items()
         if value is not None and (its := twin._parameters.get(key)) is not None
     }
+    is_saved = {(id(place.table), place.key): place.is_saved for place in ours.values()}
     before = [(twin._buffers, dict(twin._buffers)) for _, _, twin in pairs]
+    copies = {
+        id(buffer): own
+        for _, module, twin in pairs
+        for key, buffer in module._buffers.items()
+        if (own := twin._buffers.get(key)) is not None
+    }
     for path, module, twin in pairs:
         for key in {**module._buffers, **twin._buffers}:
             buffer, own = module._buffers.get(key), twin._buffers.get(key)
             if (buffer is None) == (own is None) or treatment_of(path + key) == "keep":
                 continue
             if buffer is not None:
-                kind = kinds.get((buffer.device, buffer.dtype), (buffer.device, buffer.dtype))
-                with torch.inference_mode(False), torch.no_grad():
-                    twin._buffers[key] = buffer.to(*kind, copy=True)
-                twin._non_persistent_buffers_set |= module._non_persistent_buffers_set & {key}
+                if id(buffer) not in copies:
+                    kind = kinds.get((buffer.device, buffer.dtype), (buffer.device, buffer.dtype))
+                    with torch.inference_mode(False), torch.no_grad():
+                        copies[id(buffer)] = buffer.to(*kind, copy=True)
+                twin.register_buffer(key, copies[id(buffer)], persistent=is_saved[id(module._buffers), key])
             elif may_clear:
                 twin._buffers[key] = None
     try:

@@ -1,5 +1,6 @@
 """The saved form of an average, and what may be loaded into a twin: checked before anything changes."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ AVERAGE_STATE: dict[str, type | tuple[type, ...]] = {
     "averaged_tensors": Mapping,
     "state_dict_names": Mapping,
 }
+_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")  # of DistributedDataParallel and torch.compile
 _AS_THEN = "Build the model, and freeze and share its parameters, as they were then. "
 _ANOTHER_MODEL = "Start from what fits with load_averaged(state, strict=False)."
 _OTHER_NAMES = "No name fits: take off the prefix if the names have one, or pass a state_dict of the model."
@@ -77,7 +79,7 @@ def check_average_state(
 
 def fitting_tensors(
     pairing: Pairing, source: Mapping[str, Any], *, strict: bool = True, complete: bool = False
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a state of an average, or of the plain ``state_dict`` of a model, for the twin, by first name.
 
     Args:
@@ -86,12 +88,16 @@ def fitting_tensors(
         strict: whether all have to be there and fit.
         complete: whether the buffers have to be there, too; without, parameters alone will do.
 
+    Returns:
+        The tensors, and the names of shared parameters that have other values in the model, if ``strict`` is False.
+
     Raises:
         ValueError: if they should fit and do not, or if nothing fits.
     """
     slots = {slot.name: slot for slot in pairing.slots}
     shared = {slot.name: slot for slot in pairing.shared}
     found: dict[str, Tensor] = {}
+    unequal: list[str] = []
     plain = _plain(source, pairing.first_names)
     for name, value in plain.items():
         first = pairing.first_names.get(name)
@@ -112,7 +118,9 @@ def fitting_tensors(
         except ValueError:
             if strict:
                 raise
-    if not found and slots and not complete:
+            if first in shared:
+                unequal.append(name)
+    if not found and not unequal and slots and not complete:
         raise ValueError(
             "The loaded weights should have tensors of this model, but none fits by name and shape. Pass a state_dict "
             "of the model."
@@ -122,7 +130,7 @@ def fitting_tensors(
             f"The averaged tensors should be those of this model, but '{slot.name}' is missing. "
             f"{_AS_THEN if complete else ''}{_ANOTHER_MODEL}"
         )
-    return found
+    return found, unequal
 
 
 def missing_slots(pairing: Pairing, found: Mapping[str, Tensor], complete: bool = False) -> list[Slot]:
@@ -154,14 +162,15 @@ def fill(pairing: Pairing, values: Mapping[str, Tensor]) -> None:
 
 
 def _plain(source: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """The tensors by every name, without extra state of modules, and without ``module.`` before every name."""
+    """The tensors by every name, without extra state of modules, and without the names of wrappers in them."""
     if "averaged_tensors" in source:
         tensors, names = source["averaged_tensors"], source.get("state_dict_names") or {}
         return {**tensors, **{name: tensors[first] for name, first in names.items() if first in tensors}}
-    known = set(known)
-    plain = {name: value for name, value in source.items() if name in known or not name.endswith("_extra_state")}
-    if plain and all(name.startswith("module.") for name in plain) and not any(n.startswith("module.") for n in known):
-        plain = {name.removeprefix("module."): value for name, value in plain.items()}
+    known, plain = set(known), {}
+    for name, value in source.items():
+        unwrapped = name if name in known else _WRAPPER.sub("", name)
+        if name in known or not name.endswith("_extra_state"):
+            plain[unwrapped if unwrapped in known else name] = value
     return plain
 
 

@@ -182,11 +182,16 @@ class _SavedTensor:
             _write(part, self._values)
 
     def was_changed(self) -> bool:
-        """Whether a parameter was written to, or replaced, since it was filled."""
+        """Whether a parameter was replaced, or has other values than it was filled with."""
         place = self.slot.online
         if place.is_buffer or self._values is None:
             return False
-        return place.key not in place.table or place.get() is not self.tensor or _version(self.tensor) != self.version
+        if place.key not in place.table or place.get() is not self.tensor:
+            return True
+        if _version(self.tensor) == self.version:
+            return False
+        online, averaged = self.slot.tensors()
+        return not torch.equal(online, averaged.to(online))
 
 
 def _swap(

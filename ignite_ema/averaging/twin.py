@@ -88,6 +88,7 @@ def twin_of(
     if own is not None:
         _check_own_twin(own, dtype, device, share_frozen)
         _materialise(own, model)
+        _warn_of_shared_functions(model, own)
         return own
     dtype, device = _checked_dtype(dtype), _checked_device(device)
     _refuse_changing_mode(model, trains, on_copies=True)
@@ -282,7 +283,7 @@ def _refuse_changing_mode(model: nn.Module, trains: bool, on_copies: bool) -> No
         if (kind.train is nn.Module.train and kind.eval is nn.Module.eval) or unwrapped(module) is not module:
             continue
         trial = _copied(module, None, None, share_frozen=False) if on_copies else module
-        before = {name: local(tensor).clone() for name, tensor in tensors_of(trial).items()}
+        before = {name: local(one).clone() for name, one in tensors_of(trial).items() if isinstance(one, nn.Parameter)}
         _set_mode(trial, trains)
         after = tensors_of(trial)
         name = next((name for name in before if not _equal(before[name], after.get(name))), None)
@@ -326,8 +327,8 @@ def _functions_in(module: nn.Module) -> Iterator[tuple[str, object]]:
         if name in _HOOKS:
             for hook in value.values():
                 yield name.removeprefix("_").removesuffix("s"), hook
-        # torchao sets the last, which computes nothing.
-        elif name not in _TABLES and not name.endswith("_hooks") and name != "extra_repr":
+        # Other methods of nn.Module compute nothing: Accelerate sets to() and cuda(), torchao extra_repr().
+        elif name == "forward" or not (hasattr(nn.Module, name) or name in _TABLES or name.endswith("_hooks")):
             yield name, value
 
 

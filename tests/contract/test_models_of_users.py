@@ -1,5 +1,6 @@
 """Models of users: buffers that come and go, methods of their own, functions that deepcopy does not copy."""
 
+import copy
 import functools
 import weakref
 from dataclasses import dataclass
@@ -204,3 +205,71 @@ def test_a_function_that_computes_with_the_online_model_is_named(make):
 @pytest.mark.parametrize("make", HARMLESS.values(), ids=HARMLESS)
 def test_what_does_not_compute_in_the_twin_is_not_named(make):
     ModelAverage(make())
+
+
+def test_a_twin_of_ones_own_that_is_a_copy_is_looked_at_too():
+    model = with_attribute(lambda model: lambda x: model.scale * x)
+    with pytest.warns(EMAWarning, match="'kept' of the model"):
+        ModelAverage(model, ema_model=copy.deepcopy(model))
+
+
+def test_methods_of_a_module_that_only_move_it_are_not_named():
+    """accelerate.dispatch_model sets such methods."""
+    model = Scaled()
+    model.to = lambda *args: model
+    model.cuda = lambda: model
+    ModelAverage(model)
+
+
+def test_a_buffer_that_eval_fills_is_no_weight():
+    class Fused(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_buffer("fused", torch.zeros(2, 2), persistent=False)
+
+        def train(self, mode=True):
+            self.fused = torch.zeros(2, 2) if mode else self.weight.detach() * 2
+            return super().train(mode)
+
+    ModelAverage(Fused()).update(0.5)
+
+
+def test_one_cache_of_two_blocks_stays_one_in_the_twin():
+    model = nn.ModuleList([Cached(), Cached()])
+    average = ModelAverage(model)
+    model[0](torch.ones(2, 2))
+    model[1].mask = model[0].mask
+    average.update(0.5)
+    assert average.module[0].mask is average.module[1].mask
+    assert average.module[0].mask.equal(model[0].mask)
+
+
+def test_evaluating_an_embedding_that_renormalises_what_it_reads_is_not_training():
+    """torch writes into the weight at each pass, as DistributedDataParallel does at its first."""
+    model = nn.Embedding(4, 2, max_norm=100.0)
+    with ModelAverage(model).swapped():
+        model(torch.arange(4))
+        model.weight.data.add_(0)
+
+
+def test_averages_of_layers_that_are_frozen_now_are_named_as_not_loaded():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    old = ModelAverage(model)
+    old.module[0].weight.fill_(7.0)
+    model[0].requires_grad_(False)
+    new = ModelAverage(model, share_frozen=True)
+    with pytest.warns(EMAWarning, match=r"^'0\.weight' started from the model.*frozen and shared"):
+        new.load_averaged(old.state_dict(), strict=False)
+    assert new.initial_share != new.initial_share  # unknown
+    model[1].requires_grad_(False)
+    model.append(nn.Linear(1, 1, bias=False))
+    newer = ModelAverage(model, share_frozen=True)
+    with pytest.warns(EMAWarning, match=r"'2\.weight', '0\.weight' started from the model"):
+        newer.load_averaged(old.state_dict(), strict=False)
+
+
+def test_the_state_dict_of_a_model_with_a_wrapped_block_is_loaded(process_group):
+    model = nn.Sequential(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), torch.compile(nn.Linear(2, 2)))
+    average = ModelAverage(model)
+    average.load_averaged({name: torch.full_like(value, 3.0) for name, value in model.state_dict().items()})
+    assert {tensor.unique().item() for tensor in average.module.parameters()} == {3.0}

@@ -45,7 +45,7 @@ def loaded(path):
 
 def assert_refused(path, text):
     these = objects(3.0)
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((OSError, ValueError), match=text):
         load_objects(these, path)
     for module in (these["model"], these["ema_handler"].ema_model):
         assert all(torch.all(parameter == 3) for parameter in module.parameters())
@@ -69,8 +69,8 @@ DAMAGES = {
     "no table of contents": (lambda path: (path / ".metadata").write_bytes(b"epoch,loss\n"), "table of contents"),
     "another table": (lambda path: (path / ".metadata").write_bytes(pickle.dumps({"a": 1})), "table of contents"),
     "no chunk": (lose_a_chunk, "0.weight' is not whole"),
-    "no file": (lambda path: (path / "__0_0.distcp").unlink(), "is not whole in its files"),
-    "a file cut short": (lambda path: os.truncate(path / "__0_0.distcp", 2000), "is not whole in its files"),
+    "no file": (lambda path: (path / "__0_0.distcp").unlink(), "No such file .*__0_0.distcp"),
+    "a file cut short": (lambda path: os.truncate(path / "__0_0.distcp", 2000), "distcp .* damaged, cut short"),
     "a flipped bit of a weight": (flip_a_bit, "has changed since"),
 }
 
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_loaded(tmp_path, damage)
     change, text = DAMAGES[damage]
     change(path)
     assert_refused(path, text)
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((OSError, ValueError), match=text):
         read(path)
 
 

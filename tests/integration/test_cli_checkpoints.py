@@ -157,14 +157,11 @@ def test_several_averages_in_one_export_or_none(command):
     assert equal(load_file("out_d_ema.pt"), state(4))
 
 
-@pytest.mark.parametrize(
-    ("out", "keys"),
-    [("out.pt", ["g_ema", "d_ema"]), ("out_{}.pt", ["g_ema", "g_ema"]), ("o_{}.pt", ["a/b"]), (".", ["g_ema"])],
-)
-def test_names_that_are_wrong_usage(out, keys, command):
+@pytest.mark.parametrize(("out", "keys"), [("out.pt", ["g_ema", "d_ema"]), ("out_{}.pt", ["g_ema", "g_ema"])])
+def test_one_name_for_two_averages_is_wrong_usage(out, keys, command):
     code, _, err = command("export", "file.pt", out, *(part for key in keys for part in ("--key", key)), file=gan())
     assert code == 2
-    assert f"OUT should name a file, with {{}} in it for several, got '{out}' for {', '.join(keys)}" in err
+    assert f"OUT should have {{}} in it, for the key or length, got '{out}' for {', '.join(keys)}." in err
 
 
 def test_a_prefix_is_suggested_and_taken_off(command):

@@ -124,11 +124,10 @@ def test_a_limit_of_ones_own(command, capsys):
         (["--sigma-rel", "0.1", "--out", "out.pt", "--json"], "reconstruct should have --list, or --list --json, or"),
         (
             ["--sigma-rel", "nan", "--out", "out.pt"],
-            "--sigma-rel: sigma_rel of PowerFunction should be a number in (0, 1/√12 ",
+            "error: sigma_rel of PowerFunction should be a number in (0, 1/√12 ",
         ),
-        (["--last", "1.5", "--out", "out.pt"], "--last: window should be a number in (0, 1], the part of"),
-        (["--sigma-rel", "0.1", "--out", "."], "OUT should name a file, with {} in it for several, got '.'"),
-        (["--sigma-rel", "0.1", "0.2", "--out", "out.pt"], "OUT should name a file, with {} in it for several, got"),
+        (["--last", "1.5", "--out", "out.pt"], "error: window should be a number in (0, 1], the part of"),
+        (["--sigma-rel", "0.1", "0.2", "--out", "out.pt"], "OUT should have {} in it, for the key or length, got"),
     ],
 )
 def test_wrong_usage(arguments, message, command, capsys):
@@ -139,11 +138,3 @@ def test_wrong_usage(arguments, message, command, capsys):
     assert said.startswith("usage: ignite-ema reconstruct")
     assert message in said
     assert files_in(Path()) == []
-
-
-def test_a_snapshot_is_not_written_over(command, written, capsys):
-    before = (written / "snapshot_64.pt").read_bytes()
-    out = str(written / "snapshot_64.pt")
-    assert command("--sigma-rel", "0.1", "--out", out, "--force") == 1
-    assert "OUT should not be the name of a snapshot in DIR" in capsys.readouterr().err
-    assert (written / "snapshot_64.pt").read_bytes() == before

@@ -238,12 +238,12 @@ def written():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "should hold weights, but it is empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "a pointer of Git LFS; get the file"),
-        (b"<!DOCTYPE html><html>", "is an HTML page"),
-        ("größe,loss\n1,0.5\n".encode() * 100, "cannot be read as such; it is of another kind, cut short or damaged"),
+        (b"", "cannot be read as such. It is damaged, cut short"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "such as .* a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>", "of another kind"),
+        ("größe,loss\n1,0.5\n".encode() * 100, "cannot be read as such"),
         (pickle.dumps({"a": 1}), "cannot be read as such"),
-        (torchscript(), r"is a TorchScript archive; save the state_dict\(\) of the module"),
+        (torchscript(), "such as TorchScript"),
         (written()[:300], "cannot be read as such"),
         (written().replace(b"PK\6\7\0", b"PK\6\7\1"), "cannot be read as such"),  # of several disks
     ],
@@ -286,5 +286,5 @@ def test_a_file_that_was_compressed_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "file.pt") as old, again as new:
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
-    with pytest.raises(ValueError, match="again.pt' should be .* but it was compressed"):
+    with pytest.raises(ValueError, match="again.pt' should be .* cannot be read as such"):
         load_file(tmp_path / "again.pt")

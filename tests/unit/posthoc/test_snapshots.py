@@ -32,8 +32,11 @@ OTHER, ANOTHER = (
     "should be of the run of 'snapshot_65.pt', .* another",
 )
 BAD_FILES = [
-    (lambda folder: (folder / "snapshot_65.pt").touch(), "snapshot_65.pt' should hold weights, but it is empty"),
-    (lambda folder: (folder / "snapshot_65.pt").mkdir(), "snapshot_65.pt' should be a file, got a directory"),
+    (lambda folder: (folder / "snapshot_65.pt").touch(), "snapshot_65.pt' should be a file .*cut short"),
+    (
+        lambda folder: (folder / "snapshot_65.pt").mkdir(),
+        "snapshot_65.pt' should be a file, but .* if it is a directory",
+    ),
     (saved({"ignite_ema_snapshot": 2, "evil": EVIL}), OTHER),
     (saved({"weight": torch.zeros(1)}), OTHER),
     (entries(ignite_ema_snapshot=1), "of version 2, .* of version 1; .* read it with the ignite_ema that wrote it"),
@@ -49,7 +52,7 @@ def test_a_bad_file_is_refused(spoil, message, tmp_path, monkeypatch):
         snapshots.write(make_snapshot(time), tmp_path)
     spoil(tmp_path)
     for enter in (stored, lambda folder: reconstruct(folder, 0.15)):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((OSError, ValueError), match=message):
             enter(tmp_path)
     assert not (tmp_path / "executed").exists()
 
