@@ -26,10 +26,10 @@ from ..averaging.swap import Swapped
 from ..checkpoints.formats import Names
 from ..checkpoints.reading import Source, read_part
 from ..schedules import Schedule
-from .attachment import Attachment, Attachments, Event, check_attachable, optimizer_with_hooks
-from .evaluation import EvaluationSwap, swaps
+from .attachment import Attachment, EngineHandler, Event, check_attachable, optimizer_with_hooks
+from .evaluation import EvaluationSwap
 from .guidance import Guidance
-from .momentum import Momentum, schedule_from
+from .momentum import Momentum
 
 __all__ = ["EMAHandler"]
 
@@ -45,7 +45,7 @@ _SAVED_WHILE_SWAPPED = (
 )
 
 
-class EMAHandler:
+class EMAHandler(EngineHandler):
     """Keeps an exponential moving average of a model's weights while an Ignite engine trains it.
 
     ``average = (1 - λ) * average + λ * weights``: λ, the momentum, weighs the *new* weights; it is 1 - decay. Schedules
@@ -105,12 +105,12 @@ class EMAHandler:
             is_decay = name == "decay" and isinstance(value, float)
             way_out = f"; a momentum is 1 - decay: pass momentum={1 - value:g}" if is_decay else ""
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{way_out}.")
-        schedule = schedule_from(momentum, momentum_warmup, warmup_iters)
+        self._momentum = Momentum(momentum, momentum_warmup, warmup_iters)
         #: The :class:`~ignite_ema.ModelAverage` that the handler drives.
         self.average = ModelAverage(
             model,
             handle_buffers,
-            momentum=momentum if schedule is None else schedule,
+            momentum=self._momentum.schedule or self._momentum.value,
             ema_model=ema_model,
             dtype=dtype,
             device=device,
@@ -118,9 +118,8 @@ class EMAHandler:
             skip_nonfinite=skip_nonfinite,
             stochastic_rounding=stochastic_rounding,
         )
-        self._momentum = Momentum(momentum, schedule)
+        super().__init__(self.average)
         self._guidance = Guidance(self.average, self._momentum)
-        self._attachments = Attachments()
 
     def __repr__(self) -> str:
         return one_line(
@@ -165,7 +164,7 @@ class EMAHandler:
             )
         self.average.momentum = value  # raises before anything has changed
         self._momentum.set(value)
-        self._attachments.publish(self._momentum.value)
+        self._publish(self._momentum.value)
 
     @property
     def num_updates(self) -> int:
@@ -218,28 +217,18 @@ class EMAHandler:
             RuntimeError: if this handler is attached to this engine already.
         """
         check_attachable(self, engine, [name], event)
-        if any(swap.owner is self for swap in swaps(engine)):
-            raise RuntimeError(
-                "engine should be one that trains, but swap_during() was called with it and its runs are on the "
-                "averaged weights. Train with another engine."
-            )
-        self._momentum.check(engine.state, name, self.num_updates)
         steps = optimizer_with_hooks(optimizer, self.model)
-        is_new = self._momentum.show_first(engine.state, name, self.num_updates, warn_if_exists)
-        attachment = Attachment(self, engine, (name,), event, [name] if is_new else [], steps)
+        first = self._momentum.first(engine.state, name, self.num_updates, warn_if_exists)
+        attachment = Attachment(self, engine, (name,), event, steps)
+        setattr(engine.state, name, first)
         if self.handle_buffers == "ema_train":  # an evaluator may have left it in eval mode
             attachment.call_at(engine, Events.ITERATION_STARTED, lambda _: self.ema_model.train())
-        self._attachments.add(attachment)
         return attachment
 
     def swapped(self) -> Swapped:
         """Inside the block the model holds the averaged weights; see :meth:`ignite_ema.ModelAverage.swapped`."""
-        return self._swapped(None)
-
-    def _swapped(self, buffers_from: Any) -> Swapped:
-        for attachment in self._attachments:
-            attachment.note_reading()
-        return self.average.swapped(buffers_from)
+        self._note_reading()
+        return self.average.swapped()
 
     def swap_during(self, evaluator: Engine, sync_buffers: bool = False) -> EvaluationSwap:
         """Evaluates the averaged weights: each ``evaluator.run()`` is inside :meth:`swapped`, until ``remove()``.
@@ -263,15 +252,14 @@ class EMAHandler:
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
-        for attachment in self._attachments:
-            attachment.note_reading()
+        self._note_reading()
         is_swapped = self.average.is_swapped()
         if is_swapped:
-            self._guidance.tell_once("saved while swapped", _SAVED_WHILE_SWAPPED.format("is"))
+            self._tell_once("saved while swapped", _SAVED_WHILE_SWAPPED.format("is"))
         return {
             **self.average.state_dict(),
             "current_momentum": self._plain_momentum() if self._momentum.schedule is None else None,
-            "optimizer_stepped": sorted(self._attachments.stepped()),
+            "optimizer_stepped": sorted(self._stepped),
             "saved_while_swapped": is_swapped,
         }
 
@@ -285,19 +273,14 @@ class EMAHandler:
             TypeError, ValueError: for a wrong entry, which it names, or another model's; nothing is loaded then.
         """
         check_average_state(state, _STATE, "an EMAHandler")
-        if not all(isinstance(name, str) for name in state["optimizer_stepped"]):
-            raise TypeError(
-                f"'optimizer_stepped' of the state should be a list of names, got {state['optimizer_stepped']!r}; load "
-                "what state_dict() gave, unchanged."
-            )
         saved = state["current_momentum"]
         if saved is not None:
             checked_momentum(saved, "'current_momentum' of the state")
         self.average.load_state_dict({key: state[key] for key in AVERAGE_STATE})
-        self._attachments.load_stepped(state["optimizer_stepped"])
+        self._stepped = set(state["optimizer_stepped"])
         if state["momentum_schedule"] == described(self.average.schedule) and saved is not None:
             self._momentum.restore(saved)
-            self._attachments.publish(saved)
+            self._publish(saved)
         self._go_on()
         if state["saved_while_swapped"]:
             warn_first_rank(_SAVED_WHILE_SWAPPED.format("was"))
@@ -358,22 +341,15 @@ class EMAHandler:
         """Notes that the average is what it is meant to be, and shows what a schedule goes on with."""
         self._guidance.start_is_known = True
         if self._momentum.schedule is not None:
-            self._attachments.publish(self._momentum.at(self.num_updates))
+            self._publish(self._momentum.at(self.num_updates))
 
     def _on_event(self, engine: Engine, attachment: Attachment) -> None:
-        momentum = self._momentum.take(engine.state, attachment.names[0], self.num_updates)
-        if engine.should_terminate and (name := self.average.first_nonfinite()) is not None:
-            warn_user(
-                f"{name} holds a NaN or an infinity while the run is being terminated, and the average was left as it "
-                "is."
-            )
-            return
-        self.average.update(momentum)
+        self.average.update(self._momentum.take(engine.state, attachment.names[0], self.average.num_updates))
         self._guidance.start_is_known = True
 
     def _on_run_start(self, engine: Engine, attachment: Attachment) -> None:
         self._guidance.check_start(attachment.names[0], attachment.first_iteration)
 
     def _on_run_end(self, engine: Engine, attachment: Attachment) -> None:
-        name = attachment.names[0]
-        self._guidance.check_end(name, attachment.iterations, attachment.updates, bool(engine.should_terminate))
+        if attachment.updates:
+            self._guidance.check_end(attachment.names[0])

@@ -62,7 +62,7 @@ def test_every_event_of_a_run_sees_the_averaged_weights_and_the_arguments_pass_t
 def test_the_handle_removes_once_and_only_its_own(kit):
     _, handler, evaluator = kit
     with handler.swap_during(evaluator) as handle:
-        with pytest.raises(RuntimeError, match="during the runs of an evaluator once"):
+        with pytest.raises(RuntimeError, match="attached to an engine once"):
             handler.swap_during(evaluator)
         assert evaluator.run([0]).output == 5.0
     assert "run" not in vars(evaluator)
@@ -158,10 +158,10 @@ def test_an_engine_with_a_run_of_its_own_is_swapped_for():
 
 def test_the_trainer_is_no_evaluator_and_an_evaluator_no_trainer(kit):
     _, handler, engine = kit
-    with handler.attach(engine), pytest.raises(RuntimeError, match="evaluator should be another engine"):
+    with handler.attach(engine), pytest.raises(RuntimeError, match="this evaluator has Attachment"):
         handler.swap_during(engine)
     assert "run" not in vars(engine)
-    with handler.swap_during(engine), pytest.raises(RuntimeError, match="engine should be one that trains"):
+    with handler.swap_during(engine), pytest.raises(RuntimeError, match="this engine has EvaluationSwap"):
         handler.attach(engine)
 
 
