@@ -18,7 +18,6 @@ from ..averaging.checks import (
     momentum_summary,
     one_line,
     warn_first_rank,
-    warn_user,
 )
 from ..averaging.names import unwrapped
 from ..averaging.state import AVERAGE_STATE, check_average_state

@@ -9,16 +9,14 @@ from uuid import uuid4
 
 import torch
 from ignite.engine import Engine, Events
-from torch import Tensor, nn
+from torch import nn
 
 from ..averaging.average import ModelAverage
 from ..averaging.buffers import BufferPolicy
 from ..averaging.checks import check_count, check_saved_mapping, one_line, warn_user
-from ..averaging.names import tensors_of
-from ..averaging.sharding import is_first_rank, on_first_rank, whole
+from ..averaging.sharding import is_first_rank, on_first_rank
 from ..averaging.state import check_average_state
-from ..checkpoints.files import compact
-from ..posthoc.snapshots import StoredSnapshot, prepare, read_frozen, write, write_frozen
+from ..posthoc.snapshots import StoredSnapshot, gathered, prepare, read_frozen, to_store, write, write_frozen
 from ..schedules import PowerFunction
 from .attachment import Attachment, EngineHandler, Event, check_attachable, optimizer_with_hooks
 from .guidance import warn_unrestored
@@ -41,22 +39,19 @@ class PostHocEMA(EngineHandler):
         model: the online model, alone or inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``.
         sigma_rels: the widths of the averages, each in (0, 1/√12).
         dirname: the directory of the snapshots, ``snapshot_<time>.pt``; made if it is missing.
-        handle_buffers: "statistics", "copy", "update", or a mapping from name patterns to "copy", "update" or "keep":
-            what an update does with buffers; see :class:`~ignite_ema.ModelAverage`. The default averages the statistics
-            of normalization layers: a long average does not match those of the last batches. Buffers that are not
-            averaged are stored as they are.
+        handle_buffers: "statistics", "copy", "update", or a mapping from name patterns to "copy", "update" or "keep";
+            see :class:`~ignite_ema.ModelAverage`. The default averages the statistics of normalization layers: a long
+            average does not match those of the last batches. Buffers that are not averaged are stored as they are.
         samples: called with the engine when an iteration starts, returns the number of samples in its batch. Time is
             then counted in samples, for batches whose size changes. True: :meth:`update` is told the number, in a loop
-            without an engine. None: time is counted in updates, at whatever interval they are made.
+            without an engine. None: time is counted in updates, however far apart.
         snapshot_dtype: the type in which the averages are stored: float32, float64, bfloat16 or float16. 16 bits halve
-            the files and round each weight by up to 0.4 % (bfloat16) or 0.05 % (float16), on average 0.17 and 0.02 %.
-            What is rebuilt is off by that, times the norm of the coefficients if it is above 1: with 64 snapshots 2.3
-            for a width of 0.04, and 17 for 0.02.
+            the files and round each weight, on average by 0.17 % (bfloat16) or 0.02 % (float16). What is rebuilt is off
+            by that, times the norm of the coefficients if it is above 1: see :func:`ignite_ema.posthoc.rounding`.
         ema_models: twins of your own, one for each width, for models that cannot be deep-copied.
         dtype: the type of the averages of floating-point tensors. None: the type of each tensor.
         device: where the twins live. None: where the model's tensors are.
-        share_frozen: share the parameters that do not require gradients with the model instead of copying them; they
-            are stored once for the run.
+        share_frozen: share the parameters that do not require gradients with the model; they are stored once for a run.
         skip_nonfinite: leave the averages alone if an update would bring a NaN or an infinity into them.
         stochastic_rounding: let small updates move averages in bfloat16 or float16.
 
@@ -65,17 +60,16 @@ class PostHocEMA(EngineHandler):
         sigma_rels: what was passed, as a tuple.
         dirname: the directory of the snapshots; can be set to another one that exists, after :meth:`reset`.
         time_unit: "updates" or "samples".
-        time: the time of the last update: the number of updates, or of samples, since the start.
+        time: the number of updates, or of samples, from the start to the last update.
 
     Raises:
-        TypeError, ValueError, RuntimeError: for an argument of the wrong type or value, or a model that cannot be
-            averaged, as :class:`~ignite_ema.ModelAverage` does.
+        TypeError, ValueError, RuntimeError: for a wrong argument, or a model that cannot be averaged.
         OSError: if the directory cannot be made.
 
     Note:
         In a process group build, attach, load, save and reset it on all ranks. The first one writes, and it alone
-        returns paths; an error there is raised on all. The ranks communicate when it is built, when a run starts and at
-        each snapshot, and not at an update. The first rank gathers each snapshot of a sharded model in its CPU memory.
+        returns paths; an error there is raised on all. The ranks communicate when it is built, at the first update of a
+        run and at each snapshot. The first rank gathers each snapshot of a sharded model in its CPU memory.
 
     Examples:
         >>> import tempfile, torch
@@ -187,33 +181,27 @@ class PostHocEMA(EngineHandler):
         *,
         optimizer: Any = None,
     ) -> Attachment:
-        """Updates the averages at ``event``, and writes a snapshot at ``snapshot_event``, and at the end of a run.
+        """Updates the averages at ``event``, and writes a snapshot at ``snapshot_event`` and at the end of a run.
 
-        The momentum of the i-th average is published as ``engine.state.<name>_<i>``. Attach before what saves a
-        checkpoint at the same event. A run that is terminated writes no last snapshot; call :meth:`save` then. If a run
-        resumes, snapshots that are later than its state are set aside, as ``….pt.superseded``.
+        Attach before what saves a checkpoint at the same event. A run that is terminated writes no last snapshot; call
+        :meth:`save` then. If a run resumes, snapshots later than its state are set aside, as ``….pt.superseded``.
+        ``remove()`` of what is returned undoes this call.
 
         Args:
             engine: the trainer.
-            name: of the attributes.
+            name: ``engine.state.<name>_<i>`` shows the momentum of the i-th average.
             event: when to update.
             snapshot_event: when to write; dozens, evenly spaced, are enough. Without an update since, none is written.
             optimizer: update only if this optimizer, or the one that it wraps, has stepped since the last event.
 
-        Returns:
-            A handle whose ``remove()`` undoes this call.
-
         Raises:
-            TypeError, ValueError, RuntimeError: as ``EMAHandler.attach`` does; nothing is attached then. The run raises
-                ValueError at its start if the directory has snapshots of another one.
+            TypeError, ValueError, RuntimeError: for a wrong argument, or if it is attached to this engine already.
+                The run raises ValueError at its start if the directory has snapshots of another one.
         """
         names = tuple(f"{name}_{index}" for index in range(len(self.streams)))
         check_attachable(self, engine, [name, *names], event, snapshot_event)
         if self._samples is True:
-            raise TypeError(
-                f"samples should be a function of the engine to count its batches, got True; pass one such as {_SAMPLES} "
-                "to PostHocEMA."
-            )
+            raise TypeError(f"samples should be a function of the engine, got True; pass one such as {_SAMPLES}.")
         steps = optimizer_with_hooks(optimizer, self.model)
         if taken := [taken for taken in names if hasattr(engine.state, taken)]:
             warn_user(
@@ -285,13 +273,14 @@ class PostHocEMA(EngineHandler):
         self._seen += samples
 
     def _next_time(self) -> int:
-        return self._seen if self.time_unit == "samples" else self.time + 1
+        return max(self._seen, self.time + 1)  # each batch has a sample at least
 
     def _show_momenta(self) -> list[float]:
         """Shows each average's next λ on the engines: from time t to t' it is 1 - (t / t') ^ (γ + 1)."""
         momenta = [1.0] * len(self.streams)
         if self.time > 0:
-            step = math.log1p((self.time - self._next_time()) / self._next_time())
+            then = self._next_time()
+            step = math.log1p((self.time - then) / then)
             momenta = [-math.expm1(exponent * step) for exponent in self._exponents]
         self._publish(*momenta)
         return momenta
@@ -330,8 +319,8 @@ class PostHocEMA(EngineHandler):
         self._times = on_first_rank(lambda: prepare(self.dirname, self._run_id, self.time, self._times))
         shared = self.streams[0].shared_tensors()
         if bool(shared) and on_first_rank(lambda: read_frozen(self.dirname, self._run_id) is None):
-            frozen = _gathered(shared)
-            on_first_rank(lambda: write_frozen(compact(frozen), self._run_id, self.dirname))
+            frozen = gathered(shared)
+            on_first_rank(lambda: write_frozen(frozen, self._run_id, self.dirname))
         self._is_prepared = True
 
     def _write(self, iteration: int, epoch: int) -> Path | None:
@@ -341,11 +330,11 @@ class PostHocEMA(EngineHandler):
         self._prepare()
         if self.time in self._times[-1:]:
             return None
-        shared = self.streams[0].shared_tensors()
-        gathered = [_gathered(average.averaged_tensors()) for average in self.streams]
+        first = self.streams[0]
+        whole = [gathered(average.averaged_tensors()) for average in self.streams]
 
         def written() -> Path:
-            contents = [_contents(*one, self._dtype) for one in zip(self.streams, gathered, strict=True)]
+            contents = [to_store(*one, self._dtype) for one in zip(self.streams, whole, strict=True)]
             snapshot = StoredSnapshot(
                 time=self.time,
                 time_unit=self.time_unit,
@@ -355,8 +344,8 @@ class PostHocEMA(EngineHandler):
                 sigma_rels=list(self.sigma_rels),
                 averaged=[averaged for averaged, _ in contents],
                 copied=contents[0][1],
-                state_dict_names=self.streams[0].state_dict()["state_dict_names"],
-                frozen_shapes={name: list(tensor.shape) for name, tensor in shared.items()},
+                state_dict_names=first.state_dict()["state_dict_names"],
+                frozen_shapes={name: list(tensor.shape) for name, tensor in first.shared_tensors().items()},
                 run_id=self._run_id,
             )
             return write(snapshot, self.dirname)
@@ -364,38 +353,6 @@ class PostHocEMA(EngineHandler):
         path = on_first_rank(written)
         self._times.append(self.time)
         return path if is_first_rank() else None
-
-
-def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, whole, in the CPU memory of the first rank; nothing on the others. All ranks have to call this."""
-    gathered = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor)
-        if is_first_rank():
-            gathered[name] = full.cpu()
-    return gathered
-
-
-def _contents(
-    average: ModelAverage, tensors: dict[str, Tensor], dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a snapshot stores: averaged tensors in ``dtype``, buffers at least in float32, and copies of all others."""
-    treatments, own = average.treatments(), tensors_of(average.model)
-    averaged, copied = {}, {}
-    for name in list(tensors):
-        tensor = tensors.pop(name)  # a narrow copy takes its place
-        if treatments[name] != "average":
-            copied[name] = tensor
-            continue
-        wide = dtype if isinstance(own[name], nn.Parameter) else torch.promote_types(dtype, torch.float32)
-        averaged[name] = tensor.to(tensor.dtype if tensor.is_complex() else wide).contiguous()
-        narrows = averaged[name].dtype != tensor.dtype
-        if narrows and not bool((averaged[name].isfinite() | ~tensor.isfinite()).all()):
-            raise ValueError(
-                f"'{name}' should be within ±{torch.finfo(wide).max:g} to be stored in {wide}, got "
-                f"{tensor.abs().max().item():g}; pass another snapshot_dtype, such as torch.bfloat16."
-            )
-    return compact(averaged), compact(copied)
 
 
 def _check_options(
@@ -422,23 +379,21 @@ def _check_options(
 
 def _check_state(state: Mapping[str, Any], own: Mapping[str, Any], num_streams: int) -> None:
     """Raises TypeError or ValueError, naming the entry, unless ``state`` may be loaded in place of ``own``."""
-    entries = state if isinstance(state, Mapping) else {}
     for key in ("ignite_ema_posthoc_version", "sigma_rels", "time_unit"):
-        if entries.get(key, own[key]) != own[key]:
+        if isinstance(state, Mapping) and key in state and state[key] != own[key]:
             raise ValueError(
                 f"{key!r} of the state should be {own[key]!r}, got {state[key]!r}; make the PostHocEMA as it was made "
                 "when the state was saved."
             )
-    kinds: dict[str, type | tuple[type, ...]] = {key: type(value) for key, value in own.items()}
     streams = [f"stream_{index}" for index in range(num_streams)]
+    kinds: dict[str, Any] = {key: type(value) for key, value in own.items()}
     check_saved_mapping(state, kinds | dict.fromkeys(streams, Mapping), "a PostHocEMA")
     for key in ("samples_seen", "updated_at"):
         check_count(state[key], f"{key!r} of the state")
     forms = []
     for stream in streams:
         check_average_state(state[stream])
-        tensors = state[stream]["averaged_tensors"]
-        shapes = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
+        shapes = {name: getattr(one, "shape", None) for name, one in state[stream]["averaged_tensors"].items()}
         forms.append((state[stream]["num_updates"], shapes))
     if any(form != forms[0] for form in forms):  # or one would be loaded before the next is refused
         raise ValueError(
