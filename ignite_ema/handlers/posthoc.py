@@ -47,7 +47,8 @@ class PostHocEMA(EngineHandler):
             without an engine. None: time is counted in updates, however far apart.
         snapshot_dtype: the type in which the averages are stored: float32, float64, bfloat16 or float16. 16 bits halve
             the files and round each weight, on average by 0.17 % (bfloat16) or 0.02 % (float16). What is rebuilt is off
-            by that, times the norm of the coefficients if it is above 1: see :func:`ignite_ema.posthoc.rounding`.
+            by that, times the norm of the coefficients if it is above 1: with 64 snapshots 2.3 for a width of 0.04, and
+            17 for 0.02.
         ema_models: twins of your own, one for each width, for models that cannot be deep-copied.
         dtype: the type of the averages of floating-point tensors. None: the type of each tensor.
         device: where the twins live. None: where the model's tensors are.

@@ -206,8 +206,8 @@ def _check_range(is_inside: bool, name: str, value: object, wanted: str) -> None
 def inner_products(p: Profile, ends: Tensor, q: Profile, other_ends: Tensor) -> Tensor:
     """∫ p(τ) q(τ) dτ for a profile p at each of n times, and a profile q at each of m times.
 
-    In closed form for two power functions, for two exponentials, and if either is piecewise constant; otherwise by
-    Gauss-Legendre quadrature on panels that narrow towards both ends of the range.
+    In closed form for two power functions, and if either is piecewise constant; otherwise by Gauss-Legendre quadrature
+    on panels that narrow towards both ends of the range.
 
     Args:
         p: a profile.
@@ -223,20 +223,11 @@ def inner_products(p: Profile, ends: Tensor, q: Profile, other_ends: Tensor) -> 
         a, b = p.gamma, q.gamma
         exponent = torch.where(s < t, s.new_tensor(b), s.new_tensor(-a))  # plain numbers would give float32
         return (a + 1) * (b + 1) / (a + b + 1) * (s / t) ** exponent / torch.maximum(s, t)
-    if isinstance(p, ExponentialProfile) and isinstance(q, ExponentialProfile):
-        return _of_exponentials(p._rate / s, s, q._rate / t, t)
     if isinstance(q, _Steps):
         return _with_steps(p, s, q, t)
     if isinstance(p, _Steps):
         return _with_steps(q, t, p, s)
     return _by_quadrature(p, s, q, t)
-
-
-def _of_exponentials(a: Tensor, s: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """For exponential decay at the rates a and b, per unit of time."""
-    last = torch.minimum(s, t)
-    heights = a * b / (torch.expm1(-a * s) * torch.expm1(-b * t))
-    return heights * torch.exp(-a * (s - last) - b * (t - last)) * -torch.expm1(-(a + b) * last) / (a + b)
 
 
 def _with_steps(p: Profile, s: Tensor, steps: _Steps, t: Tensor) -> Tensor:

@@ -136,9 +136,9 @@ def sweep(
         dirname: the directory of the snapshots.
         profiles: profiles, or ``sigma_rel`` of power functions.
         score: called with the state dict of an average; what it returns is its score, such as an accuracy.
-        step: as for :func:`reconstruct`.
-        max_residual: as there.
-        base: as there.
+        step: the time at which the averages are taken: the time of a snapshot; None: the last.
+        max_residual: the largest :func:`residual` to accept.
+        base: a plain state dict, or a file of one, with the frozen parameters, if ``snapshot_frozen.pt`` is missing.
 
     Returns:
         Pairs of a profile, as it was passed, and its score, in order.
@@ -205,19 +205,20 @@ def _check(finding: str, error: float, limit: float, remedy: str) -> None:
 
 def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Tensor]:
     """The frozen parameters by name, in memory of their own."""
-    shapes = snapshot.frozen_shapes
-    if base is not None and not shapes:
-        raise ValueError(f"base should be left out: the snapshots in '{dirname}' are complete.")
+    shapes, path = snapshot.frozen_shapes, frozen_path(dirname)
+    if not shapes:
+        if base is not None:
+            raise ValueError(f"base should be left out: the snapshots in '{dirname}' are complete.")
+        return {}
     tensors: Any = load_file(base) if isinstance(base, (str, os.PathLike)) else base
-    if base is None and shapes:
+    if base is None:
         tensors = read_frozen(dirname, snapshot.run_id)
         if tensors is None:
             raise FileNotFoundError(
-                f"'{frozen_path(dirname)}' should have the {len(shapes)} frozen parameters that the averages share "
-                "with the model, but it is missing or of another run; restore it, or pass the weights of the model as "
-                "base= (--base FILE)."
+                f"'{path}' should have the {len(shapes)} frozen parameters that the averages share with the model, but "
+                "it is missing or of another run; restore it, or pass the weights of the model as base= (--base FILE)."
             )
-        verify(frozen_path(dirname))
+        verify(path)
     for name, shape in shapes.items():
         tensor = tensors.get(name) if isinstance(tensors, Mapping) else tensors
         got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
