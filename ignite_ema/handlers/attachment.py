@@ -239,22 +239,15 @@ def check_not_attached(owner: object, engine: Any, what: str = "engine") -> None
 
 
 def check_attachable(owner: object, engine: Engine, names: Iterable[str], *events: Event) -> None:
-    """Raises TypeError, ValueError or RuntimeError unless ``owner`` can be attached to ``engine``.
-
-    Args:
-        owner: the handler.
-        engine: the trainer.
-        names: the attributes of ``engine.state``.
-        events: when the handler is called.
-    """
+    """Raises TypeError, ValueError or RuntimeError unless ``owner`` can publish these names and be called then."""
     check_not_attached(owner, engine)
     for event in events:
         _members_of(event, engine)
     for name in names:
         if not isinstance(name, str) or not name:
+            got = type(name).__name__
             raise TypeError(
-                f"name should be a string such as 'ema_momentum', got {type(name).__name__}; an "
-                "optimizer goes to optimizer=."
+                f"name should be a name such as 'ema_momentum', got {got}; an optimizer goes to optimizer=."
             )
         if hasattr(State(), name):
             raise ValueError(
@@ -290,7 +283,7 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
         found = getattr(found, "optimizer", getattr(found, "optim", None))
         if found is None:
             raise TypeError(
-                "optimizer should be a torch.optim.Optimizer, or have it as .optimizer, got "
+                "optimizer should be a torch.optim.Optimizer, or have one as .optimizer, got "
                 f"{type(optimizer).__name__}. Pass the one that trains."
             )
     reshard(fsdp_modules(model))  # or it has the gathered parameters, which no optimizer has

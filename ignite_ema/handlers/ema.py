@@ -204,15 +204,15 @@ class EMAHandler(EngineHandler):
         Args:
             engine: the trainer; no strong reference to it is kept.
             name: the attribute. As soon as this returns it shows the first λ, after each update the λ that was used.
-            warn_if_exists: warn if it exists; a plain momentum that was not restored goes on from its value, a schedule
-                overwrites it.
+            warn_if_exists: warn if it exists. A plain momentum that was not restored goes on from its value, a
+                schedule overwrites it.
             event: when to update. Members of an ``EventsList`` that fire in the same iteration update once.
-            optimizer: update only if this optimizer has stepped since the last event: with gradients accumulated over
-                several iterations, and if a ``GradScaler`` skips steps. A wrapper with an ``.optimizer`` will do.
+            optimizer: update only if this optimizer, or the one that it wraps, has stepped since the last event: for
+                gradients that accumulate over several iterations, and a ``GradScaler`` that skips steps.
 
         Raises:
-            TypeError, ValueError: for a name of the engine's own, a value there that is no momentum, an event that the
-                engine never fires.
+            TypeError, ValueError: if the engine uses the name itself, its value is no momentum, or the engine
+                cannot fire the event.
             RuntimeError: if this handler is attached to this engine already.
         """
         check_attachable(self, engine, [name], event)
@@ -233,17 +233,22 @@ class EMAHandler(EngineHandler):
         """Evaluates the averaged weights: each ``evaluator.run()`` is inside :meth:`swapped`, until ``remove()``.
 
         Args:
-            evaluator: an engine that evaluates ``model``; not one that trains it.
+            evaluator: an engine that evaluates ``model`` and does not train it.
             sync_buffers: evaluate with the first rank's buffers on all ranks, which have to run the evaluator together.
                 The buffers come back with the weights.
 
         Raises:
-            TypeError, RuntimeError: for what is no engine, or one that this handler swaps for or updates at already.
+            TypeError: if it is not an engine.
+            RuntimeError: if this handler is attached to it already.
         """
         return EvaluationSwap(self, evaluator, sync_buffers)
 
     def reset(self, *, buffers_only: bool = False) -> None:
-        """Starts again: the average becomes the model and the count 0; ``buffers_only`` copies the buffers alone."""
+        """Starts again: the average becomes the model, and the count 0.
+
+        Args:
+            buffers_only: copy the buffers alone, and leave weights and count as they are.
+        """
         self.average.reset(buffers_only=buffers_only)
         if not buffers_only:
             self._go_on()
@@ -263,13 +268,16 @@ class EMAHandler(EngineHandler):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a :meth:`state_dict`, before or after ``attach``.
+        """Resumes from a :meth:`state_dict`, before or after ``attach``.
 
-        A schedule goes on from the saved count, a plain momentum from the saved value, to which it may have been
-        driven. If the saved handler had another momentum, this one's own counts, and a warning says so.
+        A schedule resumes at the saved count, a plain momentum at the saved value, to which it may have been driven. If
+        the saved handler had another momentum, this handler keeps its own and warns.
+
+        Args:
+            state: what :meth:`state_dict` gave.
 
         Raises:
-            TypeError, ValueError: for a wrong entry, which it names, or another model's; nothing is loaded then.
+            TypeError, ValueError: if an entry is wrong, or of another model; nothing is loaded then.
         """
         check_average_state(state, _STATE, "an EMAHandler")
         saved = state["current_momentum"]
@@ -295,18 +303,19 @@ class EMAHandler(EngineHandler):
         """Starts from the averaged weights in a checkpoint of this or another system; leaves the model alone.
 
         Args:
-            source: a file or a directory, or what was loaded from one; see :func:`ignite_ema.checkpoints.read` for the
-                systems. A handler's state, or the ``state_dict`` of a model whose weights are an average.
+            source: a file or a directory, or what was loaded from one; :func:`ignite_ema.checkpoints.read` lists the
+                systems. Also a handler's state, or the ``state_dict`` of a model whose weights are an average.
             key: which average, if there are several.
-            names: names for checkpoints that store a list of tensors; None: those of the model's parameters.
-            num_updates: how many updates the weights count for, which a schedule has to know; None: as many as the
+            names: names for checkpoints that store a list of tensors. None: those of the model's parameters.
+            num_updates: how many updates the weights count for, which a schedule has to know. None: as many as the
                 checkpoint says.
             strict: whether all tensors have to fit. False: takes every tensor whose name and shape fit, and starts the
                 others from the model, with a warning.
 
         Raises:
-            TypeError, ValueError, OSError, ImportError, RuntimeError: if the checkpoint cannot be read, is of another
-                model, or lacks the count that a schedule needs; inside :meth:`swapped`. Nothing is loaded then.
+            TypeError, ValueError, OSError, ImportError: if the checkpoint cannot be read, is of another model, or lacks
+                the count that a schedule needs; nothing is loaded then.
+            RuntimeError: inside :meth:`swapped`.
         """
         if isinstance(source, Mapping) and "averaged_tensors" in source:
             tensors, count = source, source.get("num_updates")
@@ -337,7 +346,7 @@ class EMAHandler(EngineHandler):
         return self._momentum.value
 
     def _go_on(self) -> None:
-        """Notes that the average is what it is meant to be, and shows what a schedule goes on with."""
+        """Notes that the average starts where it is meant to, and shows the schedule's next λ."""
         self._guidance.start_is_known = True
         if self._momentum.schedule is not None:
             self._publish(self._momentum.at(self.num_updates))

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..averaging.average import ModelAverage
 from ..averaging.buffers import BufferPolicy
-from ..averaging.checks import check_count, check_saved_mapping, one_line, warn_user
+from ..averaging.checks import check_saved_mapping, one_line, warn_user
 from ..averaging.sharding import is_first_rank, on_first_rank
 from ..averaging.state import check_average_state
 from ..posthoc.snapshots import StoredSnapshot, gathered, prepare, read_frozen, to_store, write, write_frozen
@@ -165,7 +165,7 @@ class PostHocEMA(EngineHandler):
             Whether the update was made: False if ``skip_nonfinite`` left it out.
 
         Raises:
-            TypeError, ValueError: for samples if time is counted in updates, or a wrong number.
+            TypeError, ValueError: if the number is wrong, or time is counted in updates.
         """
         if self.time_unit == "samples":
             self._count(samples, "samples should be")
@@ -196,8 +196,8 @@ class PostHocEMA(EngineHandler):
             optimizer: update only if this optimizer, or the one that it wraps, has stepped since the last event.
 
         Raises:
-            TypeError, ValueError, RuntimeError: for a wrong argument, or if it is attached to this engine already.
-                The run raises ValueError at its start if the directory has snapshots of another one.
+            TypeError, ValueError, RuntimeError: if an argument is wrong, or it is attached to this engine already. The
+                run raises ValueError at its start if the directory has snapshots of another run.
         """
         names = tuple(f"{name}_{index}" for index in range(len(self.streams)))
         check_attachable(self, engine, [name, *names], event, snapshot_event)
@@ -253,11 +253,14 @@ class PostHocEMA(EngineHandler):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a :meth:`state_dict`, before or after ``attach``.
+        """Resumes from a :meth:`state_dict`, before or after ``attach``.
+
+        Args:
+            state: what :meth:`state_dict` gave.
 
         Raises:
-            TypeError, ValueError: for a state with a missing, unexpected or wrong entry, or of another model, widths
-                or unit of time; nothing has been loaded then.
+            TypeError, ValueError: if an entry is wrong, or of another model, other widths or another unit of time;
+                nothing is loaded then.
         """
         _check_state(state, self._plain_state(), len(self.streams))
         for index, average in enumerate(self.streams):
@@ -304,7 +307,7 @@ class PostHocEMA(EngineHandler):
         self._prepare()
 
     def _on_run_end(self, engine: Engine, attachment: Attachment) -> None:
-        if not engine.should_terminate:  # else it may go on, and should write then what it would have written
+        if not engine.should_terminate:  # a terminated run may go on, and should write what it would have written
             self._save(engine)
 
     def _count_batch(self, engine: Engine) -> None:
@@ -314,7 +317,7 @@ class PostHocEMA(EngineHandler):
         self._write(engine.state.iteration, engine.state.epoch)
 
     def _prepare(self) -> None:
-        """Once for a run, and for each state that is loaded: the directory has the past of this run alone."""
+        """Once for each run or loaded state: makes sure that the directory has the past of this run alone."""
         if self._is_prepared:
             return
         self._times = on_first_rank(lambda: prepare(self.dirname, self._run_id, self.time, self._times))
@@ -389,8 +392,6 @@ def _check_state(state: Mapping[str, Any], own: Mapping[str, Any], num_streams: 
     streams = [f"stream_{index}" for index in range(num_streams)]
     kinds: dict[str, Any] = {key: type(value) for key, value in own.items()}
     check_saved_mapping(state, kinds | dict.fromkeys(streams, Mapping), "a PostHocEMA")
-    for key in ("samples_seen", "updated_at"):
-        check_count(state[key], f"{key!r} of the state")
     forms = []
     for stream in streams:
         check_average_state(state[stream])

@@ -162,7 +162,11 @@ def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:
     """The mean relative error of a reconstructed weight that comes from rounding the snapshots to their type.
 
     The mean error of one rounded weight is 0.43 units of rounding. A linear combination amplifies it by the norm of its
-    ``coefficients`` if that is above 1.
+    coefficients if that is above 1.
+
+    Args:
+        snapshot: one of the snapshots.
+        coefficients: those of the combination.
     """
     types = {tensor.dtype for tensor in snapshot.averaged[0].values()}
     coarsest = max(torch.finfo(dtype).eps for dtype in types)
