@@ -105,9 +105,9 @@ def test_a_number_stands_for_a_power_function_and_the_end_for_the_last_snapshot(
 
 BAD_FITS = [
     (lambda: coefficients([], 0.1), "snapshots should be at least one, got none"),
-    (lambda: residual(evenly(2), 0.1, end=0), "time should be a number above 0, .* got 0"),
+    (lambda: residual(evenly(2), 0.1, end=0), "time .* above 0, got 0"),
     (lambda: Snapshot(PowerProfile(0.1), math.inf), "got inf"),
-    (lambda: Snapshot(0.1, 1), r"profile should be a Profile, such as PowerProfile\(0.05\), got 0.1"),
+    (lambda: Snapshot(0.1, 1), r"profile .* a Profile, such as PowerProfile\(0.05\), got 0.1"),
     (lambda: residual([20, 40], 0.15), r"of type Snapshot, got 20; posthoc.planned"),
     (lambda: residual(evenly(2), UniformProfile(1e-17)), "target should have a density that float64 can"),
 ]

@@ -156,7 +156,7 @@ def test_a_profile_of_ones_own_fits_and_is_fitted():
 
 BAD = [
     (PowerProfile, (0.3,), "sigma_rel .* got 0.3"),
-    (ExponentialProfile, (0,), "half_life .* above 0, .* got 0"),
+    (ExponentialProfile, (0,), "half_life .* above 0, got 0"),
     (ExponentialProfile, (math.inf,), "got inf"),
     (ExponentialProfile, ("0.1",), "got '0.1'"),
     (ExponentialProfile.from_momentum, (0.0, 10), "momentum .* in .0, 1., .* got 0.0"),
