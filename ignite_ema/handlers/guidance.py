@@ -37,7 +37,7 @@ class Guidance:
 
     def __init__(self, average: ModelAverage, momentum: Momentum) -> None:
         self._average, self._momentum = average, momentum
-        self._says_share = True
+        self._says_share = True  # at the end of a run; once
         self.start_here()
         self._was_reset = False
 

@@ -57,6 +57,7 @@ class PostHocEMA(EngineHandler):
         stochastic_rounding: let small updates move averages in bfloat16 or float16.
 
     Attributes:
+        model: the online model, without wrappers.
         streams: a :class:`~ignite_ema.ModelAverage` for each width.
         sigma_rels: what was passed, as a tuple.
         dirname: the directory of the snapshots; can be set to another one that exists, after :meth:`reset`.
@@ -122,6 +123,7 @@ class PostHocEMA(EngineHandler):
             for schedule, twin in zip(schedules, twins, strict=True)
         )
         super().__init__(self.streams[0])
+        self.model = self.streams[0].model
         self._samples: Any = samples
         self._dtype = snapshot_dtype
         self._exponents = [schedule.gamma + 1 for schedule in schedules]
@@ -144,11 +146,6 @@ class PostHocEMA(EngineHandler):
             lambda: f"at {self.time} {self.time_unit}",
             lambda: f"{len(self._times)} snapshots in {str(self.dirname)!r}",
         )
-
-    @property
-    def model(self) -> nn.Module:
-        """The online model, without wrappers."""
-        return self.streams[0].model
 
     @property
     def num_updates(self) -> int:
