@@ -105,11 +105,12 @@ class EMAHandler(EngineHandler):
             way_out = f"; a momentum is 1 - decay: pass momentum={1 - value:g}" if is_decay else ""
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{way_out}.")
         self._momentum = Momentum(momentum, momentum_warmup, warmup_iters)
+        schedule = self._momentum.schedule
         #: The :class:`~ignite_ema.ModelAverage` that the handler drives.
         self.average = ModelAverage(
             model,
             handle_buffers,
-            momentum=self._momentum.schedule or self._momentum.value,
+            momentum=momentum if schedule is None else schedule,
             ema_model=ema_model,
             dtype=dtype,
             device=device,

@@ -36,11 +36,11 @@ class Momentum:
                 f"momentum should be a float or a schedule of the number of updates, got {type(momentum).__name__} of "
                 "Ignite. Pass a float, and let a StateParamScheduler drive engine.state.<name>."
             )
-        warmup = f"momentum_warmup and warmup_iters should be %s, got {momentum_warmup!r} and {warmup_iters!r}."
+        got = f"got {momentum_warmup!r} and {warmup_iters!r}"
         if callable(momentum) and (momentum_warmup is not None or warmup_iters is not None):
-            raise ValueError(warmup % "None if momentum is a schedule")
+            raise ValueError(f"momentum_warmup and warmup_iters should be None if momentum is a schedule, {got}.")
         if (momentum_warmup is None) != (warmup_iters is None):
-            raise ValueError(warmup % "given together or not at all")
+            raise ValueError(f"momentum_warmup and warmup_iters should be given together or not at all, {got}.")
         self.passed = momentum
         self.schedule: Schedule | None = momentum if callable(momentum) else None
         self.value = 1.0 if callable(momentum) else constant_of(momentum).momentum
