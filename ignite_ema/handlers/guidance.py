@@ -25,7 +25,7 @@ def warn_unrestored(what: str, iteration: int, lost: str, handler: str) -> None:
 
 
 class Guidance:
-    """Says if an average starts from the wrong weights, or ends as hardly more than its start.
+    """Warns of an average that starts from the wrong weights, or has hardly moved by the end of a run.
 
     Args:
         average: the average.
@@ -42,7 +42,7 @@ class Guidance:
         self._was_reset = False
 
     def start_here(self) -> None:
-        """Notes that the average was reset to the model: only what is loaded into the model from now on is missed."""
+        """Notes that the average was reset to the model: only weights that are loaded later are warned about."""
         self._norms_at_start = norms(self._parameters())
         self.start_is_known, self._was_reset = False, True
 

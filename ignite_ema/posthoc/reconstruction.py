@@ -46,7 +46,7 @@ def sigma_rel_from_gamma(gamma: float) -> float:
         ValueError: for an exponent of 0 (the mean of the whole run) or below.
     """
     if not 0 < gamma < math.inf:
-        raise ValueError(f"gamma should be a number above 0, where the width is below 1/√12 = 0.2887, got {gamma!r}.")
+        raise ValueError(f"gamma should be a number above 0, for a width below 1/√12 = 0.2887, got {gamma!r}.")
     return float(((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5)
 
 
@@ -96,8 +96,8 @@ def reconstruct(
             Later snapshots are not used.
         max_residual: the largest :func:`residual` to accept.
         progress: whether to show a progress bar; needs the package tqdm.
-        base: a plain state dict, or a file of one, with the frozen parameters that the averages share with the model
-            (``share_frozen``); needed only if the file ``snapshot_frozen.pt`` is missing.
+        base: the frozen parameters that the averages share with the model (``share_frozen``), as a plain state dict or
+            a file of one; needed only if the file ``snapshot_frozen.pt`` is missing.
 
     Returns:
         A complete, plain state dict on the CPU, in float32, or in the type of the snapshots if that is wider; for
@@ -138,7 +138,7 @@ def sweep(
         score: called with the state dict of an average; what it returns is its score, such as an accuracy.
         step: the time at which the averages are taken: the time of a snapshot; None: the last.
         max_residual: the largest :func:`residual` to accept.
-        base: a plain state dict, or a file of one, with the frozen parameters, if ``snapshot_frozen.pt`` is missing.
+        base: the frozen parameters, as a plain state dict or a file of one, if ``snapshot_frozen.pt`` is missing.
 
     Returns:
         Pairs of a profile, as it was passed, and its score, in order.
@@ -204,7 +204,7 @@ def _check(finding: str, error: float, limit: float, remedy: str) -> None:
             f"max_residual={accepted:g} (--max-residual)."
         )
     if error > GOOD:
-        warn_user(f"{finding} {error:.1%}, where up to {GOOD:.0%} is good; {remedy}.")
+        warn_user(f"{finding} {error:.1%}, above the {GOOD:.0%} that counts as good; {remedy}.")
 
 
 def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Tensor]:

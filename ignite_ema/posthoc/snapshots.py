@@ -165,16 +165,16 @@ def _save(content: Mapping[str, Any], path: Path) -> None:
 
 
 def prepare(dirname: Path, run_id: str, time: int, times: Sequence[int]) -> list[int]:
-    """Lets a run start, or go on, in a directory: snapshots that are later than its state are set aside.
+    """Prepares a directory for a run that starts or resumes: sets aside snapshots that are later than its state.
 
     Args:
         dirname: the directory.
         run_id: identifies the run.
-        time: that of the state from which the run goes on; 0 for a run that starts.
-        times: those of the snapshots that the run has written, according to that state.
+        time: the time of the state from which the run resumes; 0 for a run that starts.
+        times: the times of the snapshots that the run had written, as its state says.
 
     Returns:
-        The times of the snapshots that the run has written until then.
+        The times of the snapshots that the run had written, those of the very time of its state included.
 
     Raises:
         ValueError: if there are snapshots of another run; nothing has been moved then.

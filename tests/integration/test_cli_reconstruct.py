@@ -183,10 +183,10 @@ def test_what_cannot_be_done_is_one_sentence(arguments, message, command, capsys
         (["--list", "--out", "out.pt"], "argument --out: not allowed with argument --list"),
         (
             ["--sigma-rel", "nan", "--out", "out.pt"],
-            "--sigma-rel: sigma_rel of PowerFunction should be a number in (0, 1/√12 ",
+            "--sigma-rel: sigma_rel of PowerProfile should be a number in (0, 1/√12 ",
         ),
-        (["--half-life", "0", "--out", "out.pt"], "--half-life: half_life should be a number above 0"),
-        (["--last", "1.5", "--out", "out.pt"], "--last: window should be a number in (0, 1], the part of"),
+        (["--half-life", "0", "--out", "out.pt"], "--half-life: half_life of ExponentialProfile should be a number above 0"),
+        (["--last", "1.5", "--out", "out.pt"], "--last: window of UniformProfile should be a number in (0, 1], as a"),
         (["--sigma-rel", "0.1", "--out", "."], "OUT should name a file, with {} in it for several, got '.'"),
         (["--sigma-rel", "0.1", "0.2", "--out", "out.pt"], "OUT should name a file, with {} in it for several, got"),
     ],
