@@ -185,7 +185,10 @@ def test_what_cannot_be_done_is_one_sentence(arguments, message, command, capsys
             ["--sigma-rel", "nan", "--out", "out.pt"],
             "--sigma-rel: sigma_rel of PowerProfile should be a number in (0, 1/√12 ",
         ),
-        (["--half-life", "0", "--out", "out.pt"], "--half-life: half_life of ExponentialProfile should be a number above 0"),
+        (
+            ["--half-life", "0", "--out", "out.pt"],
+            "--half-life: half_life of ExponentialProfile should be a number above 0",
+        ),
         (["--last", "1.5", "--out", "out.pt"], "--last: window of UniformProfile should be a number in (0, 1], as a"),
         (["--sigma-rel", "0.1", "--out", "."], "OUT should name a file, with {} in it for several, got '.'"),
         (["--sigma-rel", "0.1", "0.2", "--out", "out.pt"], "OUT should name a file, with {} in it for several, got"),
