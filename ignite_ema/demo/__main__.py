@@ -19,33 +19,34 @@ __all__ = ["main"]
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     about = "Trains a small net on noisy labels and shows what the average of its weights is worth."
     parser = argparse.ArgumentParser(prog="python -m ignite_ema.demo", description=about)
-    numbers = {"epochs": (20, 2, "of each run"), "seed": (0, 0, "the first seed"), "seeds": (5, 1, "number of seeds")}
-    for name, (default, _, what) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="of each run (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="number of runs (default: %(default)s)")
     out = Path("ignite_ema_demo")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="where files go (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="write into DIR although it holds files")
     parsed = parser.parse_args(arguments)
-    for name, (_, least, _) in numbers.items():
+    for name, least in (("epochs", 2), ("seed", 0), ("seeds", 1)):
         if getattr(parsed, name) < least:
             parser.error(f"--{name} should be at least {least}, got {getattr(parsed, name)}.")
     if missing := [module for module in ("matplotlib", "sklearn", "tqdm") if find_spec(module) is None]:
-        way_out = 'pip install "ignite-ema[demo]" brings it.'
-        parser.error(f"the demo needs {', '.join(missing)}, which is not installed; {way_out}")
+        parser.error(f'the demo needs {", ".join(missing)}, not installed here; pip install "ignite-ema[demo]".')
     try:
         parsed.out.mkdir(parents=True, exist_ok=True)
-        occupied = any(parsed.out.iterdir())
     except OSError as error:
         parser.error(f"--out should be a directory, got '{parsed.out}' ({error.strerror}); pass another one.")
-    if occupied and not parsed.force:
-        way_out = "pass --force to overwrite those of an earlier demo, or another --out."
-        parser.error(f"--out should be a new or an empty directory, got '{parsed.out}', which holds files; {way_out}")
+    if any(parsed.out.iterdir()) and not parsed.force:
+        parser.error(f"--out should be empty, but '{parsed.out}' holds files; pass --force to overwrite them.")
     return parsed
 
 
 def _percent(values: Sequence[float]) -> str:
     """The mean and, of several values, the standard deviation."""
     return f"{100 * mean(values):.1f}" + (f" (sd {100 * stdev(values):.1f})" if len(values) > 1 else "")
+
+
+def _at_the_end(runs: Mapping[int, Run]) -> tuple[str, str]:
+    return _percent([run.online[-1] for run in runs.values()]), _percent([run.averaged[-1] for run in runs.values()])
 
 
 def _table(runs: Mapping[int, Run]) -> str:
@@ -58,10 +59,6 @@ def _table(runs: Mapping[int, Run]) -> str:
         lines.append(f"{seed:>4}{cells[0]:>22}{cells[1]:>22}{100 * (run.averaged[-1] - run.online[-1]):>+7.1f}")
     online, averaged = _at_the_end(runs)
     return "\n".join([*lines, f"mean{online:>22}{averaged:>22}"])
-
-
-def _at_the_end(runs: Mapping[int, Run]) -> tuple[str, str]:
-    return _percent([run.online[-1] for run in runs.values()]), _percent([run.averaged[-1] for run in runs.values()])
 
 
 def _draw(runs: Mapping[int, Run], path: Path) -> None:
@@ -102,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for seed in range(first, first + options.seeds):
         run = training.build(test, seed, out / f"best_seed{seed}.pt")
         runs[seed] = training.train(run, data, seed, epochs, f"Seed {seed}")
-    end, path = training.EPOCH_LENGTH * epochs, out / f"resume_seed{first}.pt"
-    stop = end // 2 + training.EPOCH_LENGTH // 4  # in the middle of an epoch
+    stop, path = training.EPOCH_LENGTH * (2 * epochs + 1) // 4, out / f"resume_seed{first}.pt"  # within an epoch
     resumed = stopped_and_resumed(data, test, first, epochs, stop, path)
     print(_table(runs))
     _draw(runs, out / "demo.png")
@@ -111,17 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.testing.assert_close(resumed.state(), runs[first].state(), rtol=0, atol=0, equal_nan=True)
     except AssertionError as difference:
         print(
-            f"The run that resumed at iteration {stop} should end with the bits of the run that never stopped; please "
-            f"report this with your versions of torch and pytorch-ignite:\n{difference}",
-            file=sys.stderr,
+            f"The run resumed at iteration {stop} should end with the bits of the first:\n{difference}", file=sys.stderr
         )
         return 1
-    winner = max(runs, key=lambda seed: max(runs[seed].averaged))
+    best = max(runs, key=lambda seed: max(runs[seed].averaged))
     print(
-        f"Resume   {path}: seed {first}, stopped at iteration {stop} of {end}, rebuilt, loaded and finished,\n"
+        f"Resume   {path}: seed {first}, stopped at iteration {stop}, rebuilt, loaded and finished,\n"
         "         has the bits of the run that never stopped: weights, average, count, momentum and optimizer.\n"
-        f"Best     {out / f'best_seed{winner}.pt'}: the averaged model at its best on the test images,\n"
-        f"         {_percent([max(runs[winner].averaged)])} %; one file for each seed.\n"
+        f"Best     {out / f'best_seed{best}.pt'}: the averaged model at its best on the test images,\n"
+        f"         {_percent([max(runs[best].averaged)])} %; one file for each seed.\n"
         f"Picture  {out / 'demo.png'}"
     )
     return 0

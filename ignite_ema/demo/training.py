@@ -37,14 +37,13 @@ class Run:
 
     def to_save(self) -> dict[str, Any]:
         """What a checkpoint needs for an exact resume."""
-        averaged = {"ema_model": self.handler.ema_model, "ema_handler": self.handler}
-        return {"model": self.model, **averaged, "trainer": self.trainer, "optimizer": self.optimizer}
+        return {"model": self.model, "ema_handler": self.handler, "trainer": self.trainer, "optimizer": self.optimizer}
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to reproduce: tensors and numbers."""
         parts = {"model": self.model.state_dict(), "ema_model": self.handler.ema_model.state_dict()}
         numbers = [self.handler.num_updates, *map(vars(self.trainer.state).get, ("iteration", "ema_momentum"))]
-        return {**parts, "optimizer": self.optimizer.state_dict()["state"], "count, iteration and momentum": numbers}
+        return {**parts, "optimizer": self.optimizer.state_dict()["state"], "count, iteration, momentum": numbers}
 
 
 def load_data() -> tuple[Batch, Batch]:
@@ -74,7 +73,7 @@ def network() -> nn.Module:
 def build(test: Batch, seed: int, best: Path | None = None) -> Run:
     """A fresh model with its optimizer, trainer and average, evaluated on ``test`` every few iterations.
 
-    ``best`` is the file that gets the averaged model when its accuracy is the highest so far.
+    The file ``best`` gets the averaged model whenever its accuracy is the highest so far.
     """
     torch.manual_seed(seed)
     model = network()

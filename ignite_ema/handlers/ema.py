@@ -18,7 +18,6 @@ from ..averaging.checks import (
     momentum_summary,
     one_line,
     warn_first_rank,
-    warn_user,
 )
 from ..averaging.names import unwrapped
 from ..averaging.state import AVERAGE_STATE, check_average_state
@@ -26,10 +25,10 @@ from ..averaging.swap import Swapped
 from ..checkpoints.formats import Names
 from ..checkpoints.reading import Source, read_part
 from ..schedules import Schedule
-from .attachment import Attachment, Attachments, Event, check_attachable, optimizer_with_hooks
-from .evaluation import EvaluationSwap, swaps
+from .attachment import Attachment, EngineHandler, Event, check_attachable, optimizer_with_hooks
+from .evaluation import EvaluationSwap
 from .guidance import Guidance
-from .momentum import Momentum, schedule_from
+from .momentum import Momentum
 
 __all__ = ["EMAHandler"]
 
@@ -45,7 +44,7 @@ _SAVED_WHILE_SWAPPED = (
 )
 
 
-class EMAHandler:
+class EMAHandler(EngineHandler):
     """Keeps an exponential moving average of a model's weights while an Ignite engine trains it.
 
     ``average = (1 - λ) * average + λ * weights``: λ, the momentum, weighs the *new* weights; it is 1 - decay. Schedules
@@ -105,7 +104,8 @@ class EMAHandler:
             is_decay = name == "decay" and isinstance(value, float)
             way_out = f"; a momentum is 1 - decay: pass momentum={1 - value:g}" if is_decay else ""
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{way_out}.")
-        schedule = schedule_from(momentum, momentum_warmup, warmup_iters)
+        self._momentum = Momentum(momentum, momentum_warmup, warmup_iters)
+        schedule = self._momentum.schedule
         #: The :class:`~ignite_ema.ModelAverage` that the handler drives.
         self.average = ModelAverage(
             model,
@@ -118,9 +118,8 @@ class EMAHandler:
             skip_nonfinite=skip_nonfinite,
             stochastic_rounding=stochastic_rounding,
         )
-        self._momentum = Momentum(momentum, schedule)
+        super().__init__(self.average)
         self._guidance = Guidance(self.average, self._momentum)
-        self._attachments = Attachments()
 
     def __repr__(self) -> str:
         return one_line(
@@ -165,7 +164,7 @@ class EMAHandler:
             )
         self.average.momentum = value  # raises before anything has changed
         self._momentum.set(value)
-        self._attachments.publish(self._momentum.value)
+        self._publish(self._momentum.value)
 
     @property
     def num_updates(self) -> int:
@@ -206,56 +205,51 @@ class EMAHandler:
         Args:
             engine: the trainer; no strong reference to it is kept.
             name: the attribute. As soon as this returns it shows the first λ, after each update the λ that was used.
-            warn_if_exists: warn if it exists; a plain momentum that was not restored goes on from its value, a schedule
-                overwrites it.
+            warn_if_exists: warn if it exists. A plain momentum that was not restored goes on from its value, a
+                schedule overwrites it.
             event: when to update. Members of an ``EventsList`` that fire in the same iteration update once.
-            optimizer: update only if this optimizer has stepped since the last event: with gradients accumulated over
-                several iterations, and if a ``GradScaler`` skips steps. A wrapper with an ``.optimizer`` will do.
+            optimizer: update only if this optimizer, or the one that it wraps, has stepped since the last event: for
+                gradients that accumulate over several iterations, and a ``GradScaler`` that skips steps.
 
         Raises:
-            TypeError, ValueError: for a name of the engine's own, a value there that is no momentum, an event that the
-                engine never fires.
+            TypeError, ValueError: if the engine uses the name itself, its value is no momentum, or the engine
+                cannot fire the event.
             RuntimeError: if this handler is attached to this engine already.
         """
         check_attachable(self, engine, [name], event)
-        if any(swap.owner is self for swap in swaps(engine)):
-            raise RuntimeError(
-                "engine should be one that trains, but swap_during() was called with it and its runs are on the "
-                "averaged weights. Train with another engine."
-            )
-        self._momentum.check(engine.state, name, self.num_updates)
         steps = optimizer_with_hooks(optimizer, self.model)
-        is_new = self._momentum.show_first(engine.state, name, self.num_updates, warn_if_exists)
-        attachment = Attachment(self, engine, (name,), event, [name] if is_new else [], steps)
+        first = self._momentum.first(engine.state, name, self.num_updates, warn_if_exists)
+        attachment = Attachment(self, engine, (name,), event, steps)
+        setattr(engine.state, name, first)
         if self.handle_buffers == "ema_train":  # an evaluator may have left it in eval mode
             attachment.call_at(engine, Events.ITERATION_STARTED, lambda _: self.ema_model.train())
-        self._attachments.add(attachment)
         return attachment
 
     def swapped(self) -> Swapped:
         """Inside the block the model holds the averaged weights; see :meth:`ignite_ema.ModelAverage.swapped`."""
-        return self._swapped(None)
-
-    def _swapped(self, buffers_from: Any) -> Swapped:
-        for attachment in self._attachments:
-            attachment.note_reading()
-        return self.average.swapped(buffers_from)
+        self._note_reading()
+        return self.average.swapped()
 
     def swap_during(self, evaluator: Engine, sync_buffers: bool = False) -> EvaluationSwap:
         """Evaluates the averaged weights: each ``evaluator.run()`` is inside :meth:`swapped`, until ``remove()``.
 
         Args:
-            evaluator: an engine that evaluates ``model``; not one that trains it.
+            evaluator: an engine that evaluates ``model`` and does not train it.
             sync_buffers: evaluate with the first rank's buffers on all ranks, which have to run the evaluator together.
                 The buffers come back with the weights.
 
         Raises:
-            TypeError, RuntimeError: for what is no engine, or one that this handler swaps for or updates at already.
+            TypeError: if it is not an engine.
+            RuntimeError: if this handler is attached to it already.
         """
         return EvaluationSwap(self, evaluator, sync_buffers)
 
     def reset(self, *, buffers_only: bool = False) -> None:
-        """Starts again: the average becomes the model and the count 0; ``buffers_only`` copies the buffers alone."""
+        """Starts again: the average becomes the model, and the count 0.
+
+        Args:
+            buffers_only: copy the buffers alone, and leave weights and count as they are.
+        """
         self.average.reset(buffers_only=buffers_only)
         if not buffers_only:
             self._go_on()
@@ -263,41 +257,38 @@ class EMAHandler:
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: averaged tensors (not copies), count and momentum; tensors and plain values only."""
-        for attachment in self._attachments:
-            attachment.note_reading()
+        self._note_reading()
         is_swapped = self.average.is_swapped()
         if is_swapped:
-            self._guidance.tell_once("saved while swapped", _SAVED_WHILE_SWAPPED.format("is"))
+            self._tell_once("saved while swapped", _SAVED_WHILE_SWAPPED.format("is"))
         return {
             **self.average.state_dict(),
             "current_momentum": self._plain_momentum() if self._momentum.schedule is None else None,
-            "optimizer_stepped": sorted(self._attachments.stepped()),
+            "optimizer_stepped": sorted(self._stepped),
             "saved_while_swapped": is_swapped,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a :meth:`state_dict`, before or after ``attach``.
+        """Resumes from a :meth:`state_dict`, before or after ``attach``.
 
-        A schedule goes on from the saved count, a plain momentum from the saved value, to which it may have been
-        driven. If the saved handler had another momentum, this one's own counts, and a warning says so.
+        A schedule resumes at the saved count, a plain momentum at the saved value, to which it may have been driven. If
+        the saved handler had another momentum, this handler keeps its own and warns.
+
+        Args:
+            state: what :meth:`state_dict` gave.
 
         Raises:
-            TypeError, ValueError: for a wrong entry, which it names, or another model's; nothing is loaded then.
+            TypeError, ValueError: if an entry is wrong, or of another model; nothing is loaded then.
         """
         check_average_state(state, _STATE, "an EMAHandler")
-        if not all(isinstance(name, str) for name in state["optimizer_stepped"]):
-            raise TypeError(
-                f"'optimizer_stepped' of the state should be a list of names, got {state['optimizer_stepped']!r}; load "
-                "what state_dict() gave, unchanged."
-            )
         saved = state["current_momentum"]
         if saved is not None:
             checked_momentum(saved, "'current_momentum' of the state")
         self.average.load_state_dict({key: state[key] for key in AVERAGE_STATE})
-        self._attachments.load_stepped(state["optimizer_stepped"])
+        self._stepped = set(state["optimizer_stepped"])
         if state["momentum_schedule"] == described(self.average.schedule) and saved is not None:
             self._momentum.restore(saved)
-            self._attachments.publish(saved)
+            self._publish(saved)
         self._go_on()
         if state["saved_while_swapped"]:
             warn_first_rank(_SAVED_WHILE_SWAPPED.format("was"))
@@ -313,18 +304,19 @@ class EMAHandler:
         """Starts from the averaged weights in a checkpoint of this or another system; leaves the model alone.
 
         Args:
-            source: a file or a directory, or what was loaded from one; see :func:`ignite_ema.checkpoints.read` for the
-                systems. A handler's state, or the ``state_dict`` of a model whose weights are an average.
+            source: a file or a directory, or what was loaded from one; :func:`ignite_ema.checkpoints.read` lists the
+                systems. Also a handler's state, or the ``state_dict`` of a model whose weights are an average.
             key: which average, if there are several.
-            names: names for checkpoints that store a list of tensors; None: those of the model's parameters.
-            num_updates: how many updates the weights count for, which a schedule has to know; None: as many as the
+            names: names for checkpoints that store a list of tensors. None: those of the model's parameters.
+            num_updates: how many updates the weights count for, which a schedule has to know. None: as many as the
                 checkpoint says.
             strict: whether all tensors have to fit. False: takes every tensor whose name and shape fit, and starts the
                 others from the model, with a warning.
 
         Raises:
-            TypeError, ValueError, OSError, ImportError, RuntimeError: if the checkpoint cannot be read, is of another
-                model, or lacks the count that a schedule needs; inside :meth:`swapped`. Nothing is loaded then.
+            TypeError, ValueError, OSError, ImportError: if the checkpoint cannot be read, is of another model, or lacks
+                the count that a schedule needs; nothing is loaded then.
+            RuntimeError: inside :meth:`swapped`.
         """
         if isinstance(source, Mapping) and "averaged_tensors" in source:
             tensors, count = source, source.get("num_updates")
@@ -355,25 +347,18 @@ class EMAHandler:
         return self._momentum.value
 
     def _go_on(self) -> None:
-        """Notes that the average is what it is meant to be, and shows what a schedule goes on with."""
+        """Notes that the average starts where it is meant to, and shows the schedule's next λ."""
         self._guidance.start_is_known = True
         if self._momentum.schedule is not None:
-            self._attachments.publish(self._momentum.at(self.num_updates))
+            self._publish(self._momentum.at(self.num_updates))
 
     def _on_event(self, engine: Engine, attachment: Attachment) -> None:
-        momentum = self._momentum.take(engine.state, attachment.names[0], self.num_updates)
-        if engine.should_terminate and (name := self.average.first_nonfinite()) is not None:
-            warn_user(
-                f"{name} holds a NaN or an infinity while the run is being terminated, and the average was left as it "
-                "is."
-            )
-            return
-        self.average.update(momentum)
+        self.average.update(self._momentum.take(engine.state, attachment.names[0], self.average.num_updates))
         self._guidance.start_is_known = True
 
     def _on_run_start(self, engine: Engine, attachment: Attachment) -> None:
         self._guidance.check_start(attachment.names[0], attachment.first_iteration)
 
     def _on_run_end(self, engine: Engine, attachment: Attachment) -> None:
-        name = attachment.names[0]
-        self._guidance.check_end(name, attachment.iterations, attachment.updates, bool(engine.should_terminate))
+        if attachment.updates:
+            self._guidance.check_end(attachment.names[0])

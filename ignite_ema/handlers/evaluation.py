@@ -1,6 +1,6 @@
-"""What ``EMAHandler.swap_during`` puts on an evaluator, and how it is taken away again."""
+"""What ``EMAHandler.swap_during`` puts on an evaluator, and how it is taken off again."""
 
-from collections.abc import Callable
+import copy
 from typing import Any
 
 from ignite.engine import Engine, Events
@@ -9,16 +9,9 @@ from ignite.engine.events import State
 from ..averaging.checks import check_flags, one_line, warn_user
 from ..averaging.sharding import broadcast_buffers
 from ..averaging.swap import Swapped
-from .attachment import attachments
+from .attachment import attached_to, check_not_attached
 
-__all__ = ["EvaluationSwap", "swaps"]
-
-_SWAPS = "_ignite_ema_swaps"  # the attribute of an engine under which its swaps are found
-
-
-def swaps(engine: Engine) -> "list[EvaluationSwap]":
-    """The swaps during the runs of ``engine``."""
-    return [swap for swap in vars(engine).get(_SWAPS, ()) if swap.is_attached]
+__all__ = ["EvaluationSwap"]
 
 
 class EvaluationSwap:
@@ -28,40 +21,28 @@ class EvaluationSwap:
     swallow the exception, and an interrupted run fires no ``COMPLETED``.
 
     Args:
-        owner: who swaps.
-        engine: whose runs.
-        sync_buffers: whether the first rank's buffers are used on all ranks.
+        owner: the handler that swaps.
+        engine: the evaluator.
+        sync_buffers: whether all ranks use the first rank's buffers.
 
     Attributes:
         is_attached: whether it still swaps.
     """
 
+    names = ()  # of the attributes of engine.state: an attachment has some
+    _is_copy = False
+
     def __init__(self, owner: Any, engine: Engine, sync_buffers: bool) -> None:
-        if not isinstance(engine, Engine):
-            raise TypeError(f"evaluator should be an ignite Engine, got {type(engine).__name__}.")
+        check_not_attached(owner, engine, "evaluator")
         check_flags(sync_buffers=sync_buffers)
-        if any(other.owner is owner for other in attachments(engine)):
-            raise RuntimeError(
-                "evaluator should be another engine than the trainer, but this handler is attached to it and updates "
-                "the average there. Swap during the runs of another engine."
-            )
-        if any(other.owner is owner for other in swaps(engine)):
-            raise RuntimeError(
-                "An EMAHandler should swap during the runs of an evaluator once, but it does so already. Call remove() "
-                "on the handle of that call first."
-            )
-        self.owner: Any = owner
-        self.is_attached = True
+        self.owner, self.is_attached = owner, True
         self._buffers_from = broadcast_buffers if sync_buffers else None
         self._swap: Swapped | None = None
-        self._engine = engine
-        self._inner: Callable[..., State] | None = engine.run
+        self._engine, self._inner = engine, engine.run
         self._inner_is_own = "run" in vars(engine)  # somebody else has wrapped it, too
-        engine.run = self._outer = self._run  # type: ignore[method-assign]
-        # A run that began before this call, or by a method that was taken before, has the model's own weights.
-        started = Events.STARTED, Events.ITERATION_STARTED
-        self._handles = [engine.add_event_handler(event, self._check_start) for event in started]
-        vars(engine).setdefault(_SWAPS, []).append(self)
+        engine.run = self._run  # type: ignore[method-assign]
+        self._handle = engine.add_event_handler(Events.ITERATION_STARTED, self._check_start)
+        attached_to(engine).append(self)
 
     def __repr__(self) -> str:
         return one_line(
@@ -71,27 +52,25 @@ class EvaluationSwap:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EvaluationSwap":
-        """What a copied engine has in its place: it does not swap, and says so when the engine runs."""
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        copied.owner, copied.is_attached, copied._handles, copied._inner = self.owner, False, [], None
+        """For a copied engine: does not swap, and says so when the engine runs."""
+        copied = memo[id(self)] = copy.copy(self)
+        copied._is_copy, copied.is_attached = self._is_copy or self.is_attached, False
         copied._engine = memo.get(id(self._engine), self._engine)
+        copied._inner = copy.deepcopy(self._inner, memo)
         return copied
 
     def remove(self) -> None:
         """Lets the engine run with the model's own weights again; a second call does nothing."""
         if not self.is_attached:
             return
-        engine = self._engine
         self.is_attached = False
-        for handle in self._handles:
-            handle.remove()
-        vars(engine)[_SWAPS].remove(self)
-        if vars(engine).get("run") is not self._outer:
+        self._handle.remove()
+        attached_to(self._engine).remove(self)
+        if not self._is_outermost():
             return  # somebody has wrapped it once more, and this layer passes through from here on
-        del engine.run
+        del self._engine.run
         if self._inner_is_own:
-            engine.run = self._inner  # type: ignore[method-assign, assignment]
+            self._engine.run = self._inner  # type: ignore[method-assign]
 
     def __enter__(self) -> "EvaluationSwap":
         return self
@@ -99,21 +78,24 @@ class EvaluationSwap:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
+    def _is_outermost(self) -> bool:
+        return bool(vars(self._engine).get("run") == self._run)
+
     def _run(self, *args: Any, **kwargs: Any) -> State:
-        if self._inner is None:  # of a copy
-            if not swaps(self._engine):
-                warn_user(
-                    "This engine is a copy of one that swap_during() was called with, and evaluates the model's own "
-                    "weights. Call swap_during() with the copy."
-                )
-            return type(self._engine).run(self._engine, *args, **kwargs)
+        if self._is_copy and self._is_outermost():
+            warn_user(
+                "This engine is a copy of one that swap_during() was called with, and evaluates the model's own "
+                "weights. Call swap_during() with the copy."
+            )
         if not self.is_attached:
             return self._inner(*args, **kwargs)
-        self._swap = self.owner._swapped(self._buffers_from)
+        self.owner._note_reading()
+        self._swap = self.owner.average.swapped(self._buffers_from)
         with self._swap:
             return self._inner(*args, **kwargs)
 
     def _check_start(self, engine: Engine) -> None:
+        """A run that began before, or by a method that was taken before, has the model's own weights."""
         if self.is_attached and (self._swap is None or not self._swap.is_active):
             raise RuntimeError(
                 "The evaluator should be started as evaluator.run(...) after swap_during() was called, but this run "

@@ -7,7 +7,7 @@ from ignite.handlers.param_scheduler import BaseParamScheduler
 from ..averaging.checks import checked_momentum, constant_of, scheduled, warn_user
 from ..schedules import Constant, LinearWarmup, Schedule
 
-__all__ = ["Momentum", "schedule_from"]
+__all__ = ["Momentum"]
 
 
 class Momentum:
@@ -17,18 +17,35 @@ class Momentum:
     ``StateParamScheduler`` may drive it there.
 
     Args:
-        passed: what the user passed.
-        schedule: the schedule in force, None for a plain float.
+        momentum: what the user passed: a float or a schedule.
+        momentum_warmup: λ of the first update, or None.
+        warmup_iters: number of updates from there to ``momentum``, or None.
 
     Attributes:
-        passed: as above.
-        schedule: as above.
-        value: the plain float, as it was last seen or set; of a schedule, the first λ.
+        passed: what the user passed.
+        schedule: the schedule in force, None for a plain float.
+        value: a plain float, as it was last seen or set.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
     """
 
-    def __init__(self, passed: float | Schedule, schedule: Schedule | None) -> None:
-        self.passed, self.schedule = passed, schedule
-        self.value = constant_of(passed).momentum if schedule is None else scheduled(schedule, 0)
+    def __init__(self, momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None) -> None:
+        if isinstance(momentum, BaseParamScheduler):
+            raise TypeError(
+                f"momentum should be a float or a schedule of the number of updates, got {type(momentum).__name__} of "
+                "Ignite. Pass a float, and let a StateParamScheduler drive engine.state.<name>."
+            )
+        got = f"got {momentum_warmup!r} and {warmup_iters!r}"
+        if callable(momentum) and (momentum_warmup is not None or warmup_iters is not None):
+            raise ValueError(f"momentum_warmup and warmup_iters should be None if momentum is a schedule, {got}.")
+        if (momentum_warmup is None) != (warmup_iters is None):
+            raise ValueError(f"momentum_warmup and warmup_iters should be given together or not at all, {got}.")
+        self.passed = momentum
+        self.schedule: Schedule | None = momentum if callable(momentum) else None
+        self.value = 1.0 if callable(momentum) else constant_of(momentum).momentum
+        if momentum_warmup is not None and warmup_iters is not None:
+            self.schedule = LinearWarmup(self.value, momentum_warmup, warmup_iters)
         self._is_restored = False  # whether a loaded value counts more than what an engine has already
 
     @property
@@ -54,73 +71,29 @@ class Momentum:
         return momentum
 
     def set(self, value: float) -> None:
-        """Takes another plain float; raises TypeError or ValueError unless it is in (0, 1]."""
-        self.value = constant_of(value).momentum
-        self.passed, self._is_restored = value, False
+        """Takes another plain float."""
+        self.passed, self.value, self._is_restored = value, float(value), False
 
     def restore(self, value: float) -> None:
         """Goes on from a saved plain float."""
         self.value, self._is_restored = value, True
 
-    def check(self, state: Any, name: str, n: int) -> None:
-        """Raises TypeError or ValueError if :meth:`show_first` would go on from what is no momentum."""
-        if self._goes_on_from(state, name):
-            checked_momentum(getattr(state, name), f"engine.state.{name}")
-        self.at(n)
+    def first(self, state: Any, name: str, n: int, warns: bool) -> float:
+        """What ``state.<name>`` is to show after ``n`` updates, before the next; warns if it is there already.
 
-    def show_first(self, state: Any, name: str, n: int, warns: bool) -> bool:
-        """Shows the first λ as ``state.<name>``, or goes on from what is there; returns whether it is new there."""
-        is_new = not hasattr(state, name)
-        goes_on = self._goes_on_from(state, name)
-        momentum = self.at(n)
-        if warns and not is_new:
-            value = getattr(state, name)
-            effect = (
-                f"This handler shares it and goes on from its value {value!r}; the momentum {momentum} passed here is "
-                "ignored."
-                if goes_on
-                else f"This handler writes its own momentum there at each update, over the value {value!r}."
-                if self.schedule is not None
-                else f"This handler sets it to {momentum} now, and reads it from there at each update."
-            )
+        Raises:
+            TypeError, ValueError: if a plain float would go on from what is no momentum.
+        """
+        there = getattr(state, name, None)  # None, too, if a StateParamScheduler has made it and has not run yet
+        goes_on = self.schedule is None and not self._is_restored and there is not None
+        momentum = checked_momentum(there, f"engine.state.{name}") if goes_on else self.at(n)
+        if warns and hasattr(state, name):
+            effect = f"shares it and goes on from its value {there!r}; the momentum {self.value} passed here is ignored"
+            if not goes_on:
+                when = "" if self.schedule is None else " at each update"
+                effect = f"writes its own momentum there{when}, over the value {there!r}"
             warn_user(
                 f"Attribute '{name}' already exists in Engine.state, made by another handler or loaded with the "
-                f"engine. {effect} Choose another name, or set warn_if_exists to False if you mean that."
-            )
-        if not goes_on:
-            setattr(state, name, momentum)
-        return is_new
-
-    def _goes_on_from(self, state: Any, name: str) -> bool:
-        # None: a StateParamScheduler has made the attribute and has not run yet
-        return self.schedule is None and not self._is_restored and getattr(state, name, None) is not None
-
-
-def schedule_from(
-    momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None
-) -> Schedule | None:
-    """The schedule that the arguments of a handler mean, None for a plain float.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    if isinstance(momentum, BaseParamScheduler):
-        raise TypeError(
-            f"momentum should be a float or a schedule of the number of updates, got {type(momentum).__name__} of "
-            "Ignite. Pass a float, and let a StateParamScheduler drive engine.state.<name>."
-        )
-    if callable(momentum):
-        if momentum_warmup is not None or warmup_iters is not None:
-            raise ValueError(
-                "momentum_warmup and warmup_iters should be None if momentum is a schedule, got "
-                f"{momentum_warmup!r} and {warmup_iters!r}; a schedule brings its own warm-up."
+                f"engine. This handler {effect}. Choose another name, or set warn_if_exists to False if you mean that."
             )
         return momentum
-    if (momentum_warmup is None) != (warmup_iters is None):
-        raise ValueError(
-            "momentum_warmup and warmup_iters should be given together or not at all, got "
-            f"{momentum_warmup!r} and {warmup_iters!r}."
-        )
-    if momentum_warmup is None or warmup_iters is None:
-        return None
-    return LinearWarmup(constant_of(momentum).momentum, momentum_warmup, warmup_iters)

@@ -9,39 +9,26 @@ from uuid import uuid4
 
 import torch
 from ignite.engine import Engine, Events
-from torch import Tensor, nn
+from torch import nn
 
 from ..averaging.average import ModelAverage
 from ..averaging.buffers import BufferPolicy
-from ..averaging.checks import (
-    check_count,
-    check_saved_mapping,
-    one_line,
-    warn_first_rank,
-    warn_user,
-)
-from ..averaging.names import tensors_of
-from ..averaging.sharding import is_first_rank, on_first_rank, whole
+from ..averaging.checks import check_saved_mapping, one_line, warn_user
+from ..averaging.sharding import is_first_rank, on_first_rank
 from ..averaging.state import check_average_state
-from ..checkpoints.files import compact
-from ..posthoc.snapshots import StoredSnapshot, prepare, read_frozen, write, write_frozen
+from ..posthoc.snapshots import StoredSnapshot, gathered, prepare, read_frozen, to_store, write, write_frozen
 from ..schedules import PowerFunction
-from .attachment import (
-    Attachment,
-    Attachments,
-    Event,
-    check_attachable,
-    members_of,
-    optimizer_with_hooks,
-)
+from .attachment import Attachment, EngineHandler, Event, check_attachable, optimizer_with_hooks
+from .guidance import warn_unrestored
 
 __all__ = ["PostHocEMA"]
 
 _VERSION = 3
+_SAMPLES = "lambda engine: len(engine.state.batch[0])"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class PostHocEMA:
+class PostHocEMA(EngineHandler):
     """Keeps power-function averages of a few widths and stores snapshots, from which any length can be rebuilt later.
 
     The widths are relative to the run so far, and each snapshot has all averages in one file. What can be rebuilt, and
@@ -49,37 +36,42 @@ class PostHocEMA:
     from 0.04 to 0.25 to 1.5 %; see :func:`ignite_ema.posthoc.residual`.
 
     Args:
-        model: the online model, as for :class:`~ignite_ema.EMAHandler`.
+        model: the online model, alone or inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``.
         sigma_rels: the widths of the averages, each in (0, 1/√12).
         dirname: the directory of the snapshots, ``snapshot_<time>.pt``; made if it is missing.
-        handle_buffers: as for ``EMAHandler``, but not "ema_train". The default, "statistics", averages the statistics
-            of normalization layers: a long average does not match those of the last batches. Buffers that are not
-            averaged are stored as they are.
+        handle_buffers: "statistics", "copy", "update", or a mapping from name patterns to "copy", "update" or "keep";
+            see :class:`~ignite_ema.ModelAverage`. The default averages the statistics of normalization layers: a long
+            average does not match those of the last batches. Buffers that are not averaged are stored as they are.
         samples: called with the engine when an iteration starts, returns the number of samples in its batch. Time is
-            then counted in samples, for batches whose size changes; without it in updates, at whatever interval they
-            are made. True: :meth:`update` is told the number, in a loop without an engine.
+            then counted in samples, for batches whose size changes. True: :meth:`update` is told the number, in a loop
+            without an engine. None: time is counted in updates, however far apart.
         snapshot_dtype: the type in which the averages are stored: float32, float64, bfloat16 or float16. 16 bits halve
-            the files and round each weight by up to 0.4 % (bfloat16) or 0.05 % (float16), on average 0.17 and 0.02 %.
-            What is rebuilt is off by that, times the norm of the coefficients if it is above 1: with 64 snapshots 2.3
-            for a width of 0.04, and 17 for 0.02.
+            the files and round each weight, on average by 0.17 % (bfloat16) or 0.02 % (float16). What is rebuilt is off
+            by that, times the norm of the coefficients if it is above 1: with 64 snapshots 2.3 for a width of 0.04, and
+            17 for 0.02.
         ema_models: twins of your own, one for each width, for models that cannot be deep-copied.
-        dtype, device, share_frozen, skip_nonfinite, stochastic_rounding: as for ``EMAHandler``.
+        dtype: the type of the averages of floating-point tensors. None: the type of each tensor.
+        device: where the twins live. None: where the model's tensors are.
+        share_frozen: share the parameters that do not require gradients with the model; they are stored once for a run.
+        skip_nonfinite: leave the averages alone if an update would bring a NaN or an infinity into them.
+        stochastic_rounding: let small updates move averages in bfloat16 or float16.
 
     Attributes:
+        model: the online model, without wrappers.
         streams: a :class:`~ignite_ema.ModelAverage` for each width.
         sigma_rels: what was passed, as a tuple.
         dirname: the directory of the snapshots; can be set to another one that exists, after :meth:`reset`.
         time_unit: "updates" or "samples".
-        time: the time of the last update: the number of updates, or of samples, since the start.
+        time: the number of updates, or of samples, from the start to the last update.
 
     Raises:
-        TypeError, ValueError, RuntimeError: for an argument of the wrong type or value, as for ``EMAHandler``.
+        TypeError, ValueError, RuntimeError: for a wrong argument, or a model that cannot be averaged.
         OSError: if the directory cannot be made.
 
     Note:
         In a process group build, attach, load, save and reset it on all ranks. The first one writes, and it alone
-        returns paths; an error there is raised on all. The ranks communicate when it is built, when a run starts and at
-        each snapshot, and not at an update. The first rank gathers each snapshot of a sharded model in its CPU memory.
+        returns paths; an error there is raised on all. The ranks communicate when it is built, at the first update of a
+        run and at each snapshot. The first rank gathers each snapshot of a sharded model in its CPU memory.
 
     Examples:
         >>> import tempfile, torch
@@ -113,16 +105,14 @@ class PostHocEMA:
     ) -> None:
         _check_options(sigma_rels, handle_buffers, samples, snapshot_dtype, ema_models)
         twins: Sequence[nn.Module | None] = ema_models or [None] * len(sigma_rels)
-        self.sigma_rels = tuple(float(PowerFunction(sigma_rel).sigma_rel) for sigma_rel in sigma_rels)
-        self._samples: Any = samples
-        self._dtype = snapshot_dtype
-        self._exponents = [PowerFunction(sigma_rel).gamma + 1 for sigma_rel in self.sigma_rels]
+        schedules = [PowerFunction(sigma_rel) for sigma_rel in sigma_rels]
+        self.sigma_rels = tuple(float(schedule.sigma_rel) for schedule in schedules)
         self.time_unit = "samples" if samples else "updates"
         self.streams = tuple(
             ModelAverage(
                 model,
                 handle_buffers,
-                momentum=None if samples else PowerFunction(sigma_rel),
+                momentum=None if samples else schedule,
                 ema_model=twin,
                 dtype=dtype,
                 device=device,
@@ -130,22 +120,24 @@ class PostHocEMA:
                 skip_nonfinite=skip_nonfinite,
                 stochastic_rounding=stochastic_rounding,
             )
-            for sigma_rel, twin in zip(self.sigma_rels, twins, strict=True)
+            for schedule, twin in zip(schedules, twins, strict=True)
         )
+        super().__init__(self.streams[0])
+        self.model = self.streams[0].model
+        self._samples: Any = samples
+        self._dtype = snapshot_dtype
+        self._exponents = [schedule.gamma + 1 for schedule in schedules]
         self.dirname = Path(dirname)
         on_first_rank(lambda: self.dirname.mkdir(parents=True, exist_ok=True))
-        self._attachments = Attachments()
         self._start_anew()
         self._start_is_known = False
 
     def _start_anew(self) -> None:
         """Another run, at time 0 and without snapshots."""
-        self.time: int = 0
-        self._seen: int = 0  # samples
+        self.time = self._seen = 0  # the second counts samples
         self._run_id: str = on_first_rank(lambda: uuid4().hex)
         self._times: list[int] = []
-        self._resumed_at: int | None = 0  # the time of the state; None once the directory is prepared to go on from it
-        self._start_is_known = True
+        self._is_prepared, self._start_is_known = False, True
 
     def __repr__(self) -> str:
         return one_line(
@@ -154,11 +146,6 @@ class PostHocEMA:
             lambda: f"at {self.time} {self.time_unit}",
             lambda: f"{len(self._times)} snapshots in {str(self.dirname)!r}",
         )
-
-    @property
-    def model(self) -> nn.Module:
-        """The online model, without wrappers."""
-        return self.streams[0].model
 
     @property
     def num_updates(self) -> int:
@@ -175,7 +162,7 @@ class PostHocEMA:
             Whether the update was made: False if ``skip_nonfinite`` left it out.
 
         Raises:
-            TypeError, ValueError: for samples if time is counted in updates, or a wrong number.
+            TypeError, ValueError: if the number is wrong, or time is counted in updates.
         """
         if self.time_unit == "samples":
             self._count(samples, "samples should be")
@@ -192,47 +179,38 @@ class PostHocEMA:
         *,
         optimizer: Any = None,
     ) -> Attachment:
-        """Updates the averages at ``event``, and writes a snapshot at ``snapshot_event``, and at the end of a run.
+        """Updates the averages at ``event``, and writes a snapshot at ``snapshot_event`` and at the end of a run.
 
-        The momentum of the i-th average is published as ``engine.state.<name>_<i>``. Attach before what saves a
-        checkpoint at the same event. A run that is terminated writes no last snapshot; call :meth:`save` then. If a run
-        resumes, snapshots that are later than its state are set aside, as ``….pt.superseded``.
+        Attach before what saves a checkpoint at the same event. A run that is terminated writes no last snapshot; call
+        :meth:`save` then. If a run resumes, snapshots later than its state are set aside, as ``….pt.superseded``.
+        ``remove()`` of what is returned undoes this call.
 
         Args:
             engine: the trainer.
-            name: of the attributes.
+            name: ``engine.state.<name>_<i>`` shows the momentum of the i-th average.
             event: when to update.
             snapshot_event: when to write; dozens, evenly spaced, are enough. Without an update since, none is written.
             optimizer: update only if this optimizer, or the one that it wraps, has stepped since the last event.
 
-        Returns:
-            A handle whose ``remove()`` undoes this call.
-
         Raises:
-            TypeError, ValueError, RuntimeError: as ``EMAHandler.attach`` does; nothing is attached then. The run raises
-                ValueError at its start if the directory has snapshots of another one.
+            TypeError, ValueError, RuntimeError: if an argument is wrong, or it is attached to this engine already. The
+                run raises ValueError at its start if the directory has snapshots of another run.
         """
         names = tuple(f"{name}_{index}" for index in range(len(self.streams)))
         check_attachable(self, engine, [name, *names], event, snapshot_event)
         if self._samples is True:
-            raise TypeError(
-                "samples should be a function of the engine to count its batches, got True; pass one such as "
-                "lambda engine: len(engine.state.batch[0]) to PostHocEMA."
-            )
+            raise TypeError(f"samples should be a function of the engine, got True; pass one such as {_SAMPLES}.")
         steps = optimizer_with_hooks(optimizer, self.model)
         if taken := [taken for taken in names if hasattr(engine.state, taken)]:
             warn_user(
                 f"Attribute '{taken[0]}' already exists in Engine.state, made by another handler or loaded with the "
                 "engine, and is overwritten. Choose another name."
             )
-        attachment = Attachment(self, engine, names, event, set(names).difference(taken), steps)
+        attachment = Attachment(self, engine, names, event, steps)
         if self.time_unit == "samples":
             attachment.call_at(engine, Events.ITERATION_STARTED, self._count_batch)
-        for moment in members_of(snapshot_event, engine):
-            attachment.call_at(engine, moment, self._save)  # type: ignore[arg-type]  # a string is as good
-        attachment.call_at(engine, Events.COMPLETED, self._save_last)
-        self._attachments.add(attachment)
-        self._publish()
+        attachment.call_at(engine, snapshot_event, self._save)
+        self._show_momenta()
         return attachment
 
     def save(self) -> Path | None:
@@ -249,12 +227,11 @@ class PostHocEMA:
         for average in self.streams:
             average.reset()
         self._start_anew()
-        self._publish()
+        self._show_momenta()
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state: each average's, time, and which snapshots there are; tensors and plain values only."""
-        for attachment in self._attachments:
-            attachment.note_reading()
+        self._note_reading()
         return self._plain_state() | {
             f"stream_{index}": average.state_dict() for index, average in enumerate(self.streams)
         }
@@ -269,72 +246,66 @@ class PostHocEMA:
             "updated_at": self.time,
             "run_id": self._run_id,
             "snapshot_times": list(self._times),
-            "optimizer_stepped": sorted(self._attachments.stepped()),
+            "optimizer_stepped": sorted(self._stepped),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a :meth:`state_dict`, before or after ``attach``.
+        """Resumes from a :meth:`state_dict`, before or after ``attach``.
+
+        Args:
+            state: what :meth:`state_dict` gave.
 
         Raises:
-            TypeError, ValueError: for a state with a missing, unexpected or wrong entry, or of another model, widths
-                or unit of time; nothing has been loaded then.
+            TypeError, ValueError: if an entry is wrong, or of another model, other widths or another unit of time;
+                nothing is loaded then.
         """
         _check_state(state, self._plain_state(), len(self.streams))
         for index, average in enumerate(self.streams):
             average.load_state_dict(state[f"stream_{index}"])
         self._seen, self.time = state["samples_seen"], state["updated_at"]
         self._run_id, self._times = state["run_id"], list(state["snapshot_times"])
-        self._resumed_at, self._start_is_known = self.time, True
-        self._attachments.load_stepped(state["optimizer_stepped"])
-        self._publish()
-
-    def _next_time(self) -> int:
-        return self._seen if self.time_unit == "samples" else self.time + 1
+        self._is_prepared, self._start_is_known = False, True
+        self._stepped = set(state["optimizer_stepped"])
+        self._show_momenta()
 
     def _count(self, samples: object, what: str) -> None:
         if type(samples) is not int or samples < 1:
             raise ValueError(f"{what} the number of samples in the batch, an integer of at least 1, got {samples!r}.")
         self._seen += samples
 
-    def _publish(self) -> list[float]:
+    def _next_time(self) -> int:
+        return max(self._seen, self.time + 1)  # each batch has a sample at least
+
+    def _show_momenta(self) -> list[float]:
         """Shows each average's next λ on the engines: from time t to t' it is 1 - (t / t') ^ (γ + 1)."""
         momenta = [1.0] * len(self.streams)
         if self.time > 0:
-            step = math.log1p((self.time - self._next_time()) / self._next_time())
+            then = self._next_time()
+            step = math.log1p((self.time - then) / then)
             momenta = [-math.expm1(exponent * step) for exponent in self._exponents]
-        for attachment in self._attachments:
-            for name, momentum in zip(attachment.names, momenta, strict=True):
-                setattr(attachment.engine().state, name, momentum)
+        self._publish(*momenta)
         return momenta
 
     def _update(self) -> bool:
-        momenta = self._publish()
+        self._prepare()
+        momenta = self._show_momenta()
         moved = [average.update(momentum) for average, momentum in zip(self.streams, momenta, strict=True)]
         if moved[0]:  # as the others, which look at the same weights
             self.time, self._start_is_known = self._next_time(), True
         return moved[0]
 
     def _on_event(self, engine: Engine, attachment: Attachment) -> None:
-        if engine.should_terminate and (name := self.streams[0].first_nonfinite()) is not None:
-            warn_first_rank(
-                f"{name} has a NaN or an infinity while the run is being terminated, and the averages were left as "
-                "they are."
-            )
-            return
         self._update()
 
     def _on_run_start(self, engine: Engine, attachment: Attachment) -> None:
         if not self._start_is_known and attachment.first_iteration > 0:
-            warn_first_rank(
-                f"The trainer resumes at iteration {attachment.first_iteration}, but its PostHocEMA was not restored, "
-                'and the averages start anew; put it into the checkpoint ("posthoc_ema": posthoc_ema) and load it with '
-                "Checkpoint.load_objects, or call reset() if they are meant to start here."
-            )
+            warn_unrestored("its PostHocEMA", attachment.first_iteration, "the averages start anew", "posthoc_ema")
         self._start_is_known = True
         self._prepare()
 
     def _on_run_end(self, engine: Engine, attachment: Attachment) -> None:
-        """The first update copies: there is nothing to say about the share of the initial weights."""
+        if not engine.should_terminate:  # a terminated run may go on, and should write what it would have written
+            self._save(engine)
 
     def _count_batch(self, engine: Engine) -> None:
         self._count(self._samples(engine), "samples should return")
@@ -342,20 +313,16 @@ class PostHocEMA:
     def _save(self, engine: Engine) -> None:
         self._write(engine.state.iteration, engine.state.epoch)
 
-    def _save_last(self, engine: Engine) -> None:
-        if not engine.should_terminate:  # else it may go on, and should write then what it would have written
-            self._save(engine)
-
     def _prepare(self) -> None:
-        """Once for a run, and for each state that is loaded: the directory has the past of this run alone."""
-        if self._resumed_at is None:
+        """Once for each run or loaded state: makes sure that the directory has the past of this run alone."""
+        if self._is_prepared:
             return
-        begun, shared = self._resumed_at, self.streams[0].shared_tensors()
-        self._times = on_first_rank(lambda: prepare(self.dirname, self._run_id, begun, self._times))
+        self._times = on_first_rank(lambda: prepare(self.dirname, self._run_id, self.time, self._times))
+        shared = self.streams[0].shared_tensors()
         if bool(shared) and on_first_rank(lambda: read_frozen(self.dirname, self._run_id) is None):
-            frozen = _gathered(shared)
-            on_first_rank(lambda: write_frozen(compact(frozen), self._run_id, self.dirname))
-        self._resumed_at = None
+            frozen = gathered(shared)
+            on_first_rank(lambda: write_frozen(frozen, self._run_id, self.dirname))
+        self._is_prepared = True
 
     def _write(self, iteration: int, epoch: int) -> Path | None:
         """Writes a snapshot; returns its path, on the first rank, or None if nothing has moved since the last one."""
@@ -364,11 +331,11 @@ class PostHocEMA:
         self._prepare()
         if self.time in self._times[-1:]:
             return None
-        shared = self.streams[0].shared_tensors()
-        gathered = [_gathered(average.averaged_tensors()) for average in self.streams]
+        first = self.streams[0]
+        whole = [gathered(average.averaged_tensors()) for average in self.streams]
 
         def written() -> Path:
-            contents = [_contents(*one, self._dtype) for one in zip(self.streams, gathered, strict=True)]
+            contents = [to_store(*one, self._dtype) for one in zip(self.streams, whole, strict=True)]
             snapshot = StoredSnapshot(
                 time=self.time,
                 time_unit=self.time_unit,
@@ -378,8 +345,8 @@ class PostHocEMA:
                 sigma_rels=list(self.sigma_rels),
                 averaged=[averaged for averaged, _ in contents],
                 copied=contents[0][1],
-                state_dict_names=self.streams[0].state_dict()["state_dict_names"],
-                frozen_shapes={name: list(tensor.shape) for name, tensor in shared.items()},
+                state_dict_names=first.state_dict()["state_dict_names"],
+                frozen_shapes={name: list(tensor.shape) for name, tensor in first.shared_tensors().items()},
                 run_id=self._run_id,
             )
             return write(snapshot, self.dirname)
@@ -389,38 +356,6 @@ class PostHocEMA:
         return path if is_first_rank() else None
 
 
-def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, whole, in the CPU memory of the first rank; nothing on the others. All ranks have to call this."""
-    gathered = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor)
-        if is_first_rank():
-            gathered[name] = full.cpu()
-    return gathered
-
-
-def _contents(
-    average: ModelAverage, tensors: dict[str, Tensor], dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a snapshot stores: averaged tensors in ``dtype``, buffers at least in float32, and copies of all others."""
-    treatments, own = average.treatments(), tensors_of(average.model)
-    averaged, copied = {}, {}
-    for name in list(tensors):
-        tensor = tensors.pop(name)  # a narrow copy takes its place
-        if treatments[name] != "average":
-            copied[name] = tensor
-            continue
-        wide = dtype if isinstance(own[name], nn.Parameter) else torch.promote_types(dtype, torch.float32)
-        averaged[name] = tensor.to(tensor.dtype if tensor.is_complex() else wide).contiguous()
-        narrows = averaged[name].dtype != tensor.dtype
-        if narrows and not bool((averaged[name].isfinite() | ~tensor.isfinite()).all()):
-            raise ValueError(
-                f"'{name}' should be within ±{torch.finfo(wide).max:g} to be stored in {wide}, got "
-                f"{tensor.abs().max().item():g}; pass another snapshot_dtype, such as torch.bfloat16."
-            )
-    return compact(averaged), compact(copied)
-
-
 def _check_options(
     sigma_rels: object,
     handle_buffers: BufferPolicy,
@@ -428,20 +363,15 @@ def _check_options(
     snapshot_dtype: torch.dtype,
     ema_models: Sequence[nn.Module] | None,
 ) -> None:
-    if not isinstance(sigma_rels, Sequence) or not sigma_rels:
-        raise TypeError(f"sigma_rels should be a sequence of widths such as (0.05, 0.10), got {sigma_rels!r}.")
-    if len(set(sigma_rels)) < len(sigma_rels):
-        raise ValueError(f"sigma_rels should be different widths, got {sigma_rels!r}; name each once.")
+    if not isinstance(sigma_rels, Sequence) or not sigma_rels or len(set(sigma_rels)) < len(sigma_rels):
+        raise ValueError(f"sigma_rels should be different widths such as (0.05, 0.10), got {sigma_rels!r}.")
     if handle_buffers == "ema_train":
         raise ValueError(
             "handle_buffers should be 'statistics', 'copy', 'update' or a mapping, got 'ema_train': an average that is "
             "rebuilt from snapshots has made no forward passes of its own."
         )
     if samples is not None and not isinstance(samples, bool) and not callable(samples):
-        raise TypeError(
-            f"samples should be a function of the engine, got {samples!r}; pass one such as "
-            "lambda engine: len(engine.state.batch[0])."
-        )
+        raise TypeError(f"samples should be a function of the engine, got {samples!r}; pass one such as {_SAMPLES}.")
     if snapshot_dtype not in _DTYPES:
         raise ValueError(f"snapshot_dtype should be one of {', '.join(map(str, _DTYPES))}, got {snapshot_dtype!r}.")
     if ema_models is not None and not len(set(map(id, ema_models))) == len(ema_models) == len(sigma_rels):
@@ -450,23 +380,19 @@ def _check_options(
 
 def _check_state(state: Mapping[str, Any], own: Mapping[str, Any], num_streams: int) -> None:
     """Raises TypeError or ValueError, naming the entry, unless ``state`` may be loaded in place of ``own``."""
-    entries = state if isinstance(state, Mapping) else {}
     for key in ("ignite_ema_posthoc_version", "sigma_rels", "time_unit"):
-        if entries.get(key, own[key]) != own[key]:
+        if isinstance(state, Mapping) and key in state and state[key] != own[key]:
             raise ValueError(
                 f"{key!r} of the state should be {own[key]!r}, got {state[key]!r}; make the PostHocEMA as it was made "
                 "when the state was saved."
             )
-    kinds: dict[str, type | tuple[type, ...]] = {key: type(value) for key, value in own.items()}
     streams = [f"stream_{index}" for index in range(num_streams)]
+    kinds: dict[str, Any] = {key: type(value) for key, value in own.items()}
     check_saved_mapping(state, kinds | dict.fromkeys(streams, Mapping), "a PostHocEMA")
-    for key in ("samples_seen", "updated_at"):
-        check_count(state[key], f"{key!r} of the state")
     forms = []
     for stream in streams:
         check_average_state(state[stream])
-        tensors = state[stream]["averaged_tensors"]
-        shapes = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
+        shapes = {name: getattr(one, "shape", None) for name, one in state[stream]["averaged_tensors"].items()}
         forms.append((state[stream]["num_updates"], shapes))
     if any(form != forms[0] for form in forms):  # or one would be loaded before the next is refused
         raise ValueError(

@@ -36,7 +36,12 @@ def residual(snapshots: Sequence[Snapshot], target: Profile | float, end: float 
     """The relative L2 distance between ``target`` and the closest combination of snapshots: ‖p - Σᵢ cᵢ pᵢ‖ / ‖p‖.
 
     The cᵢ are the :func:`coefficients`. 0 means exact; above a few percent the result is a different average from the
-    one asked for. Arguments and errors are those of :func:`coefficients`.
+    one asked for.
+
+    Args:
+        snapshots: the snapshots, as :func:`planned` makes them.
+        target: a profile, or the ``sigma_rel`` of a power function.
+        end: the time at which the average is taken; None: the time of the last snapshot.
 
     Examples:
         >>> f"{residual(planned(times=range(1, 65)), 0.15):.3%}"
@@ -48,19 +53,36 @@ def residual(snapshots: Sequence[Snapshot], target: Profile | float, end: float 
 def residuals(
     snapshots: Sequence[Snapshot], targets: Iterable[Profile | float], end: float | None = None
 ) -> list[float]:
-    """The :func:`residual` of each target; faster than calling it for each."""
+    """The :func:`residual` of each target; faster than one call for each.
+
+    Args:
+        snapshots: the snapshots, as :func:`planned` makes them.
+        targets: profiles, or ``sigma_rel`` of power functions.
+        end: the time at which the averages are taken; None: the time of the last snapshot.
+    """
     return fitted(snapshots, list(targets), end)[1]
 
 
 def planned(times: Iterable[float], sigma_rels: Sequence[float] = (0.05, 0.10)) -> list[Snapshot]:
-    """The snapshots that a ``PostHocEMA`` with these widths would store at these times; for planning a run."""
+    """The snapshots that a ``PostHocEMA`` would store; for planning a run.
+
+    Args:
+        times: when it would store them.
+        sigma_rels: the widths of its averages.
+    """
     return [Snapshot(PowerProfile(sigma_rel), time) for time in times for sigma_rel in tuple(sigma_rels)]
 
 
 def fitted(
     snapshots: Sequence[Snapshot], targets: Sequence[Profile | float], end: float | None = None
 ) -> tuple[Tensor, list[float]]:
-    """The :func:`coefficients` for each target, of shape (targets, n), and the residuals."""
+    """The :func:`coefficients` for each target, of shape (targets, n), and the residuals.
+
+    Args:
+        snapshots: n snapshots, as :func:`planned` makes them.
+        targets: profiles, or ``sigma_rel`` of power functions.
+        end: the time at which the averages are taken; None: the time of the last snapshot.
+    """
     if not snapshots or not targets:
         missing = "targets" if snapshots else "snapshots"
         raise ValueError(f"{missing} should be at least one, got none; pass those to fit.")
@@ -90,7 +112,7 @@ def as_profile(target: Profile | float) -> Profile:
 
 
 def _solved(gram: Tensor, right: Tensor) -> Tensor:
-    """``gram`` to the power of -1, times ``right``; the shortest solution if it is singular (equal snapshots)."""
+    """``gram⁻¹ @ right``; the shortest solution if ``gram`` is singular (equal snapshots)."""
     scale = gram.diagonal().rsqrt()[:, None]  # to a diagonal of 1: the profiles of neighbors are nearly the same
     factor, failed = torch.linalg.cholesky_ex(gram * scale * scale.T)
     if not failed:

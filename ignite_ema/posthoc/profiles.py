@@ -6,15 +6,14 @@ Lengths are fractions of the run: divide a length in updates by the number of up
 """
 
 import math
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..schedules import PowerFunction
+from ..schedules import _POSITIVE, _SIGMA_REL, PowerFunction, _Checked, _kind, _number
 
 __all__ = [
     "ExponentialProfile",
@@ -43,7 +42,7 @@ class Profile(ABC):
 
 
 @dataclass(frozen=True)
-class PowerProfile(Profile):
+class PowerProfile(_Checked, Profile):
     """p(x) = (γ + 1) · x^γ: the profile of a power-function average, whose length grows with the run.
 
     Args:
@@ -53,10 +52,7 @@ class PowerProfile(Profile):
     whose averages have this profile.
     """
 
-    sigma_rel: float
-
-    def __post_init__(self) -> None:
-        PowerFunction(self.sigma_rel)  # raises unless it is in the range
+    sigma_rel: float = field(metadata=_SIGMA_REL)
 
     @property
     def gamma(self) -> float:
@@ -71,7 +67,7 @@ class PowerProfile(Profile):
 
 
 @dataclass(frozen=True)
-class ExponentialProfile(Profile):
+class ExponentialProfile(_Checked, Profile):
     """p(x) ∝ ½^((1 - x) / half_life): the profile of an EMA with a constant momentum.
 
     An EMA also keeps a share ½^(1 / half_life) of its initial weights at the end of the run; this profile does not. For
@@ -81,18 +77,20 @@ class ExponentialProfile(Profile):
         half_life: the time after which the contribution of weights has halved, as a fraction of the run; above 0.
     """
 
-    half_life: float
-
-    def __post_init__(self) -> None:
-        _check_range(
-            0 < _number(self.half_life) < math.inf, "half_life", self.half_life, "above 0, a fraction of the run"
-        )
+    half_life: float = field(metadata=_POSITIVE)
 
     @classmethod
     def from_momentum(cls, momentum: float, num_updates: int) -> "ExponentialProfile":
-        """The profile of an EMA with the weight ``momentum`` of the new weights, after ``num_updates`` updates."""
-        _check_range(0 < _number(momentum) < 1, "momentum", momentum, "in (0, 1), the weight of the new weights")
-        _check_range(_number(num_updates) >= 1, "num_updates", num_updates, "of at least 1")
+        """The profile of an EMA.
+
+        Args:
+            momentum: the weight of the new weights, in (0, 1).
+            num_updates: the number of updates; at least 1.
+        """
+        if not 0 < _number(momentum) < 1:
+            raise ValueError(f"momentum should be in (0, 1), as the weight of the new weights, got {momentum!r}.")
+        if not _number(num_updates) >= 1:
+            raise ValueError(f"num_updates should be a number of at least 1, got {num_updates!r}.")
         return cls(math.log(2) / -math.log1p(-momentum) / num_updates)
 
     @property
@@ -126,17 +124,16 @@ class _Steps(Profile):
 
 
 @dataclass(frozen=True)
-class UniformProfile(_Steps):
+class UniformProfile(_Checked, _Steps):
     """p(x) = 1 / window for x in (1 - window, 1]: the mean over the last part of a run, as in SWA.
 
     Args:
         window: the length of that part, as a fraction of the run, in (0, 1].
     """
 
-    window: float
-
-    def __post_init__(self) -> None:
-        _check_range(0 < _number(self.window) <= 1, "window", self.window, "in (0, 1], the part of the run that counts")
+    window: float = field(
+        metadata=_kind("a number in (0, 1], as a fraction of the run", lambda value: 0 < _number(value) <= 1)
+    )
 
     @property
     def edges(self) -> Tensor:  # type: ignore[override]
@@ -177,7 +174,7 @@ class SampledProfile(_Steps):
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(_Checked):
     """The profile of a stored average, and the time at which it was taken.
 
     Args:
@@ -185,29 +182,17 @@ class Snapshot:
         time: measured from the start of the run, above 0, in the same unit for all snapshots.
     """
 
-    profile: Profile
-    time: float
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.profile, Profile):
-            raise TypeError(f"profile should be a Profile, such as PowerProfile(0.05), got {self.profile!r}.")
-        _check_range(0 < _number(self.time) < math.inf, "time", self.time, "above 0, where the run starts")
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-
-
-def _check_range(is_inside: bool, name: str, value: object, wanted: str) -> None:
-    if not is_inside:
-        raise ValueError(f"{name} should be a number {wanted}, got {value!r}.")
+    profile: Profile = field(
+        metadata=_kind("a Profile, such as PowerProfile(0.05)", lambda value: isinstance(value, Profile))
+    )
+    time: float = field(metadata=_POSITIVE)
 
 
 def inner_products(p: Profile, ends: Tensor, q: Profile, other_ends: Tensor) -> Tensor:
     """∫ p(τ) q(τ) dτ for a profile p at each of n times, and a profile q at each of m times.
 
-    In closed form for two power functions, for two exponentials, and if either is piecewise constant; otherwise by
-    Gauss-Legendre quadrature on panels that narrow towards both ends of the range.
+    In closed form for two power functions, and if either is piecewise constant; otherwise by Gauss-Legendre quadrature
+    on panels that narrow towards both ends of the range.
 
     Args:
         p: a profile.
@@ -223,20 +208,11 @@ def inner_products(p: Profile, ends: Tensor, q: Profile, other_ends: Tensor) -> 
         a, b = p.gamma, q.gamma
         exponent = torch.where(s < t, s.new_tensor(b), s.new_tensor(-a))  # plain numbers would give float32
         return (a + 1) * (b + 1) / (a + b + 1) * (s / t) ** exponent / torch.maximum(s, t)
-    if isinstance(p, ExponentialProfile) and isinstance(q, ExponentialProfile):
-        return _of_exponentials(p._rate / s, s, q._rate / t, t)
     if isinstance(q, _Steps):
         return _with_steps(p, s, q, t)
     if isinstance(p, _Steps):
         return _with_steps(q, t, p, s)
     return _by_quadrature(p, s, q, t)
-
-
-def _of_exponentials(a: Tensor, s: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """For exponential decay at the rates a and b, per unit of time."""
-    last = torch.minimum(s, t)
-    heights = a * b / (torch.expm1(-a * s) * torch.expm1(-b * t))
-    return heights * torch.exp(-a * (s - last) - b * (t - last)) * -torch.expm1(-(a + b) * last) / (a + b)
 
 
 def _with_steps(p: Profile, s: Tensor, steps: _Steps, t: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def sigma_rel_from_gamma(gamma: float) -> float:
         ValueError: for an exponent of 0 (the mean of the whole run) or below.
     """
     if not 0 < gamma < math.inf:
-        raise ValueError(f"gamma should be a number above 0, where the width is below 1/√12 = 0.2887, got {gamma!r}.")
+        raise ValueError(f"gamma should be a number above 0, for a width below 1/√12 = 0.2887, got {gamma!r}.")
     return float(((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5)
 
 
@@ -96,8 +96,8 @@ def reconstruct(
             Later snapshots are not used.
         max_residual: the largest :func:`residual` to accept.
         progress: whether to show a progress bar; needs the package tqdm.
-        base: a plain state dict, or a file of one, with the frozen parameters that the averages share with the model
-            (``share_frozen``); needed only if the file ``snapshot_frozen.pt`` is missing.
+        base: the frozen parameters that the averages share with the model (``share_frozen``), as a plain state dict or
+            a file of one; needed only if the file ``snapshot_frozen.pt`` is missing.
 
     Returns:
         A complete, plain state dict on the CPU, in float32, or in the type of the snapshots if that is wider; for
@@ -136,9 +136,9 @@ def sweep(
         dirname: the directory of the snapshots.
         profiles: profiles, or ``sigma_rel`` of power functions.
         score: called with the state dict of an average; what it returns is its score, such as an accuracy.
-        step: as for :func:`reconstruct`.
-        max_residual: as there.
-        base: as there.
+        step: the time at which the averages are taken: the time of a snapshot; None: the last.
+        max_residual: the largest :func:`residual` to accept.
+        base: the frozen parameters, as a plain state dict or a file of one, if ``snapshot_frozen.pt`` is missing.
 
     Returns:
         Pairs of a profile, as it was passed, and its score, in order.
@@ -162,7 +162,11 @@ def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:
     """The mean relative error of a reconstructed weight that comes from rounding the snapshots to their type.
 
     The mean error of one rounded weight is 0.43 units of rounding. A linear combination amplifies it by the norm of its
-    ``coefficients`` if that is above 1.
+    coefficients if that is above 1.
+
+    Args:
+        snapshot: one of the snapshots.
+        coefficients: those of the combination.
     """
     types = {tensor.dtype for tensor in snapshot.averaged[0].values()}
     coarsest = max(torch.finfo(dtype).eps for dtype in types)
@@ -200,24 +204,25 @@ def _check(finding: str, error: float, limit: float, remedy: str) -> None:
             f"max_residual={accepted:g} (--max-residual)."
         )
     if error > GOOD:
-        warn_user(f"{finding} {error:.1%}, where up to {GOOD:.0%} is good; {remedy}.")
+        warn_user(f"{finding} {error:.1%}, above the {GOOD:.0%} that counts as good; {remedy}.")
 
 
 def _frozen(snapshot: StoredSnapshot, dirname: Path, base: Base) -> dict[str, Tensor]:
     """The frozen parameters by name, in memory of their own."""
-    shapes = snapshot.frozen_shapes
-    if base is not None and not shapes:
-        raise ValueError(f"base should be left out: the snapshots in '{dirname}' are complete.")
+    shapes, path = snapshot.frozen_shapes, frozen_path(dirname)
+    if not shapes:
+        if base is not None:
+            raise ValueError(f"base should be left out: the snapshots in '{dirname}' are complete.")
+        return {}
     tensors: Any = load_file(base) if isinstance(base, (str, os.PathLike)) else base
-    if base is None and shapes:
+    if base is None:
         tensors = read_frozen(dirname, snapshot.run_id)
         if tensors is None:
             raise FileNotFoundError(
-                f"'{frozen_path(dirname)}' should have the {len(shapes)} frozen parameters that the averages share "
-                "with the model, but it is missing or of another run; restore it, or pass the weights of the model as "
-                "base= (--base FILE)."
+                f"'{path}' should have the {len(shapes)} frozen parameters that the averages share with the model, but "
+                "it is missing or of another run; restore it, or pass the weights of the model as base= (--base FILE)."
             )
-        verify(frozen_path(dirname))
+        verify(path)
     for name, shape in shapes.items():
         tensor = tensors.get(name) if isinstance(tensors, Mapping) else tensors
         got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__

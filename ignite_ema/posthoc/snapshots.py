@@ -7,20 +7,23 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..averaging.average import ModelAverage
 from ..averaging.checks import warn_user
-from ..checkpoints.files import load_file, sync_directory, whole_file
+from ..averaging.names import tensors_of
+from ..averaging.sharding import is_first_rank, whole
+from ..checkpoints.files import compact, load_file, sync_directory, whole_file
 from .profiles import PowerProfile, Snapshot
 
 __all__ = [
     "StoredSnapshot",
     "frozen_path",
+    "gathered",
     "is_snapshot_name",
     "path_of",
     "paths_in",
@@ -28,6 +31,7 @@ __all__ = [
     "read",
     "read_frozen",
     "stored",
+    "to_store",
     "write",
     "write_frozen",
 ]
@@ -93,7 +97,45 @@ def is_snapshot_name(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None or path == frozen_path(path.parent)
 
 
-# --- writing ---
+# Writing
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, whole, in the CPU memory of the first rank; nothing on the others. All ranks have to call this."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if is_first_rank():
+            found[name] = full.cpu()
+    return found
+
+
+def to_store(
+    average: ModelAverage, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a snapshot has of an average: averaged tensors and copied ones.
+
+    Averaged parameters are stored in ``dtype``, averaged buffers at least in float32. ``tensors`` is emptied.
+
+    Raises:
+        ValueError: if a weight is beyond the range of its type.
+    """
+    treatments, own = average.treatments(), tensors_of(average.model)
+    averaged, copied = {}, {}
+    for name in list(tensors):
+        tensor = tensors.pop(name)  # a narrow copy takes its place
+        if treatments[name] != "average":
+            copied[name] = tensor
+            continue
+        wide = dtype if isinstance(own[name], nn.Parameter) else torch.promote_types(dtype, torch.float32)
+        averaged[name] = tensor.to(tensor.dtype if tensor.is_complex() else wide).contiguous()
+        narrows = averaged[name].dtype != tensor.dtype
+        if narrows and not bool((averaged[name].isfinite() | ~tensor.isfinite()).all()):
+            raise ValueError(
+                f"'{name}' should be within ±{torch.finfo(wide).max:g} to be stored in {wide}, got "
+                f"{tensor.abs().max().item():g}; pass another snapshot_dtype, such as torch.bfloat16."
+            )
+    return compact(averaged), compact(copied)
 
 
 def write(snapshot: StoredSnapshot, dirname: Path) -> Path:
@@ -107,32 +149,32 @@ def write(snapshot: StoredSnapshot, dirname: Path) -> Path:
         raise FileExistsError(
             f"'{path}' exists already, and this PostHocEMA has not written it; give each a directory of its own."
         )
-    _save({"ignite_ema_snapshot": _VERSION, **vars(snapshot)}, path, force=False)
+    _save({"ignite_ema_snapshot": _VERSION, **vars(snapshot)}, path)
     return path
 
 
 def write_frozen(tensors: Mapping[str, Tensor], run_id: str, dirname: Path) -> None:
     """Writes the frozen parameters of a run; those of an earlier run without snapshots are overwritten."""
-    content = {"ignite_ema_frozen": _VERSION, "run_id": run_id, "tensors": dict(tensors)}
-    _save(content, frozen_path(dirname), force=True)
+    content = {"ignite_ema_frozen": _VERSION, "run_id": run_id, "tensors": compact(dict(tensors))}
+    _save(content, frozen_path(dirname))
 
 
-def _save(content: Mapping[str, Any], path: Path, *, force: bool) -> None:
-    with whole_file(path, force=force) as temporary, temporary.open("wb") as file:  # a path would change the bytes
+def _save(content: Mapping[str, Any], path: Path) -> None:
+    with whole_file(path, force=True) as temporary, temporary.open("wb") as file:  # a path would change the bytes
         torch.save(content, file)
 
 
 def prepare(dirname: Path, run_id: str, time: int, times: Sequence[int]) -> list[int]:
-    """Lets a run start, or go on, in a directory: snapshots that are later than its state are set aside.
+    """Prepares a directory for a run that starts or resumes: sets aside snapshots that are later than its state.
 
     Args:
         dirname: the directory.
         run_id: identifies the run.
-        time: that of the state from which the run goes on; 0 for a run that starts.
-        times: those of the snapshots that the run has written, according to that state.
+        time: the time of the state from which the run resumes; 0 for a run that starts.
+        times: the times of the snapshots that the run had written, as its state says.
 
     Returns:
-        The times of the snapshots that the run has written until then.
+        The times of the snapshots that the run had written, those of the very time of its state included.
 
     Raises:
         ValueError: if there are snapshots of another run; nothing has been moved then.
@@ -152,7 +194,10 @@ def prepare(dirname: Path, run_id: str, time: int, times: Sequence[int]) -> list
         )
     if later := [path for one, path in found.items() if one > time]:
         for path in later:
-            path.rename(_free_name(path))
+            aside, number = f"{path}.superseded", 2
+            while os.path.lexists(aside):  # of an earlier attempt
+                aside, number = f"{path}.superseded.{number}", number + 1
+            path.rename(aside)
         sync_directory(dirname)
         warn_user(
             f"'{dirname}' had {len(later)} snapshots that are later than the loaded state, of time {time}, from "
@@ -161,14 +206,7 @@ def prepare(dirname: Path, run_id: str, time: int, times: Sequence[int]) -> list
     return sorted({*times, *(one for one in found if one <= time)})
 
 
-def _free_name(path: Path) -> Path:
-    """An unused name for a snapshot that is set aside; those of earlier attempts stay."""
-    first = path.with_name(f"{path.name}.superseded")
-    others = (first.with_name(f"{first.name}.{number}") for number in count(2))
-    return next(name for name in chain([first], others) if not os.path.lexists(name))
-
-
-# --- reading ---
+# Reading
 
 
 def read(path: Path) -> StoredSnapshot:

@@ -59,8 +59,7 @@ class World:
         self.folder = folder
         self.model, self.tied_model = net(), Tied()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.trainer, self.other, self.own_events, self.evaluator = (idle() for _ in range(4))
-        self.own_events.register_events(*Steps)
+        self.trainer, self.other, self.evaluator = (idle() for _ in range(3))
         self.other.state.best_score = "high"
         self.handler, self.fresh, self.swapping = (EMAHandler(self.model, 0.25) for _ in range(3))
         self.scheduled = EMAHandler(self.model, schedules.EqualWeight())
@@ -108,7 +107,7 @@ class World:
         """Weights, states, momenta, what is attached to the engines, and the files."""
         handlers = self.handler, self.fresh, self.swapping, self.scheduled, self.listed
         stateful = self.model, self.tied_model, self.average, self.tied, self.sharing, self.posthoc, *handlers
-        engines = self.trainer, self.other, self.own_events, self.evaluator
+        engines = self.trainer, self.other, self.evaluator
         leaves, structure = tree_flatten_with_path([one.state_dict() for one in stateful])
         return (
             [(path, leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else leaf) for path, leaf in leaves],

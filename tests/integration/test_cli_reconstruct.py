@@ -124,9 +124,9 @@ def test_a_limit_of_ones_own(command, capsys):
         (["--sigma-rel", "0.1", "--out", "out.pt", "--json"], "reconstruct should have --list, or --list --json, or"),
         (
             ["--sigma-rel", "nan", "--out", "out.pt"],
-            "error: sigma_rel of PowerFunction should be a number in (0, 1/√12 ",
+            "error: sigma_rel of PowerProfile should be a number in (0, 1/√12 ",
         ),
-        (["--last", "1.5", "--out", "out.pt"], "error: window should be a number in (0, 1], the part of"),
+        (["--last", "1.5", "--out", "out.pt"], "error: window of UniformProfile should be a number in (0, 1], as a"),
         (["--sigma-rel", "0.1", "0.2", "--out", "out.pt"], "OUT should have {} in it, for the key or length, got"),
     ],
 )

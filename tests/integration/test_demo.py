@@ -74,6 +74,6 @@ def test_a_missing_extra_is_named_with_the_way_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     sentence = refusal(capsys, "--out", str(tmp_path / "out"))
-    assert "the demo needs matplotlib, which is not installed" in sentence
+    assert "the demo needs matplotlib, not installed here" in sentence
     assert 'pip install "ignite-ema[demo]"' in sentence
     assert not (tmp_path / "out").exists()
