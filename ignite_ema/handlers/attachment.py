@@ -1,5 +1,6 @@
 """What a handler leaves on an engine, and how it is taken off again: events, optimizer steps, checks at attach."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, TypeAlias
@@ -29,7 +30,7 @@ Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
 _ATTACHED = "_ignite_ema_attachments"  # the attribute of an engine that lists what is attached to it
 
-_BEFORE_STEP = (None, Events.STARTED, Events.EPOCH_STARTED, Events.ITERATION_STARTED, Events.GET_BATCH_COMPLETED)
+_BEFORE_STEP = (Events.STARTED, Events.EPOCH_STARTED, Events.ITERATION_STARTED, Events.GET_BATCH_COMPLETED)
 # Ignite passes these handlers more than the engine, and listening to the first swallows the exception.
 _NOT_FOR_UPDATES = (Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH)
 
@@ -70,9 +71,7 @@ class EngineHandler:
     def _note_reading(self) -> None:
         """Notes that the average is saved or evaluated now: an update that follows in the same iteration is late."""
         for attachment in self._attachments:
-            engine = attachment.engine()
-            if engine.last_event_name not in _BEFORE_STEP:  # a step itself may use the average
-                attachment.read_in = engine.state.iteration
+            attachment.note_reading()
 
     def _tell_once(self, what: str, message: str) -> None:
         """Warns on the first rank, unless ``what`` was told before."""
@@ -162,6 +161,14 @@ class Attachment(RemovableEventHandle):
         for name in self._new_names.difference(*(other.names for other in attached_to(engine))):
             vars(engine.state).pop(name, None)
 
+    def note_reading(self) -> None:
+        """Notes that the average is saved or evaluated now, unless by a step or after an update of this iteration."""
+        engine: Any = self.engine()
+        event, iteration = engine.last_event_name, engine.state.iteration
+        is_after_step = isinstance(event, Events) and event not in _BEFORE_STEP
+        if self._last[0] != iteration and (is_after_step or event in self._members):
+            self.read_in = iteration
+
     def __call__(self, engine: Engine, member: int) -> None:
         """Updates, unless the event does not count."""
         if not self.is_attached:  # removed by an earlier handler of this very event
@@ -177,12 +184,13 @@ class Attachment(RemovableEventHandle):
                 f"late {self.names}",
                 f"The average of {self.names_in_words} was saved or evaluated in iteration {iteration} before the "
                 "update of this iteration, and a run that resumes from what was saved loses the update. Attach the "
-                "handler before what saves or evaluates it.",
+                "handler before what saves or evaluates it, at the same event or an earlier one.",
             )
         if not (engine.should_terminate and self._is_broken()):
             self.owner._on_event(engine, self)
         self._last = iteration, member
         self.updates += 1
+        self._left_out = 0
         self._has_updated = True
         self.owner._stepped.discard(self._steps_as)
 
@@ -198,7 +206,7 @@ class Attachment(RemovableEventHandle):
 
     def _on_started(self, engine: Engine) -> None:
         self._last, self.read_in = (-1, 0), None  # a new run may count from 1 again
-        self.first_iteration, self.updates = engine.state.iteration, 0
+        self.first_iteration, self.updates, self._left_out = engine.state.iteration, 0, 0
         self._has_begun = self._has_ended = False
 
     def _on_iteration_started(self, engine: Engine) -> None:
@@ -211,17 +219,21 @@ class Attachment(RemovableEventHandle):
             return
         self._has_ended = True
         iterations = engine.state.iteration - self.first_iteration
-        is_idle = self._left_out or not self.owner._average.num_updates
-        if is_idle and iterations and not self._has_updated and not engine.should_terminate:
+        fault = None
+        gap = (iterations - self._left_out) / self.updates if self.updates else math.inf  # between two updates
+        if self._left_out > 2 * gap or (self._left_out and not self._has_updated):
             fault = (
-                f"The optimizer of {self.names_in_words} should have stepped in this run, but "
-                f"{counted(self._left_out, 'event')} passed without a step and the average has not moved. Attach with "
+                f"The optimizer of {self.names_in_words} should have stepped in this run, but the last "
+                f"{counted(self._left_out, 'event')} passed without a step, and the average did not move. Attach with "
                 "the optimizer that trains."
-                if self._left_out
-                else f"The run of {counted(iterations, 'iteration')} should have updated the average of "
+            )
+        elif not self._left_out and not self._has_updated and not self.owner._average.num_updates:
+            fault = (
+                f"The run of {counted(iterations, 'iteration')} should have updated the average of "
                 f"{self.names_in_words}, but its event never fired. Attach the handler with an event that this run "
                 "fires."
             )
+        if fault is not None and iterations and not engine.should_terminate:
             self.owner._tell_once(f"no update {self.names}", fault)
         self.owner._on_run_end(engine, self)
 
@@ -269,7 +281,7 @@ def _members_of(event: Event, engine: Engine) -> "list[str | CallableEventWithFi
 
 
 def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
-    """The optimizer to watch: a wrapper that has it as ``.optimizer`` (Accelerate, Lookahead) is looked through.
+    """The optimizer to watch: what has it as ``.optimizer`` (Accelerate, Lookahead) or so is looked through.
 
     Warns if it is that of another model.
 
@@ -279,8 +291,10 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
     if optimizer is None:
         return None
     found = optimizer
-    while not _takes_hooks(found):
-        found = getattr(found, "optimizer", getattr(found, "optim", None))
+    # SAM takes hooks, too, and steps by other methods.
+    while hasattr(found, "base_optimizer") or not _takes_hooks(found):
+        inner = (getattr(found, name, None) for name in ("base_optimizer", "optimizer", "optim"))
+        found = next(filter(None, inner), None)
         if found is None:
             raise TypeError(
                 "optimizer should be a torch.optim.Optimizer, or have one as .optimizer, got "

@@ -1,5 +1,7 @@
 """Warnings at the start and at the end of a run whose average is of no use; each comes once."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +46,7 @@ class Guidance:
     def start_here(self) -> None:
         """Notes that the average was reset to the model: only weights that are loaded later are warned about."""
         self._norms_at_start = norms(self._parameters())
-        self.start_is_known, self._was_reset = False, True
+        self.start_is_known, self._was_reset, self._said_broken = False, True, False
 
     def check_start(self, name: str, iteration: int) -> None:
         """Warns if a run is resumed with a handler that was not restored, or starts from other weights."""
@@ -67,8 +69,14 @@ class Guidance:
             )
 
     def check_end(self, name: str) -> None:
-        """Warns if a run with updates has ended, and too much of its average is still the start."""
+        """Warns if a run with updates has ended, and its average holds a NaN, or too much of it is still the start."""
         average = self._average
+        if average.num_updates and any(map(math.isnan, norms(self._parameters()))) and not self._said_broken:
+            self._said_broken = True
+            warn_user(
+                f"The average of '{name}' holds a NaN, which an update has brought in. Go on from a checkpoint before "
+                "it, and pass skip_nonfinite=True."
+            )
         if not average.num_updates or not average.initial_share > _TOO_MUCH or not self._says_share:  # NaN: unknown
             return
         self._says_share = False

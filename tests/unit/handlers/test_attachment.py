@@ -98,6 +98,26 @@ def test_what_reads_in_an_iteration_without_an_update_is_not_late():
     trainer.run([0] * 2, max_epochs=2)
 
 
+def test_what_reads_after_an_update_of_its_iteration_or_inside_the_step_is_not_late():
+    """An event that fires several times in an iteration, and a step that fires one and then uses the average."""
+    trainer, handler = set_up(0.8)
+
+    def step(engine, batch):
+        engine.fire_event("backward")
+        engine.fire_event("backward")
+        with handler.swapped():
+            pass
+
+    trainer = Engine(step)
+    trainer.register_events("backward")
+    handler.attach(trainer, event="backward")
+    trainer.add_event_handler("backward", handler.state_dict)
+    trainer.run([0] * 2)
+    handler = EMAHandler(handler.model, 0.8)
+    handler.attach(trainer, "second")
+    trainer.run([0] * 2)
+
+
 # What is taken away again
 
 

@@ -62,7 +62,7 @@ def test_every_event_of_a_run_sees_the_averaged_weights_and_the_arguments_pass_t
 def test_the_handle_removes_once_and_only_its_own(kit):
     _, handler, evaluator = kit
     with handler.swap_during(evaluator) as handle:
-        with pytest.raises(RuntimeError, match="during the runs of an evaluator once"):
+        with pytest.raises(RuntimeError, match="this evaluator has EvaluationSwap"):
             handler.swap_during(evaluator)
         assert evaluator.run([0]).output == 5.0
     assert "run" not in vars(evaluator)

@@ -1,16 +1,19 @@
 """What a handler says if a run starts, or ends, with an average that is of no use: once, and only if it is true."""
 
 import gc
+import math
 import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import TerminateOnNan
 from torch import nn
 
 from ignite_ema import EMAHandler, EMAWarning, schedules
 from tests.helpers.models import Quantised, net
+from tests.helpers.runs import scalar_handler
 
 EVENT = Events.ITERATION_COMPLETED
 
@@ -225,3 +228,32 @@ def test_a_schedule_that_would_have_copied_first_is_told_to_begin_again():
     handler.num_updates = 0
     trainer.run([0, 0])
     assert handler.initial_share == 0
+
+
+# A NaN
+
+
+@pytest.mark.parametrize("nan_at", [2, 4])
+def test_an_average_that_a_nan_has_spoilt_says_so_at_the_end_of_the_run(nan_at):
+    """Also one that TerminateOnNan came too late for: it was attached after the handler."""
+    model, handler = scalar_handler()
+
+    def step(engine, batch):
+        model.weight.data.fill_(math.nan if engine.state.iteration == nan_at else 1.0)
+        return model.weight.item()
+
+    trainer = Engine(step)
+    handler.attach(trainer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
+    with pytest.warns(EMAWarning, match="'ema_momentum' holds a NaN.*skip_nonfinite=True") as caught:
+        trainer.run([0] * 4)
+    assert len(caught) == 1
+
+
+def test_a_mask_of_infinities_is_no_fault():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, -math.inf)
+    handler = EMAHandler(model, 1.0)
+    trainer = Engine(lambda *_: None)
+    handler.attach(trainer)
+    trainer.run([0] * 2)

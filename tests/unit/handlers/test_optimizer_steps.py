@@ -1,5 +1,6 @@
 """attach(optimizer=...): an event updates only if the optimizer has stepped since the last update."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -114,6 +115,26 @@ class PostLocalSGD(torch.optim.Optimizer):
         self.optim.step(closure)
 
 
+class SAM(torch.optim.Optimizer):
+    """As in public: two methods instead of ``step``, of which the second steps the optimizer inside."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.base_optimizer = optimizer
+
+    def second_step(self):
+        self.base_optimizer.step()
+
+
+def test_sam_is_looked_through_although_it_takes_hooks():
+    model = linear()
+    optimizer, handler = SAM(sgd(model)), EMAHandler(model, 0.8)
+    trainer = Engine(lambda engine, batch: optimizer.second_step())
+    handler.attach(trainer, optimizer=optimizer)
+    trainer.run([0] * 3)
+    assert handler.num_updates == 3
+
+
 @pytest.mark.parametrize(
     "wrap", [Accelerated, PostLocalSGD, lambda one: Accelerated(PostLocalSGD(one))], ids=["optimizer", "optim", "both"]
 )
@@ -124,6 +145,22 @@ def test_a_wrapper_of_the_optimizer_is_looked_through(wrap):
     handler.attach(trainer, optimizer=optimizer)
     trainer.run([0] * 6)
     assert handler.num_updates == 3
+
+
+@pytest.mark.parametrize("renewed_at", [6, 20])
+def test_an_optimizer_that_is_made_anew_in_mid_run_and_never_steps_again_is_said(renewed_at):
+    model = linear()
+    optimizer, handler = sgd(model), EMAHandler(model, 0.8)
+
+    def step(engine, batch):
+        if engine.state.iteration < renewed_at and engine.state.iteration % 3 == 0:
+            optimizer.step()
+
+    trainer = Engine(step)
+    handler.attach(trainer, optimizer=optimizer)
+    is_said = pytest.warns(EMAWarning, match="the last 17 events passed without a step")
+    with is_said if renewed_at == 6 else nullcontext():
+        trainer.run([0] * 20)
 
 
 # The hook on the optimizer
@@ -148,7 +185,7 @@ def test_each_of_two_attachments_waits_for_its_own_optimizer():
     handler.attach(first, optimizer=weights)
     handler.attach(second, optimizer=biases)
     weights.step()
-    with pytest.warns(EMAWarning, match="'ema_momentum' should have stepped in this run, but 2 events passed"):
+    with pytest.warns(EMAWarning, match="'ema_momentum' should have stepped in this run, but the last 2 events passed"):
         second.run([0] * 2)
     assert handler.num_updates == 0
     first.run([0])
