@@ -189,7 +189,8 @@ def _read(source: Source, key: str | None, names: Names, where: str) -> tuple[Av
         tensors |= _cleaned(frozen, where)
     is_whole = covers(raw, tensors) and not any(raw[name].is_meta for name in tensors)
     online = _cleaned({name: raw[name] for name in tensors}, where) if is_whole else None
-    return Averaged(found.system, tensors, online, found.num_updates, ".".join(found.path)), found.frozen
+    entry = ".".join(found.path) if len(content) > 1 else ""
+    return Averaged(found.system, tensors, online, found.num_updates, entry), found.frozen
 
 
 def _named_source(source: Source) -> str:

@@ -319,15 +319,11 @@ class EMAHandler(EngineHandler):
             RuntimeError: inside :meth:`swapped`.
         """
         if isinstance(source, Mapping) and "averaged_tensors" in source:
-            tensors, count = source, source.get("num_updates")
+            tensors, count, entry = source, source.get("num_updates"), ""
         else:
             found, _ = read_part(source, key, unwrapped(self.ema_model) if names is None else names)
             tensors, count = found.tensors, found.num_updates
-            if found.system == "plain" and found.entry and key is None:
-                warn_first_rank(
-                    f"The checkpoint has no average, and this one starts from the weights in {found.entry!r}. If these "
-                    f"are averaged weights, pass key={found.entry!r}."
-                )
+            entry = found.entry if found.system == "plain" and key is None else ""
         count = count if num_updates is None else num_updates
         first = self._momentum.at(0)
         if count is None and self._momentum.counts and not self._guidance.start_is_known and first < 1:
@@ -338,6 +334,11 @@ class EMAHandler(EngineHandler):
             )
         self.average.load_averaged(tensors, num_updates=count, strict=strict)
         self._go_on()
+        if entry:
+            warn_first_rank(
+                f"The checkpoint has no average, and this one starts from the weights in {entry!r}. If these are "
+                f"averaged weights, pass key={entry!r}."
+            )
 
     def _plain_momentum(self) -> float:
         """The value to which a plain momentum has been driven."""
