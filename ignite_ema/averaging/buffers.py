@@ -1,12 +1,25 @@
 """What an update does with buffers: the values of ``handle_buffers``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
-from .checks import listed
+import torch
+from torch import nn
 
-__all__ = ["STATISTICS", "BufferPolicy", "Treatment", "check_patterns", "check_policy", "treatment_of"]
+from .checks import listed
+from .names import Place, modules_by_path
+
+__all__ = [
+    "STATISTICS",
+    "BufferPolicy",
+    "Treatment",
+    "buffers_followed",
+    "check_patterns",
+    "check_policy",
+    "treatment_of",
+]
 
 BufferPolicy: TypeAlias = str | Mapping[str, str]
 Treatment: TypeAlias = Literal["average", "copy", "keep"]
@@ -49,3 +62,57 @@ def check_patterns(policy: BufferPolicy, names: list[str]) -> None:
                 f"handle_buffers should have patterns that match a buffer, but got {pattern!r}. The buffers are "
                 f"{listed(names) or 'none'}."
             )
+
+
+@contextmanager
+def buffers_followed(
+    online: nn.Module,
+    averaged: nn.Module,
+    ours: dict[str, Place],
+    treatment: Callable[[str], Treatment],
+    may_clear: bool,
+) -> Iterator[None]:
+    """Gives the twin the buffers that the model has got, such as a cache, and clears those that it no longer has.
+
+    It is undone if the block raises. Buffers that an update leaves alone may differ.
+    """
+    twins = modules_by_path(averaged)
+    pairs = [  # the tables of TorchScript cannot change
+        (path, module, twins[path])
+        for path, module in modules_by_path(online).items()
+        if path in twins and isinstance(module._buffers, dict)
+    ]
+    kinds = {
+        (value.device, value.dtype): (its.device, its.dtype)
+        for _, module, twin in pairs
+        for key, value in module._parameters.items()
+        if value is not None and (its := twin._parameters.get(key)) is not None
+    }
+    is_saved = {(id(place.table), place.key): place.is_saved for place in ours.values()}
+    before = [(twin._buffers, dict(twin._buffers)) for _, _, twin in pairs]
+    copies = {
+        id(buffer): own
+        for _, module, twin in pairs
+        for key, buffer in module._buffers.items()
+        if (own := twin._buffers.get(key)) is not None
+    }
+    for path, module, twin in pairs:
+        for key in {**module._buffers, **twin._buffers}:
+            buffer, own = module._buffers.get(key), twin._buffers.get(key)
+            if (buffer is None) == (own is None) or treatment(path + key) == "keep":
+                continue
+            if buffer is not None:
+                if id(buffer) not in copies:
+                    kind = kinds.get((buffer.device, buffer.dtype), (buffer.device, buffer.dtype))
+                    with torch.inference_mode(False), torch.no_grad():
+                        copies[id(buffer)] = buffer.to(*kind, copy=True)
+                twin.register_buffer(key, copies[id(buffer)], persistent=is_saved[id(module._buffers), key])
+            elif may_clear:
+                twin._buffers[key] = None
+    try:
+        yield
+    except BaseException:
+        for table, content in before:
+            table.clear()
+            table.update(content)
+        raise

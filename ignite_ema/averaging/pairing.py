@@ -9,8 +9,7 @@ no longer matches raises :class:`Mismatch`.
 The groups for the kernels hold detached aliases of the tensors, so that an update needs no ``no_grad``.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import repeat
 from operator import attrgetter, contains, getitem, is_
 from typing import Any, NamedTuple
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .buffers import Treatment
+from .buffers import Treatment, buffers_followed
 from .memory import give_own_memory, has_values, is_dense, sharing_memory
-from .names import Place, first_names, modules_by_path, places_of
+from .names import Place, first_names, places_of
 from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sharding
 
 __all__ = ["SWAPPED", "Group", "Mismatch", "Pairing", "Slot", "nonfinite_in", "replace"]
@@ -128,7 +127,7 @@ class Pairing:
         reshard(self._fsdp_modules)
         self._narrow = narrow
         ours = places_of(online)
-        with _followed_buffers(online, averaged, ours, treatment_of, may_clear=before is not None):
+        with buffers_followed(online, averaged, ours, treatment_of, may_clear=before is not None):
             theirs = places_of(averaged)
             _check_names(ours, theirs, treatment_of)
             once_shared = {} if before is None else before._once_shared
@@ -287,60 +286,6 @@ def replace(place: Place, source: Tensor) -> None:
         tensor.data = values
     else:
         place.table[place.key] = values
-
-
-@contextmanager
-def _followed_buffers(
-    online: nn.Module,
-    averaged: nn.Module,
-    ours: dict[str, Place],
-    treatment_of: Callable[[str], Treatment],
-    may_clear: bool,
-) -> Iterator[None]:
-    """Gives the twin the buffers that the model has got, such as a cache, and clears those that it no longer has.
-
-    It is undone if the block raises. Buffers that an update leaves alone may differ.
-    """
-    twins = modules_by_path(averaged)
-    pairs = [  # the tables of TorchScript cannot change
-        (path, module, twins[path])
-        for path, module in modules_by_path(online).items()
-        if path in twins and isinstance(module._buffers, dict)
-    ]
-    kinds = {
-        (value.device, value.dtype): (its.device, its.dtype)
-        for _, module, twin in pairs
-        for key, value in module._parameters.items()
-        if value is not None and (its := twin._parameters.get(key)) is not None
-    }
-    is_saved = {(id(place.table), place.key): place.is_saved for place in ours.values()}
-    before = [(twin._buffers, dict(twin._buffers)) for _, _, twin in pairs]
-    copies = {
-        id(buffer): own
-        for _, module, twin in pairs
-        for key, buffer in module._buffers.items()
-        if (own := twin._buffers.get(key)) is not None
-    }
-    for path, module, twin in pairs:
-        for key in {**module._buffers, **twin._buffers}:
-            buffer, own = module._buffers.get(key), twin._buffers.get(key)
-            if (buffer is None) == (own is None) or treatment_of(path + key) == "keep":
-                continue
-            if buffer is not None:
-                if id(buffer) not in copies:
-                    kind = kinds.get((buffer.device, buffer.dtype), (buffer.device, buffer.dtype))
-                    with torch.inference_mode(False), torch.no_grad():
-                        copies[id(buffer)] = buffer.to(*kind, copy=True)
-                twin.register_buffer(key, copies[id(buffer)], persistent=is_saved[id(module._buffers), key])
-            elif may_clear:
-                twin._buffers[key] = None
-    try:
-        yield
-    except BaseException:
-        for table, content in before:
-            table.clear()
-            table.update(content)
-        raise
 
 
 def _aliases(slot: Slot) -> tuple[Tensor, Tensor]:
