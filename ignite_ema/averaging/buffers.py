@@ -11,14 +11,14 @@ __all__ = ["STATISTICS", "BufferPolicy", "Treatment", "check_patterns", "check_p
 BufferPolicy: TypeAlias = str | Mapping[str, str]
 Treatment: TypeAlias = Literal["average", "copy", "keep"]
 
-STATISTICS = {"*running_mean": "update", "*running_var": "update"}  # those of normalisation layers
+STATISTICS = {"*running_mean": "update", "*running_var": "update"}  # of normalization layers
 
 _MODES: dict[str, Treatment] = {"copy": "copy", "update": "average", "ema_train": "keep"}
 _PER_BUFFER: dict[str, Treatment] = {"copy": "copy", "update": "average", "keep": "keep"}
 
 
 def treatment_of(policy: BufferPolicy, name: str) -> Treatment:
-    """What ``policy`` says of the buffer ``name``: of a mapping the first pattern that matches, "copy" if none does."""
+    """What ``policy`` says of the buffer ``name``: in a mapping the first match decides, and no match means "copy"."""
     if isinstance(policy, str) and policy != "statistics":
         return _MODES[policy]
     patterns = STATISTICS if isinstance(policy, str) else policy
