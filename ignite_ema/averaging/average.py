@@ -278,7 +278,7 @@ class ModelAverage:
                 self.num_skipped += 1
                 self._tell_once(
                     "skipped",
-                    f"{name} holds a NaN or an infinity, and the average was left as it is. num_skipped counts how "
+                    f"{name} holds a NaN or an infinity, and the average was left as it was. num_skipped counts how "
                     "often this happens.",
                 )
                 return False
