@@ -166,7 +166,7 @@ def _outs(arguments: argparse.Namespace, labels: Sequence[str]) -> list[Path]:
         )
     for out in outs:
         if out.exists() and arguments.file.exists() and out.samefile(arguments.file):
-            raise ValueError(f"OUT should be another file than FILE, got {str(out)!r} for both; name a new one.")
+            raise ValueError(f"OUT should be a different file from FILE, got {str(out)!r} for both; name a new one.")
         check_target(out, force=arguments.force)
     return outs
 
@@ -289,7 +289,8 @@ def _export(arguments: argparse.Namespace) -> None:
     keys: list[str | None] = arguments.key or [None]
     outs = _outs(arguments, [key or "average" for key in keys])
     names, base, prefix = _names(arguments.names), arguments.base, arguments.strip_prefix
-    averages = [read(arguments.file, key=key, names=names, base=base, strip_prefix=prefix) for key in keys]  # all first
+    # All are read before any is written.
+    averages = [read(arguments.file, key=key, names=names, base=base, strip_prefix=prefix) for key in keys]
     for found, out in zip(averages, outs, strict=True):
         save_file(found.tensors, out, force=arguments.force)
         origin = "plain weights: the file has no average" if found.system == "plain" else f"averaged by {found.system}"

@@ -221,7 +221,7 @@ def _prepared(dirname: Path, require_empty: bool) -> Path:
     if require_empty and (found := [name for name in names if not name.startswith(".")]):
         raise ValueError(
             f"'{dirname}' should be empty, but has '{found[0]}' among {len(found)} entries; choose another "
-            "directory, or pass require_empty=False to go on in this one."
+            "directory, or pass require_empty=False to continue in this one."
         )
     dirname.mkdir(parents=True, exist_ok=True)
     for unfinished in dirname.glob(".*.partial"):
@@ -331,7 +331,7 @@ def _read(name: str, value: Any, current: Any, others: set[str], path: Path, con
                 "state of plain values."
             )
     state: dict[str, Any] = _filled(nested(targets, places), current)
-    if isinstance(value, Optimizer):  # before its first step, its own state does not have these keys, which are numbers
+    if isinstance(value, Optimizer):  # before its first step, its own state does not show that these keys are numbers
         saved = state.get("state", {}).items()
         state["state"] = {int(key) if str(key).isdecimal() else key: entry for key, entry in saved}
     return state
@@ -445,14 +445,14 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
     """
     if not isinstance(handler, EMAHandler):
         raise TypeError(
-            f"handler should be an EMAHandler, got {type(handler).__name__}; pass the one that averages it."
+            f"handler should be an EMAHandler, got {type(handler).__name__}; pass the handler of the average."
         )
     state = on_all_ranks(handler.average.state_dict)
     tensors = {**handler.average.shared_tensors(), **state["averaged_tensors"]}
     if difference := _difference({name: f"{tuple(tensor.shape)}" for name, tensor in tensors.items()}, complete=True):
         raise ValueError(
             f"The average should have the same tensors on all ranks, got {difference}; make the handler on all ranks, "
-            "of the same model."
+            "for the same model."
         )
     copies: dict[str, Tensor] = {}
     for name in dict.fromkeys(state["state_dict_names"].values()):
@@ -485,7 +485,7 @@ def sync_buffers(module: nn.Module, source: int = 0) -> None:
     if difference := _difference({"source": str(source), **described}, complete=True):
         raise ValueError(
             f"sync_buffers should be called with the same source and the same buffers on all ranks, got {difference}; "
-            "build the module alike on all."
+            "build the same module on all ranks."
         )
     if isinstance(source, bool) or source not in range(dist.get_world_size()):
         raise ValueError(f"source should be a rank from 0 to {dist.get_world_size() - 1}, got {source!r}.")

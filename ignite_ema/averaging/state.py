@@ -241,6 +241,6 @@ def _keeps_values(loaded: Tensor, own: Tensor) -> bool:
         return True
     if loaded.is_floating_point() != own.is_floating_point() or loaded.is_complex() != own.is_complex():
         return False
-    if loaded.element_size() == 1 or own.element_size() == 1:  # torch promotes no 8-bit floats
+    if loaded.element_size() == 1 or own.element_size() == 1:  # torch does not promote 8-bit floats
         return loaded.is_floating_point() and loaded.element_size() < own.element_size()
     return torch.promote_types(loaded.dtype, own.dtype) == own.dtype

@@ -24,7 +24,7 @@ __all__ = ["StochasticRounding"]
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _UP = [1 / (k + 1 / (m + _GOLDEN)) for m in range(1, 6) for k in range(1, 4)]
-_RATES = [*_UP, *(1 - rate for rate in _UP)]  # mirrored, as up is to down
+_RATES = [*_UP, *(1 - rate for rate in _UP)]  # and mirrored, to treat up and down alike
 _PER_WEIGHT = 0.7548776662466927  # 1 / ρ, ρ³ = ρ + 1: also spreads the starts of neighbors evenly
 _EXPONENT = 0x7F800000  # the bits of the exponent in a float32
 

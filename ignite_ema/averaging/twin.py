@@ -106,7 +106,7 @@ def settle(twin: nn.Module, is_own: bool, trains: bool) -> None:
     if is_own:
         _refuse_changing_mode(twin, trains, on_copies=False)
     _set_mode(twin, trains)
-    for parameter in parameters_of(twin):  # TorchScript does not support all at once
+    for parameter in parameters_of(twin):  # TorchScript modules cannot do all at once
         parameter.requires_grad_(False)
 
 

@@ -173,8 +173,8 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
         load = partial(load_stream, str(path), mmap=head.startswith(b"PK"))
         if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
             raise RuntimeError(
-                "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, in which nothing is run "
-                "either way; unset it, or load the file with torch.load and pass the mapping."
+                "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, which never runs "
+                "anything in it; unset it, or load the file with torch.load and pass the mapping."
             )
         if verified and head.startswith(b"PK"):
             verify(path)
@@ -189,7 +189,7 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
 def _unreadable(what: Any) -> ValueError:
     return ValueError(
         f"{quoted(what)} should be a file that torch.save or safetensors wrote, but it cannot be read as such. It is "
-        "damaged, cut short, or of another kind, such as TorchScript or a pointer of Git LFS; take another copy."
+        "damaged, cut short, or of another kind, such as TorchScript or a Git LFS pointer; take another copy."
     )
 
 

@@ -40,7 +40,7 @@ _STATE: dict[str, type | tuple[type, ...]] = {
 }
 _SAVED_WHILE_SWAPPED = (
     "The EMA handler {0} saved inside swapped() or swap_during(). Its own state is right, but a model that {0} saved "
-    "beside it also has averaged weights. Save what you resume from at an event of the trainer."
+    "beside it has averaged weights, too. Save what you resume from at an event of the trainer."
 )
 
 

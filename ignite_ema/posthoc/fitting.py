@@ -84,7 +84,7 @@ def fitted(
     """
     if not snapshots or not targets:
         missing = "targets" if snapshots else "snapshots"
-        raise ValueError(f"{missing} should be at least one, got none; pass those to fit.")
+        raise ValueError(f"{missing} should have at least one entry, got none; pass those to fit.")
     for snapshot in snapshots:
         if not isinstance(snapshot, Snapshot):
             raise TypeError(

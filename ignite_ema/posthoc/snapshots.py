@@ -160,7 +160,8 @@ def write_frozen(tensors: Mapping[str, Tensor], run_id: str, dirname: Path) -> N
 
 
 def _save(content: Mapping[str, Any], path: Path) -> None:
-    with whole_file(path, force=True) as temporary, temporary.open("wb") as file:  # a path would change the bytes
+    # Given a path instead of a file, torch.save would store the name of the file in it.
+    with whole_file(path, force=True) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
 
