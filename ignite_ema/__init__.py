@@ -1,4 +1,4 @@
-"""Averages of a model's weights while PyTorch-Ignite trains it: exact on buffers, ties, low precision and resume."""
+"""Averages a model's weights while PyTorch-Ignite trains it: exact on buffers, ties, low precision and resume."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used: the command answers ``--help`` without importing torch."""
+    """Imports a public name on first use: the command answers ``--help`` without importing torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(_HOMES[name], __name__)

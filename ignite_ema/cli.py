@@ -1,6 +1,6 @@
 """The command ``ignite-ema``, also ``python -m ignite_ema``: inspects checkpoints, exports and rebuilds averages.
 
-What imports torch is imported when a command runs, so that ``--help`` answers at once.
+Modules that need torch are imported when a command runs, so that ``--help`` answers at once.
 """
 
 import argparse
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_ACCEPTED = 0.1  # a residual up to which nothing is refused
+_ACCEPTED = 0.1  # up to this residual, nothing is refused
 _BAR = 40  # the width of the longest bar
 _WIDTHS = (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28)
 _HALF_LIVES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # letters of names that the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # for letters that the terminal cannot show
     try:
         arguments.run(arguments)
         sys.stdout.flush()
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "names for diffusers and torch_ema: torch.save(dict(model.named_parameters()), FILE)"
     source.add_argument("--names", metavar="FILE", type=Path, help=text)
     source.add_argument("--base", metavar="FILE", type=Path, help="a file with tensors that the average lacks")
-    source.add_argument("--strip-prefix", metavar="PREFIX", help="taken off all names, such as module.")
+    source.add_argument("--strip-prefix", metavar="PREFIX", help="removed from all names, such as module.")
     key = "which average, if there are several, such as generator_ema"
     out = "the file to write: .pt, .pth or .safetensors; {} stands for the"
 
@@ -116,16 +116,16 @@ def _parser() -> argparse.ArgumentParser:
     lengths = command.add_argument_group("lengths, one or several, as fractions of the run")
     for name, (_, text, _) in _LENGTHS.items():
         lengths.add_argument(_flag(name), type=float, action="extend", default=[], nargs="+", metavar="X", help=text)
-    command.add_argument("--step", metavar="N", type=int, help="the time of a snapshot; without it the last")
+    command.add_argument("--step", metavar="N", type=int, help="the time of a snapshot (default: the last)")
     command.add_argument("--force", action="store_true", help="overwrite files that exist")
     command.add_argument("--base", metavar="FILE", type=Path, help="a file with the frozen weights, if DIR lacks them")
-    text = "how far from the length asked for (default: %(default)s)"
+    text = "how far from the requested length (default: %(default)s)"
     command.add_argument("--max-residual", metavar="X", type=float, default=_ACCEPTED, help=text)
     return whole
 
 
 def _add_command(commands: Any, run: Callable[[argparse.Namespace], None], *parents: Any) -> argparse.ArgumentParser:
-    """A command of the name of a function, with its docstring as the help."""
+    """Adds a command with the name of a function, and its docstring as the help."""
     summary, _, examples = cleandoc(run.__doc__ or "").partition("\n\n")
     command: argparse.ArgumentParser = commands.add_parser(
         run.__name__.strip("_"),
@@ -144,7 +144,7 @@ def _flag(name: str) -> str:
 
 
 def _names(path: Path | None) -> Any:
-    """The content of the file that --names names, a mapping in the order of the parameters."""
+    """The content of the --names file, a mapping in the order of the parameters."""
     from .checkpoints import load_file
 
     if path is not None and path.suffix == ".safetensors":
@@ -156,7 +156,7 @@ def _names(path: Path | None) -> Any:
 
 
 def _outs(arguments: argparse.Namespace, labels: Sequence[str]) -> list[Path]:
-    """The file to write for each label; exits if these are fewer, and raises if one cannot be written."""
+    """The file to write for each label; exits if two are the same, and raises if one cannot be written."""
     from .checkpoints.files import check_target
 
     outs = [Path(str(arguments.out).replace("{}", label)) for label in labels]
@@ -166,7 +166,7 @@ def _outs(arguments: argparse.Namespace, labels: Sequence[str]) -> list[Path]:
         )
     for out in outs:
         if out.exists() and arguments.file.exists() and out.samefile(arguments.file):
-            raise ValueError(f"OUT should be another file than FILE, got {str(out)!r} for both; name a new one.")
+            raise ValueError(f"OUT should be a different file from FILE, got {str(out)!r} for both; name a new one.")
         check_target(out, force=arguments.force)
     return outs
 
@@ -176,7 +176,7 @@ def _print(facts: Mapping[str, Any], lines: Iterable[str], as_json: bool) -> Non
 
 
 def _table(rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lines with the columns below one another."""
+    """The rows as lines, with their columns aligned."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -214,7 +214,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         _print({"file": str(file), "averages": averages}, lines, arguments.json)
         return
     ratios = {} if found.online is None else _distances(found.tensors, found.online)
-    finite = {layer: ratio if math.isfinite(ratio) else None for layer, ratio in ratios.items()}  # as JSON wants it
+    finite = {layer: ratio if math.isfinite(ratio) else None for layer, ratio in ratios.items()}  # JSON has no infinity
     types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values())
     facts = {
         "file": str(file),
@@ -253,7 +253,7 @@ def _lines_of_file(facts: Mapping[str, Any], ratios: Mapping[str | None, float])
 
 
 def _distances(averaged: "Mapping[str, Tensor]", online: "Mapping[str, Tensor]") -> dict[str | None, float]:
-    """‖averaged - online‖ / ‖online‖ of all under None, then of each layer, the names without their last parts."""
+    """‖averaged - online‖ / ‖online‖, of all tensors under None, then of each layer: a name without its last part."""
     import torch
 
     squares: dict[str | None, tuple[float, float]] = {None: (0.0, 0.0)}
@@ -289,7 +289,8 @@ def _export(arguments: argparse.Namespace) -> None:
     keys: list[str | None] = arguments.key or [None]
     outs = _outs(arguments, [key or "average" for key in keys])
     names, base, prefix = _names(arguments.names), arguments.base, arguments.strip_prefix
-    averages = [read(arguments.file, key=key, names=names, base=base, strip_prefix=prefix) for key in keys]  # all first
+    # All are read before any is written.
+    averages = [read(arguments.file, key=key, names=names, base=base, strip_prefix=prefix) for key in keys]
     for found, out in zip(averages, outs, strict=True):
         save_file(found.tensors, out, force=arguments.force)
         origin = "plain weights: the file has no average" if found.system == "plain" else f"averaged by {found.system}"
@@ -356,7 +357,7 @@ def _write_averages(arguments: argparse.Namespace, targets: "list[Profile]", out
 
 
 def _facts_of_snapshots(directory: Path, step: int | None) -> dict[str, Any]:
-    """What --list says: the snapshots, and how closely each length that is tried can be rebuilt."""
+    """What --list shows: the snapshots, and how closely some lengths can be rebuilt."""
     from . import posthoc
 
     snapshots = posthoc.stored(directory, step)

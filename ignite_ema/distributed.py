@@ -1,7 +1,7 @@
-"""Checkpoints of sharded training: every rank saves its shards, and any number of ranks loads them.
+"""Checkpoints of sharded training: every rank saves its shards, and any number of ranks can load them.
 
-Ignite's ``Checkpoint`` asks every rank for its states and writes those of one. With :class:`ShardedSaver` it writes
-those of all, with :mod:`torch.distributed.checkpoint`. Reading a checkpoint runs nothing that is in it.
+Ignite's ``Checkpoint`` asks every rank for its states and writes those of one rank. With :class:`ShardedSaver` it
+writes those of all ranks, with :mod:`torch.distributed.checkpoint`. Reading a checkpoint runs nothing in it.
 """
 
 import os
@@ -44,7 +44,7 @@ class ShardedSaver(BaseSaveHandler):
 
     A checkpoint is a directory. It is written under a hidden name and renamed when all ranks are done; only then is the
     checkpoint that ``n_saved`` drops removed. A run that is killed while it saves still has its last checkpoint.
-    Several machines have to share the file system.
+    Several machines must share the file system.
 
     The first rank's directory, file name and ``n_saved`` count for all. Ranks may save different names, as the
     stages of a pipeline do. What several ranks have under one name, such as a buffer, is saved from the first of them,
@@ -94,13 +94,13 @@ class ShardedSaver(BaseSaveHandler):
         self._dropped: list[str] = []
         self._running: tuple[Future[None], _Writer] | None = None
         if asynchronous:
-            # A group of its own, or its messages would mix with those of training. torch's async_save does not do: in
+            # A separate group, or its messages would mix with those of training. torch's async_save is no option: in
             # torch 2.6 it does not copy tensors on the CPU, and a rank that cannot copy leaves the others waiting.
             self._group = dist.new_group(backend="gloo")
             self._executor = ThreadPoolExecutor(1, "ShardedSaver")
 
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
-        """Saves the states of this rank; to be called on all ranks.
+        """Saves the states of this rank; call it on all ranks.
 
         Args:
             checkpoint: the state of each object, by name.
@@ -108,8 +108,8 @@ class ShardedSaver(BaseSaveHandler):
             metadata: passed by Ignite, and not used.
 
         Raises:
-            ValueError: on all ranks, if two have different tensors under one name.
-            RuntimeError: on all ranks, if one could not write. The previous checkpoint is still there then.
+            ValueError: on all ranks, if two of them have different tensors under one name.
+            RuntimeError: on all ranks, if one of them could not write. The previous checkpoint still exists then.
         """
         self.wait()
         name, dropped = on_first_rank(lambda: (filename, self._dropped))
@@ -122,7 +122,7 @@ class ShardedSaver(BaseSaveHandler):
                 copied = on_all_ranks(lambda: _copied(checkpoint))
                 self._running = self._executor.submit(_save, copied, writer, self._group), writer
             else:
-                with warnings.catch_warnings():  # of torch, that there is no process group
+                with warnings.catch_warnings():  # torch's, that there is no process group
                     warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
                     _save(checkpoint, writer)
 
@@ -135,10 +135,10 @@ class ShardedSaver(BaseSaveHandler):
         self._dropped.append(filename)
 
     def wait(self) -> None:
-        """Waits for what is being written in the background; to be called on all ranks.
+        """Waits for what is being written in the background; call it on all ranks.
 
         Raises:
-            RuntimeError: on all ranks, if one could not write. The previous checkpoint is still there then.
+            RuntimeError: on all ranks, if one of them could not write. The previous checkpoint still exists then.
         """
         if self._running is not None:
             (future, writer), self._running = self._running, None
@@ -147,7 +147,7 @@ class ShardedSaver(BaseSaveHandler):
 
     @contextmanager
     def _reported(self, writer: "_Writer") -> Iterator[None]:
-        """Says on all ranks why a checkpoint could not be saved; what it should have replaced is dropped later."""
+        """Raises on all ranks, with the reason, if a checkpoint cannot be saved; what it replaces is dropped later."""
         try:
             yield
         except (Exception, CheckpointException) as error:
@@ -161,18 +161,18 @@ class ShardedSaver(BaseSaveHandler):
 
 
 def _save(checkpoint: Mapping[str, Any], writer: "_Writer", group: Any = None) -> None:
-    # If ranks have different values under one name, as in buffers, the first rank's is saved, not a mixture.
+    # If ranks have different values under one name, as buffers may, the first rank's value is saved, not a mixture.
     planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     save(dict(checkpoint), storage_writer=writer, planner=planner, process_group=group)
 
 
 class _Writer(FileSystemWriter):
-    """Writes a checkpoint under a hidden name, which the first rank changes when all ranks have written.
+    """Writes a checkpoint under a hidden name; the first rank renames it when all ranks have written.
 
     Attributes:
         target: the path of the checkpoint.
-        hidden: where it is written.
-        dropped: the names of the checkpoints that are removed then.
+        hidden: the path where it is written.
+        dropped: the names of checkpoints to remove after that.
     """
 
     def __init__(self, target: Path, dropped: list[str]) -> None:
@@ -180,7 +180,7 @@ class _Writer(FileSystemWriter):
         super().__init__(self.hidden)
 
     def clear(self) -> None:
-        shutil.rmtree(self.hidden, ignore_errors=True)  # of a save that failed
+        shutil.rmtree(self.hidden, ignore_errors=True)  # left by a failed save
         self.hidden.mkdir()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -194,7 +194,7 @@ class _Writer(FileSystemWriter):
         old = _hidden(self.target, "old")
         if self.target.exists():
             shutil.rmtree(old, ignore_errors=True)
-            self.target.rename(old)  # comes back if the run is killed now
+            self.target.rename(old)  # restored if the run is killed now
         self.hidden.rename(self.target)
         sync_directory(self.target.parent)
         for path in (old, *(self.target.with_name(name) for name in self.dropped)):
@@ -208,7 +208,7 @@ def _hidden(path: Path, suffix: str) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint, renamed first, so that nothing half removed is taken for one."""
+    """Removes a checkpoint; renames it first, so that what is half removed is not taken for a checkpoint."""
     trash = _hidden(path, "partial")
     shutil.rmtree(trash, ignore_errors=True)
     path.rename(trash)
@@ -216,12 +216,12 @@ def _remove(path: Path) -> None:
 
 
 def _prepared(dirname: Path, require_empty: bool) -> Path:
-    """The directory, made if need be, without what a killed run has left in it."""
+    """The directory, made if it is missing, and cleaned of what a killed run has left in it."""
     names = sorted(path.name for path in dirname.iterdir()) if dirname.exists() else []
     if require_empty and (found := [name for name in names if not name.startswith(".")]):
         raise ValueError(
             f"'{dirname}' should be empty, but has '{found[0]}' among {len(found)} entries; choose another "
-            "directory, or pass require_empty=False to go on in this one."
+            "directory, or pass require_empty=False to continue in this one."
         )
     dirname.mkdir(parents=True, exist_ok=True)
     for unfinished in dirname.glob(".*.partial"):
@@ -238,7 +238,7 @@ def _prepared(dirname: Path, require_empty: bool) -> Path:
 
 
 def _check_agreement(checkpoint: Mapping[str, Any]) -> None:
-    """Raises ValueError on all ranks if two have different tensors under one name, which would be mixed."""
+    """Raises ValueError on all ranks if two of them have different tensors under one name, which would be mixed."""
     described = {
         _text(at): f"({leaf.dtype}, {tuple(leaf.shape)}, {getattr(leaf, 'placements', 'whole')})"
         for at, leaf in _leaves(checkpoint).items()
@@ -252,7 +252,7 @@ def _check_agreement(checkpoint: Mapping[str, Any]) -> None:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of a state on the CPU; of a DTensor its shards are copied."""
+    """A copy of a state on the CPU; of a DTensor, its shards are copied."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -264,16 +264,16 @@ def _copied(value: Any) -> Any:
 
 
 def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str]) -> None:
-    """Loads what :class:`ShardedSaver` has saved of some objects, on any number of ranks; to be called on all.
+    """Loads objects that :class:`ShardedSaver` has saved, on any number of ranks; call it on all ranks.
 
-    Everything is read and verified before anything is changed, which takes memory for a second copy of the states.
+    Everything is read and verified before anything is changed. This takes memory for a second copy of the states.
 
     Args:
         to_load: all or some of the objects that were saved, under the same names. An optimizer need not have stepped.
         checkpoint: the directory; the first rank's counts for all.
 
     Raises:
-        FileNotFoundError: on all ranks, if it is not a checkpoint.
+        FileNotFoundError: on all ranks, if ``checkpoint`` is not a checkpoint.
         OSError, ValueError: on all ranks, if the checkpoint is damaged, or was not saved from these objects. Nothing
             has been loaded then.
         RuntimeError: on all ranks, if the model of a handler holds averaged weights (``swapped``).
@@ -296,7 +296,7 @@ def _current(to_load: Mapping[str, Any]) -> dict[str, Any]:
             raise RuntimeError(
                 f"'{name}' should not be loaded while the model holds averaged weights; load it outside of swapped()."
             )
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # that Ignite's Checkpoint unwraps
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # Ignite's Checkpoint unwraps these
     inner = {name: value.module if isinstance(value, wrappers) else value for name, value in to_load.items()}
     return {name: value.state_dict() for name, value in inner.items()}
 
@@ -313,7 +313,7 @@ def _found(path: Path) -> Path:
 
 
 def _read(name: str, value: Any, current: Any, others: set[str], path: Path, contents: Metadata) -> dict[str, Any]:
-    """The state of an object that was saved, nested and sharded as its current one is."""
+    """The saved state of an object, nested and sharded like its current state."""
     places = _places(name, current, others, contents)
     try:
         made = _targets(value, current, {at: contents.state_dict_metadata[key] for key, at in places.items()})
@@ -331,7 +331,7 @@ def _read(name: str, value: Any, current: Any, others: set[str], path: Path, con
                 "state of plain values."
             )
     state: dict[str, Any] = _filled(nested(targets, places), current)
-    if isinstance(value, Optimizer):  # if it has not stepped, its own state has no numbers as keys
+    if isinstance(value, Optimizer):  # before its first step, its own state does not show that these keys are numbers
         saved = state.get("state", {}).items()
         state["state"] = {int(key) if str(key).isdecimal() else key: entry for key, entry in saved}
     return state
@@ -340,7 +340,7 @@ def _read(name: str, value: Any, current: Any, others: set[str], path: Path, con
 def _places(name: str, state: Any, others: set[str], contents: Metadata) -> dict[str, KeyPath]:
     """The names under which a checkpoint has an object's values, and their paths in the object's state.
 
-    Names that another rank has, and this one does not, are left to it: in a pipeline each stage has names of its own.
+    Names that another rank has, and this one does not, are left to it: in a pipeline, each stage has its own names.
     """
     paths = contents.planner_data or {key: (key,) for key in contents.state_dict_metadata}
     places = {key: tuple(path[1:]) for key, path in paths.items() if path[0] == name and len(path) > 1}
@@ -351,10 +351,10 @@ def _places(name: str, state: Any, others: set[str], contents: Metadata) -> dict
 
 @torch.no_grad()
 def _targets(value: Any, current: Any, entries: Mapping[KeyPath, Any]) -> dict[KeyPath, Tensor | None]:
-    """Tensors to read into, sharded as the object's own are, and None for each other value.
+    """Tensors to read into, sharded like the object's own, and None for every other value.
 
     Raises:
-        ValueError: with a part of a sentence, if the checkpoint does not fit the object.
+        ValueError: with a clause as its message, if the checkpoint does not fit the object.
     """
     leaves = _leaves(current)
     if leaves and not entries:
@@ -362,7 +362,7 @@ def _targets(value: Any, current: Any, entries: Mapping[KeyPath, Any]) -> dict[K
     is_optimizer = isinstance(value, Optimizer)
     parameters = [parameter for group in value.param_groups for parameter in group["params"]] if is_optimizer else []
     for at, leaf in leaves.items():
-        # The state of an optimizer, and a list of a metric, may have had other entries.
+        # The state of an optimizer, or a metric's list, may have had other entries.
         if at not in entries and isinstance(leaf, Tensor) and not is_optimizer and not isinstance(at[-1], int):
             raise ValueError(f"has no '{_text(at)}'")
     targets: dict[KeyPath, Tensor | None] = {}
@@ -384,12 +384,12 @@ def _targets(value: Any, current: Any, entries: Mapping[KeyPath, Any]) -> dict[K
         elif like.shape == size:
             targets[at] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
         else:
-            targets[at] = like.new_zeros(size, dtype=dtype)  # replicated, as torch's optimizers make it
+            targets[at] = like.new_zeros(size, dtype=dtype)  # replicated, as in torch's optimizers
     return targets
 
 
 def _foreign(value: Any) -> Any:
-    """The first object in a value that could not be read; None if there is no such object."""
+    """The first object in a value that could not be read, or None."""
     if isinstance(value, ForeignObject):
         return value
     parts = [*value, *value.values()] if isinstance(value, Mapping) else value
@@ -398,7 +398,7 @@ def _foreign(value: Any) -> Any:
 
 
 def _leaves(state: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
-    """The values of a nested state by path, taken apart as torch.distributed.checkpoint does it."""
+    """The values of a nested state by path, flattened as torch.distributed.checkpoint does it."""
     parts: Iterable[tuple[str | int, Any]]
     if isinstance(state, Mapping):
         parts = ((str(key), part) for key, part in state.items())
@@ -410,7 +410,7 @@ def _leaves(state: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
 
 
 def _filled(saved: Any, current: Any) -> Any:
-    """What was saved, with the types of the current mappings and keys, and with empty mappings, which are not saved."""
+    """The saved state, with the types of the current mappings and keys, and its empty mappings, which are not saved."""
     if not isinstance(saved, dict) or not isinstance(current, dict):
         return saved
     filled = copy(current)  # a model's state keeps the versions of its modules
@@ -431,10 +431,10 @@ def _text(path: KeyPath) -> str:
 
 
 def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
-    """The plain averaged ``state_dict``, whole, on the CPU of the first rank, and nothing on the others.
+    """The whole, plain averaged ``state_dict`` on the CPU of the first rank; an empty one on the others.
 
-    It includes the frozen parameters that the average shares with the model (``share_frozen``). Gathers one tensor at a
-    time. Call it on all ranks; ``checkpoints.save_file`` writes the result on the first.
+    It includes the frozen parameters that the average shares with the model (``share_frozen``), and gathers one tensor
+    at a time. Call it on all ranks; write the result on the first with ``checkpoints.save_file``.
 
     Args:
         handler: the handler of the average.
@@ -445,14 +445,14 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
     """
     if not isinstance(handler, EMAHandler):
         raise TypeError(
-            f"handler should be an EMAHandler, got {type(handler).__name__}; pass the one that averages it."
+            f"handler should be an EMAHandler, got {type(handler).__name__}; pass the handler of the average."
         )
     state = on_all_ranks(handler.average.state_dict)
     tensors = {**handler.average.shared_tensors(), **state["averaged_tensors"]}
     if difference := _difference({name: f"{tuple(tensor.shape)}" for name, tensor in tensors.items()}, complete=True):
         raise ValueError(
             f"The average should have the same tensors on all ranks, got {difference}; make the handler on all ranks, "
-            "of the same model."
+            "for the same model."
         )
     copies: dict[str, Tensor] = {}
     for name in dict.fromkeys(state["state_dict_names"].values()):
@@ -463,17 +463,17 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
 
 
 def sync_buffers(module: nn.Module, source: int = 0) -> None:
-    """Gives all ranks the buffers of one, such as batch-norm statistics; to be called on all.
+    """Copies the buffers of one rank, such as batch-norm statistics, to all ranks; call it on all ranks.
 
-    Without a process group there is one rank, and nothing to do.
+    Does nothing without a process group.
 
     Args:
         module: the averaged twin, or a model; its parameters, and buffers that are sharded, are left alone.
         source: the rank whose buffers the others get.
 
     Raises:
-        ValueError: on all ranks, if ``source`` is not a rank, or if their buffers differ in names, shapes or types;
-            nothing is changed then.
+        ValueError: on all ranks, if ``source`` is not a rank, or if the buffers of the ranks differ in names, shapes or
+            types; nothing is changed then.
 
     Examples:
         >>> sync_buffers(nn.BatchNorm1d(2))
@@ -485,7 +485,7 @@ def sync_buffers(module: nn.Module, source: int = 0) -> None:
     if difference := _difference({"source": str(source), **described}, complete=True):
         raise ValueError(
             f"sync_buffers should be called with the same source and the same buffers on all ranks, got {difference}; "
-            "build the module alike on all."
+            "build the same module on all ranks."
         )
     if isinstance(source, bool) or source not in range(dist.get_world_size()):
         raise ValueError(f"source should be a rank from 0 to {dist.get_world_size() - 1}, got {source!r}.")
@@ -496,7 +496,7 @@ def sync_buffers(module: nn.Module, source: int = 0) -> None:
 
 
 def _gathered(value: _T) -> list[_T]:
-    """The values of all ranks, in their order."""
+    """The values of all ranks, in rank order."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -505,7 +505,7 @@ def _gathered(value: _T) -> list[_T]:
 
 
 def _difference(described: dict[str, str], *, complete: bool = False) -> str | None:
-    """Says under which name two ranks have different things, None if under none; ``complete``: all need all names."""
+    """The first name under which two ranks differ, and how; or None. ``complete``: all ranks need all names."""
     ranks = _gathered(described)
     for name in {name: None for names in ranks for name in names}:
         there = {rank: names.get(name, "nothing") for rank, names in enumerate(ranks) if complete or name in names}

@@ -1,9 +1,9 @@
 """Momentum schedules: how much the new weights count at each update.
 
-A schedule is called as ``schedule(n)``, where ``n`` is the number of updates that were already made (0 at the first
-update), and returns the momentum λ in [0, 1] of the update to come: ``average = (1 - λ) * average + λ * weights``. λ
-weighs the *new* weights, so λ = 1 - decay. ``n`` counts updates, not iterations. A schedule has no state: the count is
-all that a checkpoint needs. Any callable of this form will do where a schedule is asked for.
+A schedule is called as ``schedule(n)``, where ``n`` is the number of updates already made (0 at the first update), and
+returns the momentum λ in [0, 1] of the next update: ``average = (1 - λ) * average + λ * weights``. λ weighs the *new*
+weights, so λ = 1 - decay. ``n`` counts updates, not iterations. A schedule has no state: a checkpoint needs only the
+count. Any such callable can be used as a schedule.
 
 >>> ramp = LinearWarmup(momentum=0.5, momentum_warmup=0.0, warmup_iters=6)
 >>> [ramp(n) for n in range(8)]
@@ -50,7 +50,7 @@ def _is_count(value: object) -> bool:
 
 
 def _kind(wanted: str, accepts: Callable[[Any], bool]) -> dict[str, Any]:
-    """The metadata of a field: what it should be, in words, and whether a value is that."""
+    """The metadata of a field: what it should be, in words, and a function that tells whether a value is valid."""
     return {"wanted": wanted, "accepts": accepts}
 
 
@@ -68,14 +68,14 @@ _SCHEDULE = _kind("a callable from the number of updates to a momentum", callabl
 
 
 class _Checked:
-    """Checks every field of a schedule, as its metadata says, when the schedule is made."""
+    """Checks every field against its metadata when the object is made."""
 
     def __post_init__(self) -> None:
-        for one in fields(self):  # type: ignore[arg-type]  # each subclass is a dataclass
-            value = getattr(self, one.name)
-            if not one.metadata["accepts"](value):
-                wanted = one.metadata["wanted"]
-                raise ValueError(f"{one.name} of {type(self).__name__} should be {wanted}, got {value!r}.")
+        for parameter in fields(self):  # type: ignore[arg-type]  # each subclass is a dataclass
+            value = getattr(self, parameter.name)
+            if not parameter.metadata["accepts"](value):
+                wanted = parameter.metadata["wanted"]
+                raise ValueError(f"{parameter.name} of {type(self).__name__} should be {wanted}, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class LinearWarmup(_Checked):
     Args:
         momentum: λ∞, the momentum after the warm-up, in [0, 1].
         momentum_warmup: w, the momentum of the first update, in [0, 1]; above or below ``momentum``.
-        warmup_iters: the length of the warm-up, in updates; ``momentum`` is reached at the last of them.
+        warmup_iters: the length of the warm-up, in updates; the last of them uses ``momentum``.
 
     As in ``ignite.handlers.EMAHandler(momentum=..., momentum_warmup=..., warmup_iters=...)``.
     """
@@ -135,7 +135,7 @@ class ExponentialWarmup(_Checked):
 
 @dataclass(frozen=True)
 class RatioWarmup(_Checked):
-    """λ(n) = min(λ∞, (1 + n) / (warm_up + n)): from 1 / warm_up upwards; with λ∞ ≤ 1 / warm_up there is no warm-up.
+    """λ(n) = min(λ∞, (1 + n) / (warm_up + n)): from 1 / warm_up upward; with λ∞ ≤ 1 / warm_up there is no warm-up.
 
     Args:
         momentum: λ∞, in [0, 1].
@@ -153,11 +153,11 @@ class RatioWarmup(_Checked):
 
 @dataclass(frozen=True)
 class Annealing(_Checked):
-    """λ(n) = max(λ∞, γ / (γ + n)): from 1 downwards.
+    """λ(n) = max(λ∞, γ / (γ + n)): from 1 downward.
 
     Args:
         momentum: λ∞, in [0, 1].
-        gamma: γ, the number of updates after which λ has come down to 1/2.
+        gamma: γ, the number of updates after which λ has fallen to 1/2.
 
     As in mmengine's ``MomentumAnnealingEMA``.
     """
@@ -187,8 +187,8 @@ class InverseGamma(_Checked):
     Args:
         gamma: γ, in updates.
         power: how fast λ falls; 2/3 for long runs, 3/4 for short ones.
-        min_momentum: the least λ, in [0, 1].
-        max_momentum: the greatest λ, in [0, 1].
+        min_momentum: the smallest λ, in [0, 1].
+        max_momentum: the largest λ, in [0, 1].
 
     As in k-diffusion, diffusers (``use_ema_warmup``) and timm.
     """
@@ -217,7 +217,7 @@ class Cosine(_Checked):
     Args:
         start: λ(0), in [0, 1].
         end: λ from n = total on, in [0, 1].
-        total: the length of the way, in updates.
+        total: the number of updates from ``start`` to ``end``.
 
     As in BYOL, DINO and mmpretrain's ``CosineEMA``.
     """
@@ -235,7 +235,7 @@ class HalfLife(_Checked):
     """λ(n) = 1 - ½ ^ (s / h), with s samples per update and h = min(half_life, rampup_ratio · (n + 1) · s).
 
     Args:
-        half_life: how many samples it takes until old weights count half.
+        half_life: the number of samples after which old weights count half.
         rampup_ratio: keeps h below this fraction of the samples seen so far; None: no ramp-up.
         samples_per_update: s; with 1, ``half_life`` is in updates.
 
@@ -285,10 +285,10 @@ class PowerFunction(_Checked):
 
 @dataclass(frozen=True)
 class Debiased(_Checked):
-    """λ(n) = min(1, λ∞ / (1 - (1 - λ∞) ^ (n + 1))): the exponentially weighted mean of the weights so far, normalised.
+    """λ(n) = min(1, λ∞ / (1 - (1 - λ∞) ^ (n + 1))): the exponentially weighted mean of the weights so far, normalized.
 
-    The first update copies, early updates weigh all weights alike (about 1 / (n + 1)), late updates use λ∞. Nothing is
-    left of the start, so no run is too short for it.
+    The first update copies, early updates weigh all weights alike (about 1 / (n + 1)), late updates use λ∞. The
+    starting weights do not count, so no run is too short for it.
 
     Args:
         momentum: λ∞, in (0, 1].
@@ -330,7 +330,7 @@ class Rescaled(_Checked):
         schedule: the schedule to rescale.
         factor: for an update every ``factor`` iterations, or a batch ``factor`` times larger.
 
-    Of ``Debiased(m)`` it is ``Debiased(1 - (1 - m) ** factor)``: what is normalised stays normalised.
+    For ``Debiased(m)`` it is ``Debiased(1 - (1 - m) ** factor)``, which stays normalized.
     """
 
     schedule: Schedule = field(metadata=_SCHEDULE)

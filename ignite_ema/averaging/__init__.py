@@ -1,3 +1,3 @@
-"""Averages of modules and tensors; knows neither engines nor files. Internal: the public name is ``ModelAverage``."""
+"""Averages modules and tensors; knows neither engines nor files. Internal: the public name is ``ModelAverage``."""
 
 __all__: list[str] = []

@@ -49,7 +49,7 @@ class ModelAverage:
             ``DataParallel`` is a ``DataParallel``.
         handle_buffers: what an update does with buffers, persistent or not. "copy": they equal the model's, whatever
             their shape has become. "update": floating-point and complex buffers are averaged, all others are copied.
-            "statistics": the running means and variances of normalisation layers are averaged, all others are copied.
+            "statistics": the running means and variances of normalization layers are averaged, all others are copied.
             "ema_train": they are left alone and the twin stays in train mode. A mapping from name patterns
             (:mod:`fnmatch`) to "copy", "update" or "keep": the first match decides, no match means "copy".
         momentum: what :meth:`update` uses if it is called without a momentum: a float in (0, 1], or a schedule, a
@@ -60,14 +60,14 @@ class ModelAverage:
             None: the type of each tensor.
         device: where the twin lives. None: where the model's tensors are.
         share_frozen: the twin shares the parameters that do not require gradients, and copies only the others.
-            They must stay frozen; ``dtype`` and ``device`` do not concern them. What you do to them in the twin, you do
-            to the model.
+            They must stay frozen; ``dtype`` and ``device`` do not apply to them. What you do to them in the twin, you
+            do to the model.
         skip_nonfinite: an update that would bring a NaN or an infinity into an averaged parameter leaves the whole
             average alone and is counted in :attr:`num_skipped` instead. One that would bring it into an averaged buffer
-            leaves these buffers alone. Buffers that are copied are not looked at. Pass the same on all ranks.
+            leaves the averaged buffers of its type alone. Copied buffers are not checked. Pass the same on all ranks.
         stochastic_rounding: round averages in bfloat16 or float16 up with the frequency of the discarded fraction, so
-            that updates too small for the type add up. Use it if ``dtype=torch.float32``, more exact
-            and ten times as fast on a CPU, does not fit into memory.
+            that updates too small for the type add up. ``dtype=torch.float32`` is more exact, and ten times as fast on
+            a CPU: prefer it if it fits into memory.
 
     Attributes:
         model: the online model, without wrappers.
@@ -75,7 +75,7 @@ class ModelAverage:
         handle_buffers: what was passed.
         momentum: what was passed; settable.
         schedule: the momentum as a schedule, None if none was passed.
-        num_skipped: the number of updates that ``skip_nonfinite`` has left out.
+        num_skipped: the number of updates that ``skip_nonfinite`` has skipped.
         num_updates: the number of updates since construction or the last reset; settable.
         initial_share: how much of the average is still the weights that it started from, in [0, 1].
 
@@ -131,7 +131,7 @@ class ModelAverage:
         self._initial_share = 1.0
         self._share_frozen, self._skip_nonfinite = share_frozen, skip_nonfinite
         self._rounding = StochasticRounding() if stochastic_rounding else None
-        self._told: set[str] = set() if dtype is None else {"narrow"}  # of which warnings are given once
+        self._told: set[str] = set() if dtype is None else {"narrow"}  # warnings not to be given again
         trains = handle_buffers == "ema_train"
         self.module = twin_of(self.model, ema_model, dtype, device, share_frozen, trains)
         try:
@@ -164,7 +164,7 @@ class ModelAverage:
         if unset:
             warn_user(
                 f"There is no finite value yet in {listed(unset)}, as in the range of a new observer; it is copied "
-                'until there is one. If it is no statistic to be averaged, pass handle_buffers="statistics" or "copy".'
+                'until there is one. If it is not a statistic to average, pass handle_buffers="statistics" or "copy".'
             )
 
     def _paired(self, before: Pairing | None = None) -> Pairing:
@@ -192,7 +192,7 @@ class ModelAverage:
         return self._pairing
 
     def _unswapped(self, what: str) -> Pairing:
-        """As :meth:`_current`; raises RuntimeError if a part of the model holds averaged weights, too."""
+        """Like :meth:`_current`; also raises RuntimeError if a part of the model holds averaged weights."""
         pairing = self._current()
         if pairing.has_swapped_part():
             for module in self.model.modules():
@@ -200,11 +200,11 @@ class ModelAverage:
         return pairing
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the pairing, which knows where tensors lie in this process."""
+        """Everything but the pairing, which has addresses in this process."""
         return {**vars(self), "_pairing": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies tensors that have come from another process in shared memory into private memory."""
+        """Copies tensors that came from another process in shared memory into private memory."""
         vars(self).update(state)
         # A model that holds this average is still empty while it is copied or unpickled.
         shared = {id(parameter) for parameter in (parameters_of(self.model) if vars(self.model) else ())}
@@ -253,18 +253,18 @@ class ModelAverage:
         self._num_updates = value
 
     def update(self, momentum: float | None = None) -> bool:
-        """Moves the twin towards the model by ``momentum``, and its buffers as ``handle_buffers`` says.
+        """Moves the twin toward the model by ``momentum``, and updates its buffers as ``handle_buffers`` says.
 
         Args:
             momentum: λ in [0, 1], the weight of the model's weights. 0 leaves the averaged tensors as they are, 1
-                copies. None: what the momentum of this average gives after :attr:`num_updates` updates.
+                copies. None: this average's own momentum after :attr:`num_updates` updates.
 
         Returns:
-            Whether the update was made: False if ``skip_nonfinite`` left it out.
+            Whether the update was made: False if ``skip_nonfinite`` skipped it.
 
         Raises:
             TypeError, ValueError: for a momentum outside [0, 1], or None if the average was made without a momentum.
-            RuntimeError: if the structure of the model has changed, or a shape, or while it holds averaged weights
+            RuntimeError: if the structure of the model or a shape has changed, or while it holds averaged weights
                 (:meth:`swapped`); nothing has been updated then.
         """
         if momentum is None:
@@ -278,8 +278,8 @@ class ModelAverage:
                 self.num_skipped += 1
                 self._tell_once(
                     "skipped",
-                    f"{name} holds a NaN or an infinity, and the average was left as it is. num_skipped counts from "
-                    "here on how often.",
+                    f"{name} holds a NaN or an infinity, and the average was left as it was. num_skipped counts how "
+                    "often this happens.",
                 )
                 return False
             groups = [group for group in groups if not group.are_buffers or self._has_finite(group)]
@@ -300,7 +300,7 @@ class ModelAverage:
     def first_nonfinite(self) -> str | None:
         """The name of the first parameter whose NaN or infinity an update would bring in, or None.
 
-        Of a sharded model None: its ranks would have to ask together, as with ``skip_nonfinite=True``.
+        Always None for a sharded model: its ranks would have to ask together, as with ``skip_nonfinite=True``.
         """
         pairing = self._current()
         return None if pairing.is_sharded else pairing.first_nonfinite()
@@ -324,7 +324,7 @@ class ModelAverage:
         return name is None
 
     def _warn_if_stalled(self, momentum: float, resolution: float) -> None:
-        """Warns, once, of an update that the type of the average rounds away."""
+        """Warns once if the type of the average rounds an update away."""
         if momentum == 0 or ("moved" in self._told and resolution <= torch.finfo(torch.float32).eps):
             return  # the end of a schedule that goes to 0; 16 bits stall long before
         if self.schedule is not None and final_momentum(self.schedule) >= resolution:
@@ -338,10 +338,10 @@ class ModelAverage:
             warn_user(message)
 
     def reset(self, *, buffers_only: bool = False) -> None:
-        """Starts again: the twin equals the model, buffers included, whatever ``handle_buffers`` says; counts are 0.
+        """Starts over: the twin equals the model, buffers included, whatever ``handle_buffers`` says; counts are 0.
 
         Args:
-            buffers_only: copy the buffers alone, and leave weights and counts as they are.
+            buffers_only: copy only the buffers, and leave weights and counts as they are.
         """
         pairing = self._unswapped("reset")
         slots = [slot for slot in pairing.slots if slot.online.is_buffer or not buffers_only]
@@ -353,12 +353,13 @@ class ModelAverage:
     def swapped(self, buffers_from: Callable[[nn.Module], object] | None = None) -> Swapped:
         """Inside the block the model holds the averaged weights and buffers, in place; after it, its own again.
 
-        However the block ends, the model has the bits that it had before. The twin stays what it is, so that a
-        checkpoint of it that is taken inside is right. Costs one copy of the model's tensors while it lasts. What you
-        take from the model inside and use after the block, such as a ``state_dict()``, has the online values then.
+        However the block ends, the model gets back the bits that it had before. The twin does not change, so a
+        checkpoint of it taken inside is right. Costs one copy of the model's tensors while it lasts. Tensors that you
+        take from the model inside, such as a ``state_dict()``, have the online values again after the block.
 
         Args:
-            buffers_from: called with the model once it holds the averaged weights, to change its buffers for the block.
+            buffers_from: called with the model once it holds the averaged weights; may change its buffers for the
+                block.
 
         Raises:
             RuntimeError: if the model holds averaged weights already, or its structure has changed.
@@ -380,10 +381,10 @@ class ModelAverage:
         return is_swapped(self.model)
 
     def averaged_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the twin that stand in its state, by name, each tied tensor once; not copies.
+        """The tensors of the twin that its state has, by name, each tied tensor once; not copies.
 
-        Frozen parameters that the twin shares are the model's, and not in it, nor are non-persistent buffers that are
-        not averaged.
+        Frozen parameters that the twin shares belong to the model and are left out, as are non-persistent buffers that
+        are not averaged.
         """
         return self._saved()[0]
 
@@ -412,7 +413,7 @@ class ModelAverage:
         """The averaged tensors by name, and the first name for each name that the twin's ``state_dict()`` has."""
         try:
             pairing = self._current()
-        except RuntimeError:  # the model has another structure now; the twin is what it was
+        except RuntimeError:  # the model's structure has changed; the twin's has not
             shared = {id(parameter) for parameter in parameters_of(self.model)}
             tensors = {name: one for name, one in tensors_of(self.module).items() if id(one) not in shared}
             return {name: tensor.detach() for name, tensor in tensors.items()}, names_of(self.module)
@@ -420,7 +421,7 @@ class ModelAverage:
         return saved, dict(pairing.saved_names)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a :meth:`state_dict`. The momentum stays this average's own; a warning says if it differs.
+        """Resumes from a :meth:`state_dict`. The momentum stays this average's own; a warning says if it differs.
 
         Raises:
             TypeError, ValueError: for a missing, unexpected or wrong entry, another model's tensors, or a type that
@@ -437,23 +438,23 @@ class ModelAverage:
         saved, own = state["momentum_schedule"], None if self.schedule is None else described(self.schedule)
         if saved is not None and own is not None and saved != own:
             warn_first_rank(
-                f"The average was saved with {saved} and goes on with {own}. If you do not mean that, make it with the "
+                f"The average was saved with {saved} and goes on with {own}. If that is not intended, make it with the "
                 "momentum that it had."
             )
 
     def load_averaged(self, source: Mapping[str, Any], *, num_updates: int | None = None, strict: bool = True) -> None:
-        """Starts from other averaged weights; the model stays what it is.
+        """Starts from other averaged weights; the model does not change.
 
         Args:
-            source: a :meth:`state_dict` of an average, or the plain ``state_dict`` of a model, or its parameters alone:
+            source: a :meth:`state_dict` of an average, or the plain ``state_dict`` of a model, or only its parameters:
                 the buffers stay then.
             num_updates: how many updates the weights count for. None: as many as a state says, else the count stays.
-            strict: whether all tensors have to be there and fit. False: takes every tensor whose name and shape fit,
+            strict: whether all tensors have to be present and fit. False: takes every tensor whose name and shape fit,
                 starts the others from the model, and warns with their names; :attr:`initial_share` is NaN then.
 
         Raises:
-            TypeError, ValueError: if tensors are missing, unexpected or do not fit, or if the momentum would wipe them
-                at the first update; nothing has been loaded then.
+            TypeError, ValueError: if tensors are missing, unexpected or do not fit, or if the first update would
+                overwrite them; nothing has been loaded then.
             RuntimeError: inside :meth:`swapped`.
         """
         pairing = self._unswapped("loaded")
@@ -474,7 +475,7 @@ class ModelAverage:
             )
 
     def _count_after_load(self, count: int | None) -> int:
-        """The number of updates that loaded weights count for; raises unless the schedule goes on and leaves some."""
+        """The number of updates that loaded weights count for; raises if the schedule would copy over them."""
         count = self._num_updates if count is None else count
         check_count(count)
         schedule = None if isinstance(self.schedule, Constant) else self.schedule

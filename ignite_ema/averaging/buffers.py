@@ -24,14 +24,14 @@ __all__ = [
 BufferPolicy: TypeAlias = str | Mapping[str, str]
 Treatment: TypeAlias = Literal["average", "copy", "keep"]
 
-STATISTICS = {"*running_mean": "update", "*running_var": "update"}  # those of normalisation layers
+STATISTICS = {"*running_mean": "update", "*running_var": "update"}  # of normalization layers
 
 _MODES: dict[str, Treatment] = {"copy": "copy", "update": "average", "ema_train": "keep"}
 _PER_BUFFER: dict[str, Treatment] = {"copy": "copy", "update": "average", "keep": "keep"}
 
 
 def treatment_of(policy: BufferPolicy, name: str) -> Treatment:
-    """What ``policy`` says of the buffer ``name``: of a mapping the first pattern that matches, "copy" if none does."""
+    """What ``policy`` says of the buffer ``name``: in a mapping the first match decides, and no match means "copy"."""
     if isinstance(policy, str) and policy != "statistics":
         return _MODES[policy]
     patterns = STATISTICS if isinstance(policy, str) else policy
@@ -72,9 +72,9 @@ def buffers_followed(
     treatment: Callable[[str], Treatment],
     may_clear: bool,
 ) -> Iterator[None]:
-    """Gives the twin the buffers that the model has got, such as a cache, and clears those that it no longer has.
+    """Gives the twin buffers that the model has gained, such as a cache, and clears those that it has lost.
 
-    It is undone if the block raises. Buffers that an update leaves alone may differ.
+    Undone if the block raises. Buffers that an update leaves alone may differ.
     """
     twins = modules_by_path(averaged)
     pairs = [  # the tables of TorchScript cannot change
@@ -83,10 +83,10 @@ def buffers_followed(
         if path in twins and isinstance(module._buffers, dict)
     ]
     kinds = {
-        (value.device, value.dtype): (its.device, its.dtype)
+        (value.device, value.dtype): (average.device, average.dtype)
         for _, module, twin in pairs
         for key, value in module._parameters.items()
-        if value is not None and (its := twin._parameters.get(key)) is not None
+        if value is not None and (average := twin._parameters.get(key)) is not None
     }
     is_saved = {(id(place.table), place.key): place.is_saved for place in ours.values()}
     before = [(twin._buffers, dict(twin._buffers)) for _, _, twin in pairs]

@@ -1,4 +1,4 @@
-"""Checks of arguments, warnings, and what ``repr`` says: shared by all parts of the library."""
+"""Checks of arguments, warnings, and the parts of a ``repr``: shared by all parts of the library."""
 
 import contextlib
 import importlib.util
@@ -65,7 +65,7 @@ else:
 
 
 def warn_first_rank(message: str) -> None:
-    """Warns of what concerns the run as a whole: on the first rank alone."""
+    """Warns of what concerns the run as a whole: only on the first rank."""
     if is_first_rank():
         warn_user(message)
 
@@ -76,8 +76,8 @@ def checked_momentum(value: object, what: str, verb: str = "be", when: str = "")
     Args:
         value: what should be a momentum.
         what: where it was read from, such as "momentum".
-        verb: what that should do: "be" or "return" a momentum.
-        when: said after the value, such as " after 3 updates".
+        verb: what it should do: "be" or "return" a momentum.
+        when: goes after the value in the message, such as " after 3 updates".
     """
     if type(value) is float and 0 <= value <= 1:
         return value
@@ -109,14 +109,14 @@ def schedule_of(momentum: float | Schedule) -> Schedule:
         TypeError, ValueError: unless it is a float in (0, 1], or a callable whose first momentum is in [0, 1].
     """
     if isinstance(momentum, type):
-        raise TypeError(f"momentum should be a schedule, got the class {momentum.__name__}; make one: call it.")
+        raise TypeError(f"momentum should be a schedule, got the class {momentum.__name__}; make one by calling it.")
     if callable(momentum):
         scheduled(momentum, 0)
-        if momentum not in (Constant(1.0), Debiased(1.0)):  # hard copies are meant
+        if momentum not in (Constant(1.0), Debiased(1.0)):  # hard copies are intended
             _warn_of_decay(final_momentum(momentum), "the last momentum of the schedule")
         return momentum
     constant = constant_of(momentum)
-    if constant.momentum < 1:  # hard copies are meant
+    if constant.momentum < 1:  # hard copies are intended
         _warn_of_decay(constant.momentum, "momentum")
     return constant
 
@@ -134,7 +134,7 @@ def constant_of(momentum: object) -> Constant:
 
 
 def described(value: object) -> str:
-    """A schedule, or a field of one, in words that are the same in every process; functions by their names alone."""
+    """A text for a schedule, or a field of one, that is the same in every process; functions appear by name only."""
     if is_dataclass(value) and not isinstance(value, type):
         inner = ", ".join(f"{field.name}={described(getattr(value, field.name))}" for field in fields(value))
         return f"{type(value).__qualname__}({inner})"
@@ -144,7 +144,7 @@ def described(value: object) -> str:
 
 
 def check_flags(**flags: object) -> None:
-    """Raises TypeError, naming the argument, unless each of them is True or False."""
+    """Raises TypeError, naming the argument, unless each flag is True or False."""
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} should be True or False, got {value!r}.")
@@ -159,7 +159,7 @@ def check_count(value: object, name: str = "num_updates") -> None:
 
 
 def check_saved_mapping(state: object, kinds: Mapping[str, type | tuple[type, ...]], what: str) -> None:
-    """Raises TypeError or ValueError unless ``state`` has just these entries, each of its kind.
+    """Raises TypeError or ValueError unless ``state`` has exactly these entries, each of its kind.
 
     Args:
         state: what was saved.
@@ -218,7 +218,7 @@ def momentum_summary(momentum: object) -> str:
 
 
 def percentage(share: float) -> str:
-    """``25%``; a share below 1 is not rounded to all."""
+    """``25%``; a share below 1 is not rounded up to 100%."""
     return "over 99%" if 0.995 <= share < 1 else f"{share:.0%}"
 
 
@@ -228,7 +228,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def final_momentum(schedule: Schedule) -> float:
-    """The momentum that a schedule ends with, by the name of its field; 0 if it has no such field."""
+    """The momentum that a schedule ends with, read from its field of a known name; 0 if it has no such field."""
     while isinstance(schedule, CopyUntil):
         schedule = schedule.schedule
     values = [getattr(schedule, name, None) for name in ("momentum", "end", "min_momentum")]
@@ -236,12 +236,12 @@ def final_momentum(schedule: Schedule) -> float:
 
 
 def stalled(momentum: float, resolution: float, can_round: bool) -> str:
-    """The warning of an update that the type of the average rounds away.
+    """The message for an update that the type of the average rounds away.
 
     Args:
         momentum: λ of the update, smaller than ``resolution``.
         resolution: the relative rounding step of the type.
-        can_round: whether ``stochastic_rounding`` would be a remedy.
+        can_round: whether ``stochastic_rounding`` would help.
     """
     needed = resolution / 2 / momentum
     far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
@@ -258,6 +258,6 @@ def _warn_of_decay(momentum: float, what: str) -> None:
     if momentum >= 0.9:
         way_out = f"pass 1 - {momentum:g} = {1 - momentum:g}" if momentum < 1 else "pass 1 minus each of its values"
         warn_user(
-            f"{what} is the weight of the new weights, and {momentum:g} nearly copies them at each update. If it was "
-            f"meant as a decay, {way_out}."
+            f"{what} is the weight of the new weights, and {momentum:g} nearly copies them at each update. If it "
+            f"is meant as a decay, {way_out}."
         )

@@ -1,14 +1,13 @@
 """The arithmetic of the average: in-place operations over lists of tensors.
 
-Every kernel takes two lists of equal length, whose i-th tensors have the same shape, and a ``weight`` in [0, 1]. On an
-accelerator the number of operations does not grow with the number of tensors if these are flat, as those of a pairing
-are::
+Every kernel takes two lists of equal length, whose i-th tensors have the same shape, and a ``weight`` in [0, 1]::
 
     averaged[i] = (1 - weight) * averaged[i] + weight * online[i]
 
 A weight of 1 copies exactly, whatever ``averaged`` held (so it heals a NaN); a weight of 0 does nothing. The step is
-written ``averaged + weight * (online - averaged)``: weights that do not change are left bit for bit as they are, where
-the form above would lose a rounding error at each update.
+computed as ``averaged + weight * (online - averaged)``: weights that do not change keep every bit, while the form above
+would add a rounding error at each update. On an accelerator the number of operations does not grow with the number of
+tensors if these are flat, as those of a pairing are.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +39,7 @@ __all__ = [
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 Kernel: TypeAlias = Callable[[Tensors, Tensors, float], None]
 
-# Numbers of elements: what stays in a CPU's cache, and what is worth the launch of a GPU's kernel.
+# Numbers of elements: what stays in a CPU's cache, and what is worth a kernel launch on a GPU.
 _CACHED, _LAUNCHED = 2**20, 2**24
 
 # What torch can interpolate; narrower types are widened for the step.
@@ -49,7 +48,7 @@ _NATIVE = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.co
 
 
 def copying_kernel_for(online: Tensor, averaged: Tensor) -> Kernel:
-    """The kernel that copies whatever the weight, once the average has the layout of ``online``."""
+    """The kernel that copies whatever the weight is; the average must have the layout of ``online``."""
     if online.layout is not torch.strided:
         return _copy_sparse
     return _copy_staged if leaves_gpu(averaged, online) else _copy_strided
@@ -64,9 +63,9 @@ def lerping_kernel_for(
         online: the tensor of the model.
         averaged: the tensor of the twin.
         is_buffer: whether they are buffers.
-        is_trained: whether the model's requires gradients. Others may be masks of 0 and -inf. Of finite values each
-            kernel makes the same bits.
-        narrow: the kernel for parameters whose average is in 16 bits, if they have their own.
+        is_trained: whether the model's tensor requires gradients. Others may be masks of 0 and -inf. For finite values
+            all kernels give the same bits.
+        narrow: a special kernel for parameters whose average is in 16 bits, or None.
     """
     if averaged.dtype not in _NATIVE:
         return _lerp_frozen
@@ -94,14 +93,14 @@ def copy(averaged: Tensors, online: Tensors) -> None:
 
 
 def is_finite(tensors: Tensors, dtype: torch.dtype) -> bool:
-    """False where a tensor holds what is a NaN or an infinity in ``dtype``; also, rarely, for huge finite values.
+    """False if a tensor holds what is a NaN or an infinity in ``dtype``; also, rarely, for huge finite values.
 
-    One pass and one synchronisation for all of them, which have one type and live on one device.
+    One pass and one synchronization for all tensors, which have one type and live on one device.
     """
     if tensors[0].dtype not in _NATIVE:
         tensors = [tensor.to(_wide(tensor.dtype)) for tensor in tensors]
     largest: float = torch.stack(torch._foreach_norm(tensors)).max().item()
-    return largest <= torch.finfo(dtype).max  # which a NaN is not
+    return largest <= torch.finfo(dtype).max  # False for a NaN
 
 
 def spoils(averaged: Tensor, online: Tensor) -> bool:
@@ -118,18 +117,18 @@ def has_begun(tensor: Tensor) -> bool:
 
 
 def norms(tensors: Tensors) -> list[float]:
-    """The Euclidean norms of those tensors that have one: a cheap mark by which to see that they have changed."""
+    """The Euclidean norms of the tensors that have one: a cheap way to see that they have changed."""
     native = [one for one in tensors if type(one) is Tensor and one.dtype in _NATIVE and one.layout is torch.strided]
     return torch.stack([norm.abs().cpu().double() for norm in torch._foreach_norm(native)]).tolist() if native else []
 
 
 def leaves_gpu(averaged: Tensor, online: Tensor) -> bool:
-    """Whether the values have to come from a GPU to an average on the CPU."""
+    """Whether the values have to move from a GPU to an average on the CPU."""
     return online.is_cuda and averaged.device.type == "cpu"
 
 
 def parts(averaged: Tensors, online: Tensors, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs, those of more than ``most`` elements in parts."""
+    """The pairs; those of more than ``most`` elements are split into parts."""
     for average, value in zip(averaged, online, strict=True):
         if average.numel() <= most:
             yield average, value
@@ -142,7 +141,7 @@ def parts(averaged: Tensors, online: Tensors, most: int) -> Iterator[tuple[Tenso
 
 
 def batches(averaged: Tensors, online: Tensors, most: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Small pairs together and large ones in parts, up to ``most`` elements."""
+    """Groups small pairs and splits large ones, into batches of up to ``most`` elements."""
     ours: list[Tensor] = []
     theirs: list[Tensor] = []
     size = 0
@@ -178,13 +177,13 @@ def _lerp_converted(averaged: Tensors, online: Tensors, weight: float) -> None:
     if weight == 1:
         torch._foreach_copy_(averaged, online)
     elif weight != 0:
-        # Parts that are converted and used while they are in the cache: as few bytes move as in one pass.
+        # Each part is converted and used while it is in the cache: no more bytes move than in one pass.
         for average, value in parts(averaged, online, _CACHED):
             average.lerp_(value.to(average.device, average.dtype), weight)
 
 
 def _lerp_through_scratch(averaged: Tensors, online: Tensors, weight: float) -> None:
-    """As :func:`_lerp_converted`, in a number of operations that does not grow with the tensors."""
+    """Like :func:`_lerp_converted`, in a number of operations that does not grow with the number of tensors."""
     if weight == 1:
         torch._foreach_copy_(averaged, online)
     elif weight != 0:
@@ -207,12 +206,12 @@ def _lerp_frozen(averaged: Tensors, online: Tensors, weight: float) -> None:
 
 
 def _lerp_buffers(averaged: Tensors, online: Tensors, weight: float) -> None:
-    """For buffers, which may also begin as infinities, such as the range of an observer: copied until finite."""
+    """For buffers, which may also start as infinities, such as the range of an observer: copied until finite."""
     _lerp_flat(averaged, online, weight, _healed)
 
 
 def _lerp_flat(averaged: Tensors, online: Tensors, weight: float, step: Callable[..., Tensor]) -> None:
-    """Applies ``step`` to small tensors together, as one flat tensor."""
+    """Applies ``step`` to small tensors at once, as one flat tensor."""
     if weight == 1:
         torch._foreach_copy_(averaged, online)
     elif weight != 0:
@@ -237,7 +236,7 @@ def split(flat: Tensor, like: Tensors) -> list[Tensor]:
 
 def _mixed(before: Tensor, after: Tensor, weight: float) -> Tensor:
     finite = torch.isfinite(before) & torch.isfinite(after)
-    mixed = (1 - weight) * before + weight * after  # inf - inf is NaN, so infinities take this form
+    mixed = (1 - weight) * before + weight * after  # for infinities, since inf - inf is NaN
     return torch.where(finite, torch.lerp(before, after, weight), mixed)
 
 

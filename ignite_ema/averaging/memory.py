@@ -1,4 +1,4 @@
-"""Where the elements of tensors lie, and giving the twin's tensors memory of their own."""
+"""Finds tensors that overlap or share memory, and gives the twin's tensors memory of their own."""
 
 from collections.abc import Iterable, Mapping
 
@@ -11,7 +11,7 @@ __all__ = ["give_own_memory", "has_values", "is_dense", "overlaps_itself", "shar
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether elements of a strided tensor lie in the same place, as those of an expanded one do."""
+    """Whether elements of a strided tensor share a place in memory, as those of an expanded tensor do."""
     if tensor.layout is not torch.strided or tensor.is_contiguous():
         return False
     reach = 0
@@ -23,7 +23,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements of a strided tensor fill the memory between the first and the last of them."""
+    """Whether the elements of a strided tensor fill the memory from the first to the last without gaps."""
     return _extent(tensor) == tensor.numel() and not overlaps_itself(tensor)
 
 
@@ -40,9 +40,9 @@ def has_values(tensor: Tensor) -> bool:
 def sharing_memory(online: Iterable[Tensor], averaged: Mapping[str, Tensor]) -> list[str]:
     """The names of the twin's tensors that share memory with the model, with one another, or with themselves.
 
-    Parts of one storage that do not overlap are fine within the twin: torch lays out the weights of an LSTM so.
+    Parts of one storage that do not overlap are fine within the twin: torch lays out LSTM weights that way.
     """
-    theirs = {_storage(local(tensor)) for tensor in online} - {0}
+    of_model = {_storage(local(tensor)) for tensor in online} - {0}
     taken: dict[int, list[tuple[int, int]]] = {}
     found = []
     for name, held in averaged.items():
@@ -51,7 +51,7 @@ def sharing_memory(online: Iterable[Tensor], averaged: Mapping[str, Tensor]) -> 
             continue
         start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * _extent(tensor)
         parts = taken.setdefault(storage, [])
-        if storage in theirs or overlaps_itself(tensor) or any(start < end and begin < stop for begin, end in parts):
+        if storage in of_model or overlaps_itself(tensor) or any(start < end and begin < stop for begin, end in parts):
             found.append(name)
         else:
             parts.append((start, stop))
@@ -59,21 +59,21 @@ def sharing_memory(online: Iterable[Tensor], averaged: Mapping[str, Tensor]) -> 
 
 
 def give_own_memory(tensors: Iterable[Tensor]) -> None:
-    """Moves each of them to memory of its own."""
+    """Moves each tensor to its own memory."""
     with torch.inference_mode(False), torch.no_grad():
         for tensor in tensors:
             tensor.data = tensor.detach().clone()
 
 
 def _extent(tensor: Tensor) -> int:
-    """How many elements lie between the first and the last of a strided tensor, both included."""
+    """The distance in memory from the first to the last element of a strided tensor, both included, in elements."""
     if tensor.is_contiguous():
         return tensor.numel()
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _storage(tensor: Tensor) -> int:
-    """Where the storage begins; 0 if there is none, as for a quantised weight that keeps its values in tensors."""
+    """The address of the storage; 0 if there is none, as for a quantized weight that keeps its values in tensors."""
     if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
         return 0
     return tensor.untyped_storage().data_ptr()

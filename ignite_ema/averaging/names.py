@@ -1,7 +1,7 @@
 """The names of a model's tensors, and where its modules keep them.
 
-Names are those of ``model.state_dict()``, found by identity, so that a module that renames its entries there, such as
-activation checkpointing or Fabric, has the same names here. Wrappers are unwrapped.
+Names are those of ``model.state_dict()``, found by the identity of the tensors: a module that renames its entries
+there, such as activation checkpointing or Fabric, has the same names here. Wrappers are unwrapped.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Place(NamedTuple):
     Attributes:
         table: the module's ``_parameters`` or ``_buffers``.
         key: the tensor's key there.
-        is_buffer: whether the table is that of the buffers.
+        is_buffer: whether the table is ``_buffers``.
         is_saved: whether ``state_dict()`` has the tensor; False for a non-persistent buffer.
     """
 
@@ -40,13 +40,13 @@ class Place(NamedTuple):
     is_saved: bool
 
     def get(self) -> Tensor:
-        """The tensor as it is now."""
+        """The tensor that is there now."""
         tensor: Tensor = self.table[self.key]
         return tensor
 
 
 def unwrapped(module: nn.Module, *, keep: type[nn.Module] | tuple[()] = ()) -> nn.Module:
-    """The module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, in any nesting.
+    """The module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, however nested.
 
     Args:
         module: the module, wrapped or not.
@@ -58,14 +58,14 @@ def unwrapped(module: nn.Module, *, keep: type[nn.Module] | tuple[()] = ()) -> n
 
 
 def places_of(root: nn.Module) -> dict[str, Place]:
-    """Where each parameter and buffer of ``root`` is kept, by name; a tied tensor under each of its names.
+    """The place of each parameter and buffer of ``root``, by name; a tied tensor under each of its names.
 
-    A tensor that ``root.state_dict()`` does not have, or has a copy of, goes by its path.
+    A tensor that ``root.state_dict()`` lacks, or has only a copy of, is named by its path.
     """
     root = unwrapped(root)
     try:
         state = root.state_dict(keep_vars=True)
-    except TypeError:  # one of the user's own, without torch's arguments
+    except TypeError:  # the user's own method, without torch's arguments
         state = root.state_dict()
     saved: dict[int, list[str]] = {}
     for name, value in state.items():
@@ -111,12 +111,12 @@ def names_of(module: nn.Module) -> dict[str, str]:
 
 
 def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
-    """As ``module.parameters()``, which a model may have overridden to give groups for an optimizer."""
+    """Like ``module.parameters()``, which a model may have overridden to return groups for an optimizer."""
     return nn.Module.parameters(module)
 
 
 def buffers_of(module: nn.Module) -> Iterator[Tensor]:
-    """As ``module.buffers()``."""
+    """Like ``module.buffers()``."""
     return nn.Module.buffers(module)
 
 
@@ -126,15 +126,15 @@ def modules_by_path(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def _wrapper_key(module: nn.Module) -> str | None:
-    """The key of the wrapped module, None if ``module`` is not a wrapper."""
+    """The key of the wrapped module; None if ``module`` is not a wrapper."""
     if isinstance(module, (DistributedDataParallel, DataParallel)):
         return "module"
-    # What torch.compile returns, by name: importing the class would take a second.
+    # What torch.compile returns, known by its name: importing the class would take a second.
     return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None
 
 
 def _walk(module: nn.Module, path: str, raw: str, visited: set[int]) -> list[tuple[str, str, nn.Module]]:
-    """Each module once, with the prefix of its names, without and with the names of wrappers."""
+    """Each module once, with the prefix of its names without and with those of wrappers."""
     while (key := _wrapper_key(module)) is not None:
         module, raw = module._modules[key], f"{raw}{key}."  # type: ignore[assignment]
     if id(module) in visited:
@@ -156,7 +156,7 @@ def _named(places: list[tuple[str, str, Place]], saved: list[str]) -> dict[str, 
     names_left = [name for name in names if name not in found]
     if not names_left:  # not saved, or more places than names, such as those of a wrapper that lists a module twice
         return found or {path: place for path, _, place in places}
-    first = places[0][2]  # a module that stands under several names has one place for each of its tensors
+    first = places[0][2]  # a module with several names has one place for each of its tensors
     left = [place for _, place in places_left] if len(places_left) == len(names_left) else [first] * len(names_left)
     found.update(zip(names_left, left, strict=True))
     return {name: found[name] for name in names}

@@ -1,4 +1,4 @@
-"""From a GPU to an average on the CPU: copies through page-locked memory on a stream of their own."""
+"""Copies from a GPU to an average on the CPU: through page-locked memory, on a separate stream."""
 
 from collections import deque
 from collections.abc import Callable
@@ -17,11 +17,11 @@ _CHUNK = 2**28  # bytes
 
 
 def stage(kernel: Kernel, averaged: Tensors, online: Tensors, weight: float) -> None:
-    """Brings the values from a GPU to the CPU chunk by chunk: the kernel works on one while the next is under way.
+    """Copies the values from a GPU to the CPU chunk by chunk: the kernel works on one while the next is under way.
 
-    They come through page-locked memory, which torch keeps for the next time: that of two chunks of 256 MiB, or of two
-    tensors where they are larger. The host waits once for each chunk. The copies follow what the current stream has
-    been given so far, and nothing that it is given later waits for them.
+    They go through page-locked memory, which torch keeps for the next time: two chunks of 256 MiB, or of one tensor
+    each if it is larger. The host waits once for each chunk. The copies wait for the work queued so far on the current
+    stream; work queued later does not wait for them.
     """
     side = _side_stream(online[0].device)
     under_way: deque[tuple[Tensors, Tensors, torch.cuda.Event]] = deque()
@@ -38,7 +38,7 @@ def _finish(kernel: Kernel, weight: float, averaged: Tensors, values: Tensors, a
 
 
 def _chunks(tensors: Tensors) -> list[slice]:
-    """Neighbours that have up to ``_CHUNK`` bytes together, but at least one tensor."""
+    """Runs of neighbors of up to ``_CHUNK`` bytes, or of a single larger tensor."""
     bounds, size = [0], 0
     for index, tensor in enumerate(tensors):
         if size and size + tensor.nbytes > _CHUNK:
@@ -49,7 +49,7 @@ def _chunks(tensors: Tensors) -> list[slice]:
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream that goes on from where the current one is."""
+    """A stream that waits for the work queued so far on the current one."""
     side = _stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     return side
@@ -57,12 +57,12 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 @lru_cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The same at each call, since torch keeps memory that was used on a stream for that stream alone."""
+    """The same stream at each call, since torch reuses a stream's memory only on that stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _send(online: Tensors, side: torch.cuda.Stream) -> tuple[Tensors, torch.cuda.Event]:
-    """Starts copies into page-locked memory, and gives them with the event after which they hold the values."""
+    """Starts copies into page-locked memory; returns them and the event after which they hold the values."""
     sizes = [value.numel() for value in online]
     flat = torch.empty(sum(sizes), dtype=online[0].dtype, pin_memory=True)
     pieces = zip(torch.split(flat, sizes), online, strict=True)

@@ -1,10 +1,10 @@
-"""Which tensors of a model and of its averaged twin belong together, and what an update does with each.
+"""Pairs the tensors of a model with those of its averaged twin, and decides what an update does with each pair.
 
-The tensors of both are listed by name (:mod:`ignite_ema.averaging.names`) and paired by name, never by position. That
-is done once. Each update then compares what it reads: every tensor has to be the object that it was, at its address,
-with as many elements, every module the one that it was, and no table of tensors or modules may have grown. If anything
-differs, everything is paired and checked anew before anything moves: tensors that were replaced are followed, and what
-no longer matches raises :class:`Mismatch`.
+Tensors are paired by name (:mod:`ignite_ema.averaging.names`), never by position. This is done once. Each update then
+checks that nothing has changed: every tensor must be the same object, at the same address, with the same number of
+elements, every module the same object, and no table of tensors or modules may have grown. If anything differs,
+everything is paired and checked again before anything is written: replaced tensors are followed, and what no longer
+matches raises :class:`Mismatch`.
 
 The groups for the kernels hold detached aliases of the tensors, so that an update needs no ``no_grad``.
 """
@@ -25,13 +25,13 @@ from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sha
 
 __all__ = ["SWAPPED", "Group", "Mismatch", "Pairing", "Slot", "nonfinite_in", "replace"]
 
-SWAPPED = "_ignite_ema_swapped"  # the attribute of a module that holds averaged weights: its id, unlike a copy's
+SWAPPED = "_ignite_ema_swapped"  # an attribute of modules that hold averaged weights: their id, which a copy lacks
 
 _requires_grad = attrgetter("requires_grad")
 
 
 class Mismatch(RuntimeError):
-    """The model and its averaged twin do not match; the text is a clause that says in what."""
+    """The model and its averaged twin do not match; the message is a clause that says how."""
 
 
 class Slot(NamedTuple):
@@ -51,28 +51,28 @@ class Slot(NamedTuple):
 
     @property
     def is_saved(self) -> bool:
-        """Whether it stands in a state: a non-persistent buffer does if it is averaged."""
+        """Whether a saved state has it: a non-persistent buffer is saved only if it is averaged."""
         return self.online.is_saved or self.treatment == "average"
 
     @property
     def may_change_shape(self) -> bool:
-        """Whether its shape may become another one: a buffer that is not averaged."""
+        """Whether its shape may change: True for a buffer that is not averaged."""
         return self.online.is_buffer and self.treatment != "average"
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The two tensors (online, averaged) as they are now, without gradients, this rank's part."""
+        """The current tensors (online, averaged), detached; if they are sharded, this rank's part."""
         return local(self.online.get()).detach(), local(self.averaged.get()).detach()
 
 
 class Group(NamedTuple):
-    """The tensors that one kernel treats together.
+    """Tensors that one kernel call updates together.
 
     Attributes:
         kernel: called as ``kernel(averaged, online, momentum)``.
         averaged: aliases of the twin's tensors.
         online: aliases of the model's tensors, in the same order.
-        slots: where they are from.
-        averages: whether the kernel averages; else it copies.
+        slots: the slots that they come from.
+        averages: True if the kernel averages, False if it copies.
     """
 
     kernel: kernels.Kernel
@@ -83,7 +83,7 @@ class Group(NamedTuple):
 
     @property
     def are_buffers(self) -> bool:
-        """Whether the tensors are buffers; a group has parameters or buffers alone."""
+        """Whether the tensors are buffers; a group never mixes parameters and buffers."""
         return self.slots[0].online.is_buffer
 
 
@@ -93,23 +93,23 @@ class Pairing:
     Args:
         online: the model.
         averaged: its averaged twin.
-        treatment_of: called with the name of a buffer, says what an update does with it. Parameters are averaged.
+        treatment_of: called with the name of a buffer, returns what an update does with it. Parameters are averaged.
             "average" means "copy" if the tensor is neither floating-point nor complex.
         share_frozen: whether the two may share parameters that do not require gradients.
-        narrow: the kernel for parameters whose average is in 16 bits, if they have their own.
-        before: the pairing that this one replaces. The twin follows the model in what the two shared there.
+        narrow: a special kernel for parameters whose average is in 16 bits, or None.
+        before: the pairing that this one replaces. What was shared there stays shared if the model has replaced it.
 
     Attributes:
-        slots: every tensor once, without those that are shared.
+        slots: every tensor once, except shared ones.
         shared: the frozen parameters that the two share.
-        first_names: for each name, also those of tied tensors, the first name of its tensor.
-        saved_names: the same, of the names that ``state_dict()`` has.
-        groups: what an update treats.
+        first_names: for each name, including those of tied tensors, the first name of its tensor.
+        saved_names: the same for the names in ``state_dict()``.
+        groups: the kernel calls of an update.
         resolution: the largest relative rounding step (``torch.finfo(dtype).eps``) among the averages of buffers and
             of trained parameters.
 
     Raises:
-        Mismatch: if the two do not match. Nothing has changed then.
+        Mismatch: if the two do not match; nothing has changed then.
         TypeError: for a tensor that cannot be averaged.
     """
 
@@ -142,7 +142,7 @@ class Pairing:
             for slot in self.shared:
                 _check_shared(slot, share_frozen)
             kinds = [self._kind_of(slot) for slot in self.slots]
-        # Everything is checked. From here on the twin may change: it follows the model in what is shared or copied.
+        # All checks have passed. From here on the twin may change, to follow the model in what is shared or copied.
         for name in followed:
             theirs[name].table[theirs[name].key] = ours[name].get()
         self._once_shared: dict[int, Tensor] = {id(slot.online.get()): slot.online.get() for slot in self.shared}
@@ -157,7 +157,7 @@ class Pairing:
         self._remember(online, averaged, [*ours.values()], [*theirs.values()])
 
     def is_current(self) -> bool:
-        """Whether model and twin have the tensors that are paired here, where they were."""
+        """Whether model and twin still have the paired tensors, at the same addresses."""
         if self._fsdp_modules:
             reshard(self._fsdp_modules)
         try:
@@ -174,18 +174,18 @@ class Pairing:
         )
 
     def has_swapped_part(self) -> bool:
-        """Whether a module of the model holds averaged weights now, maybe those of an average of that part alone."""
+        """Whether a module of the model holds averaged weights now, perhaps those of an average of that part alone."""
         return any(map(contains, self._attributes, repeat(SWAPPED)))
 
     @property
     def is_sharded(self) -> bool:
-        """Whether ranks hold parts of the tensors."""
+        """Whether any of the tensors is sharded."""
         return bool(self._sharded)
 
     def first_nonfinite(self) -> str | None:
         """The name of the first parameter whose NaN or infinity an update would bring into the average, or None.
 
-        All ranks of a sharded model have to call this, and get an answer together.
+        All ranks of a sharded model must call this together; if any rank finds such a parameter, all get a name.
         """
         names = (nonfinite_in(group) for group in self.groups if not group.are_buffers)
         name = next(filter(None, names), None)
@@ -194,7 +194,7 @@ class Pairing:
         return name
 
     def _kind_of(self, slot: Slot) -> tuple[Any, ...]:
-        """What the tensors of one group have in common; raises Mismatch or TypeError if the two do not fit."""
+        """The key of the slot's group; raises Mismatch or TypeError if the two tensors do not fit."""
         online, averaged = slot.online.get(), slot.averaged.get()
         _check_pair(slot, online, averaged)
         online, averaged = slot.tensors()
@@ -213,7 +213,7 @@ class Pairing:
         return kernel, True, resolution, *places
 
     def _follow_shapes(self) -> None:
-        """Gives copied buffers whose shape, layout or kind of number has changed a new tensor in the twin."""
+        """Replaces copied buffers of the twin if the model's have another shape, layout or kind of number now."""
         with torch.inference_mode(False), torch.no_grad():
             for slot in self.slots:
                 online, averaged = slot.online.get(), slot.averaged.get()
@@ -226,7 +226,7 @@ class Pairing:
             for kind, slot in zip(kinds, self.slots, strict=True):
                 if kind:
                     online, averaged = _aliases(slot)
-                    # A tensor that is not flat would send the whole group another, slower way on a GPU.
+                    # A single tensor that is not flat would put the whole group on a slower path on a GPU.
                     members.setdefault((*kind, online.ndim == 1), []).append((slot, online, averaged))
         self.groups: list[Group] = []
         for (kernel, averages, *_), group in members.items():
@@ -235,22 +235,22 @@ class Pairing:
         self.resolution = max((kind[2] for kind in kinds if kind), default=0.0)
 
     def _remember(self, online: nn.Module, averaged: nn.Module, ours: list[Place], theirs: list[Place]) -> None:
-        """Notes what :meth:`is_current` compares with."""
+        """Records what :meth:`is_current` compares with."""
         shared = {(id(place.table), place.key) for slot in self.shared for place in (slot.online, slot.averaged)}
         places = {(id(place.table), place.key): place for place in (*ours, *theirs)}
         read = [place for key, place in places.items() if key not in shared]
         self._attributes = list(map(vars, online.modules()))
         modules = [*online.modules(), *averaged.modules()]
-        self._all_tables = [table for one in modules for table in (one._parameters, one._buffers, one._modules)]
+        self._all_tables = [table for part in modules for table in (part._parameters, part._buffers, part._modules)]
         self._size = sum(map(len, self._all_tables))
-        others = [  # modules, shared parameters and what is None: compared by identity alone
+        others = [  # modules, shared parameters and entries that are None: compared only by identity
             (table, key)
             for table in self._all_tables
             for key, _ in table.items()  # the tables of TorchScript cannot be iterated over
             if (id(table), key) not in places or (id(table), key) in shared
         ]
         # Deleting from a Sequential makes a new table; a traced module has none.
-        others += [(vars(one), "_modules") for one in modules if vars(one).get("_modules")]
+        others += [(vars(part), "_modules") for part in modules if vars(part).get("_modules")]
         self._tables: list[Any] = [*(place.table for place in read), *(table for table, _ in others)]
         self._keys = [*(place.key for place in read), *(key for _, key in others)]
         self._objects = list(map(getitem, self._tables, self._keys))
@@ -265,7 +265,7 @@ class Pairing:
 
 
 def nonfinite_in(group: Group) -> str | None:
-    """The name of the first tensor of ``group`` whose NaN or infinity would come into the average here, or None."""
+    """The quoted name of the first tensor that would bring a NaN or an infinity into the average here, or None."""
     if group.averages and not kernels.is_finite(group.online, group.averaged[0].dtype):
         for slot, online, averaged in zip(group.slots, group.online, group.averaged, strict=True):
             if kernels.spoils(averaged, online):
@@ -276,7 +276,7 @@ def nonfinite_in(group: Group) -> str | None:
 def replace(place: Place, source: Tensor) -> None:
     """Gives the tensor at ``place`` the values of ``source``, which has another shape, layout or kind of number.
 
-    The tensor stays where it is, and its ties with it, unless the layout is another one.
+    The tensor object stays, and so do its ties, unless the layout changes.
     """
     tensor = place.get()
     same_kind = source.is_floating_point() == tensor.is_floating_point()
@@ -300,7 +300,7 @@ def _aliases(slot: Slot) -> tuple[Tensor, Tensor]:
 
 
 def _address(tensor: Tensor) -> object:
-    """Where a tensor lies that may be sharded, sparse or a lazy conjugate."""
+    """The address of a tensor that may be sharded, sparse or a lazy conjugate."""
     part = local(tensor)
     return (part.data_ptr(), part.is_conj()) if part.layout is torch.strided else part.layout
 
@@ -314,7 +314,7 @@ def _check_names(ours: dict[str, Place], theirs: dict[str, Place], treatment_of:
     for name in sorted(ours.keys() ^ theirs.keys()):
         places = ours if name in ours else theirs
         if places[name].is_buffer and treatment_of(name) == "keep":
-            del places[name]  # each may have some of its own
+            del places[name]  # each may have its own
             continue
         here, there = ("model", "twin") if name in ours else ("twin", "model")
         raise Mismatch(f"'{name}' is in the {here} but not in the {there}")
@@ -324,7 +324,7 @@ def _check_names(ours: dict[str, Place], theirs: dict[str, Place], treatment_of:
 
 
 def _checked_ties(ours: dict[str, Place], theirs: dict[str, Place], followed: set[str]) -> dict[str, str]:
-    """The first name of each tensor; raises Mismatch if tensors are tied in one of the two alone."""
+    """The first name of each tensor; raises Mismatch if tensors are tied in only one of the two."""
     in_model, in_twin = first_names(ours), first_names(theirs)
     for name, first in in_model.items():
         if first != in_twin[name] and name not in followed:
@@ -378,7 +378,7 @@ def _check_arithmetic(slot: Slot, online: Tensor, averaged: Tensor) -> None:
         return
     try:
         torch._foreach_lerp_([averaged.clone()], [online], 0.5)
-    except Exception as error:  # of which kind depends on the type
+    except Exception as error:  # the kind of error depends on the type
         raise TypeError(
             f"A tensor should be of a type that can be averaged, got '{slot.name}', a {type(online).__name__}, for "
             f"which lerp fails ({str(error).splitlines()[0]}). {_instead(slot)}"
@@ -386,7 +386,7 @@ def _check_arithmetic(slot: Slot, online: Tensor, averaged: Tensor) -> None:
 
 
 def _instead(slot: Slot) -> str:
-    """What to do with a tensor that cannot be averaged."""
+    """The way out for a tensor that cannot be averaged."""
     if slot.online.is_buffer:
         return f'Copy it instead: handle_buffers={{"{slot.name}": "copy", "*": "update"}}.'
     return "Freeze it and pass share_frozen=True."

@@ -1,4 +1,4 @@
-"""What differs if a model is sharded by ``torch.distributed.fsdp.fully_shard``, and what the ranks tell each other."""
+"""Handles models sharded by ``torch.distributed.fsdp.fully_shard``, and communication between ranks."""
 
 import pickle
 import sys
@@ -28,12 +28,12 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``; told by a method, since importing the class is slow."""
+    """Whether it is a ``DTensor``; recognized by a method, since importing the class is slow."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a ``DTensor`` on this rank; any other tensor itself."""
+    """This rank's part of a ``DTensor``; any other tensor unchanged."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -41,35 +41,35 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered from all ranks, which have to call this; any other tensor itself."""
+    """A sharded tensor, gathered from all ranks, which must all call this; any other tensor unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def sharding(tensor: Any) -> str:
-    """How a tensor is sharded, in words that are equal for tensors that are sharded alike."""
+    """How a tensor is sharded, in words; the same for tensors that are sharded alike."""
     return f"sharded as {tensor.placements} over {tensor.device_mesh}" if is_sharded(tensor) else "not sharded"
 
 
 def fsdp_modules(module: nn.Module) -> list[nn.Module]:
-    """The modules inside ``module``, itself included, that ``fully_shard`` has wrapped."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # who shards has imported it
+    """The modules inside ``module``, itself included, that ``fully_shard`` was applied to."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a program that shards has imported it
     return [] if fsdp is None else [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]
 
 
 def reshard(parts: Iterable[nn.Module]) -> None:
-    """Brings parts that a pass has left gathered back to their shards.
+    """Reshards parts that a pass has left gathered.
 
-    Call it between passes: ``FSDPModule.reshard`` does nothing in the middle of a forward pass, where a
-    ``state_dict()`` of the part still reshards.
+    Call it between passes: ``FSDPModule.reshard`` does nothing in the middle of a forward pass, while a
+    ``state_dict()`` of the part reshards even there.
     """
     for part in parts:
         part.reshard()  # type: ignore[operator]
 
 
 def on_any_rank(flag: bool, tensors: Iterable[Tensor]) -> bool:
-    """Whether ``flag`` is true on any of the ranks that share shards of ``tensors``, which all have to call this."""
+    """Whether ``flag`` is true on any of the ranks that share ``tensors``, which must all call this."""
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor))  # type: ignore[attr-defined]
-    for _ in meshes:  # as often as there are meshes, so that the answer travels from each to each
+    for _ in meshes:  # once for each mesh, so that the answer reaches every mesh from every other
         for mesh in meshes:
             agreed = torch.tensor(int(flag), device=mesh.device_type)
             for dimension in range(mesh.ndim):
@@ -79,19 +79,19 @@ def on_any_rank(flag: bool, tensors: Iterable[Tensor]) -> bool:
 
 
 def broadcast_buffers(module: nn.Module, source: int = 0) -> None:
-    """Copies the buffers of rank ``source`` to all ranks, which have to call this; sharded buffers stay."""
+    """Copies the buffers of rank ``source`` to all ranks, which must all call this; sharded buffers stay."""
     if not dist.is_initialized():
         return
     for buffer in module.buffers():
         if not is_sharded(buffer):
             written = _distinct(buffer.detach())
             sent = written.clone(memory_format=torch.contiguous_format)
-            dist.broadcast(sent.reshape(-1).view(torch.uint8), source)  # of any type, which the backend need not know
+            dist.broadcast(sent.reshape(-1).view(torch.uint8), source)  # as bytes, which every backend knows
             written.copy_(sent)
 
 
 def _distinct(buffer: Tensor) -> Tensor:
-    """The part of an expanded tensor that has memory of its own."""
+    """The part of an expanded tensor that has its own memory."""
     for dimension, step in enumerate(buffer.stride()):
         if step == 0 and buffer.shape[dimension] > 1:
             buffer = buffer.narrow(dimension, 0, 1)
@@ -99,12 +99,12 @@ def _distinct(buffer: Tensor) -> Tensor:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is alone or the first of its group."""
+    """Whether this process is alone, or the first of its group."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def on_first_rank(action: Callable[[], _T]) -> _T:
-    """Calls ``action`` on the first rank while the others wait; all have its result, or raise what it raised."""
+    """Calls ``action`` on the first rank while the others wait; all return its result, or raise what it raised."""
     if not dist.is_initialized():
         return action()
     answer: list[Any] = [None, None]
@@ -125,7 +125,7 @@ def on_all_ranks(action: Callable[[], _T], group: dist.ProcessGroup | None = Non
 
     Args:
         action: what to do.
-        group: all of its ranks have to call this; None: those of the default group.
+        group: a process group, all of whose ranks must call this; None: the default group.
     """
     if not dist.is_initialized():
         return action()
@@ -145,7 +145,7 @@ def on_all_ranks(action: Callable[[], _T], group: dist.ProcessGroup | None = Non
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error, or a RuntimeError that says the same, if it cannot be pickled or made from its message alone."""
+    """The error, or a RuntimeError that says the same if it cannot be pickled or rebuilt from its message."""
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 (our own)
         type(error)(str(error))

@@ -1,4 +1,4 @@
-"""The saved form of an average, and what may be loaded into a twin: checked before anything changes."""
+"""The saved form of an average, and what can be loaded into a twin: checked before anything changes."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -32,7 +32,7 @@ AVERAGE_STATE: dict[str, type | tuple[type, ...]] = {
     "averaged_tensors": Mapping,
     "state_dict_names": Mapping,
 }
-_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")  # of DistributedDataParallel and torch.compile
+_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")  # DistributedDataParallel and torch.compile add these
 _AS_THEN = "Build the model, and freeze and share its parameters, as they were then. "
 _ANOTHER_MODEL = "Start from what fits with load_averaged(state, strict=False)."
 _OTHER_NAMES = "No name fits: take off the prefix if the names have one, or pass a state_dict of the model."
@@ -41,11 +41,11 @@ _OTHER_NAMES = "No name fits: take off the prefix if the names have one, or pass
 def check_average_state(
     state: object, kinds: Mapping[str, type | tuple[type, ...]] = AVERAGE_STATE, what: str = "a ModelAverage"
 ) -> None:
-    """Raises TypeError or ValueError, naming the entry, unless ``state`` is of the form that an average saves.
+    """Raises TypeError or ValueError, naming the entry, unless ``state`` has the form that an average saves.
 
     Args:
         state: what was saved.
-        kinds: the entries and their types, more than those of an average if ``what`` saves more.
+        kinds: the entries and their types; may be more than those of an average.
         what: whose state it is.
     """
     entries = state if isinstance(state, Mapping) else {}
@@ -80,16 +80,16 @@ def check_average_state(
 def fitting_tensors(
     pairing: Pairing, source: Mapping[str, Any], *, strict: bool = True, complete: bool = False
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a state of an average, or of the plain ``state_dict`` of a model, for the twin, by first name.
+    """The tensors for the twin, by first name, from the state of an average or the plain ``state_dict`` of a model.
 
     Args:
         pairing: the model and its twin.
         source: what is loaded.
-        strict: whether all have to be there and fit.
-        complete: whether the buffers have to be there, too; without, parameters alone will do.
+        strict: whether all tensors have to be present and fit.
+        complete: whether the buffers have to be present, too; if False, parameters alone will do.
 
     Returns:
-        The tensors, and the names of shared parameters that have other values in the model, if ``strict`` is False.
+        The tensors and, if ``strict`` is False, the names of shared parameters that have other values in the model.
 
     Raises:
         ValueError: if they should fit and do not, or if nothing fits.
@@ -134,7 +134,10 @@ def fitting_tensors(
 
 
 def missing_slots(pairing: Pairing, found: Mapping[str, Tensor], complete: bool = False) -> list[Slot]:
-    """What ``found`` lacks of a state, if it is ``complete``, or of a ``state_dict()``, of buffers if it has some."""
+    """The slots that ``found`` lacks, of a state if ``complete``, else of a ``state_dict()``.
+
+    Unless ``complete``, missing buffers count only if ``found`` has other buffers.
+    """
     has_buffers = complete or any(slot.name in found for slot in pairing.slots if slot.online.is_buffer)
     return [
         slot
@@ -162,7 +165,7 @@ def fill(pairing: Pairing, values: Mapping[str, Tensor]) -> None:
 
 
 def _plain(source: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """The tensors by every name, without extra state of modules, and without the names of wrappers in them."""
+    """The tensors by each of their names, without extra state of modules, and without the prefixes of wrappers."""
     if "averaged_tensors" in source:
         tensors, names = source["averaged_tensors"], source.get("state_dict_names") or {}
         return {**tensors, **{name: tensors[first] for name, first in names.items() if first in tensors}}
@@ -175,7 +178,7 @@ def _plain(source: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
 
 
 def _check_fit(name: str, slot: Slot, loaded: object) -> None:
-    """Raises ValueError unless ``loaded`` is a tensor whose values the twin's can hold without loss."""
+    """Raises ValueError unless ``loaded`` is a tensor whose values the twin's tensor can hold without loss."""
     own = slot.averaged.get()
     if not isinstance(loaded, Tensor):
         raise ValueError(f"'{name}' of the averaged tensors should be a tensor, got {type(loaded).__name__}.")
@@ -188,7 +191,7 @@ def _check_fit(name: str, slot: Slot, loaded: object) -> None:
     if is_sharded(loaded) and sharding(loaded) != sharding(own):
         raise ValueError(
             f"'{name}' of the averaged tensors should be {sharding(own)}, got a tensor that is {sharding(loaded)}. "
-            "Load it with ignite_ema.distributed.load_objects, which shards it anew."
+            "Load it with ignite_ema.distributed.load_objects, which reshards it."
         )
     if loaded.shape != own.shape and not slot.may_change_shape:
         raise ValueError(
@@ -212,7 +215,7 @@ def _check_equal_to_shared(name: str, slot: Slot, loaded: object) -> None:
 
 
 def _are_equal(own: Tensor, loaded: Tensor) -> bool:
-    """Whether ``loaded`` has the values of ``own``, in its own type."""
+    """Whether ``loaded`` has the values of ``own``, compared in the type of ``loaded``."""
     if own is loaded:
         return True
     if own.shape != loaded.shape or not has_values(local(loaded)):
@@ -222,7 +225,7 @@ def _are_equal(own: Tensor, loaded: Tensor) -> bool:
 
 
 def _part_for_rank(loaded: Tensor, own: Tensor) -> Tensor:
-    """The part of ``loaded`` for this rank's part of ``own``: of a full tensor its shard, without communication."""
+    """The part of ``loaded`` that this rank's part of ``own`` needs; shards a full tensor without communication."""
     if is_sharded(own) and not is_sharded(loaded):
         from torch.distributed.tensor import DTensor, Replicate
 
@@ -238,6 +241,6 @@ def _keeps_values(loaded: Tensor, own: Tensor) -> bool:
         return True
     if loaded.is_floating_point() != own.is_floating_point() or loaded.is_complex() != own.is_complex():
         return False
-    if loaded.element_size() == 1 or own.element_size() == 1:  # torch promotes no 8-bit floats
+    if loaded.element_size() == 1 or own.element_size() == 1:  # torch does not promote 8-bit floats
         return loaded.is_floating_point() and loaded.element_size() < own.element_size()
     return torch.promote_types(loaded.dtype, own.dtype) == own.dtype

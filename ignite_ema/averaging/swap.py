@@ -1,9 +1,9 @@
-"""The online model holds its averaged weights for a while, and then its own again, bit for bit.
+"""Puts the averaged weights into the online model for a while, then restores its own weights, bit for bit.
 
-The values change and the tensors stay, so that whatever refers to them (an optimizer, a compiled module) sees the
-right values before, inside and after. A generator does the work: its two nested ``finally`` clauses give back what is
-still to be given back, tensor by tensor, whatever cuts them short. Python closes a generator that is dropped, so that
-the weights come back even if ``__exit__`` never runs.
+The values change but the tensors stay, so whatever refers to them (an optimizer, a compiled module) sees the right
+values before, inside and after the block. A generator does the work: its two nested ``finally`` clauses restore what
+has not been restored yet, tensor by tensor, whatever interrupts them. Python closes a generator that is dropped, so the
+weights come back even if ``__exit__`` never runs.
 """
 
 from collections.abc import Callable, Generator
@@ -20,11 +20,11 @@ from .sharding import fsdp_modules, local, reshard
 
 __all__ = ["Swapped", "is_swapped", "refuse_while_swapped"]
 
-_TRIALS = 3  # of giving back a tensor
+_TRIALS = 3  # attempts to restore a tensor
 
 
 def is_swapped(model: nn.Module) -> bool:
-    """Whether ``model`` holds averaged weights now, those of any of its averages."""
+    """Whether ``model`` holds averaged weights now, from any of its averages."""
     return vars(model).get(SWAPPED) == id(model)
 
 
@@ -33,19 +33,19 @@ def refuse_while_swapped(model: nn.Module, what: str) -> None:
     if is_swapped(model):
         raise RuntimeError(
             f"An average should be {what} while the model holds its own weights, but it holds averaged weights now. "
-            "Leave the block of swapped() first, or the run of the evaluator that swap_during() swaps for."
+            "Leave the block of swapped() first, or the run of the evaluator that swap_during() was called with."
         )
 
 
 class Swapped(ContextDecorator):
     """Inside the block each tensor of the model has the values of its counterpart in the twin.
 
-    While it lasts it costs one copy of what is swapped.
+    It costs one copy of what is swapped while it lasts.
 
     Args:
-        pairing: gives the pairing of model and twin as they are; raises RuntimeError if they may not be swapped.
+        pairing: returns the current pairing of model and twin; raises RuntimeError if they must not be swapped.
         model: the online model.
-        buffers_from: called once the weights are swapped, such as to synchronise the buffers between ranks.
+        buffers_from: called with the model once the weights are swapped, to synchronize buffers between ranks.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Swapped(ContextDecorator):
         return self._steps is not None
 
     def __enter__(self) -> "Swapped":
-        pairing = self._pairing()  # raises if this one is active
+        pairing = self._pairing()  # raises if the model is swapped already
         self._steps = steps = _swap(pairing, self._model, self._buffers_from)
         try:
             next(steps)
@@ -81,18 +81,18 @@ class Swapped(ContextDecorator):
             return
         try:
             if kind is None:
-                next(self._steps, None)  # to the end, which may say what the block has changed
+                next(self._steps, None)  # runs to the end, which may warn of what the block has changed
         finally:
             self._steps.close()
             self._steps = None
 
 
 class _Saved:
-    """What a model has of its own, to be given back.
+    """What a model has to get back after the block.
 
     Attributes:
-        left: what has not been given back yet; the last is given back first.
-        errors: what could not be given back, by name.
+        left: what has not been restored yet; the last entry is restored first.
+        errors: what could not be restored, by name.
     """
 
     def __init__(self) -> None:
@@ -100,18 +100,18 @@ class _Saved:
         self.errors: dict[str, BaseException] = {}
 
     def give_back(self) -> None:
-        """Gives back one after the other; what cuts it short, such as Ctrl-C, is raised when all is done."""
+        """Restores entry by entry; an exception on the way, such as Ctrl-C, is raised when all are done."""
         raised: BaseException | None = None
         while self.left:
-            one = self.left[-1]
+            entry = self.left[-1]
             try:
-                one.give_back()
+                entry.give_back()
                 self.left.pop()
             except BaseException as error:
                 raised = error
-                one.failures += 1
-                if one.failures == _TRIALS:
-                    self.errors[one.name] = error
+                entry.failures += 1
+                if entry.failures == _TRIALS:
+                    self.errors[entry.name] = error
                     self.left.pop()
         torch.clear_autocast_cache()  # it has copies of the weights
         if raised is not None and not self.errors:
@@ -119,7 +119,7 @@ class _Saved:
 
 
 class _SavedModules:
-    """The modules of a model, which are marked as swapped, and which tensor each has in which place."""
+    """The modules of a model, to be marked as swapped, and the tensors in their tables."""
 
     name = "the modules"
     failures = 0
@@ -134,17 +134,17 @@ class _SavedModules:
         ]
 
     def mark(self) -> None:
-        """Marks them; each by its own id, which a copy does not have."""
+        """Marks each module with its own id, so that a copy does not count as swapped."""
         for module, _ in self.children.values():
             vars(module)[SWAPPED] = id(module)
 
     def give_back(self) -> None:
-        """Takes the marks off, and puts each tensor back into its place."""
+        """Removes the marks, and puts each tensor back in its place."""
         for module, _ in self.children.values():
             vars(module).pop(SWAPPED, None)
         for module, table, key, tensor in self._places:
             if key in table and table[key] is not tensor:
-                setattr(module, key, tensor)  # not into the table: an LSTM has a list of its weights besides
+                setattr(module, key, tensor)  # not into the table: an LSTM also keeps a list of its weights
 
 
 class _SavedTensor:
@@ -162,7 +162,7 @@ class _SavedTensor:
         self.failures = 0
 
     def fill(self) -> None:
-        """Replaces the values by those of the twin."""
+        """Replaces the values with those of the twin."""
         online, averaged = self.slot.tensors()
         if online.shape == averaged.shape and online.layout is torch.strided and not overlaps_itself(online):
             _write(online, averaged)
@@ -170,7 +170,7 @@ class _SavedTensor:
             replace(self.slot.online, averaged)
 
     def give_back(self) -> None:
-        """Makes the tensor what it was."""
+        """Restores the tensor."""
         part = local(self.home)
         if not _same_memory(self.tensor, self.home):  # cast or moved
             self.tensor.data = self.home
@@ -182,7 +182,7 @@ class _SavedTensor:
             _write(part, self._values)
 
     def was_changed(self) -> bool:
-        """Whether a parameter was replaced, or has other values than it was filled with."""
+        """Whether a parameter was replaced, or no longer has the values that it was filled with."""
         place = self.slot.online
         if place.is_buffer or self._values is None:
             return False
@@ -214,11 +214,11 @@ def _swap(
             torch.clear_autocast_cache()
             if buffers_from is not None:
                 buffers_from(model)
-            for one in tensors:  # not before: views of one storage count together
-                one.version = _version(one.tensor)
+            for saved_tensor in tensors:  # not before: views of one storage share a version counter
+                saved_tensor.version = _version(saved_tensor.tensor)
             yield
             _reshard(parts, model, pairing)
-            changed = [one.name for one in tensors if one.was_changed()]
+            changed = [saved_tensor.name for saved_tensor in tensors if saved_tensor.was_changed()]
             is_complete = True
             tensors.clear()
         finally:
@@ -238,14 +238,14 @@ def _swap(
 
 
 def _reshard(parts: list[nn.Module], model: nn.Module, pairing: Pairing) -> None:
-    """Brings sharded parts back to their shards, also those that an exception has left in the middle of a pass."""
+    """Reshards gathered modules, including those that an exception has left in the middle of a pass."""
     reshard(parts)
     if parts and not pairing.is_current():
-        model.state_dict()  # whose hooks reshard in the middle of a pass, too
+        model.state_dict()  # its hooks reshard even in the middle of a pass
 
 
 def _fault(errors: dict[str, BaseException], modules: dict[str, tuple[nn.Module, dict[str, Any]]]) -> str | None:
-    """What is wrong with the model after the block, if anything is."""
+    """What is wrong with the model after the block, or None."""
     for name, error in errors.items():
         return (
             f"The model should get its own weights back after swapped(), but '{name}' could not be written "
@@ -279,6 +279,6 @@ def _same_memory(tensor: Tensor, home: Tensor) -> bool:
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts what was written into the tensor in place."""
+    """The number of in-place writes to the tensor."""
     part = local(tensor)
     return 0 if part.is_inference() else part._version

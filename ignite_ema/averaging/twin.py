@@ -1,4 +1,4 @@
-"""Making the averaged twin of a model: a deep copy that owns its memory, without wrappers and without gradients."""
+"""Makes the averaged twin of a model: a deep copy that owns its memory, without wrappers and without gradients."""
 
 import contextlib
 import copy
@@ -36,7 +36,7 @@ def stripped(module: nn.Module) -> nn.Module:
 def check_model(model: object, has_own_twin: bool) -> None:
     """Raises TypeError, ValueError or RuntimeError unless ``model`` is a module that can be averaged."""
     if isinstance(model, type):
-        raise TypeError(f"model should be an nn.Module, got the class {model.__name__}; make one: call it.")
+        raise TypeError(f"model should be an nn.Module, got the class {model.__name__}; make one by calling it.")
     if not isinstance(model, nn.Module):
         raise ValueError(
             "model should be an instance of nn.Module or its subclasses, but got "
@@ -71,23 +71,23 @@ def twin_of(
     share_frozen: bool,
     trains: bool,
 ) -> nn.Module:
-    """The averaged twin of ``model``, which :func:`settle` has to make ready.
+    """The averaged twin of ``model``; :func:`settle` makes it ready.
 
     Args:
         model: the model; ``DistributedDataParallel`` and compiled modules inside it become plain modules.
         own: the user's own twin, which is checked and given memory; None: a deep copy is made.
-        dtype: the type of floating-point tensors, and of complex tensors in its complex counterpart; None: their own.
+        dtype: the type of floating-point tensors; complex ones get its complex counterpart. None: their own types.
         device: where the copy lives; None: each tensor where its original lives.
-        share_frozen: whether parameters that do not require gradients are the same in both, as they are.
+        share_frozen: whether model and twin share the parameters that do not require gradients.
         trains: whether the twin is put into train mode.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
-        RuntimeError: for a model that cannot be deep-copied, or whose mode changes its weights.
+        RuntimeError: for a model that cannot be deep-copied, or whose weights change with its mode.
     """
     if own is not None:
         _check_own_twin(own, dtype, device, share_frozen)
-        _materialise(own, model)
+        _materialize(own, model)
         _warn_of_shared_functions(model, own)
         return own
     dtype, device = _checked_dtype(dtype), _checked_device(device)
@@ -98,15 +98,15 @@ def twin_of(
 
 
 def settle(twin: nn.Module, is_own: bool, trains: bool) -> None:
-    """Puts a twin that fits the model into eval mode (into train mode if it ``trains``), and turns gradients off.
+    """Puts a twin that fits the model into eval mode (train mode if it ``trains``), and turns its gradients off.
 
     Raises:
-        RuntimeError: if the mode of the user's own twin changes its weights.
+        RuntimeError: if the weights of the user's own twin change with its mode.
     """
     if is_own:
         _refuse_changing_mode(twin, trains, on_copies=False)
     _set_mode(twin, trains)
-    for parameter in parameters_of(twin):  # all at once is not supported by TorchScript
+    for parameter in parameters_of(twin):  # TorchScript modules cannot do all at once
         parameter.requires_grad_(False)
 
 
@@ -119,12 +119,12 @@ def _check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> N
         elif tensor.is_nested:
             lacks = "is a nested tensor without one shape; pad it, or keep it outside of the parameters and buffers"
         elif tensor.is_meta:
-            lacks = None if may_be_meta else "has no values; materialise it first"
+            lacks = None if may_be_meta else "has no values; materialize it first"
         elif not has_values(local(tensor)):
             lacks = "has no memory for its values; load them first"
         if lacks is not None:
             raise RuntimeError(
-                f"{name} should be initialised before it is averaged, but '{name_of(module, tensor)}' {lacks}."
+                f"{name} should be initialized before it is averaged, but '{name_of(module, tensor)}' {lacks}."
             )
 
 
@@ -155,30 +155,30 @@ def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
-    """The device that is meant; raises ValueError unless it is there and can store values."""
+    """The device; raises ValueError unless it exists and can store values."""
     if device is None:
         return None
     try:
         found = torch.empty(0, device=device).device
-    except Exception as error:  # of which kind depends on the device
+    except Exception as error:  # the kind of error depends on the device
         reason = str(error).partition("\n")[0].removesuffix(".")
         raise ValueError(
-            f"device should be a device that is there, such as 'cpu' or 'cuda:0', got {device!r} ({reason})."
+            f"device should be a device that exists, such as 'cpu' or 'cuda:0', got {device!r} ({reason})."
         ) from error
     if found.type == "meta":
         raise ValueError("device should be one that stores values, got 'meta'; pass 'cpu' or an accelerator.")
     return found
 
 
-def _materialise(twin: nn.Module, model: nn.Module) -> None:
-    """Gives memory to a twin on the meta device, where the tensors of ``model`` live; its ties stay."""
+def _materialize(twin: nn.Module, model: nn.Module) -> None:
+    """Gives a twin on the meta device memory on the device of ``model``; its ties stay."""
     if not any(tensor.is_meta for tensor in _tensors(twin)):
         return
     devices = {tensor.device for tensor in _tensors(model)}
     if len(devices) != 1:
         raise ValueError(
             f"ema_model should have memory if the model is on {len(devices)} devices, got a twin on the meta device. "
-            "Materialise it with ema_model.to_empty(device=...) first."
+            "Materialize it with ema_model.to_empty(device=...) first."
         )
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in twin.modules():
@@ -197,13 +197,14 @@ def _materialise(twin: nn.Module, model: nn.Module) -> None:
     ]
     if attributes:
         warn_user(
-            f"{listed(attributes)} of ema_model stays on the meta device: it is no buffer, and has no values. Register "
-            "it with register_buffer(..., persistent=False), or set it on the twin yourself; swapped() needs neither."
+            f"{listed(attributes)} of ema_model stays on the meta device: it is not a buffer and has no values. "
+            "Register it with register_buffer(..., persistent=False), or set it on the twin yourself; swapped() needs "
+            "neither."
         )
 
 
 def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | None, share_frozen: bool) -> nn.Module:
-    """A deep copy of ``model`` without wrappers that shares no memory with it, but for frozen parameters if asked."""
+    """A deep copy of ``model`` without wrappers that shares no memory with it, except frozen parameters if asked."""
     with torch.inference_mode(False), torch.no_grad():
         try:
             # deepcopy looks here first, so it meets finished copies of the tensors and never the wrappers.
@@ -227,7 +228,7 @@ def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | 
 
 
 def _copied_tensor(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor | None:
-    """The copy of a tensor, or None if deepcopy does it better."""
+    """A copy of the tensor, or None if deepcopy does it better."""
     target = tensor.dtype
     if dtype is not None and tensor.is_floating_point():
         target = dtype
@@ -235,20 +236,20 @@ def _copied_tensor(tensor: Tensor, dtype: torch.dtype | None, device: torch.devi
         target = max(dtype, torch.float32, key=lambda t: torch.finfo(t).bits).to_complex()
     is_parameter = isinstance(tensor, nn.Parameter)
     moved = target != tensor.dtype or device not in (None, tensor.device)
-    if type(tensor) not in (Tensor, nn.Parameter):  # may have attributes and a deepcopy of its own
+    if type(tensor) not in (Tensor, nn.Parameter):  # may have attributes and its own deepcopy
         result = copy.deepcopy(tensor)
         if moved:
             result.data = result.data.to(device, target)
         return result
     is_plain = tensor.is_leaf and not tensor.is_inference() and tensor.layout is torch.strided
     if not is_parameter and is_plain and not moved:
-        return None  # with its attributes, and what shares its memory
+        return None  # deepcopy keeps its attributes, and ties of what shares its memory
     result = tensor.detach().to(device=device, dtype=target, copy=True)
     return nn.Parameter(result, requires_grad=False) if is_parameter else result
 
 
 def _obstacle(model: nn.Module, error: Exception) -> str:
-    """What raised ``error`` when the model was copied: the first attribute that raises the same, else its text."""
+    """What kept the model from being copied: the first attribute that raises the same error, else the error's text."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             try:
@@ -265,7 +266,7 @@ def _obstacle(model: nn.Module, error: Exception) -> str:
 
 
 def _set_mode(module: nn.Module, trains: bool) -> None:
-    with contextlib.suppress(NotImplementedError):  # an exported program has one mode
+    with contextlib.suppress(NotImplementedError):  # an exported program has only one mode
         if trains:
             module.train()
         else:
@@ -273,10 +274,10 @@ def _set_mode(module: nn.Module, trains: bool) -> None:
 
 
 def _refuse_changing_mode(model: nn.Module, trains: bool, on_copies: bool) -> None:
-    """Raises RuntimeError if ``eval()`` (or ``train()``) changes weights, as adapters do that merge.
+    """Raises RuntimeError if ``eval()`` (or ``train()``) changes weights, as adapters that merge do.
 
-    Only modules whose class overrides one of the two are tried: copies of them, or, with ``on_copies=False``, they
-    themselves.
+    Tries only modules whose class overrides one of the two: copies of them, or the modules themselves with
+    ``on_copies=False``.
     """
     for path, module in model.named_modules():
         kind = type(module)
@@ -290,7 +291,7 @@ def _refuse_changing_mode(model: nn.Module, trains: bool, on_copies: bool) -> No
         if name is not None:
             raise RuntimeError(
                 f"model should keep its weights if its mode changes, but {'train' if trains else 'eval'}() of "
-                f"'{path or kind.__name__}' ({kind.__name__}) changes '{name}', as adapters do that merge. Turn the "
+                f"'{path or kind.__name__}' ({kind.__name__}) changes '{name}', as adapters that merge do. Turn "
                 "merging off (for loralib: merge_weights=False) before the average is made."
             )
 
@@ -304,9 +305,9 @@ def _equal(before: Tensor, after: Tensor | None) -> bool:
 
 
 def _warn_of_shared_functions(model: nn.Module, twin: nn.Module) -> None:
-    """Warns of functions of the twin that compute with modules of the model: deepcopy does not copy functions."""
+    """Warns if functions of the twin compute with modules of the model: deepcopy does not copy functions."""
     online = {id(one) for one in (*model.modules(), *_tensors(model))}
-    online -= {id(one) for one in parameters_of(twin)}  # those that are shared
+    online -= {id(one) for one in parameters_of(twin)}  # shared ones
     names = [
         f"{path}.{name}".lstrip(".")
         for path, module in twin.named_modules()
@@ -322,7 +323,7 @@ def _warn_of_shared_functions(model: nn.Module, twin: nn.Module) -> None:
 
 
 def _functions_in(module: nn.Module) -> Iterator[tuple[str, object]]:
-    """What may be or hold a function that an instance brings: its attributes, and its forward hooks."""
+    """Attributes and forward hooks of the instance, by name, that may be or contain a function."""
     for name, value in vars(module).items():
         if name in _HOOKS:
             for hook in value.values():
@@ -333,7 +334,7 @@ def _functions_in(module: nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def _refers_to(value: object, online: set[int], seen: set[int]) -> bool:
-    """Whether a function reaches one of ``online``: by its closure, its defaults, or what it wraps or is bound to."""
+    """Whether a function reaches any of ``online`` by its closure, its defaults, or what it wraps or is bound to."""
     if id(value) in online:
         return True
     if id(value) in seen or isinstance(value, (*_ATOMIC, type, types.ModuleType, nn.Module, Tensor)):

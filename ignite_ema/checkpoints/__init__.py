@@ -1,4 +1,4 @@
-"""Averaged weights out of the files of other systems, as a plain ``state_dict`` under the model's own names."""
+"""Reads averaged weights from files of other systems, as a plain ``state_dict`` under the model's own names."""
 
 from .files import load_file, save_file
 from .reading import Averaged, averaged_state_dict, read

@@ -1,4 +1,4 @@
-"""Finds averaged weights in the content of a file: by the format of a system, then by a name that says so."""
+"""Finds averaged weights in the content of a file: first by the format of a system, then by name."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,16 +14,16 @@ __all__ = ["covers", "find", "plain_name", "raw_beside"]
 _WORDS = {"ema", "swa", "avg", "average", "averaged"}
 _MODEL_NAMES = ("state_dict", "model", "model_state_dict", "net", "network")
 _COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
-_DEPTH = 2  # levels of mappings below the first that are searched
+_DEPTH = 2  # how many levels of mappings to search below the first
 
 
 def find(content: State) -> list[Found]:
-    """The averages in the content of a file, or if there are none its plain state dicts."""
+    """The averages in the content of a file, or its plain state dicts if there are none."""
     return list(_averages(content, _DEPTH) or _plain(content))
 
 
 def _averages(state: State, depth: int) -> list[Found]:
-    """What a format recognizes in a mapping, or if none does, the averages in its entries."""
+    """The averages that a format recognizes in a mapping; if no format does, those in its entries."""
     found = [average for recognize in FORMATS for average in recognize(state)]
     if found or not depth:
         return found
@@ -38,12 +38,12 @@ def _averages(state: State, depth: int) -> list[Found]:
 def _named(name: str, state: State, parent: State) -> Iterator[Found]:
     """A model's state dict under a name with "ema" in it, as ``Checkpoint`` writes it, or with another such word.
 
-    The other words are also those of meters ("avg_loss"): they count if the model is beside it.
+    Meters also use the other words ("avg_loss"): these count only if the model is beside it.
     """
     words = _WORDS.intersection(_words(name))
     if not words or not _has_tensors(state):
         return
-    inner = within(state, "module.")  # a timm ModelEmaV3 has this prefix; a model of the bare names gives it away
+    inner = within(state, "module.")  # a timm ModelEmaV3 has this prefix; a model with the bare names gives it away
     models = [model for key, model in _mappings(parent).items() if not _WORDS.intersection(_words(key))]
     models += [within(model, "module.") for model in models]
     is_whole = any(covers(model, state) for model in models)
@@ -55,7 +55,7 @@ def _named(name: str, state: State, parent: State) -> Iterator[Found]:
 def _plain(content: State) -> Iterator[Found]:
     """The state dicts of a file without a known average: the file itself, or entries of it.
 
-    An entry that fits the model may be an average, whatever its name: the user has to choose.
+    Any entry that fits the model may be an average, whatever its name: the user has to choose.
     """
     if _is_state_dict(content):
         yield Found("plain", content)
@@ -83,7 +83,7 @@ def raw_beside(tensors: State, path: Sequence[str], content: State) -> State | N
 
     Args:
         tensors: the average.
-        path: the keys that lead to it; what is nearest to it comes first.
+        path: the keys that lead to it; nearer entries are preferred.
         content: what the file holds.
     """
     if not path:
@@ -104,7 +104,7 @@ def raw_beside(tensors: State, path: Sequence[str], content: State) -> State | N
 
 
 def plain_name(name: Any) -> str:
-    """The name without the component that ``torch.compile`` puts into it."""
+    """The name without the component that ``torch.compile`` adds."""
     return _COMPILED.sub("", str(name))
 
 
@@ -124,7 +124,7 @@ def _has_tensors(state: State) -> bool:
 
 
 def _is_state_dict(state: State) -> bool:
-    """True for a mapping from names to tensors, with extra state at most."""
+    """True for a mapping from names to tensors, apart from extra state."""
     return _has_tensors(state) and all(
         isinstance(name, str) and (isinstance(value, Tensor) or name.endswith("_extra_state"))
         for name, value in state.items()
@@ -132,7 +132,7 @@ def _is_state_dict(state: State) -> bool:
 
 
 def covers(state: State, tensors: State) -> bool:
-    """True if ``state`` has a tensor of the same name and shape for each of ``tensors``, which has some."""
+    """True if ``state`` has a tensor of the same name and shape for each of ``tensors``, which is not empty."""
     return _has_tensors(tensors) and _shapes(tensors).items() <= _shapes(state).items()
 
 

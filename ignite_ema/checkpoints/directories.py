@@ -1,4 +1,4 @@
-"""Reads directories of tensors: of ``save_pretrained``, and of :mod:`torch.distributed.checkpoint`."""
+"""Reads directories of tensors, from ``save_pretrained`` and :mod:`torch.distributed.checkpoint`."""
 
 import io
 import json
@@ -17,14 +17,14 @@ from .files import load_file, load_stream, quoted, unpickled, verify
 
 __all__ = ["nested", "read_contents", "read_directory", "read_into"]
 
-_SUFFIXES = (".safetensors", ".bin")  # of what save_pretrained writes, the better one first
+_SUFFIXES = (".safetensors", ".bin")  # of files that save_pretrained writes, the better one first
 
 
 def read_directory(path: Path) -> Any:
     """What a directory holds, nested as it was saved; nothing in it runs.
 
     Raises:
-        FileNotFoundError, ValueError: if it holds no weights or those of several models, or is damaged.
+        FileNotFoundError, ValueError: if it holds no weights or weights of several models, or is damaged.
     """
     if (path / ".metadata").is_file():
         return _read_distributed(path)
@@ -58,7 +58,7 @@ def _read_shards(path: Path, index: Path) -> dict[str, Any]:
 
 
 def _read_distributed(path: Path) -> Any:
-    """All that a checkpoint holds."""
+    """Everything that a checkpoint holds."""
     contents = read_contents(path)
     targets: dict[str, Any] = dict.fromkeys(contents.state_dict_metadata)
     for name, entry in contents.state_dict_metadata.items():
@@ -78,11 +78,11 @@ def read_contents(path: Path) -> Metadata:
         with (path / ".metadata").open("rb") as file:
             contents: Metadata = unpickled(file)
         for name, entry in contents.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):  # what no chunk has would not be read
+            if isinstance(entry, TensorStorageMetadata):  # elements in no chunk would not be read
                 there = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
                 if there != math.prod(entry.size):
                     raise ValueError(f"'{name}' is not whole")
-    except Exception as error:  # a damaged pickle can lead to nearly any
+    except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(
             f"{quoted(path)} should be a checkpoint of torch.distributed.checkpoint, but its table of contents, "
             f"'.metadata', is damaged: {quoted(error)}. Take another copy."
@@ -91,7 +91,7 @@ def read_contents(path: Path) -> Metadata:
 
 
 def read_into(targets: dict[str, Any], path: Path, contents: Metadata) -> None:
-    """Fills tensors, and replaces None by values, in this process alone, whether it is one of several or not.
+    """Fills tensors and replaces None with values, in this process only, even if it is one of several.
 
     Args:
         targets: what to read, by the names in the table of contents.
@@ -122,11 +122,11 @@ class _Planner(DefaultLoadPlanner):
 
 
 def nested(content: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> Any:
-    """The values at the paths that they had when they were saved; whole numbers in a path are places in a list.
+    """Nests the values as they were when they were saved; whole numbers in a path are places in a list.
 
     Args:
         content: values by name.
-        paths: the path of each name; a name without one is a path by itself.
+        paths: the path of each name; a name without a path is a path by itself.
     """
     root: dict[Any, Any] = {}
     for name, value in content.items():

@@ -1,4 +1,4 @@
-"""Reads and writes files of tensors: nothing in a file runs, and a file is written whole or not at all."""
+"""Reads and writes files of tensors: reading runs nothing in a file, and a file is written whole or not at all."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def size_of(tensors: Mapping[str, Tensor]) -> int:
 
 
 def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the unused rest of their storages, all of which torch would save; tied ones stay tied."""
+    """The tensors without unused parts of their storages, which torch would save, too; tied ones stay tied."""
     copies: dict[Any, Tensor] = {}
     result = {name: value.detach() for name, value in tensors.items()}
     for name, tensor in result.items():
@@ -66,7 +66,7 @@ def compact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class ForeignObject(dict[Any, Any]):
-    """Stands for an object of a class that is not in the table: keeps the items of a mapping, swallows all else."""
+    """Stands for an object whose class is not in the table: keeps the items of a mapping, drops everything else."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -107,12 +107,12 @@ _BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
     ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, kind, args, state: rebuild(*args),
-}  # what takes the place of other names: parameters and tensors of other classes come back as plain tensors
+}  # replaces other names: parameters and tensors of other classes come back as plain tensors
 
 
-# The one in Python: in C, a flipped bit in the index of a memo takes up to 64 GB of memory.
+# The unpickler in Python: in C, a flipped bit in the index of a memo takes up to 64 GB of memory.
 class _RestrictedUnpickler(pickle._Unpickler):
-    """Imports the names in the tables only, and gives a fresh :class:`ForeignObject` class for any other."""
+    """Imports only the names in the tables, and returns a fresh :class:`ForeignObject` class for any other."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _BUILDERS:
@@ -127,7 +127,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
 
 
 def unpickled(file: IO[bytes], **options: Any) -> Any:
-    """What a pickle holds; runs nothing in it, and raises whatever a damaged one leads to."""
+    """What a pickle holds; runs nothing in it, and may raise anything if it is damaged."""
     return _RestrictedUnpickler(file, **options).load()
 
 
@@ -139,24 +139,24 @@ class _Pickle:
 
 
 def load_stream(stream: str | IO[bytes], *, mmap: bool = False) -> Any:
-    """What ``torch.save`` wrote, on the CPU; runs nothing in it, and raises whatever a damaged stream leads to."""
+    """What ``torch.save`` wrote, on the CPU; runs nothing in it, and may raise anything if it is damaged."""
     return torch.load(stream, map_location="cpu", mmap=mmap, pickle_module=_Pickle, weights_only=False)
 
 
 def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
     """What a file of ``torch.save``, or a ``.safetensors`` file, holds, on the CPU.
 
-    Nothing in the file runs. Objects of other classes than torch's own, containers, numpy's scalars and arrays, and
-    dates are replaced by empty ones. Parameters and tensors of other classes come back as plain tensors. Tensors stay
+    Nothing in the file runs. Torch's own classes, containers, numpy's scalars and arrays, and dates are kept; objects
+    of other classes become empty ones. Parameters and tensors of other classes come back as plain tensors. Tensors stay
     mapped to the file if its format allows: clone what should outlive a file that is overwritten in place.
 
     Args:
         path: the file.
-        verified: whether to compare the file with its checksums first, at about the speed of the disk. Safetensors and
-            the files of torch before 1.6 have no checksums: changes in these go unnoticed.
+        verified: whether to compare the file with its checksums first, at about the speed of the disk. Safetensors
+            files and those of torch before 1.6 have no checksums: changes in these go unnoticed.
 
     Raises:
-        FileNotFoundError, ValueError: if it is no such file, or has changed since it was written.
+        FileNotFoundError, ValueError: if it is not such a file, or has changed since it was written.
         ImportError: for a ``.safetensors`` file if safetensors is not installed.
         RuntimeError: if torch is told to refuse all but ``weights_only=True``.
     """
@@ -173,8 +173,8 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
         load = partial(load_stream, str(path), mmap=head.startswith(b"PK"))
         if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
             raise RuntimeError(
-                "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, in which nothing is run "
-                "either way; unset it, or load the file with torch.load and pass the mapping."
+                "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, which never runs "
+                "anything in it; unset it, or load the file with torch.load and pass the mapping."
             )
         if verified and head.startswith(b"PK"):
             verify(path)
@@ -182,14 +182,14 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
         return load()
     except OSError:
         raise
-    except Exception as error:  # a damaged file can lead to nearly any, MemoryError too
+    except Exception as error:  # a damaged file can raise nearly anything, even a MemoryError
         raise _unreadable(path) from error
 
 
 def _unreadable(what: Any) -> ValueError:
     return ValueError(
         f"{quoted(what)} should be a file that torch.save or safetensors wrote, but it cannot be read as such. It is "
-        "damaged, cut short, or of another kind, such as TorchScript or a pointer of Git LFS; take another copy."
+        "damaged, cut short, or of another kind, such as TorchScript or a Git LFS pointer; take another copy."
     )
 
 
@@ -203,7 +203,7 @@ def verify(file: Path | IO[bytes], name: str | None = None) -> None:
         name: the name of the file, for messages; None: its path.
 
     Raises:
-        ValueError: if a byte has changed since the file was written, or it is no zip archive of tensors.
+        ValueError: if a byte has changed since the file was written, or it is not a zip archive of tensors.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -211,7 +211,7 @@ def verify(file: Path | IO[bytes], name: str | None = None) -> None:
             changed = archive.testzip() if any(entry.CRC for entry in entries) else None
     except Exception as error:  # as in load_file
         raise _unreadable(name or file) from error
-    # torch would hand a TorchScript archive to another reader, and take compressed bytes for numbers.
+    # torch would hand a TorchScript archive to another reader, and read compressed bytes as numbers.
     if any(one.filename.endswith("/constants.pkl") or one.compress_type != zipfile.ZIP_STORED for one in entries):
         raise _unreadable(name or file)
     if changed:
@@ -239,9 +239,9 @@ _CANNOT_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
 def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Writes a plain state dict, as ``torch.save`` (``.pt``, ``.pth``) or as ``.safetensors``.
 
-    The file appears at once and whole: it is written beside its place, synced and renamed. If ``path`` is a link, the
-    file that it points to is written. Tied tensors stay tied in a torch file; safetensors has no ties and stores a copy
-    for each name.
+    The file appears at once and whole: it is written under a temporary name, synced and renamed. If ``path`` is a link,
+    the file that it points to is written. Tied tensors stay tied in a torch file; safetensors has no ties and stores a
+    copy for each name.
 
     Args:
         tensors: a mapping from names to tensors.
@@ -249,8 +249,8 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
         force: whether to overwrite a file that exists.
 
     Raises:
-        FileExistsError: if there is a file already and ``force`` is False.
-        TypeError, ValueError: for another suffix, or for what is not a tensor or has no values.
+        FileExistsError: if the file exists and ``force`` is False.
+        TypeError, ValueError: for another suffix, or a value that is not a tensor or has no values.
         OSError: if it cannot be written; nothing is left behind then, and an old file stays.
     """
     path = Path(path)
@@ -266,7 +266,7 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
             raise ValueError(f"'{name}' should have values, got a tensor on the meta device; load its values first.")
     safetensors = _safetensors_for(path) if path.suffix == ".safetensors" else None
     with whole_file(path, force=force) as temporary:
-        if safetensors:  # takes no two tensors that share memory
+        if safetensors:  # refuses tensors that share memory
             alone = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
             safetensors.save_file(alone, temporary, metadata={"format": "pt"})
         else:
@@ -290,9 +290,9 @@ def check_target(path: Path, *, force: bool) -> None:
 
 @contextmanager
 def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
-    """Gives an empty file to write to, which becomes ``path`` when the block ends, and is on the disk then.
+    """Yields an empty file to write to, which becomes ``path`` when the block ends, and is on the disk then.
 
-    Raises as :func:`save_file` does, and leaves nothing behind then.
+    Raises as :func:`save_file` does, and then leaves nothing behind.
     """
     check_target(path, force=force)
     target = path.resolve()
@@ -301,13 +301,13 @@ def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors replaces it by one that only the owner can read
+        temporary.chmod(mode)  # safetensors replaces it with a file that only the owner can read
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
         sync_directory(target.parent)
     except Exception as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch raises an error of its own
+        cause = error if isinstance(error, OSError) else error.__context__  # torch raises its own error
         if isinstance(cause, OSError) and cause.errno:
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         reason = str(error).partition("\n")[0] or type(error).__name__

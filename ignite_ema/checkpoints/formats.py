@@ -1,7 +1,7 @@
 """The formats of other systems; `detection` searches a file for them.
 
-Each system has one function here, which recognizes its format in a mapping. The formats were read in the systems'
-sources, which the functions name; none of these systems is needed to read its files.
+Each system has one function here, which recognizes its format in a mapping. The formats come from the systems' source
+code, which the functions name; reading a file does not need the system that wrote it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,17 +22,17 @@ Names: TypeAlias = nn.Module | Mapping[str, Tensor] | None
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """An average as it lies in the file, unchecked.
+    """An average as it is in the file, unchecked.
 
     Attributes:
         system: the name of the system whose format it is.
         tensors: the averaged tensors, by name or in a list.
-        online: the raw weights that the format has beside them.
+        online: the raw weights, if the format stores them beside the average.
         num_updates: the number of updates of the average, if the format says so.
         path: the keys that lead to it.
         frozen: names that the average lacks, because it shares these tensors with the model.
         rank: 0 for a layout that only an average has, 1 for a name. Only averages of the lowest rank are considered.
-        note: what helps to choose between this and others.
+        note: what helps the user choose between this average and others.
     """
 
     system: str
@@ -52,11 +52,11 @@ class Found:
         return key in {self.label, self.path[-1] if self.path else "", self.system}
 
 
-# Each of these takes a mapping, and gives the averages that it holds in the layout of one system.
+# Each function takes a mapping, and yields the averages that it holds in the layout of one system.
 
 
 def _ignite_ema(state: State) -> Iterator[Found]:
-    """The state of our handler: the averaged tensors, and which of them each name of the ``state_dict`` stands for.
+    """The state of our handler: the averaged tensors, and which of them each ``state_dict`` name stands for.
 
     A name without an averaged tensor belongs to a frozen tensor that the average shared with the model.
     """
@@ -76,7 +76,7 @@ def _ignite_ema(state: State) -> Iterator[Found]:
 def _mmengine(state: State) -> Iterator[Found]:
     """``EMAHook.before_save_checkpoint`` swaps: the average is in ``state_dict``, the raw weights in the other entry.
 
-    That entry is the state of its ``BaseAveragedModel``. Scripts that do not swap have other names in theirs.
+    The other entry is the state of its ``BaseAveragedModel``. Scripts that do not swap have other names in theirs.
     """
     parts = ("state_dict", "ema_state_dict")
     if _has_states(state, *parts):
@@ -135,7 +135,7 @@ def _diffusers(state: State) -> Iterator[Found]:
 
 
 def _torch_ema(state: State) -> Iterator[Found]:
-    """The state of ``torch_ema.ExponentialMovingAverage``, which may have the raw weights stored in it."""
+    """The state of ``torch_ema.ExponentialMovingAverage``, which may also store the raw weights."""
     shadow, raw = state.get("shadow_params"), state.get("collected_params")
     if isinstance(shadow, list) and "num_updates" in state:
         online = raw if isinstance(raw, list) and len(raw) == len(shadow) else None
@@ -196,7 +196,7 @@ FORMATS: tuple[Callable[[State], Iterable[Found]], ...] = (
 
 
 def within(state: State, prefix: str) -> dict[str, Any]:
-    """The entries whose names start with ``prefix``, without it."""
+    """The entries whose names start with ``prefix``, under their names without it."""
     return {name[len(prefix) :]: value for name, value in state.items() if str(name).startswith(prefix)}
 
 
@@ -205,7 +205,7 @@ def _has_states(state: State, *names: str) -> bool:
 
 
 def _count(state: State, name: str) -> int | None:
-    """A whole number from 0, plain or in a tensor of one element."""
+    """A whole number of at least 0, plain or in a tensor of one element; else None."""
     value = state.get(name)
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
         value = value.item()

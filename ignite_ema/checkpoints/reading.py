@@ -1,4 +1,4 @@
-"""Averaged weights out of the files of other systems, as a plain ``state_dict`` under the model's own names."""
+"""Reads averaged weights from files of other systems, as a plain ``state_dict`` under the model's own names."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -28,12 +28,12 @@ class Averaged:
     Attributes:
         system: the system whose format it is: "ignite_ema", "Ignite", "torch AveragedModel", "timm", "Lightning",
             "mmengine", "mmcv" (and mmdetection 2), "mmagic" (and mmgen), "diffusers", "ema-pytorch", "torch_ema", or
-            "plain" for a state dict without any average.
+            "plain" for a state dict without an average.
         tensors: the averaged weights under the model's own names; copies if the source is a file.
         online: the raw weights under the same names, if the file has them.
-        num_updates: the number of updates of the average, None if the file does not say. mmengine (``steps``) and
+        num_updates: the number of updates of the average; None if the file does not say. mmengine (``steps``) and
             ema-pytorch (``step``) count calls, only some of which update.
-        entry: the keys that lead to the weights, joined by dots; empty if they are all that the source holds.
+        entry: the keys that lead to the weights, joined by dots; empty if the source holds nothing else.
     """
 
     system: str
@@ -50,7 +50,7 @@ class Averaged:
 
 
 class SeveralAverages(ValueError):
-    """A source holds several averages, and nothing says which is meant.
+    """A source holds several averages, and nothing says which to take.
 
     Attributes:
         choices: the averages.
@@ -74,16 +74,16 @@ def read(
     """The averaged weights in a checkpoint of this or another system.
 
     The formats of the systems come first, then entries with "ema" or the like in their names. A file without a known
-    average gives its plain weights. If several averages, or several entries that fit one model, are found, choose one
+    average gives its plain weights. If it finds several averages, or several entries that fit one model, choose one
     with ``key``; the message lists them.
 
-    ``_orig_mod.`` (of ``torch.compile``) is taken out of all names; ``module.`` only if the format itself puts it
+    ``_orig_mod.`` (of ``torch.compile``) is removed from all names; ``module.`` only if the format itself puts it
     there, or with ``strip_prefix``: the names of a bare timm ``ModelEmaV3`` look like those of a wrapped model. Extra
-    state (``_extra_state``) that is not a tensor is left out. diffusers and torch_ema keep parameters only, no buffers.
+    state (``_extra_state``) that is not a tensor is left out. diffusers and torch_ema keep only parameters, no buffers.
 
     mmcv and mmdetection 2 swap at the end of an epoch: ``key="model"`` is the average then. In a file that was saved
     within an epoch, or by an ``IterBasedRunner``, it is the other way around: ``key="ema_"`` takes the average from the
-    ``ema_`` buffers. The file does not say which, so you have to choose.
+    ``ema_`` buffers. The file does not say which applies, so you have to choose.
 
     An average made with ``share_frozen=True`` lacks the frozen tensors. They are taken from the raw weights in the same
     file, or from ``base``.
@@ -91,20 +91,20 @@ def read(
     Nothing in a file runs. A file of ``torch.save`` is verified by the checksums in it; safetensors has none.
 
     Args:
-        source: a path, or what was loaded from one. The path may be that of a directory: of ``save_pretrained``, with
-            one or several ``.safetensors`` or ``.bin`` files, or of ``ShardedSaver`` or torch.distributed.checkpoint,
-            which is loaded as a whole, in one process.
+        source: a path, or what was loaded from it. It may be a directory: of ``save_pretrained``, with one or several
+            ``.safetensors`` or ``.bin`` files, or of ``ShardedSaver`` or torch.distributed.checkpoint, which is loaded
+            whole, in one process.
         key: which of several averages: the last part of an entry's path, such as "generator_ema", the whole path,
             joined by dots, or the name of a system.
         names: for lists without names (diffusers, torch_ema), the model, or a mapping from its names to its
-            parameters, in their order; the number and each shape have to agree. Unused for all other formats.
+            parameters, in their order; the number and each shape have to agree. Other formats do not use it.
         base: a model, a state dict, or a file of one, with the tensors that the average lacks, such as frozen ones and
             buffers.
-        strip_prefix: a prefix of all names of the average, which is taken off them, such as "module.".
+        strip_prefix: a prefix of all names of the average, to be removed from them, such as "module.".
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: if nothing is recognized, or several averages are, or a list has no
-            names, or the average has no tensors, or tensors without values.
+        TypeError, ValueError, FileNotFoundError: if no average is recognized, or several are, or a list has no names,
+            or the average has no tensors, or tensors without values.
 
     Examples:
         >>> import torch
@@ -134,23 +134,23 @@ def averaged_state_dict(
     base: Base = None,
     strip_prefix: str | None = None,
 ) -> dict[str, Tensor]:
-    """The averaged weights alone, ready for ``model.load_state_dict``.
+    """Only the averaged weights, ready for ``model.load_state_dict``.
 
     Args:
-        source: a path, or what was loaded from one, as for :func:`read`.
+        source: a path, or what was loaded from it, as for :func:`read`.
         key: which of several averages. Plain weights have to be chosen with it.
         names: the model, or its parameters by name, for lists without names.
         base: a model, a state dict, or a file of one, with the tensors that the average lacks.
-        strip_prefix: a prefix of all names, which is taken off them.
+        strip_prefix: a prefix of all names, to be removed from them.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: as :func:`read`, and if there are plain weights alone and ``key`` does
+        TypeError, ValueError, FileNotFoundError: as :func:`read`, and if there are only plain weights and ``key`` does
             not choose them.
     """
     found = read(source, key=key, names=names, base=base, strip_prefix=strip_prefix)
     if found.system == "plain" and key is None:
         raise ValueError(
-            f"{_named_source(source)} should hold an average, but it has plain weights alone; use them as they are, or "
+            f"{_named_source(source)} should hold an average, but it has only plain weights; use them as they are, or "
             "take another checkpoint."
         )
     return found.tensors
@@ -159,7 +159,7 @@ def averaged_state_dict(
 def read_part(
     source: Source, key: str | None, names: Names, base: Base = None, strip_prefix: str | None = None
 ) -> tuple[Averaged, list[str]]:
-    """What `read` gives, still mapped to the file, and the frozen tensors that neither the source nor the base has."""
+    """What `read` returns, still mapped to the file, and the frozen tensors that neither source nor base has."""
     where = _named_source(source)
     averaged, frozen = _read(source, key, names, where)
     if strip_prefix is not None:
@@ -179,7 +179,7 @@ def read_part(
 
 
 def _read(source: Source, key: str | None, names: Names, where: str) -> tuple[Averaged, tuple[str, ...]]:
-    """What a source itself has of an average, still mapped to the file, and the names of all frozen tensors."""
+    """What the source itself has of an average, still mapped to the file, and the names of all frozen tensors."""
     content = _content(source, where)
     found = _chosen(content, key, where)
     tensors = _cleaned(_with_names(found, found.tensors, names, where), where)
@@ -198,7 +198,7 @@ def _named_source(source: Source) -> str:
 
 
 def _content(source: Source, where: str) -> State:
-    """The mapping that a source is, or holds."""
+    """The mapping that the source is or holds."""
     content: Any = source
     if isinstance(source, (str, os.PathLike)):
         if Path(source).is_dir():
@@ -221,7 +221,7 @@ def _content(source: Source, where: str) -> State:
 
 
 def _chosen(content: State, key: str | None, where: str) -> Found:
-    """The average of the lowest rank among those that answer to the key."""
+    """The average of the lowest rank among those that match the key."""
     found = find(content)
     if not found:
         kinds = _enumerated(f"{quoted(name)} ({kind_of(value)})" for name, value in content.items())
@@ -249,7 +249,7 @@ def _enumerated(parts: Iterable[str]) -> str:
 
 
 def _with_names(found: Found, tensors: Tensors, names: Names, where: str) -> State:
-    """The tensors under their names, which for a list have to come from outside."""
+    """The tensors by name; for a list, the names have to come from outside."""
     if isinstance(tensors, Mapping):
         return tensors
     if not isinstance(names, (nn.Module, Mapping)):
@@ -269,7 +269,7 @@ def _with_names(found: Found, tensors: Tensors, names: Names, where: str) -> Sta
 
 
 def _cleaned(state: State, where: str) -> dict[str, Tensor]:
-    """A plain state dict: tensors with values alone, without gradients, under names without ``_orig_mod.``."""
+    """A plain state dict: only tensors with values, detached, under names without ``_orig_mod.``."""
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         if not isinstance(value, Tensor) and str(name).endswith("_extra_state"):

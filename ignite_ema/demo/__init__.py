@@ -1,12 +1,12 @@
 """The library's main job on real data: ``python -m ignite_ema.demo``.
 
 A small convolutional net learns scikit-learn's handwritten digits. 30 % of the training labels are random, and the
-learning rate is constant: the net's test accuracy jumps from one iteration to the next, that of its average does not.
-(A learning rate that decays to zero calms the net too, but needs a known end of the run.) Then a run is stopped in the
-middle of an epoch, rebuilt from nothing and resumed from its checkpoint. It has to end with the bits of the run that
+learning rate is constant: the net's test accuracy jumps from one iteration to the next, but its average's does not.
+(A learning rate that decays to zero also calms the net, but needs a known end of the run.) Then a run is stopped in the
+middle of an epoch, rebuilt from scratch and resumed from its checkpoint. It must end with the bits of the run that
 never stopped.
 
-The colors and helpers here are the look of all pictures of the project.
+The colors and helpers here define the look of all pictures of the project.
 """
 
 from itertools import pairwise
@@ -29,7 +29,7 @@ def headline(figure: "Figure", text: str) -> None:
 
 
 def dress(axes: "Axes", title: str = "", **settings: Any) -> None:
-    """Title on the left, a light grid, no frame at the top and on the right; ``settings`` are those of ``axes.set``."""
+    """Sets a title on the left, a light grid, and no frame at the top and right; ``settings`` go to ``axes.set``."""
     axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     axes.set(**settings)
     axes.grid(color="0.92")

@@ -24,7 +24,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="number of runs (default: %(default)s)")
     out = Path("ignite_ema_demo")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="where files go (default: %(default)s)")
-    parser.add_argument("--force", action="store_true", help="write into DIR although it holds files")
+    parser.add_argument("--force", action="store_true", help="write into DIR even if it holds files")
     parsed = parser.parse_args(arguments)
     for name, least in (("epochs", 2), ("seed", 0), ("seeds", 1)):
         if getattr(parsed, name) < least:
@@ -41,7 +41,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _percent(values: Sequence[float]) -> str:
-    """The mean and, of several values, the standard deviation."""
+    """The mean and, for several values, the standard deviation."""
     return f"{100 * mean(values):.1f}" + (f" (sd {100 * stdev(values):.1f})" if len(values) > 1 else "")
 
 
@@ -93,7 +93,7 @@ def _draw(runs: Mapping[int, Run], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns its exit status: 0, or 1 if the resumed run differs."""
     options = _parsed(arguments)
-    torch.set_num_threads(1)  # on tensors this small, threads cost more than they bring
+    torch.set_num_threads(1)  # on tensors this small, threads cost more than they save
     (data, test), out, epochs, first = training.load_data(), options.out, options.epochs, options.seed
     runs: dict[int, Run] = {}
     for seed in range(first, first + options.seeds):

@@ -1,4 +1,4 @@
-"""The runs of the demo: data, network, training, and a run that is interrupted and resumed."""
+"""The training runs of the demo: data, network, training, and a run that is stopped and resumed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -101,7 +101,7 @@ def _saver(path: Path, objects: dict[str, Any], **options: Any) -> Checkpoint:
 
 
 def batches(images: Tensor, labels: Tensor, seed: int, start: int) -> Iterator[Batch]:
-    """The batches from iteration ``start`` on; each depends on its own number alone, so a resume can start anywhere."""
+    """The batches from iteration ``start`` on; each depends only on its own number, so a resume can start anywhere."""
     for iteration in count(start):
         epoch, position = divmod(iteration, EPOCH_LENGTH)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1000 * seed + epoch))
@@ -115,7 +115,7 @@ def train(run: Run, data: Batch, seed: int, epochs: int, title: str = "") -> Run
         ProgressBar(persist=True, desc=title).attach(
             run.trainer,
             output_transform=lambda loss: {"loss": loss},
-            event_name=Events.EPOCH_COMPLETED(every=max(1, epochs // 5)),  # seldom enough for a log file
+            event_name=Events.EPOCH_COMPLETED(every=max(1, epochs // 5)),  # rarely enough for a log file
             closing_event_name=Events.COMPLETED,
             state_attributes=["ema_momentum"],
         )
@@ -130,6 +130,6 @@ def stopped_and_resumed(data: Batch, test: Batch, seed: int, epochs: int, stop: 
     stopped.trainer.add_event_handler(at_stop, _saver(path, stopped.to_save()))
     stopped.trainer.add_event_handler(at_stop, stopped.trainer.terminate)
     train(stopped, data, seed, epochs)
-    resumed = build(test, seed + 1)  # other weights: all that it should know comes from the file
+    resumed = build(test, seed + 1)  # other weights: everything that it needs has to come from the file
     Checkpoint.load_objects(resumed.to_save(), path)
     return train(resumed, data, seed, epochs, f"Seed {seed}, resumed")

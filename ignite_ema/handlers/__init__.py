@@ -1,3 +1,3 @@
-"""What is attached to an Ignite engine. Internal; the public names are ``EMAHandler`` and ``PostHocEMA``."""
+"""Handlers for an Ignite engine. Internal; the public names are ``EMAHandler`` and ``PostHocEMA``."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""What a handler leaves on an engine, and how it is taken off again: events, optimizer steps, checks at attach."""
+"""Attaches handlers to engines, and removes them again: events, optimizer steps, checks at attach."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -42,10 +42,10 @@ def attached_to(engine: Engine) -> list[Any]:
 
 
 class EngineHandler:
-    """What ``EMAHandler`` and ``PostHocEMA`` have in common: attachments to engines. A copy, or a pickle, has none.
+    """What ``EMAHandler`` and ``PostHocEMA`` have in common: attachments to engines. A copy or a pickle has none.
 
     Args:
-        average: an average that tells how many updates there were, and whether the model is finite.
+        average: an average, asked for the number of updates and whether the model is finite.
     """
 
     def __init__(self, average: ModelAverage) -> None:
@@ -59,22 +59,22 @@ class EngineHandler:
 
     @property
     def _attachments(self) -> list[Any]:
-        """The attachments to engines that are still there."""
-        return [one for one in self._all_attachments if one.engine() is not None]
+        """The attachments whose engines still exist."""
+        return [attachment for attachment in self._all_attachments if attachment.engine() is not None]
 
     def _publish(self, *momenta: float) -> None:
-        """Shows the momenta as the attributes of each engine."""
+        """Writes the momenta to the attributes of each engine."""
         for attachment in self._attachments:
             for name, momentum in zip(attachment.names, momenta, strict=True):
                 setattr(attachment.engine().state, name, momentum)
 
     def _note_reading(self) -> None:
-        """Notes that the average is saved or evaluated now: an update that follows in the same iteration is late."""
+        """Notes that the average is being saved or evaluated: a later update in the same iteration is too late."""
         for attachment in self._attachments:
             attachment.note_reading()
 
     def _tell_once(self, what: str, message: str) -> None:
-        """Warns on the first rank, unless ``what`` was told before."""
+        """Warns on the first rank, unless it has warned of ``what`` before."""
         if what not in self._told:
             self._told.add(what)
             warn_first_rank(message)
@@ -83,27 +83,27 @@ class EngineHandler:
 class Attachment(RemovableEventHandle):
     """Makes a handler update at an event, until it is removed; also a context manager.
 
-    Of an ``EventsList`` the members that fire in the same iteration update once. A single event updates as often as it
-    is fired. The start of a run is its first iteration: whatever listens to ``STARTED`` has run then.
+    Members of an ``EventsList`` that fire in the same iteration update once. A single event updates as often as it
+    fires. A run starts with its first iteration: whatever listens to ``STARTED`` has run by then.
 
     Args:
         owner: the handler; its ``_on_event``, ``_on_run_start`` and ``_on_run_end`` are called.
-        engine: the trainer; referred to weakly.
+        engine: the trainer; only a weak reference is kept.
         names: the attributes of ``engine.state`` that the handler publishes. ``remove`` deletes those that are new.
         event: when to update.
-        optimizer: an optimizer with step hooks: events before which it has not stepped are left out.
+        optimizer: an optimizer with step hooks: an event is skipped if it has not stepped since the last update.
 
     Attributes:
         is_attached: whether it still updates.
         first_iteration: how many iterations the trainer had made when the run started.
         updates: how many updates the run has made.
-        read_in: the iteration in which the average was saved or evaluated last.
+        read_in: the last iteration in which the average was saved or evaluated before the update.
     """
 
     def __init__(
         self, owner: Any, engine: Engine, names: tuple[str, ...], event: Event, optimizer: Optimizer | None
     ) -> None:
-        super().__init__(event, self, engine)  # type: ignore[arg-type]  # a string is as good
+        super().__init__(event, self, engine)  # type: ignore[arg-type]  # a string works, too
         vars(self)["__qualname__"] = f"{type(owner).__name__}.update"  # profilers list it
         self.owner, self.names, self.is_attached = owner, names, True
         self._watches_steps = optimizer is not None
@@ -120,7 +120,7 @@ class Attachment(RemovableEventHandle):
         self._undo = ExitStack()
         self.call_at(engine, Events.STARTED, self._on_started)
         self.call_at(engine, Events.ITERATION_STARTED, self._on_iteration_started)
-        self.call_at(engine, Events.TERMINATE | Events.COMPLETED, self._on_end)  # terminate() may leave out the second
+        self.call_at(engine, Events.TERMINATE | Events.COMPLETED, self._on_end)  # terminate() may skip the second
         if optimizer is not None:
             self._undo.callback(_watch_steps(optimizer, ref(self)).remove)
         attached_to(engine).append(self)
@@ -144,11 +144,11 @@ class Attachment(RemovableEventHandle):
         return " and ".join(f"'{name}'" for name in self.names)
 
     def call_at(self, engine: Engine, event: Event, function: Callable[[Engine], object]) -> None:
-        """Calls ``function`` with the engine at one more event, until ``remove``."""
+        """Calls ``function`` with the engine at another event, until ``remove``."""
         self._undo.callback(engine.add_event_handler(event, function).remove)
 
     def remove(self) -> None:
-        """Takes everything off the engine again, new attributes of its state included; a second call does nothing."""
+        """Removes everything from the engine, including new attributes of its state; a second call does nothing."""
         self._undo.close()
         engine = self.engine()
         if not self.is_attached or engine is None:
@@ -162,7 +162,7 @@ class Attachment(RemovableEventHandle):
             vars(engine.state).pop(name, None)
 
     def note_reading(self) -> None:
-        """Notes that the average is saved or evaluated now, unless by a step or after an update of this iteration."""
+        """Notes that the average is being saved or evaluated, unless in a step or after this iteration's update."""
         engine: Any = self.engine()
         event, iteration = engine.last_event_name, engine.state.iteration
         is_after_step = isinstance(event, Events) and event not in _BEFORE_STEP
@@ -184,7 +184,7 @@ class Attachment(RemovableEventHandle):
                 f"late {self.names}",
                 f"The average of {self.names_in_words} was saved or evaluated in iteration {iteration} before the "
                 "update of this iteration, and a run that resumes from what was saved loses the update. Attach the "
-                "handler before what saves or evaluates it, at the same event or an earlier one.",
+                "handler before whatever saves or evaluates it, at the same event or an earlier one.",
             )
         if not (engine.should_terminate and self._is_broken()):
             self.owner._on_event(engine, self)
@@ -195,12 +195,12 @@ class Attachment(RemovableEventHandle):
         self.owner._stepped.discard(self._steps_as)
 
     def _is_broken(self) -> bool:
-        """Whether a weight is not finite: ``TerminateOnNan`` sets a flag, and the update of its event still comes."""
+        """Whether a weight is not finite: ``TerminateOnNan`` only sets a flag, and its event still updates."""
         name = self.owner._average.first_nonfinite()
         if name is not None:
             warn_user(
                 f"{name} holds a NaN or an infinity while the run is being terminated, and the average was left as it "
-                "is."
+                "was."
             )
         return name is not None
 
@@ -281,9 +281,9 @@ def _members_of(event: Event, engine: Engine) -> "list[str | CallableEventWithFi
 
 
 def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
-    """The optimizer to watch: what has it as ``.optimizer`` (Accelerate, Lookahead) or so is looked through.
+    """The optimizer to watch, without wrappers that have it as ``.optimizer`` (Accelerate, Lookahead) or the like.
 
-    Warns if it is that of another model.
+    Warns if it trains another model.
 
     Raises:
         TypeError: unless it is an optimizer or None.
@@ -291,7 +291,7 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
     if optimizer is None:
         return None
     found = optimizer
-    # SAM takes hooks, too, and steps by other methods.
+    # SAM also takes hooks, but steps by other methods.
     while hasattr(found, "base_optimizer") or not _takes_hooks(found):
         inner = (getattr(found, name, None) for name in ("base_optimizer", "optimizer", "optim"))
         found = next(filter(None, inner), None)
@@ -300,19 +300,19 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
                 "optimizer should be a torch.optim.Optimizer, or have one as .optimizer, got "
                 f"{type(optimizer).__name__}. Pass the one that trains."
             )
-    reshard(fsdp_modules(model))  # or it has the gathered parameters, which no optimizer has
+    reshard(fsdp_modules(model))  # else it may have the gathered parameters, which no optimizer has
     parameters = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in parameters for group in found.param_groups for parameter in group["params"]):
         warn_user(
-            "optimizer should train parameters of the model that is averaged, but has none of them. Pass the one whose "
-            "steps move this model."
+            "optimizer should train parameters of the model that is averaged, but has none of them. Pass the one that "
+            "trains this model."
         )
     wrapped: Optimizer = found
     return wrapped
 
 
 def _takes_hooks(optimizer: Any) -> bool:
-    """Whether step hooks can be registered: a wrapper may be of the class, and not have been made as an optimizer."""
+    """Whether step hooks can be registered: a wrapper may be an ``Optimizer`` whose ``__init__`` never ran."""
     try:
         optimizer.register_step_post_hook(print).remove()
     except (AttributeError, TypeError):
@@ -321,12 +321,12 @@ def _takes_hooks(optimizer: Any) -> bool:
 
 
 def _watch_steps(optimizer: Optimizer, attachment: "ref[Attachment]") -> RemovableHandle:
-    """Notes the steps of an optimizer, which may outlive the attachment."""
+    """Notes the steps of an optimizer; it may outlive the attachment."""
 
     def note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # A fused optimizer is always called by a GradScaler, and skips the step itself unless this is 0.
+        # A GradScaler always calls a fused optimizer, which skips the step itself unless this is 0.
         found_inf = getattr(optimizer, "found_inf", None)
-        if (one := attachment()) is not None and (found_inf is None or not found_inf.item()):
-            one.owner._stepped.add(one._steps_as)
+        if (watching := attachment()) is not None and (found_inf is None or not found_inf.item()):
+            watching.owner._stepped.add(watching._steps_as)
 
     return optimizer.register_step_post_hook(note_step)

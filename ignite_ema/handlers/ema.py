@@ -55,9 +55,9 @@ class EMAHandler(EngineHandler):
         model: the online model, alone or inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``.
         momentum: λ, a float in (0, 1], or a schedule: a callable from the number of updates already made (0 at the
             first update) to λ in [0, 1], such as those of :mod:`ignite_ema.schedules`.
-        momentum_warmup: λ of the first update, in [0, 1], from which it goes linearly to ``momentum``; together with
+        momentum_warmup: λ of the first update, in [0, 1], from which it goes linearly to ``momentum``; needs
             ``warmup_iters``.
-        warmup_iters: number of updates over which λ goes linearly to ``momentum``.
+        warmup_iters: the number of updates over which λ goes linearly to ``momentum``.
         handle_buffers: "copy", "update", "statistics", "ema_train", or a mapping from name patterns to "copy", "update"
             or "keep": what an update does with buffers; see :class:`~ignite_ema.ModelAverage`.
         ema_model: your own twin, with the structure of ``model``, for models that cannot be deep-copied.
@@ -152,7 +152,7 @@ class EMAHandler(EngineHandler):
 
     @property
     def momentum(self) -> float | Schedule:
-        """What was passed; a plain float can be set to another."""
+        """What was passed; a plain float can be set to another float."""
         return self._momentum.passed
 
     @momentum.setter
@@ -180,7 +180,7 @@ class EMAHandler(EngineHandler):
 
     @property
     def num_skipped(self) -> int:
-        """The number of updates that ``skip_nonfinite`` has left out; they are not in ``num_updates``."""
+        """The number of updates that ``skip_nonfinite`` has skipped; ``num_updates`` does not count them."""
         return self.average.num_skipped
 
     @property
@@ -199,20 +199,20 @@ class EMAHandler(EngineHandler):
     ) -> Attachment:
         """Updates the average at ``event`` and publishes the momentum as ``engine.state.<name>``.
 
-        Ignite calls handlers in the order of their registration: attach before what evaluates or saves the average at
-        the same event, and after what steps. ``remove()`` of what is returned undoes this call.
+        Ignite calls handlers in the order of their registration: attach before whatever evaluates or saves the average
+        at the same event, and after whatever steps. ``remove()`` on the returned object undoes this call.
 
         Args:
             engine: the trainer; no strong reference to it is kept.
-            name: the attribute. As soon as this returns it shows the first λ, after each update the λ that was used.
-            warn_if_exists: warn if it exists. A plain momentum that was not restored goes on from its value, a
-                schedule overwrites it.
+            name: the attribute. When this call returns it shows the first λ, and after each update the λ that was used.
+            warn_if_exists: warn if the attribute exists. A plain momentum that was not restored goes on from its
+                value, a schedule overwrites it.
             event: when to update. Members of an ``EventsList`` that fire in the same iteration update once.
             optimizer: update only if this optimizer, or the one that it wraps, has stepped since the last event: for
                 gradients that accumulate over several iterations, and a ``GradScaler`` that skips steps.
 
         Raises:
-            TypeError, ValueError: if the engine uses the name itself, its value is no momentum, or the engine
+            TypeError, ValueError: if the engine uses the name itself, its value is not a momentum, or the engine
                 cannot fire the event.
             RuntimeError: if this handler is attached to this engine already.
         """
@@ -236,19 +236,19 @@ class EMAHandler(EngineHandler):
         Args:
             evaluator: an engine that evaluates ``model`` and does not train it.
             sync_buffers: evaluate with the first rank's buffers on all ranks, which have to run the evaluator together.
-                The buffers come back with the weights.
+                The model gets its own buffers back with its weights.
 
         Raises:
-            TypeError: if it is not an engine.
+            TypeError: if ``evaluator`` is not an engine.
             RuntimeError: if this handler is attached to it already.
         """
         return EvaluationSwap(self, evaluator, sync_buffers)
 
     def reset(self, *, buffers_only: bool = False) -> None:
-        """Starts again: the average becomes the model, and the count 0.
+        """Starts over: the average becomes a copy of the model, and the count becomes 0.
 
         Args:
-            buffers_only: copy the buffers alone, and leave weights and count as they are.
+            buffers_only: copy only the buffers, and leave weights and count as they are.
         """
         self.average.reset(buffers_only=buffers_only)
         if not buffers_only:
@@ -271,14 +271,14 @@ class EMAHandler(EngineHandler):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes from a :meth:`state_dict`, before or after ``attach``.
 
-        A schedule resumes at the saved count, a plain momentum at the saved value, to which it may have been driven. If
-        the saved handler had another momentum, this handler keeps its own and warns.
+        A schedule resumes at the saved count, a plain momentum at its value when it was saved. If the saved handler had
+        another momentum, this handler keeps its own and warns.
 
         Args:
             state: what :meth:`state_dict` gave.
 
         Raises:
-            TypeError, ValueError: if an entry is wrong, or of another model; nothing is loaded then.
+            TypeError, ValueError: if an entry is wrong or of another model; nothing is loaded then.
         """
         check_average_state(state, _STATE, "an EMAHandler")
         saved = state["current_momentum"]
@@ -301,7 +301,7 @@ class EMAHandler(EngineHandler):
         num_updates: int | None = None,
         strict: bool = True,
     ) -> None:
-        """Starts from the averaged weights in a checkpoint of this or another system; leaves the model alone.
+        """Starts from the averaged weights in a checkpoint of this or another system; the model does not change.
 
         Args:
             source: a file or a directory, or what was loaded from one; :func:`ignite_ema.checkpoints.read` lists the
@@ -341,14 +341,14 @@ class EMAHandler(EngineHandler):
             )
 
     def _plain_momentum(self) -> float:
-        """The value to which a plain momentum has been driven."""
+        """The current value of a plain momentum, which an engine may have driven."""
         for attachment in self._attachments:
             value = getattr(attachment.engine().state, attachment.names[0], None)
             return checked_momentum(value, f"engine.state.{attachment.names[0]}")
         return self._momentum.value
 
     def _go_on(self) -> None:
-        """Notes that the average starts where it is meant to, and shows the schedule's next λ."""
+        """Notes that the average starts where it should, and shows the schedule's next λ."""
         self._guidance.start_is_known = True
         if self._momentum.schedule is not None:
             self._publish(self._momentum.at(self.num_updates))

@@ -1,4 +1,4 @@
-"""What ``EMAHandler.swap_during`` puts on an evaluator, and how it is taken off again."""
+"""Swaps the averaged weights in during the runs of an evaluator: ``EMAHandler.swap_during``."""
 
 import copy
 from typing import Any
@@ -29,7 +29,7 @@ class EvaluationSwap:
         is_attached: whether it still swaps.
     """
 
-    names = ()  # of the attributes of engine.state: an attachment has some
+    names = ()  # of attributes of engine.state, which an Attachment has
     _is_copy = False
 
     def __init__(self, owner: Any, engine: Engine, sync_buffers: bool) -> None:
@@ -39,7 +39,7 @@ class EvaluationSwap:
         self._buffers_from = broadcast_buffers if sync_buffers else None
         self._swap: Swapped | None = None
         self._engine, self._inner = engine, engine.run
-        self._inner_is_own = "run" in vars(engine)  # somebody else has wrapped it, too
+        self._inner_is_own = "run" in vars(engine)  # something else has wrapped it before
         engine.run = self._run  # type: ignore[method-assign]
         self._handle = engine.add_event_handler(Events.ITERATION_STARTED, self._check_start)
         attached_to(engine).append(self)
@@ -52,7 +52,7 @@ class EvaluationSwap:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EvaluationSwap":
-        """For a copied engine: does not swap, and says so when the engine runs."""
+        """For a copied engine: does not swap, and warns when the engine runs."""
         copied = memo[id(self)] = copy.copy(self)
         copied._is_copy, copied.is_attached = self._is_copy or self.is_attached, False
         copied._engine = memo.get(id(self._engine), self._engine)
@@ -67,7 +67,7 @@ class EvaluationSwap:
         self._handle.remove()
         attached_to(self._engine).remove(self)
         if not self._is_outermost():
-            return  # somebody has wrapped it once more, and this layer passes through from here on
+            return  # something has wrapped it again; this layer passes through from here on
         del self._engine.run
         if self._inner_is_own:
             self._engine.run = self._inner  # type: ignore[method-assign]
@@ -95,10 +95,10 @@ class EvaluationSwap:
             return self._inner(*args, **kwargs)
 
     def _check_start(self, engine: Engine) -> None:
-        """A run that began before, or by a method that was taken before, has the model's own weights."""
+        """Raises RuntimeError if the run does not go through the wrapper, and has the model's own weights."""
         if self.is_attached and (self._swap is None or not self._swap.is_active):
             raise RuntimeError(
                 "The evaluator should be started as evaluator.run(...) after swap_during() was called, but this run "
-                "began before, or through a reference to run taken before, and has the model's own weights. Call "
+                "began before that, or through a reference to run taken before, and has the model's own weights. Call "
                 "swap_during() first."
             )

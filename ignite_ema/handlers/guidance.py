@@ -1,4 +1,4 @@
-"""Warnings at the start and at the end of a run whose average is of no use; each comes once."""
+"""Warnings at the start and at the end of a run whose average is useless; each is given once."""
 
 import math
 
@@ -18,7 +18,7 @@ _TOO_MUCH = 0.2  # In trials, shares of 0.35 and 0.48 cost 9 and 21 points of ac
 
 
 def warn_unrestored(what: str, iteration: int, lost: str, handler: str) -> None:
-    """Warns that a run is resumed with a handler that was not restored."""
+    """Warns that a run resumes with a handler that was not restored."""
     warn_first_rank(
         f"The trainer resumes at iteration {iteration}, but {what} was not restored, and {lost}. Put it into the "
         f'checkpoint ("{handler}": {handler}) and load it with Checkpoint.load_objects, or call {handler}.reset() if '
@@ -34,28 +34,28 @@ class Guidance:
         momentum: the momentum of the handler.
 
     Attributes:
-        start_is_known: whether the average starts where it is meant to: it was restored or set, or has moved.
+        start_is_known: whether the average starts where it should: it was restored or set, or has moved.
     """
 
     def __init__(self, average: ModelAverage, momentum: Momentum) -> None:
         self._average, self._momentum = average, momentum
-        self._says_share = True  # at the end of a run; once
+        self._says_share = True  # once, at the end of a run
         self.start_here()
         self._was_reset = False
 
     def start_here(self) -> None:
-        """Notes that the average was reset to the model: only weights that are loaded later are warned about."""
+        """Notes that the average was reset to the model: from here on, only weights loaded later cause a warning."""
         self._norms_at_start = norms(self._parameters())
         self.start_is_known, self._was_reset, self._said_broken = False, True, False
 
     def check_start(self, name: str, iteration: int) -> None:
-        """Warns if a run is resumed with a handler that was not restored, or starts from other weights."""
+        """Warns if a run resumes with a handler that was not restored, or starts from other weights."""
         if self.start_is_known:
             return
         self.start_is_known = True
         is_untouched = norms(self._parameters()) == self._norms_at_start
         is_stale = is_untouched and self._differs_from_model()  # reset() was forgotten
-        if not is_untouched:  # the weights have come from elsewhere, and the share says nothing
+        if not is_untouched:  # the weights came from elsewhere, so the share says nothing
             self._says_share = False
         if iteration > 0 and not self._was_reset and (is_untouched or self._momentum.counts):
             weights = "the weights that it was made with" if is_stale else "the current weights"
@@ -64,24 +64,24 @@ class Guidance:
         elif is_stale and self._momentum.at(0) < 1:
             warn_user(  # on each rank: DistributedDataParallel gives the others the weights of the first
                 f"The model has other weights than when the EMA handler of '{name}' was made or reset (loaded or "
-                "synchronised since), and the average starts from the old weights. Call handler.reset() when the model "
+                "synchronized since), and the average starts from the old weights. Call handler.reset() when the model "
                 "is ready."
             )
 
     def check_end(self, name: str) -> None:
-        """Warns if a run with updates has ended, and its average holds a NaN, or too much of it is still the start."""
+        """Warns, after a run with updates, if the average holds a NaN or is still mostly its starting weights."""
         average = self._average
         if average.num_updates and any(map(math.isnan, norms(self._parameters()))) and not self._said_broken:
             self._said_broken = True
             warn_user(
-                f"The average of '{name}' holds a NaN, which an update has brought in. Go on from a checkpoint before "
+                f"The average of '{name}' holds a NaN, which an update has brought in. Resume from a checkpoint before "
                 "it, and pass skip_nonfinite=True."
             )
         if not average.num_updates or not average.initial_share > _TOO_MUCH or not self._says_share:  # NaN: unknown
             return
         self._says_share = False
         schedule, last = self._momentum.schedule, self._momentum.at(average.num_updates - 1)
-        if self._momentum.at(0) == 1:  # it would have copied at first, but for a count that was loaded or set
+        if self._momentum.at(0) == 1:  # it would have copied at first if no count had been loaded or set
             way_out = "set handler.num_updates = 0 before the run, and its schedule copies the model first"
         else:
             length = last if schedule is None else final_momentum(schedule) or self._momentum.at(0)

@@ -1,4 +1,4 @@
-"""The momentum of a handler: a schedule that it writes to the engine, or a plain float that it reads from there."""
+"""The momentum of a handler: a schedule written to the engine, or a plain float read from the engine."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ class Momentum:
     Args:
         momentum: what the user passed: a float or a schedule.
         momentum_warmup: λ of the first update, or None.
-        warmup_iters: number of updates from there to ``momentum``, or None.
+        warmup_iters: the number of updates from there to ``momentum``, or None.
 
     Attributes:
         passed: what the user passed.
         schedule: the schedule in force, None for a plain float.
-        value: a plain float, as it was last seen or set.
+        value: a plain float, as last seen or set.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
@@ -46,22 +46,22 @@ class Momentum:
         self.value = 1.0 if callable(momentum) else constant_of(momentum).momentum
         if momentum_warmup is not None and warmup_iters is not None:
             self.schedule = LinearWarmup(self.value, momentum_warmup, warmup_iters)
-        self._is_restored = False  # whether a loaded value counts more than what an engine has already
+        self._is_restored = False  # whether a loaded value takes precedence over what an engine already has
 
     @property
     def counts(self) -> bool:
-        """Whether it depends on the number of updates."""
+        """Whether λ depends on the number of updates."""
         return self.schedule is not None and not isinstance(self.schedule, Constant)
 
     def at(self, n: int) -> float:
-        """λ of the update after ``n`` updates; a plain float at any count."""
+        """λ of the update after ``n`` updates; a plain float is the same at any count."""
         return self.value if self.schedule is None else scheduled(self.schedule, n)
 
     def take(self, state: Any, name: str, n: int) -> float:
-        """λ of the update after ``n`` updates, which ``state.<name>`` shows from here on.
+        """λ of the update after ``n`` updates, which ``state.<name>`` shows from now on.
 
         Raises:
-            TypeError, ValueError: naming the attribute, if it is no momentum.
+            TypeError, ValueError: naming the attribute, if it is not a momentum.
         """
         if self.schedule is None:
             self.value = checked_momentum(getattr(state, name, None), f"engine.state.{name}")
@@ -71,20 +71,20 @@ class Momentum:
         return momentum
 
     def set(self, value: float) -> None:
-        """Takes another plain float."""
+        """Sets another plain float."""
         self.passed, self.value, self._is_restored = value, float(value), False
 
     def restore(self, value: float) -> None:
-        """Goes on from a saved plain float."""
+        """Resumes from a saved plain float."""
         self.value, self._is_restored = value, True
 
     def first(self, state: Any, name: str, n: int, warns: bool) -> float:
-        """What ``state.<name>`` is to show after ``n`` updates, before the next; warns if it is there already.
+        """The value for ``state.<name>`` after ``n`` updates, before the next; warns if the attribute exists.
 
         Raises:
-            TypeError, ValueError: if a plain float would go on from what is no momentum.
+            TypeError, ValueError: if a plain float would go on from a value that is not a momentum.
         """
-        there = getattr(state, name, None)  # None, too, if a StateParamScheduler has made it and has not run yet
+        there = getattr(state, name, None)  # also None if a StateParamScheduler has made it and has not run yet
         goes_on = self.schedule is None and not self._is_restored and there is not None
         momentum = checked_momentum(there, f"engine.state.{name}") if goes_on else self.at(n)
         if warns and hasattr(state, name):
@@ -94,6 +94,6 @@ class Momentum:
                 effect = f"writes its own momentum there{when}, over the value {there!r}"
             warn_user(
                 f"Attribute '{name}' already exists in Engine.state, made by another handler or loaded with the "
-                f"engine. This handler {effect}. Choose another name, or set warn_if_exists to False if you mean that."
+                f"engine. This handler {effect}. Choose another name, or pass warn_if_exists=False if this is intended."
             )
         return momentum

@@ -1,4 +1,4 @@
-"""Keeps the averages from which an average of any length can be rebuilt later; see :mod:`ignite_ema.posthoc`."""
+"""Keeps averages from which an average of any length can be rebuilt later; see :mod:`ignite_ema.posthoc`."""
 
 import math
 import os
@@ -43,13 +43,13 @@ class PostHocEMA(EngineHandler):
             see :class:`~ignite_ema.ModelAverage`. The default averages the statistics of normalization layers: a long
             average does not match those of the last batches. Buffers that are not averaged are stored as they are.
         samples: called with the engine when an iteration starts, returns the number of samples in its batch. Time is
-            then counted in samples, for batches whose size changes. True: :meth:`update` is told the number, in a loop
-            without an engine. None: time is counted in updates, however far apart.
+            then counted in samples, for batches whose size changes. True: you pass the number to :meth:`update`, in a
+            loop without an engine. None: time is counted in updates, however far apart.
         snapshot_dtype: the type in which the averages are stored: float32, float64, bfloat16 or float16. 16 bits halve
-            the files and round each weight, on average by 0.17 % (bfloat16) or 0.02 % (float16). What is rebuilt is off
-            by that, times the norm of the coefficients if it is above 1: with 64 snapshots 2.3 for a width of 0.04, and
-            17 for 0.02.
-        ema_models: twins of your own, one for each width, for models that cannot be deep-copied.
+            the files and round each weight, on average by 0.17 % (bfloat16) or 0.02 % (float16). A rebuilt average is
+            off by that, times the norm of the coefficients if it is above 1: with 64 snapshots 2.3 for a width of 0.04,
+            and 17 for 0.02.
+        ema_models: your own twins, one for each width, for models that cannot be deep-copied.
         dtype: the type of the averages of floating-point tensors. None: the type of each tensor.
         device: where the twins live. None: where the model's tensors are.
         share_frozen: share the parameters that do not require gradients with the model; they are stored once for a run.
@@ -60,7 +60,7 @@ class PostHocEMA(EngineHandler):
         model: the online model, without wrappers.
         streams: a :class:`~ignite_ema.ModelAverage` for each width.
         sigma_rels: what was passed, as a tuple.
-        dirname: the directory of the snapshots; can be set to another one that exists, after :meth:`reset`.
+        dirname: the directory of the snapshots; after :meth:`reset` it can be set to another one that exists.
         time_unit: "updates" or "samples".
         time: the number of updates, or of samples, from the start to the last update.
 
@@ -69,8 +69,8 @@ class PostHocEMA(EngineHandler):
         OSError: if the directory cannot be made.
 
     Note:
-        In a process group build, attach, load, save and reset it on all ranks. The first one writes, and it alone
-        returns paths; an error there is raised on all. The ranks communicate when it is built, at the first update of a
+        In a process group, build, attach, load, save and reset it on all ranks. Only the first rank writes and returns
+        paths; an error there is raised on all ranks. The ranks communicate when it is built, at the first update of a
         run and at each snapshot. The first rank gathers each snapshot of a sharded model in its CPU memory.
 
     Examples:
@@ -133,7 +133,7 @@ class PostHocEMA(EngineHandler):
         self._start_is_known = False
 
     def _start_anew(self) -> None:
-        """Another run, at time 0 and without snapshots."""
+        """Begins a new run, at time 0 and without snapshots."""
         self.time = self._seen = 0  # the second counts samples
         self._run_id: str = on_first_rank(lambda: uuid4().hex)
         self._times: list[int] = []
@@ -159,7 +159,7 @@ class PostHocEMA(EngineHandler):
             samples: the number of samples since the last update, if time is counted in samples.
 
         Returns:
-            Whether the update was made: False if ``skip_nonfinite`` left it out.
+            Whether the update was made: False if ``skip_nonfinite`` skipped it.
 
         Raises:
             TypeError, ValueError: if the number is wrong, or time is counted in updates.
@@ -181,19 +181,19 @@ class PostHocEMA(EngineHandler):
     ) -> Attachment:
         """Updates the averages at ``event``, and writes a snapshot at ``snapshot_event`` and at the end of a run.
 
-        Attach before what saves a checkpoint at the same event. A run that is terminated writes no last snapshot; call
-        :meth:`save` then. If a run resumes, snapshots later than its state are set aside, as ``….pt.superseded``.
-        ``remove()`` of what is returned undoes this call.
+        Attach before whatever saves a checkpoint at the same event. A run that is terminated writes no last snapshot;
+        call :meth:`save` then. If a run resumes, snapshots later than its state are set aside, as ``….pt.superseded``.
+        ``remove()`` on the returned object undoes this call.
 
         Args:
             engine: the trainer.
             name: ``engine.state.<name>_<i>`` shows the momentum of the i-th average.
             event: when to update.
-            snapshot_event: when to write; dozens, evenly spaced, are enough. Without an update since, none is written.
+            snapshot_event: when to write; dozens, evenly spaced, are enough. Writes nothing without a new update.
             optimizer: update only if this optimizer, or the one that it wraps, has stepped since the last event.
 
         Raises:
-            TypeError, ValueError, RuntimeError: if an argument is wrong, or it is attached to this engine already. The
+            TypeError, ValueError, RuntimeError: if an argument is wrong, or this is attached to the engine already. The
                 run raises ValueError at its start if the directory has snapshots of another run.
         """
         names = tuple(f"{name}_{index}" for index in range(len(self.streams)))
@@ -214,23 +214,23 @@ class PostHocEMA(EngineHandler):
         return attachment
 
     def save(self) -> Path | None:
-        """Writes a snapshot now; returns its path, or None if there is one of this time or no update yet.
+        """Writes a snapshot now; returns its path, or None if this time has one already or there is no update yet.
 
         Raises:
-            OSError, ValueError: if it cannot be written, a weight is beyond the range of the snapshots' type, or the
-                directory has snapshots of another run. On all ranks.
+            OSError, ValueError: on all ranks, if it cannot be written, a weight is beyond the range of the snapshots'
+                type, or the directory has snapshots of another run.
         """
         return self._write(0, 0)
 
     def reset(self) -> None:
-        """Starts again: the averages become the model, and time 0. A run then needs a directory without snapshots."""
+        """Starts over: averages equal the model, and time is 0. The next run needs a directory without snapshots."""
         for average in self.streams:
             average.reset()
         self._start_anew()
         self._show_momenta()
 
     def state_dict(self) -> dict[str, Any]:
-        """The complete state: each average's, time, and which snapshots there are; tensors and plain values only."""
+        """The complete state: each average's, time, and the times of snapshots; tensors and plain values only."""
         self._note_reading()
         return self._plain_state() | {
             f"stream_{index}": average.state_dict() for index, average in enumerate(self.streams)
@@ -256,7 +256,7 @@ class PostHocEMA(EngineHandler):
             state: what :meth:`state_dict` gave.
 
         Raises:
-            TypeError, ValueError: if an entry is wrong, or of another model, other widths or another unit of time;
+            TypeError, ValueError: if an entry is wrong, or is of another model, other widths or another unit of time;
                 nothing is loaded then.
         """
         _check_state(state, self._plain_state(), len(self.streams))
@@ -274,7 +274,7 @@ class PostHocEMA(EngineHandler):
         self._seen += samples
 
     def _next_time(self) -> int:
-        return max(self._seen, self.time + 1)  # each batch has a sample at least
+        return max(self._seen, self.time + 1)  # each batch has at least one sample
 
     def _show_momenta(self) -> list[float]:
         """Shows each average's next λ on the engines: from time t to t' it is 1 - (t / t') ^ (γ + 1)."""
@@ -290,7 +290,7 @@ class PostHocEMA(EngineHandler):
         self._prepare()
         momenta = self._show_momenta()
         moved = [average.update(momentum) for average, momentum in zip(self.streams, momenta, strict=True)]
-        if moved[0]:  # as the others, which look at the same weights
+        if moved[0]:  # the others agree: they look at the same weights
             self.time, self._start_is_known = self._next_time(), True
         return moved[0]
 
@@ -304,7 +304,7 @@ class PostHocEMA(EngineHandler):
         self._prepare()
 
     def _on_run_end(self, engine: Engine, attachment: Attachment) -> None:
-        if not engine.should_terminate:  # a terminated run may go on, and should write what it would have written
+        if not engine.should_terminate:  # so that a stopped and resumed run writes the same snapshots
             self._save(engine)
 
     def _count_batch(self, engine: Engine) -> None:
@@ -314,7 +314,7 @@ class PostHocEMA(EngineHandler):
         self._write(engine.state.iteration, engine.state.epoch)
 
     def _prepare(self) -> None:
-        """Once for each run or loaded state: makes sure that the directory has the past of this run alone."""
+        """Once for each run or loaded state: makes sure that the directory has only the past of this run."""
         if self._is_prepared:
             return
         self._times = on_first_rank(lambda: prepare(self.dirname, self._run_id, self.time, self._times))
@@ -394,7 +394,7 @@ def _check_state(state: Mapping[str, Any], own: Mapping[str, Any], num_streams: 
         check_average_state(state[stream])
         shapes = {name: getattr(one, "shape", None) for name, one in state[stream]["averaged_tensors"].items()}
         forms.append((state[stream]["num_updates"], shapes))
-    if any(form != forms[0] for form in forms):  # or one would be loaded before the next is refused
+    if any(form != forms[0] for form in forms):  # else one would be loaded before the next is refused
         raise ValueError(
             "The averages of the state should be of one model and one number of updates, got others; load what "
             "state_dict() gave, unchanged."

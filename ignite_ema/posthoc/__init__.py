@@ -1,9 +1,9 @@
-"""Choose the length of an average after training, by reconstructing it from stored snapshots of a few averages.
+"""Chooses the length of an average after training, by reconstructing it from stored snapshots of a few averages.
 
 :class:`~ignite_ema.PostHocEMA` keeps power-function averages of two widths while a model trains, and stores snapshots
 of them. Each snapshot is a weighted sum of the model's weights over time, and its averaging profile is known. Least
-squares over the profiles finds the linear combination of snapshots that is closest to any other profile; the weights
-are not needed for that. Karras et al. 2024 (arXiv 2312.02696), section 3 and appendix C.
+squares over the profiles finds the linear combination of snapshots that is closest to any other profile; this does not
+need the weights. Karras et al. 2024 (arXiv 2312.02696), section 3 and appendix C.
 """
 
 from .fitting import GOOD, coefficients, fitted, planned, residual, residuals

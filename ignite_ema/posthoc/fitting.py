@@ -1,4 +1,4 @@
-"""Which weighted sum of known averages comes closest to a target, and how close: least squares over their profiles."""
+"""Finds the weighted sum of known averages that is closest to a target: least squares over their profiles."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +10,7 @@ from .profiles import PowerProfile, Profile, Snapshot, inner_products
 
 __all__ = ["GOOD", "as_profile", "coefficients", "fitted", "planned", "residual", "residuals"]
 
-GOOD = 0.01  # up to this residual, an average counts as the one that was asked for
+GOOD = 0.01  # up to this residual, a result counts as the requested average
 
 
 def coefficients(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> Tensor:
@@ -27,7 +27,7 @@ def coefficients(snapshots: Sequence[Snapshot], target: Profile | float, end: fl
         A float64 tensor of shape (n,).
 
     Raises:
-        TypeError, ValueError: if there are no snapshots, or an argument is not a profile or not a time.
+        TypeError, ValueError: if there are no snapshots, or an argument is not a valid profile or time.
     """
     return fitted(snapshots, [target], end)[0][0]
 
@@ -35,8 +35,7 @@ def coefficients(snapshots: Sequence[Snapshot], target: Profile | float, end: fl
 def residual(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> float:
     """The relative L2 distance between ``target`` and the closest combination of snapshots: ‖p - Σᵢ cᵢ pᵢ‖ / ‖p‖.
 
-    The cᵢ are the :func:`coefficients`. 0 means exact; above a few percent the result is a different average from the
-    one asked for.
+    The cᵢ are the :func:`coefficients`. 0 means exact; above a few percent the result is not the requested average.
 
     Args:
         snapshots: the snapshots, as :func:`planned` makes them.
@@ -53,7 +52,7 @@ def residual(snapshots: Sequence[Snapshot], target: Profile | float, end: float 
 def residuals(
     snapshots: Sequence[Snapshot], targets: Iterable[Profile | float], end: float | None = None
 ) -> list[float]:
-    """The :func:`residual` of each target; faster than one call for each.
+    """The :func:`residual` of each target; faster than separate calls.
 
     Args:
         snapshots: the snapshots, as :func:`planned` makes them.
@@ -64,7 +63,7 @@ def residuals(
 
 
 def planned(times: Iterable[float], sigma_rels: Sequence[float] = (0.05, 0.10)) -> list[Snapshot]:
-    """The snapshots that a ``PostHocEMA`` would store; for planning a run.
+    """The snapshots that a ``PostHocEMA`` would store, for planning a run.
 
     Args:
         times: when it would store them.
@@ -85,7 +84,7 @@ def fitted(
     """
     if not snapshots or not targets:
         missing = "targets" if snapshots else "snapshots"
-        raise ValueError(f"{missing} should be at least one, got none; pass those to fit.")
+        raise ValueError(f"{missing} should have at least one entry, got none; pass those to fit.")
     for snapshot in snapshots:
         if not isinstance(snapshot, Snapshot):
             raise TypeError(
@@ -101,19 +100,19 @@ def fitted(
     gram, mixed = _gram(snapshots, snapshots), _gram(snapshots, wanted)
     solved = _solved(gram, torch.cat([mixed, torch.ones(len(snapshots), 1, dtype=torch.float64)], dim=1))
     free, ones = solved[:, :-1], solved[:, -1:]
-    found = free + ones * ((1 - free.sum(dim=0)) / ones.sum())  # a Lagrange multiplier: least squares with sum 1
+    found = free + ones * ((1 - free.sum(dim=0)) / ones.sum())  # a Lagrange multiplier makes the sum 1
     distances = norms - 2 * (found * mixed).sum(dim=0) + (found * (gram @ found)).sum(dim=0)
     return found.T, (distances.clamp(min=0) / norms).sqrt().tolist()
 
 
 def as_profile(target: Profile | float) -> Profile:
-    """``target``, or the power function of this ``sigma_rel``."""
+    """``target`` itself, or the power function with this ``sigma_rel``."""
     return target if isinstance(target, Profile) else PowerProfile(target)
 
 
 def _solved(gram: Tensor, right: Tensor) -> Tensor:
     """``gram⁻¹ @ right``; the shortest solution if ``gram`` is singular (equal snapshots)."""
-    scale = gram.diagonal().rsqrt()[:, None]  # to a diagonal of 1: the profiles of neighbors are nearly the same
+    scale = gram.diagonal().rsqrt()[:, None]  # makes the diagonal 1: neighbors have nearly the same profile
     factor, failed = torch.linalg.cholesky_ex(gram * scale * scale.T)
     if not failed:
         return scale * torch.cholesky_solve(scale * right, factor)
@@ -135,7 +134,7 @@ def _gram(rows: Sequence[Snapshot], columns: Sequence[Snapshot]) -> Tensor:
 
 def _by_profile(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Profile, Tensor, Tensor]]:
     """Each profile, with the indices and the times of its snapshots."""
-    profiles = [snapshot.profile for snapshot in snapshots]  # not in a dict: a user's own may not be hashable
+    profiles = [snapshot.profile for snapshot in snapshots]  # not in a dict: a user's own profile may not be hashable
     for index, profile in enumerate(profiles):
         if profiles.index(profile) == index:
             here = [k for k, other in enumerate(profiles) if other == profile]

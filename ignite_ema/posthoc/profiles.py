@@ -1,8 +1,8 @@
 """Averaging profiles: how much the weights at each moment of a run contribute to an average.
 
 A profile is a density p(x) over the run so far, for x in (0, 1], with integral 1: x = 0 is the start, and x = 1 is the
-moment at which the average is taken. In an average taken at time t, the weights of time τ have density p(τ / t) / t.
-Lengths are fractions of the run: divide a length in updates by the number of updates. All computations are in float64.
+moment at which the average is taken. In an average taken at time t, the weights at time τ have density p(τ / t) / t.
+Lengths are fractions of the run: divide a length in updates by the number of updates. All computations use float64.
 """
 
 import math
@@ -25,7 +25,7 @@ __all__ = [
     "inner_products",
 ]
 
-_PANELS = 40  # of the quadrature, towards each end; each is half as wide as the last, down to 1e-12 of the range
+_PANELS = 40  # of the quadrature, toward each end; each is half as wide as the last, down to 1e-12 of the range
 _NODES = 16  # per panel
 
 
@@ -74,7 +74,7 @@ class ExponentialProfile(_Checked, Profile):
     a half-life of a twentieth of the run that share is one millionth.
 
     Args:
-        half_life: the time after which the contribution of weights has halved, as a fraction of the run; above 0.
+        half_life: the time in which the contribution of weights halves, as a fraction of the run; above 0.
     """
 
     half_life: float = field(metadata=_POSITIVE)
@@ -105,7 +105,7 @@ class ExponentialProfile(_Checked, Profile):
 
 
 class _Steps(Profile):
-    """A profile that is constant between ``edges``, from ``edges[k]`` to ``edges[k + 1]`` of height ``heights[k]``."""
+    """A piecewise constant profile, of height ``heights[k]`` from ``edges[k]`` to ``edges[k + 1]``."""
 
     edges: Tensor
     heights: Tensor
@@ -146,7 +146,7 @@ class UniformProfile(_Checked, _Steps):
 
 @dataclass(frozen=True, repr=False)
 class SampledProfile(_Steps):
-    """A profile of your own: the run is divided into equal parts, and the k-th part has the weight ``weights[k]``.
+    """Your own profile: the run is divided into equal parts, and the k-th part has the weight ``weights[k]``.
 
     Args:
         weights: numbers of at least 0, from the start of the run to its end; they are scaled to sum to 1.
@@ -191,13 +191,13 @@ class Snapshot(_Checked):
 def inner_products(p: Profile, ends: Tensor, q: Profile, other_ends: Tensor) -> Tensor:
     """∫ p(τ) q(τ) dτ for a profile p at each of n times, and a profile q at each of m times.
 
-    In closed form for two power functions, and if either is piecewise constant; otherwise by Gauss-Legendre quadrature
-    on panels that narrow towards both ends of the range.
+    In closed form for two power functions, or if either is piecewise constant; otherwise by Gauss-Legendre quadrature
+    on panels that narrow toward both ends of the range.
 
     Args:
         p: a profile.
         ends: the times at which its averages are taken, above 0; float64, of shape (n,).
-        q: another profile, or the same.
+        q: another profile, or the same one.
         other_ends: the times of its averages; float64, of shape (m,).
 
     Returns:
@@ -230,7 +230,7 @@ def _by_quadrature(p: Profile, s: Tensor, q: Profile, t: Tensor) -> Tensor:
 
 def _nodes() -> tuple[Tensor, Tensor]:
     """Nodes and weights of the quadrature on (0, 1)."""
-    # Golub and Welsch 1969: nodes and weights of Gauss and Legendre from the eigenvectors of a tridiagonal matrix.
+    # Golub and Welsch 1969: Gauss-Legendre nodes and weights from the eigenvectors of a tridiagonal matrix.
     k = torch.arange(1, _NODES, dtype=torch.float64)
     off = torch.diag(k / (4 * k**2 - 1).sqrt(), 1)
     points, vectors = torch.linalg.eigh(off + off.T)

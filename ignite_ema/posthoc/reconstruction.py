@@ -25,7 +25,7 @@ Base: TypeAlias = "Mapping[str, Tensor] | str | os.PathLike[str] | None"
 _Target = TypeVar("_Target", bound=Profile | float)
 _Score = TypeVar("_Score")
 
-_CHUNK = 2**23  # numbers, of all snapshots together, that are in memory in float64 at a time
+_CHUNK = 2**23  # how many numbers, of all snapshots together, are in memory in float64 at a time
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
@@ -34,7 +34,7 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     The largest root of γ³ + 7γ² + (16 - σ⁻²)γ + (12 - σ⁻²).
 
     Raises:
-        ValueError: for a width outside; a power function is never wider than the mean of the whole run.
+        ValueError: for any other width; a power function is never wider than the mean of the whole run.
     """
     return PowerFunction(sigma_rel).gamma
 
@@ -85,7 +85,7 @@ def reconstruct(
 ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
     """Reconstructs the average with the profile ``target`` from the snapshots of a ``PostHocEMA``.
 
-    Adds the snapshots a part of a tensor at a time, so that memory holds the results and little more, however many
+    Adds the snapshots up one part of a tensor at a time, so memory holds the results and little more, however many
     snapshots there are. Computes in float64. Buffers that are not averaged come from the snapshot at ``step``.
 
     Args:
@@ -101,10 +101,10 @@ def reconstruct(
 
     Returns:
         A complete, plain state dict on the CPU, in float32, or in the type of the snapshots if that is wider; for
-        several targets a list of them. Frozen parameters keep their type, and all in the list share them.
+        several targets, a list of them. Frozen parameters keep their type, and all state dicts in the list share them.
 
     Raises:
-        FileNotFoundError, ValueError: if there are no snapshots, none at ``step``, or some of another run; if the
+        FileNotFoundError, ValueError: if there are no snapshots, none at ``step``, or some from another run; if the
             residual, or the error from rounding to 16 bits (:func:`rounding`), is above ``max_residual``; if a file
             has changed since it was written; if frozen parameters are missing.
 
@@ -166,7 +166,7 @@ def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:
 
     Args:
         snapshot: one of the snapshots.
-        coefficients: those of the combination.
+        coefficients: the coefficients of the combination.
     """
     types = {tensor.dtype for tensor in snapshot.averaged[0].values()}
     coarsest = max(torch.finfo(dtype).eps for dtype in types)
@@ -248,7 +248,7 @@ def _rebuilt(
 
 
 def _combined(parts: Sequence[Tensor], weights: Tensor, bar: Any) -> list[Tensor]:
-    """Sums of n tensors of one shape with the weights in each row of (targets, n)."""
+    """The weighted sums of n tensors of one shape, for each row of weights of shape (targets, n)."""
     first = parts[0]
     kind = torch.promote_types(first.dtype, torch.float32)
     wide = torch.complex128 if kind.is_complex else torch.float64
@@ -259,7 +259,7 @@ def _combined(parts: Sequence[Tensor], weights: Tensor, bar: Any) -> list[Tensor
         chunk = slice(start, min(start + size, first.numel()))
         stack = torch.stack([part[chunk].to(wide) for part in flat])
         sums = weights.to(wide) @ stack
-        steady = (stack == stack[0]).all(dim=0)  # frozen, or a mask: bit for bit, and infinities, which no sum keeps
+        steady = (stack == stack[0]).all(dim=0)  # frozen, or a mask: keeps its bits, and infinities, which no sum keeps
         sums = torch.where(steady | ~stack.isfinite().all(dim=0), stack[-1], sums)
         for result, values in zip(results, sums, strict=True):
             result.view(-1)[chunk] = values

@@ -1,6 +1,6 @@
 """The snapshot files of a :class:`~ignite_ema.PostHocEMA`: one for each time, with all its averages at that time.
 
-Frozen parameters that the averages share with the model are stored once for the run, in a file of their own.
+Frozen parameters that the averages share with the model are stored once for the run, in a separate file.
 """
 
 import os
@@ -51,7 +51,7 @@ class StoredSnapshot:
         iteration: the trainer's iteration, for information.
         epoch: the trainer's epoch, for information.
         sigma_rels: the relative widths of the averages.
-        averaged: for each width the averaged tensors by name.
+        averaged: for each width, the averaged tensors by name.
         copied: the tensors that are not averaged, by name.
         state_dict_names: for each name in the ``state_dict`` of the model, the name under which its tensor is stored.
         frozen_shapes: the shapes, by name, of the frozen parameters that are stored once for the run.
@@ -77,12 +77,12 @@ class StoredSnapshot:
 
 
 def path_of(dirname: Path, time: int) -> Path:
-    """The path of the snapshot of this time."""
+    """The path of the snapshot at this time."""
     return dirname / f"snapshot_{time}.pt"
 
 
 def frozen_path(dirname: Path) -> Path:
-    """The path of the file with the frozen parameters of a run."""
+    """The path of the file with the frozen parameters of the run."""
     return dirname / "snapshot_frozen.pt"
 
 
@@ -93,7 +93,7 @@ def paths_in(dirname: Path) -> dict[int, Path]:
 
 
 def is_snapshot_name(path: Path) -> bool:
-    """Whether a file of this name would be taken for a snapshot, or for the frozen parameters beside it."""
+    """Whether a file with this name would be taken for a snapshot, or for the frozen parameters beside it."""
     return _NAME.fullmatch(path.name) is not None or path == frozen_path(path.parent)
 
 
@@ -101,7 +101,7 @@ def is_snapshot_name(path: Path) -> bool:
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, whole, in the CPU memory of the first rank; nothing on the others. All ranks have to call this."""
+    """The whole tensors in the CPU memory of the first rank; nothing on the others. All ranks must call this."""
     found = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
@@ -113,9 +113,9 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_store(
     average: ModelAverage, tensors: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a snapshot has of an average: averaged tensors and copied ones.
+    """What a snapshot stores of an average: averaged tensors and copied ones.
 
-    Averaged parameters are stored in ``dtype``, averaged buffers at least in float32. ``tensors`` is emptied.
+    Averaged parameters are stored in ``dtype``, averaged buffers at least in float32. Empties ``tensors``.
 
     Raises:
         ValueError: if a weight is beyond the range of its type.
@@ -147,7 +147,7 @@ def write(snapshot: StoredSnapshot, dirname: Path) -> Path:
     path = path_of(dirname, snapshot.time)
     if path.exists():
         raise FileExistsError(
-            f"'{path}' exists already, and this PostHocEMA has not written it; give each a directory of its own."
+            f"'{path}' exists already, and this PostHocEMA has not written it; give each its own directory."
         )
     _save({"ignite_ema_snapshot": _VERSION, **vars(snapshot)}, path)
     return path
@@ -160,12 +160,13 @@ def write_frozen(tensors: Mapping[str, Tensor], run_id: str, dirname: Path) -> N
 
 
 def _save(content: Mapping[str, Any], path: Path) -> None:
-    with whole_file(path, force=True) as temporary, temporary.open("wb") as file:  # a path would change the bytes
+    # Given a path instead of a file, torch.save would store the name of the file in it.
+    with whole_file(path, force=True) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
 
 def prepare(dirname: Path, run_id: str, time: int, times: Sequence[int]) -> list[int]:
-    """Prepares a directory for a run that starts or resumes: sets aside snapshots that are later than its state.
+    """Prepares a directory for a run that starts or resumes: sets aside snapshots later than its state.
 
     Args:
         dirname: the directory.
@@ -174,7 +175,7 @@ def prepare(dirname: Path, run_id: str, time: int, times: Sequence[int]) -> list
         times: the times of the snapshots that the run had written, as its state says.
 
     Returns:
-        The times of the snapshots that the run had written, those of the very time of its state included.
+        The times of the snapshots that the run had written, up to and including the time of its state.
 
     Raises:
         ValueError: if there are snapshots of another run; nothing has been moved then.
@@ -234,7 +235,7 @@ def stored(dirname: str | os.PathLike[str], step: int | None = None) -> list[Sto
 
     Raises:
         FileNotFoundError, ValueError: if there is no snapshot, or none at ``step``; if a file cannot be read; if the
-            snapshots are not all of one run.
+            snapshots are not all from one run.
     """
     snapshots = {path: read(path) for path in paths_in(Path(dirname)).values()}
     if not snapshots:
@@ -247,7 +248,7 @@ def stored(dirname: str | os.PathLike[str], step: int | None = None) -> list[Sto
         if snapshot.run_id != last.run_id:
             raise ValueError(
                 f"'{path}' should be of the run of '{last_path.name}', but it is of another one; keep the snapshots of "
-                "each run in a directory of their own."
+                "each run in a separate directory."
             )
     times = [snapshot.time for snapshot in snapshots.values()]
     if step is not None and step not in times:

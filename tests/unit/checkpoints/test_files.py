@@ -239,7 +239,7 @@ def written():
     ("content", "message"),
     [
         (b"", "cannot be read as such. It is damaged, cut short"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "such as .* a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "such as .* a Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "of another kind"),
         ("größe,loss\n1,0.5\n".encode() * 100, "cannot be read as such"),
         (pickle.dumps({"a": 1}), "cannot be read as such"),

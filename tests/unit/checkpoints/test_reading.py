@@ -75,7 +75,7 @@ def test_plain_weights_are_no_average_unless_a_key_says_so(tmp_path):
     for source, name in ((file, "source"), (tmp_path / "file.pt", "file.pt'")):
         found = read(source)
         assert (found.system, found.online, found.num_updates) == ("plain", None, None)
-        with pytest.raises(ValueError, match=f"{name} should hold an average, but it has plain weights alone; use"):
+        with pytest.raises(ValueError, match=f"{name} should hold an average, but it has only plain weights; use"):
             averaged_state_dict(source)
         assert equal(averaged_state_dict(source, key="model"), state())
 

@@ -237,7 +237,7 @@ def test_two_on_a_trainer_need_names_and_folders_of_their_own(tmp_path):
     assert names == {"posthoc_momentum_0", "posthoc_momentum_1", "other_0"}
     same = Run(tmp_path / "three")
     PostHocEMA(same.model, dirname=tmp_path / "three").attach(same.trainer, "other", snapshot_event=EVENT(every=5))
-    with pytest.raises(FileExistsError, match="snapshot_5.pt' exists already, .* a directory of its own"):
+    with pytest.raises(FileExistsError, match="snapshot_5.pt' exists already, .* its own directory"):
         same.train(8)
 
 
