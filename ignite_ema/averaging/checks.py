@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..schedules import Constant, CopyUntil, Debiased, Schedule
+from ..schedules import Constant, CopyUntil, Debiased, Rescaled, Schedule
 from .names import parameters_of, unwrapped
 from .sharding import is_first_rank
 
@@ -229,8 +229,10 @@ def counted(number: int, noun: str) -> str:
 
 def final_momentum(schedule: Schedule) -> float:
     """The momentum that a schedule ends with, read from its field of a known name; 0 if it has no such field."""
-    while isinstance(schedule, CopyUntil):
-        schedule = schedule.schedule
+    if isinstance(schedule, CopyUntil):
+        return final_momentum(schedule.schedule)
+    if isinstance(schedule, Rescaled):
+        return float(1 - (1 - final_momentum(schedule.schedule)) ** schedule.factor)
     values = [getattr(schedule, name, None) for name in ("momentum", "end", "min_momentum")]
     return next((float(value) for value in values if isinstance(value, numbers.Real)), 0.0)
 

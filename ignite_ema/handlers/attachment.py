@@ -109,7 +109,7 @@ class Attachment(RemovableEventHandle):
         self._watches_steps = optimizer is not None
         same = [other for other in owner._attachments if other.names[0] == names[0]]  # on other engines
         self._steps_as = f"{names[0]} {len(same) + 1}" if same else names[0]
-        self.updates = self.first_iteration = self._left_out = 0
+        self.updates = self.first_iteration = self._left_out = self._idle = 0
         self._last = (-1, 0)  # the iteration of the last update of the run, and the member of the event that made it
         self.read_in: int | None = None
         self._has_updated = self._has_begun = self._has_ended = False
@@ -175,6 +175,7 @@ class Attachment(RemovableEventHandle):
             return
         if self._watches_steps and self._steps_as not in self.owner._stepped:
             self._left_out += 1
+            self._idle += 1
             return
         iteration = engine.state.iteration
         if self._last[0] == iteration and self._last[1] != member:
@@ -190,7 +191,7 @@ class Attachment(RemovableEventHandle):
             self.owner._on_event(engine, self)
         self._last = iteration, member
         self.updates += 1
-        self._left_out = 0
+        self._idle = 0
         self._has_updated = True
         self.owner._stepped.discard(self._steps_as)
 
@@ -206,7 +207,8 @@ class Attachment(RemovableEventHandle):
 
     def _on_started(self, engine: Engine) -> None:
         self._last, self.read_in = (-1, 0), None  # a new run may count from 1 again
-        self.first_iteration, self.updates, self._left_out = engine.state.iteration, 0, 0
+        self.first_iteration, self.updates = engine.state.iteration, 0
+        self._left_out = self._idle = 0  # events without a step, in the run and since its last update
         self._has_begun = self._has_ended = False
 
     def _on_iteration_started(self, engine: Engine) -> None:
@@ -220,14 +222,15 @@ class Attachment(RemovableEventHandle):
         self._has_ended = True
         iterations = engine.state.iteration - self.first_iteration
         fault = None
-        gap = (iterations - self._left_out) / self.updates if self.updates else math.inf  # between two updates
-        if self._left_out > 2 * gap or (self._left_out and not self._has_updated):
+        # Events from one update to the next, before the optimizer may have stopped.
+        usual = (self.updates + self._left_out - self._idle) / self.updates if self.updates else math.inf
+        if self._idle > 2 * usual or (self._idle and not self._has_updated):
             fault = (
                 f"The optimizer of {self.names_in_words} should have stepped in this run, but the last "
-                f"{counted(self._left_out, 'event')} passed without a step, and the average did not move. Attach with "
+                f"{counted(self._idle, 'event')} passed without a step, and the average did not move. Attach with "
                 "the optimizer that trains."
             )
-        elif not self._left_out and not self._has_updated and not self.owner._average.num_updates:
+        elif not self._idle and not self._has_updated and not self.owner._average.num_updates:
             fault = (
                 f"The run of {counted(iterations, 'iteration')} should have updated the average of "
                 f"{self.names_in_words}, but its event never fired. Attach the handler with an event that this run "

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ignite_ema import EMAWarning, ModelAverage
+from ignite_ema import EMAWarning, ModelAverage, schedules
 
 
 class Cached(nn.Module):
@@ -273,3 +273,22 @@ def test_the_state_dict_of_a_model_with_a_wrapped_block_is_loaded(process_group)
     average = ModelAverage(model)
     average.load_averaged({name: torch.full_like(value, 3.0) for name, value in model.state_dict().items()})
     assert {tensor.unique().item() for tensor in average.module.parameters()} == {3.0}
+
+
+def test_a_module_of_its_own_modes_may_have_types_without_arithmetic():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False)
+
+        def train(self, mode=True):
+            return super().train(mode)
+
+    ModelAverage(Own()).update(0.5)
+
+
+def test_warnings_look_through_what_rescales_a_schedule():
+    with pytest.warns(EMAWarning, match="last momentum of the schedule is the weight of the new weights, and 0.9975"):
+        ModelAverage(Scaled(), momentum=schedules.Rescaled(schedules.Constant(0.95), 2))
+    warm = schedules.Rescaled(schedules.LinearWarmup(0.01, 1e-9, 100), 2)
+    ModelAverage(Scaled(), momentum=warm).update()  # the beginning of a warm-up is not a stall

@@ -163,6 +163,30 @@ def test_an_optimizer_that_is_made_anew_in_mid_run_and_never_steps_again_is_said
         trainer.run([0] * 20)
 
 
+@pytest.mark.parametrize(
+    ("event", "steps_at", "is_said"),
+    [
+        (Events.EPOCH_COMPLETED, lambda engine: engine.state.epoch < 3, True),
+        ("often", lambda engine: engine.state.iteration % 2, False),
+    ],
+)
+def test_whether_an_optimizer_has_stopped_is_counted_in_events(event, steps_at, is_said):
+    model = linear()
+    optimizer, handler = sgd(model), EMAHandler(model, 0.8)
+
+    def step(engine, batch):
+        for _ in range(20):
+            engine.fire_event("often")
+        if steps_at(engine):
+            optimizer.step()
+
+    trainer = Engine(step)
+    trainer.register_events("often")
+    handler.attach(trainer, event=event, optimizer=optimizer)
+    with pytest.warns(EMAWarning, match="the last 8 events passed") if is_said else nullcontext():
+        trainer.run([0] * 30, max_epochs=10)
+
+
 # The hook on the optimizer
 
 
