@@ -65,12 +65,19 @@ def lose_a_chunk(path):
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def lose_a_place(path):
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.storage_data = {at: place for at, place in metadata.storage_data.items() if at.fqn != "model.0.weight"}
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
 DAMAGES = {
     "no table of contents": (lambda path: (path / ".metadata").write_bytes(b"epoch,loss\n"), "table of contents"),
     "another table": (lambda path: (path / ".metadata").write_bytes(pickle.dumps({"a": 1})), "table of contents"),
     "no chunk": (lose_a_chunk, "0.weight' is not whole"),
     "no file": (lambda path: (path / "__0_0.distcp").unlink(), "No such file .*__0_0.distcp"),
     "a file cut short": (lambda path: os.truncate(path / "__0_0.distcp", 2000), "distcp .* damaged, cut short"),
+    "a chunk in no file": (lose_a_place, "'.metadata', is damaged"),
     "a flipped bit of a weight": (flip_a_bit, "has changed since"),
 }
 
