@@ -142,6 +142,21 @@ def test_a_replaced_checkpoint_that_was_left_comes_back_only_if_it_is_alone(tmp_
     assert loaded(tmp_path / "1.pt") == (2 if has_successor else 1)
 
 
+def test_the_checkpoint_before_is_in_its_place_if_the_new_one_cannot_be_moved_there(tmp_path, monkeypatch):
+    path, rename = save(tmp_path), Path.rename
+
+    def fail_to_publish(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_to_publish)
+    with pytest.raises(RuntimeError, match="the disk is gone.*the checkpoint before it is still there"):
+        save(tmp_path, 2.0)
+    assert os.listdir(tmp_path) == ["1.pt"]
+    assert loaded(path) == 1.0
+
+
 def test_a_save_that_was_killed_is_cleaned_by_the_next_saver_and_nothing_else(tmp_path):
     save(tmp_path).rename(tmp_path / ".1.pt.partial")
     (tmp_path / "notes.old").mkdir()
