@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from ignite_ema import EMAHandler
 from ignite_ema.checkpoints import read
 from ignite_ema.distributed import ShardedSaver, load_objects
-from tests.helpers.files import Evil
+from tests.helpers.files import Evil, files_in
 
 
 def objects(value):
@@ -153,7 +153,7 @@ def test_the_checkpoint_before_is_in_its_place_if_the_new_one_cannot_be_moved_th
     monkeypatch.setattr(Path, "rename", fail_to_publish)
     with pytest.raises(RuntimeError, match="the disk is gone.*the checkpoint before it is still there"):
         save(tmp_path, 2.0)
-    assert os.listdir(tmp_path) == ["1.pt"]
+    assert files_in(tmp_path) == ["1.pt"]
     assert loaded(path) == 1.0
 
 
