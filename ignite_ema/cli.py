@@ -310,6 +310,8 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
       ignite-ema reconstruct snapshots --sigma-rel 0.15 --out averaged.safetensors
       ignite-ema reconstruct snapshots --sigma-rel 0.1 0.15 --half-life 0.05 --out 'averaged_{}.pt'
     """
+    from .posthoc.snapshots import is_snapshot_name
+
     lengths = [(name, length) for name in _LENGTHS for length in getattr(arguments, name)]
     if bool(lengths) == arguments.list or arguments.json > arguments.list:
         arguments.usage_error(
@@ -324,7 +326,11 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
         targets = [_profile(*length) for length in lengths]
     except ValueError as error:
         arguments.usage_error(str(error))
-    _write_averages(arguments, targets, _outs(arguments, [f"{name}_{length}" for name, length in lengths]))
+    outs = _outs(arguments, [f"{name}_{length}" for name, length in lengths])
+    for out in outs:
+        if out.resolve().parent == arguments.file.resolve() and is_snapshot_name(out.resolve()):
+            raise ValueError(f"OUT should not be named like a snapshot in DIR, got {str(out)!r}; choose another name.")
+    _write_averages(arguments, targets, outs)
 
 
 def _profile(name: str, length: float) -> "Profile":

@@ -192,10 +192,15 @@ class _Writer(FileSystemWriter):
         super().finish(metadata, results)
         sync_directory(self.hidden)
         old = _hidden(self.target, "old")
-        if self.target.exists():
+        if replaces := self.target.exists():
             shutil.rmtree(old, ignore_errors=True)
             self.target.rename(old)  # restored if the run is killed now
-        self.hidden.rename(self.target)
+        try:
+            self.hidden.rename(self.target)
+        except OSError:
+            if replaces:
+                old.rename(self.target)
+            raise
         sync_directory(self.target.parent)
         for path in (old, *(self.target.with_name(name) for name in self.dropped)):
             if path != self.target and path.exists():

@@ -80,14 +80,18 @@ def read_contents(path: Path) -> Metadata:
         for name, entry in contents.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):  # elements in no chunk would not be read
                 there = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
-                if there != math.prod(entry.size):
+                if there != math.prod(entry.size) or not isinstance(entry.properties.dtype, torch.dtype):
                     raise ValueError(f"'{name}' is not whole")
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(
-            f"{quoted(path)} should be a checkpoint of torch.distributed.checkpoint, but its table of contents, "
-            f"'.metadata', is damaged: {quoted(error)}. Take another copy."
-        ) from error
+        raise _damaged(path, error) from error
     return contents
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{quoted(path)} should be a checkpoint of torch.distributed.checkpoint, but its table of contents, "
+        f"'.metadata', is damaged: {quoted(error)}. Take another copy."
+    )
 
 
 def read_into(targets: dict[str, Any], path: Path, contents: Metadata) -> None:
@@ -101,17 +105,22 @@ def read_into(targets: dict[str, Any], path: Path, contents: Metadata) -> None:
     Raises:
         OSError, ValueError: if a file is missing, or was changed or cut short. Nothing has been filled then.
     """
-    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(targets, contents, is_coordinator=True)
-    plan = planner.create_local_plan()
-    for index in dict.fromkeys(item.storage_index for item in plan.items):
-        place = contents.storage_data[index]
-        with (path / place.relative_path).open("rb") as file:
-            file.seek(place.offset)
-            verify(io.BytesIO(file.read(place.length)), f"{path / place.relative_path} ({index.fqn})")
-    reader = FileSystemReader(path)
-    reader.set_up_storage_reader(contents, is_coordinator=True)
-    reader.read_data(plan, planner).wait()
+    try:
+        planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(targets, contents, is_coordinator=True)
+        plan = planner.create_local_plan()
+        for index in dict.fromkeys(item.storage_index for item in plan.items):
+            place = contents.storage_data[index]
+            with (path / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                verify(io.BytesIO(file.read(place.length)), f"{path / place.relative_path} ({index.fqn})")
+        reader = FileSystemReader(path)
+        reader.set_up_storage_reader(contents, is_coordinator=True)
+        reader.read_data(plan, planner).wait()
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # '.metadata' has no checksum
+        raise _damaged(path, error) from error
 
 
 class _Planner(DefaultLoadPlanner):

@@ -266,12 +266,24 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
             raise ValueError(f"'{name}' should have values, got a tensor on the meta device; load its values first.")
     safetensors = _safetensors_for(path) if path.suffix == ".safetensors" else None
     with whole_file(path, force=force) as temporary:
-        if safetensors:  # refuses tensors that share memory
-            alone = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-            safetensors.save_file(alone, temporary, metadata={"format": "pt"})
+        if safetensors:
+            safetensors.save_file(_unshared(tensors), temporary, metadata={"format": "pt"})
         else:
             with temporary.open("wb") as file:  # torch does not say why it could not write to a path
                 torch.save(compact(tensors), file)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in contiguous memory that no two of them share; copies only what it has to."""
+    unshared, taken = {}, set()
+    for name, value in tensors.items():
+        tensor = value.detach().contiguous()
+        if tensor.layout == torch.strided:  # safetensors refuses the others
+            place = tensor.untyped_storage().data_ptr()
+            tensor = tensor.clone() if place in taken else tensor
+            taken.add(place)
+        unshared[name] = tensor
+    return unshared
 
 
 def check_target(path: Path, *, force: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..averaging.checks import listed
 from .detection import covers, find, plain_name, raw_beside
-from .files import ForeignObject, kind_of, load_file, quoted, size_of
+from .files import ForeignObject, compact, kind_of, load_file, quoted, size_of
 from .formats import Found, Names, State, Tensors, within
 
 __all__ = ["Averaged", "SeveralAverages", "Source", "averaged_state_dict", "read", "read_part"]
@@ -123,7 +123,8 @@ def read(
         )
     if isinstance(source, Mapping):
         return found
-    return replace(found, tensors=deepcopy(found.tensors), online=deepcopy(found.online))
+    online = None if found.online is None else deepcopy(compact(found.online))
+    return replace(found, tensors=deepcopy(compact(found.tensors)), online=online)
 
 
 def averaged_state_dict(

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..averaging.average import ModelAverage
 from ..averaging.checks import counted, one_line, warn_first_rank, warn_user
+from ..averaging.names import parameters_of
 from ..averaging.sharding import fsdp_modules, reshard
 
 __all__ = [
@@ -304,7 +305,7 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
                 f"{type(optimizer).__name__}. Pass the one that trains."
             )
     reshard(fsdp_modules(model))  # else it may have the gathered parameters, which no optimizer has
-    parameters = {id(parameter) for parameter in model.parameters()}
+    parameters = {id(parameter) for parameter in parameters_of(model)}
     if not any(id(parameter) in parameters for group in found.param_groups for parameter in group["params"]):
         warn_user(
             "optimizer should train parameters of the model that is averaged, but has none of them. Pass the one that "

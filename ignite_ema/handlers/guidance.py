@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..averaging.average import ModelAverage
 from ..averaging.checks import counted, final_momentum, percentage, warn_first_rank, warn_user
 from ..averaging.kernels import norms
-from ..averaging.names import tensors_of
+from ..averaging.names import parameters_of, tensors_of
 from ..averaging.sharding import local
 from .momentum import Momentum
 
@@ -101,4 +101,4 @@ class Guidance:
         )
 
     def _parameters(self) -> list[Tensor]:
-        return [local(parameter).detach() for parameter in self._average.module.parameters()]
+        return [local(parameter).detach() for parameter in parameters_of(self._average.module)]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from ignite.engine import Engine
 from torch import nn
 
-from ignite_ema import EMAWarning, ModelAverage, schedules
+from ignite_ema import EMAHandler, EMAWarning, ModelAverage, schedules
 
 
 class Cached(nn.Module):
@@ -112,6 +113,11 @@ def test_a_state_dict_or_parameters_of_ones_own_are_left_alone():
     assert average.module.weight.unique().item() == 3.0
     assert "8 parameters" not in repr(average)
     assert "6 parameters" in repr(average)
+    handler, optimizer = EMAHandler(model, 1.0), torch.optim.SGD(model.parameters())
+    trainer = Engine(lambda engine, batch: optimizer.step())
+    handler.attach(trainer, optimizer=optimizer)
+    trainer.run([0] * 2)
+    assert handler.num_updates == 2
 
 
 def test_an_exported_program_has_one_mode():

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from ignite_ema import EMAHandler
 from ignite_ema.checkpoints import read
 from ignite_ema.distributed import ShardedSaver, load_objects
-from tests.helpers.files import Evil
+from tests.helpers.files import Evil, files_in
 
 
 def objects(value):
@@ -65,12 +65,19 @@ def lose_a_chunk(path):
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def lose_a_place(path):
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.storage_data = {at: place for at, place in metadata.storage_data.items() if at.fqn != "model.0.weight"}
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
 DAMAGES = {
     "no table of contents": (lambda path: (path / ".metadata").write_bytes(b"epoch,loss\n"), "table of contents"),
     "another table": (lambda path: (path / ".metadata").write_bytes(pickle.dumps({"a": 1})), "table of contents"),
     "no chunk": (lose_a_chunk, "0.weight' is not whole"),
     "no file": (lambda path: (path / "__0_0.distcp").unlink(), "No such file .*__0_0.distcp"),
     "a file cut short": (lambda path: os.truncate(path / "__0_0.distcp", 2000), "distcp .* damaged, cut short"),
+    "a chunk in no file": (lose_a_place, "'.metadata', is damaged"),
     "a flipped bit of a weight": (flip_a_bit, "has changed since"),
 }
 
@@ -133,6 +140,21 @@ def test_a_replaced_checkpoint_that_was_left_comes_back_only_if_it_is_alone(tmp_
     ShardedSaver(tmp_path, require_empty=False)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "other") == ["1.pt"]
     assert loaded(tmp_path / "1.pt") == (2 if has_successor else 1)
+
+
+def test_the_checkpoint_before_is_in_its_place_if_the_new_one_cannot_be_moved_there(tmp_path, monkeypatch):
+    path, rename = save(tmp_path), Path.rename
+
+    def fail_to_publish(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_to_publish)
+    with pytest.raises(RuntimeError, match="the disk is gone.*the checkpoint before it is still there"):
+        save(tmp_path, 2.0)
+    assert files_in(tmp_path) == ["1.pt"]
+    assert loaded(path) == 1.0
 
 
 def test_a_save_that_was_killed_is_cleaned_by_the_next_saver_and_nothing_else(tmp_path):

@@ -108,6 +108,15 @@ def test_several_lengths_have_names_of_their_own(command, written, capsys):
         assert equal(load_file(Path(f"run_{name}.pt")), due)
 
 
+def test_no_snapshot_is_written_over(command, written, capsys):
+    before = (written / "snapshot_64.pt").read_bytes()
+    for name in ("snapshot_64.pt", "snapshot_65.pt", "snapshot_frozen.pt"):
+        assert command("--sigma-rel", "0.1", "--out", str(written / name), "--force") == 1
+        assert f"named like a snapshot in DIR, got '{written / name}'; choose another" in capsys.readouterr().err
+    assert (written / "snapshot_64.pt").read_bytes() == before
+    assert len(files_in(written)) == 16
+
+
 def test_a_limit_of_ones_own(command, capsys):
     assert command("--sigma-rel", "0.02", "--out", "out.pt") == 1
     assert "accept it with max_residual=0.12 (--max-residual)" in capsys.readouterr().err

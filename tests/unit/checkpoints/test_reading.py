@@ -60,6 +60,13 @@ def test_extra_state_that_is_no_tensor_is_left_out():
     assert read(state() | extra).system == "plain"
 
 
+def test_a_part_of_a_tensor_is_read_without_the_rest(tmp_path):
+    """Of a flat tensor with all weights, for example."""
+    torch.save({"model": {"w": torch.ones(1000)[:2]}, "model_ema": {"w": torch.zeros(1000)[:2]}}, tmp_path / "file.pt")
+    found = read(tmp_path / "file.pt")
+    assert [one["w"].untyped_storage().nbytes() for one in (found.tensors, found.online)] == [8, 8]
+
+
 def test_repr_is_one_line_without_tensors():
     assert repr(read({"model": state(1), "ema": state(2)})) == (
         "Averaged(Ignite, 2 tensors, 0.000 MiB, raw weights, num_updates=unknown)"

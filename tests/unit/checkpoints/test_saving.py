@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -38,6 +39,13 @@ def test_what_is_written_is_read_again(suffix, tmp_path):
         assert list(loaded) == list(averaged)
         for one, other in (("tied.first.weight", "tied.second.weight"), ("a", "b")):
             assert loaded[one].data_ptr() == loaded[other].data_ptr()
+
+
+def test_a_large_state_is_not_copied_to_be_saved_as_safetensors(tmp_path, monkeypatch):
+    written = {}
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda tensors, file, metadata: written.update(tensors))
+    save_file(TENSORS, tmp_path / "file.safetensors")
+    assert written["w"].data_ptr() == TENSORS["w"].data_ptr()
 
 
 def test_conjugate_is_not_taken_for_a_tie(tmp_path):
