@@ -31,7 +31,7 @@ Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
 _ATTACHED = "_ignite_ema_attachments"  # the attribute of an engine that lists what is attached to it
 
-_BEFORE_STEP = (Events.STARTED, Events.EPOCH_STARTED, Events.ITERATION_STARTED, Events.GET_BATCH_COMPLETED)
+_BEFORE_STEP = (None, Events.STARTED, Events.EPOCH_STARTED, Events.ITERATION_STARTED, Events.GET_BATCH_COMPLETED)
 # Ignite passes these handlers more than the engine, and listening to the first swallows the exception.
 _NOT_FOR_UPDATES = (Events.EXCEPTION_RAISED, Events.TERMINATE_SINGLE_EPOCH)
 
@@ -69,10 +69,10 @@ class EngineHandler:
             for name, momentum in zip(attachment.names, momenta, strict=True):
                 setattr(attachment.engine().state, name, momentum)
 
-    def _note_reading(self) -> None:
+    def _note_reading(self, *, by_step: bool = False) -> None:
         """Notes that the average is being saved or evaluated: a later update in the same iteration is too late."""
         for attachment in self._attachments:
-            attachment.note_reading()
+            attachment.note_reading(by_step)
 
     def _tell_once(self, what: str, message: str) -> None:
         """Warns on the first rank, unless it has warned of ``what`` before."""
@@ -162,12 +162,16 @@ class Attachment(RemovableEventHandle):
         for name in self._new_names.difference(*(other.names for other in attached_to(engine))):
             vars(engine.state).pop(name, None)
 
-    def note_reading(self) -> None:
-        """Notes that the average is being saved or evaluated, unless in a step or after this iteration's update."""
+    def note_reading(self, by_step: bool) -> None:
+        """Notes that the average is being saved or evaluated, unless before or in a step, or after an update.
+
+        Args:
+            by_step: whether it may be a step that uses the average. A step may fire events of the user's own.
+        """
         engine: Any = self.engine()
         event, iteration = engine.last_event_name, engine.state.iteration
-        is_after_step = isinstance(event, Events) and event not in _BEFORE_STEP
-        if self._last[0] != iteration and (is_after_step or event in self._members):
+        in_step = by_step and not isinstance(event, Events) and event not in self._members
+        if event not in _BEFORE_STEP and not in_step and self._last[0] != iteration:
             self.read_in = iteration
 
     def __call__(self, engine: Engine, member: int) -> None:

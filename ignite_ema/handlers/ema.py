@@ -227,7 +227,7 @@ class EMAHandler(EngineHandler):
 
     def swapped(self) -> Swapped:
         """Inside the block the model holds the averaged weights; see :meth:`ignite_ema.ModelAverage.swapped`."""
-        self._note_reading()
+        self._note_reading(by_step=True)
         return self.average.swapped()
 
     def swap_during(self, evaluator: Engine, sync_buffers: bool = False) -> EvaluationSwap:
@@ -281,6 +281,11 @@ class EMAHandler(EngineHandler):
             TypeError, ValueError: if an entry is wrong or of another model; nothing is loaded then.
         """
         check_average_state(state, _STATE, "an EMAHandler")
+        if not all(isinstance(name, str) for name in state["optimizer_stepped"]):
+            raise TypeError(
+                f"'optimizer_stepped' of the state should be a list of names, got {state['optimizer_stepped']!r}; load "
+                "what state_dict() gave, unchanged."
+            )
         saved = state["current_momentum"]
         if saved is not None:
             checked_momentum(saved, "'current_momentum' of the state")

@@ -63,9 +63,12 @@ def evaluation(handler, trainer, folder):
 
 
 @pytest.mark.parametrize("is_early", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("reads_first", [True, False])
 @pytest.mark.parametrize("reads", [saver, evaluation])
-def test_what_reads_the_average_before_the_update_of_its_iteration_is_warned_about_once(reads, is_early, tmp_path):
-    """Also if a custom event is fired in between."""
+def test_what_reads_the_average_before_the_update_of_its_iteration_is_warned_about_once(
+    reads, reads_first, is_early, tmp_path
+):
+    """Also if a custom event is fired in between, or just before."""
     trainer, handler = set_up(0.8)
     trainer.register_events("custom")
     steps = [
@@ -73,6 +76,8 @@ def test_what_reads_the_average_before_the_update_of_its_iteration_is_warned_abo
         lambda: trainer.add_event_handler(EVERY, lambda engine: engine.fire_event("custom")),
         reads(handler, trainer, tmp_path),
     ]
+    if not reads_first:
+        steps[1:] = reversed(steps[1:])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for one in reversed(steps) if is_early else steps:
