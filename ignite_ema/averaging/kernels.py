@@ -7,7 +7,7 @@ Every kernel takes two lists of equal length, whose i-th tensors have the same s
 A weight of 1 copies exactly, whatever ``averaged`` held (so it heals a NaN); a weight of 0 does nothing. The step is
 computed as ``averaged + weight * (online - averaged)``: weights that do not change keep every bit, while the form above
 would add a rounding error at each update. On an accelerator the number of operations does not grow with the number of
-tensors if these are flat, as those of a pairing are.
+tensors if these are flat, as a pairing makes them for the kernels that join tensors.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,6 +30,7 @@ __all__ = [
     "is_finite",
     "leaves_gpu",
     "lerping_kernel_for",
+    "needs_flat",
     "norms",
     "parts",
     "split",
@@ -80,6 +81,11 @@ def lerping_kernel_for(
     if leaves_gpu(averaged, online):
         return _lerp_staged
     return _lerp_converted if averaged.device.type == "cpu" else _lerp_through_scratch
+
+
+def needs_flat(kernel: Kernel) -> bool:
+    """Whether a kernel joins tensors, which takes flat ones; for the others a view would only add to their cost."""
+    return kernel not in (_lerp, _copy_strided)
 
 
 def copy(averaged: Tensors, online: Tensors) -> None:

@@ -225,9 +225,9 @@ class Pairing:
         with torch.inference_mode(False):
             for kind, slot in zip(kinds, self.slots, strict=True):
                 if kind:
-                    online, averaged = _aliases(slot)
-                    # A single tensor that is not flat would put the whole group on a slower path on a GPU.
-                    members.setdefault((*kind, online.ndim == 1), []).append((slot, online, averaged))
+                    online, averaged, are_dense = _aliases(slot, kernels.needs_flat(kind[0]))
+                    # A single tensor that is not dense would put the whole group on a slower path on a GPU.
+                    members.setdefault((*kind, are_dense), []).append((slot, online, averaged))
         self.groups: list[Group] = []
         for (kernel, averages, *_), group in members.items():
             slots, online_ones, averaged_ones = map(list, zip(*group, strict=True))
@@ -288,15 +288,16 @@ def replace(place: Place, source: Tensor) -> None:
         place.table[place.key] = values
 
 
-def _aliases(slot: Slot) -> tuple[Tensor, Tensor]:
-    """The two as one-dimensional views, if their elements lie in the same order."""
+def _aliases(slot: Slot, flat: bool) -> tuple[Tensor, Tensor, bool]:
+    """The two, as one-dimensional views if ``flat``, and whether their elements lie in one order without gaps."""
     online, averaged = slot.tensors()
     if online.layout is not torch.strided:  # an alias would not follow a new number of elements
-        return slot.online.get(), slot.averaged.get()
-    if online.stride() == averaged.stride() and is_dense(online):
+        return slot.online.get(), slot.averaged.get(), False
+    are_dense = online.stride() == averaged.stride() and is_dense(online)
+    if flat and are_dense:
         shape = (online.numel(),)
-        return online.as_strided(shape, (1,)), averaged.as_strided(shape, (1,))
-    return online, averaged
+        return online.as_strided(shape, (1,)), averaged.as_strided(shape, (1,)), True
+    return online, averaged, are_dense
 
 
 def _address(tensor: Tensor) -> object:
