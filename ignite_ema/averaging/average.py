@@ -30,7 +30,7 @@ from .checks import (
     warn_user,
 )
 from .memory import give_own_memory
-from .names import buffers_of, names_of, parameters_of, tensors_of
+from .names import names_of, parameters_and_buffers, parameters_of, tensors_of
 from .pairing import Group, Mismatch, Pairing, nonfinite_in
 from .sharding import local
 from .state import STATE_VERSION, check_average_state, fill, fitting_tensors, missing_slots
@@ -208,8 +208,7 @@ class ModelAverage:
         vars(self).update(state)
         # A model that holds this average is still empty while it is copied or unpickled.
         shared = {id(parameter) for parameter in (parameters_of(self.model) if vars(self.model) else ())}
-        twins = (*parameters_of(self.module), *buffers_of(self.module))
-        own = [local(one) for one in twins if id(one) not in shared]
+        own = [local(tensor) for tensor in parameters_and_buffers(self.module) if id(tensor) not in shared]
         give_own_memory(tensor for tensor in own if tensor.device.type == "cpu" and tensor.is_shared())  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:

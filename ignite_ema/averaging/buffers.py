@@ -82,37 +82,51 @@ def buffers_followed(
         for path, module in modules_by_path(online).items()
         if path in twins and isinstance(module._buffers, dict)
     ]
-    kinds = {
-        (value.device, value.dtype): (average.device, average.dtype)
-        for _, module, twin in pairs
-        for key, value in module._parameters.items()
-        if value is not None and (average := twin._parameters.get(key)) is not None
-    }
-    is_saved = {(id(place.table), place.key): place.is_saved for place in ours.values()}
-    before = [(twin._buffers, dict(twin._buffers)) for _, _, twin in pairs]
-    copies = {
-        id(buffer): own
-        for _, module, twin in pairs
-        for key, buffer in module._buffers.items()
-        if (own := twin._buffers.get(key)) is not None
-    }
-    for path, module, twin in pairs:
-        for key in {**module._buffers, **twin._buffers}:
-            buffer, own = module._buffers.get(key), twin._buffers.get(key)
-            if (buffer is None) == (own is None) or treatment(path + key) == "keep":
-                continue
-            if buffer is not None:
-                if id(buffer) not in copies:
-                    kind = kinds.get((buffer.device, buffer.dtype), (buffer.device, buffer.dtype))
-                    with torch.inference_mode(False), torch.no_grad():
-                        copies[id(buffer)] = buffer.to(*kind, copy=True)
-                twin.register_buffer(key, copies[id(buffer)], persistent=is_saved[id(module._buffers), key])
-            elif may_clear:
-                twin._buffers[key] = None
+    changed = [
+        (module, twin, key)
+        for path, module, twin in pairs
+        for key in {**module._buffers, **twin._buffers}
+        if (module._buffers.get(key) is None) != (twin._buffers.get(key) is None) and treatment(path + key) != "keep"
+    ]
+    before = [(twin._buffers, dict(twin._buffers)) for _, twin, _ in changed]
     try:
+        if changed:
+            _follow(changed, [(module, twin) for _, module, twin in pairs], ours, may_clear)
         yield
     except BaseException:
         for table, content in before:
             table.clear()
             table.update(content)
         raise
+
+
+def _follow(
+    changed: list[tuple[nn.Module, nn.Module, str]],
+    pairs: list[tuple[nn.Module, nn.Module]],
+    ours: dict[str, Place],
+    may_clear: bool,
+) -> None:
+    """Copies to the twin, or clears there, each buffer in ``changed``: its module, the module's twin, and its key."""
+    kinds = {
+        (value.device, value.dtype): (average.device, average.dtype)
+        for module, twin in pairs
+        for key, value in module._parameters.items()
+        if value is not None and (average := twin._parameters.get(key)) is not None
+    }
+    copies = {  # a buffer under several names stays one
+        id(buffer): own
+        for module, twin in pairs
+        for key, buffer in module._buffers.items()
+        if (own := twin._buffers.get(key)) is not None
+    }
+    is_saved = {(id(place.table), place.key): place.is_saved for place in ours.values()}
+    for module, twin, key in changed:
+        buffer = module._buffers.get(key)
+        if buffer is not None:
+            if id(buffer) not in copies:
+                kind = kinds.get((buffer.device, buffer.dtype), (buffer.device, buffer.dtype))
+                with torch.inference_mode(False), torch.no_grad():
+                    copies[id(buffer)] = buffer.to(*kind, copy=True)
+            twin.register_buffer(key, copies[id(buffer)], persistent=is_saved[id(module._buffers), key])
+        elif may_clear:
+            twin._buffers[key] = None

@@ -12,11 +12,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = [
     "Place",
-    "buffers_of",
     "first_names",
     "modules_by_path",
     "name_of",
     "names_of",
+    "parameters_and_buffers",
     "parameters_of",
     "places_of",
     "tensors_of",
@@ -115,9 +115,10 @@ def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
     return nn.Module.parameters(module)
 
 
-def buffers_of(module: nn.Module) -> Iterator[Tensor]:
-    """Like ``module.buffers()``."""
-    return nn.Module.buffers(module)
+def parameters_and_buffers(module: nn.Module) -> Iterator[Tensor]:
+    """First the parameters, then the buffers of ``module``, each tensor once."""
+    yield from parameters_of(module)
+    yield from nn.Module.buffers(module)
 
 
 def modules_by_path(root: nn.Module) -> dict[str, nn.Module]:

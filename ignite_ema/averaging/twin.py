@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from .checks import listed, warn_user
 from .memory import has_values
-from .names import buffers_of, name_of, parameters_of, tensors_of, unwrapped
+from .names import name_of, parameters_and_buffers, parameters_of, tensors_of, unwrapped
 from .sharding import is_sharded, local, sharding
 
 __all__ = ["check_model", "settle", "stripped", "twin_of"]
@@ -112,7 +112,7 @@ def settle(twin: nn.Module, is_own: bool, trains: bool) -> None:
 
 def _check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> None:
     """Raises RuntimeError if a tensor of ``module`` has no shape, or no memory for its values."""
-    for tensor in _tensors(module):
+    for tensor in parameters_and_buffers(module):
         lacks = None
         if is_lazy(tensor):
             lacks = "has no shape; run the model on one batch first"
@@ -126,11 +126,6 @@ def _check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> N
             raise RuntimeError(
                 f"{name} should be initialized before it is averaged, but '{name_of(module, tensor)}' {lacks}."
             )
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from parameters_of(module)
-    yield from buffers_of(module)
 
 
 def _check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen: bool) -> None:
@@ -172,9 +167,9 @@ def _checked_device(device: torch.device | str | None) -> torch.device | None:
 
 def _materialize(twin: nn.Module, model: nn.Module) -> None:
     """Gives a twin on the meta device memory on the device of ``model``; its ties stay."""
-    if not any(tensor.is_meta for tensor in _tensors(twin)):
+    if not any(tensor.is_meta for tensor in parameters_and_buffers(twin)):
         return
-    devices = {tensor.device for tensor in _tensors(model)}
+    devices = {tensor.device for tensor in parameters_and_buffers(model)}
     if len(devices) != 1:
         raise ValueError(
             f"ema_model should have memory if the model is on {len(devices)} devices, got a twin on the meta device. "
@@ -209,7 +204,7 @@ def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | 
         try:
             # deepcopy looks here first, so it meets finished copies of the tensors and never the wrappers.
             memo: dict[int, Any] = {}
-            for tensor in _tensors(model):
+            for tensor in parameters_and_buffers(model):
                 if share_frozen and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
                     memo[id(tensor)] = tensor
                 elif (copied := _copied_tensor(tensor, dtype, device)) is not None:
@@ -308,7 +303,7 @@ def _equal(before: Tensor, after: Tensor | None) -> bool:
 
 def _warn_of_shared_functions(model: nn.Module, twin: nn.Module) -> None:
     """Warns if functions of the twin compute with modules of the model: deepcopy does not copy functions."""
-    online = {id(one) for one in (*model.modules(), *_tensors(model))}
+    online = {id(one) for one in (*model.modules(), *parameters_and_buffers(model))}
     online -= {id(one) for one in parameters_of(twin)}  # shared ones
     names = [
         f"{path}.{name}".lstrip(".")

@@ -71,7 +71,7 @@ class Guidance:
     def check_end(self, name: str) -> None:
         """Warns, after a run with updates, if the average holds a NaN or is still mostly its starting weights."""
         average = self._average
-        if average.num_updates and any(map(math.isnan, norms(self._parameters()))) and not self._said_broken:
+        if average.num_updates and not self._said_broken and any(map(math.isnan, norms(self._parameters()))):
             self._said_broken = True
             warn_user(
                 f"The average of '{name}' holds a NaN, which an update has brought in. Resume from a checkpoint before "

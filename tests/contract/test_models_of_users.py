@@ -82,6 +82,22 @@ def test_a_buffer_that_came_with_what_does_not_match_leaves_the_twin_as_it_was()
     assert average.module[0].mask is None
 
 
+def test_a_buffer_that_cannot_be_copied_leaves_the_twin_as_it_was(monkeypatch):
+    model, register = nn.Sequential(Cached(), Cached()), nn.Module.register_buffer
+    average = ModelAverage(model)
+    model(torch.ones(1, 2))
+
+    def fails_at_the_second(module, *args, **kwargs):
+        if module is average.module[1]:
+            raise MemoryError
+        register(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "register_buffer", fails_at_the_second)
+    with pytest.raises(MemoryError):
+        average.update(0.5)
+    assert average.module[0].mask is None
+
+
 def test_a_script_is_swapped_and_comes_back():
     for model in (
         torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU())),
