@@ -38,8 +38,6 @@ from .stochastic_rounding import StochasticRounding
 from .swap import Swapped, is_swapped, refuse_while_swapped
 from .twin import check_model, settle, stripped, twin_of
 
-__all__ = ["ModelAverage"]
-
 
 class ModelAverage:
     """A model and its averaged twin: ``average = (1 - momentum) * average + momentum * model`` at each update.

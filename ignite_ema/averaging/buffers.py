@@ -11,16 +11,6 @@ from torch import nn
 from .checks import listed
 from .names import Place, modules_by_path
 
-__all__ = [
-    "STATISTICS",
-    "BufferPolicy",
-    "Treatment",
-    "buffers_followed",
-    "check_patterns",
-    "check_policy",
-    "treatment_of",
-]
-
 BufferPolicy: TypeAlias = str | Mapping[str, str]
 Treatment: TypeAlias = Literal["average", "copy", "keep"]
 

@@ -17,28 +17,6 @@ from ..schedules import Constant, CopyUntil, Debiased, Rescaled, Schedule
 from .names import parameters_of, unwrapped
 from .sharding import is_first_rank
 
-__all__ = [
-    "EMAWarning",
-    "check_count",
-    "check_flags",
-    "check_saved_mapping",
-    "checked_momentum",
-    "constant_of",
-    "counted",
-    "described",
-    "final_momentum",
-    "listed",
-    "module_summary",
-    "momentum_summary",
-    "one_line",
-    "percentage",
-    "schedule_of",
-    "scheduled",
-    "stalled",
-    "warn_first_rank",
-    "warn_user",
-]
-
 
 class EMAWarning(UserWarning):
     """The category of every warning of ``ignite_ema``."""

@@ -18,25 +18,6 @@ from torch import Tensor
 
 from .offload import stage
 
-__all__ = [
-    "NARROW",
-    "Kernel",
-    "Tensors",
-    "batches",
-    "copy",
-    "copying_kernel_for",
-    "gathered",
-    "has_begun",
-    "is_finite",
-    "leaves_gpu",
-    "lerping_kernel_for",
-    "needs_flat",
-    "norms",
-    "parts",
-    "split",
-    "spoils",
-]
-
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 Kernel: TypeAlias = Callable[[Tensors, Tensors, float], None]
 

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from .sharding import local
 
-__all__ = ["give_own_memory", "has_values", "is_dense", "overlaps_itself", "sharing_memory"]
-
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements of a strided tensor share a place in memory, as those of an expanded tensor do."""

@@ -10,19 +10,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = [
-    "Place",
-    "first_names",
-    "modules_by_path",
-    "name_of",
-    "names_of",
-    "parameters_and_buffers",
-    "parameters_of",
-    "places_of",
-    "tensors_of",
-    "unwrapped",
-]
-
 
 class Place(NamedTuple):
     """Where a module keeps a tensor.

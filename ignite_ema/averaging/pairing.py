@@ -23,8 +23,6 @@ from .memory import give_own_memory, has_values, is_dense, sharing_memory
 from .names import Place, first_names, places_of
 from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sharding
 
-__all__ = ["SWAPPED", "Group", "Mismatch", "Pairing", "Slot", "nonfinite_in", "replace"]
-
 SWAPPED = "_ignite_ema_swapped"  # an attribute of modules that hold averaged weights: their id, which a copy lacks
 
 _requires_grad = attrgetter("requires_grad")

@@ -9,20 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = [
-    "broadcast_buffers",
-    "fsdp_modules",
-    "is_first_rank",
-    "is_sharded",
-    "local",
-    "on_all_ranks",
-    "on_any_rank",
-    "on_first_rank",
-    "reshard",
-    "sharding",
-    "whole",
-]
-
 _T = TypeVar("_T")
 _PLAIN = (Tensor, nn.Parameter)
 

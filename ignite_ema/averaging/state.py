@@ -13,15 +13,6 @@ from .memory import has_values
 from .pairing import Pairing, Slot, replace
 from .sharding import is_sharded, local, sharding
 
-__all__ = [
-    "AVERAGE_STATE",
-    "STATE_VERSION",
-    "check_average_state",
-    "fill",
-    "fitting_tensors",
-    "missing_slots",
-]
-
 STATE_VERSION = 4
 AVERAGE_STATE: dict[str, type | tuple[type, ...]] = {
     "ignite_ema_version": int,

@@ -20,8 +20,6 @@ from torch import Tensor
 from .kernels import Tensors, batches, gathered, leaves_gpu, split
 from .offload import stage
 
-__all__ = ["StochasticRounding"]
-
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _UP = [1 / (k + 1 / (m + _GOLDEN)) for m in range(1, 6) for k in range(1, 4)]
 _RATES = [*_UP, *(1 - rate for rate in _UP)]  # and mirrored, to treat up and down alike

@@ -18,8 +18,6 @@ from .memory import has_values, overlaps_itself
 from .pairing import SWAPPED, Pairing, Slot, replace
 from .sharding import fsdp_modules, local, reshard
 
-__all__ = ["Swapped", "is_swapped", "refuse_while_swapped"]
-
 _TRIALS = 3  # attempts to restore a tensor
 
 

@@ -20,8 +20,6 @@ from .memory import has_values
 from .names import name_of, parameters_and_buffers, parameters_of, tensors_of, unwrapped
 from .sharding import is_sharded, local, sharding
 
-__all__ = ["check_model", "settle", "stripped", "twin_of"]
-
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TABLES = ("_parameters", "_buffers", "_modules")
 _ATOMIC = (int, float, str, bytes, type(None))

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from .formats import FORMATS, Found, State, within
 
-__all__ = ["covers", "find", "plain_name", "raw_beside"]
-
 _WORDS = {"ema", "swa", "avg", "average", "averaged"}
 _MODEL_NAMES = ("state_dict", "model", "model_state_dict", "net", "network")
 _COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")

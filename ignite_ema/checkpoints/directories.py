@@ -15,8 +15,6 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from .files import load_file, load_stream, quoted, unpickled, verify
 
-__all__ = ["nested", "read_contents", "read_directory", "read_into"]
-
 _SUFFIXES = (".safetensors", ".bin")  # of files that save_pretrained writes, the better one first
 
 

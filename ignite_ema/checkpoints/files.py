@@ -14,22 +14,6 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-__all__ = [
-    "ForeignObject",
-    "check_target",
-    "compact",
-    "kind_of",
-    "load_file",
-    "load_stream",
-    "quoted",
-    "save_file",
-    "size_of",
-    "sync_directory",
-    "unpickled",
-    "verify",
-    "whole_file",
-]
-
 
 def quoted(name: Any) -> str:
     """A name from a file on one line, with escape sequences spelled out, and no longer than a line."""

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ..averaging.state import STATE_VERSION
 from .files import quoted
 
-__all__ = ["FORMATS", "Found", "Names", "State", "Tensors", "within"]
-
 State = Mapping[str, Any]
 Tensors = State | list[Any]
 Names: TypeAlias = nn.Module | Mapping[str, Tensor] | None

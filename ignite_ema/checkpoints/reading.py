@@ -14,8 +14,6 @@ from .detection import covers, find, plain_name, raw_beside
 from .files import ForeignObject, compact, kind_of, load_file, quoted, size_of
 from .formats import Found, Names, State, Tensors, within
 
-__all__ = ["Averaged", "SeveralAverages", "Source", "averaged_state_dict", "read", "read_part"]
-
 Source: TypeAlias = str | os.PathLike[str] | State
 Base: TypeAlias = nn.Module | Source | None
 _MOST_SHOWN = 8

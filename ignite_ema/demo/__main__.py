@@ -13,8 +13,6 @@ import torch
 from . import AVERAGED, DPI, ONLINE, WIDTH, dress, headline, name_lines, training
 from .training import Run, stopped_and_resumed
 
-__all__ = ["main"]
-
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     about = "Trains a small net on noisy labels and shows what the average of its weights is worth."

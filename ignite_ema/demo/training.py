@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from ..handlers.ema import EMAHandler
 
-__all__ = ["EPOCH_LENGTH", "Run", "batches", "build", "load_data", "network", "stopped_and_resumed", "train"]
-
 Batch = tuple[Tensor, Tensor]
 
 TRAINING_IMAGES, BATCH_SIZE, LABEL_NOISE = 1024, 32, 0.3

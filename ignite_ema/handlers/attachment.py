@@ -17,16 +17,6 @@ from ..averaging.checks import counted, one_line, warn_first_rank, warn_user
 from ..averaging.names import parameters_of
 from ..averaging.sharding import fsdp_modules, reshard
 
-__all__ = [
-    "Attachment",
-    "EngineHandler",
-    "Event",
-    "attached_to",
-    "check_attachable",
-    "check_not_attached",
-    "optimizer_with_hooks",
-]
-
 Event: TypeAlias = "str | Events | CallableEventWithFilter | EventsList"
 
 _ATTACHED = "_ignite_ema_attachments"  # the attribute of an engine that lists what is attached to it

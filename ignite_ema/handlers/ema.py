@@ -30,8 +30,6 @@ from .evaluation import EvaluationSwap
 from .guidance import Guidance
 from .momentum import Momentum
 
-__all__ = ["EMAHandler"]
-
 _STATE: dict[str, type | tuple[type, ...]] = {
     **AVERAGE_STATE,
     "current_momentum": (float, type(None)),

@@ -11,8 +11,6 @@ from ..averaging.sharding import broadcast_buffers
 from ..averaging.swap import Swapped
 from .attachment import attached_to, check_not_attached
 
-__all__ = ["EvaluationSwap"]
-
 
 class EvaluationSwap:
     """Puts each ``run()`` of an engine inside ``owner.swapped()``, until it is removed; also a context manager.

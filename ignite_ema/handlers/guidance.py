@@ -12,8 +12,6 @@ from ..averaging.names import parameters_of, tensors_of
 from ..averaging.sharding import local
 from .momentum import Momentum
 
-__all__ = ["Guidance", "warn_unrestored"]
-
 _TOO_MUCH = 0.2  # In trials, shares of 0.35 and 0.48 cost 9 and 21 points of accuracy.
 
 

@@ -7,8 +7,6 @@ from ignite.handlers.param_scheduler import BaseParamScheduler
 from ..averaging.checks import checked_momentum, constant_of, scheduled, warn_user
 from ..schedules import Constant, LinearWarmup, Schedule
 
-__all__ = ["Momentum"]
-
 
 class Momentum:
     """Reads or writes ``engine.state.<name>``.

@@ -21,8 +21,6 @@ from ..schedules import PowerFunction
 from .attachment import Attachment, EngineHandler, Event, check_attachable, optimizer_with_hooks
 from .guidance import warn_unrestored
 
-__all__ = ["PostHocEMA"]
-
 _VERSION = 3
 _SAMPLES = "lambda engine: len(engine.state.batch[0])"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

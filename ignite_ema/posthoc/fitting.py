@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .profiles import PowerProfile, Profile, Snapshot, inner_products
 
-__all__ = ["GOOD", "as_profile", "coefficients", "fitted", "planned", "residual", "residuals"]
-
 GOOD = 0.01  # up to this residual, a result counts as the requested average
 
 

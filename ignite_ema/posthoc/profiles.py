@@ -15,16 +15,6 @@ from torch import Tensor
 
 from ..schedules import _POSITIVE, _SIGMA_REL, PowerFunction, _Checked, _kind, _number
 
-__all__ = [
-    "ExponentialProfile",
-    "PowerProfile",
-    "Profile",
-    "SampledProfile",
-    "Snapshot",
-    "UniformProfile",
-    "inner_products",
-]
-
 _PANELS = 40  # of the quadrature, toward each end; each is half as wide as the last, down to 1e-12 of the range
 _NODES = 16  # per panel
 

@@ -19,8 +19,6 @@ from .fitting import GOOD, as_profile, fitted
 from .profiles import Profile
 from .snapshots import StoredSnapshot, frozen_path, path_of, read_frozen, stored
 
-__all__ = ["gamma_from_sigma_rel", "reconstruct", "rounding", "sigma_rel_from_gamma", "sweep"]
-
 Base: TypeAlias = "Mapping[str, Tensor] | str | os.PathLike[str] | None"
 _Target = TypeVar("_Target", bound=Profile | float)
 _Score = TypeVar("_Score")

@@ -20,22 +20,6 @@ from ..averaging.sharding import is_first_rank, whole
 from ..checkpoints.files import compact, load_file, sync_directory, whole_file
 from .profiles import PowerProfile, Snapshot
 
-__all__ = [
-    "StoredSnapshot",
-    "frozen_path",
-    "gathered",
-    "is_snapshot_name",
-    "path_of",
-    "paths_in",
-    "prepare",
-    "read",
-    "read_frozen",
-    "stored",
-    "to_store",
-    "write",
-    "write_frozen",
-]
-
 _VERSION = 2
 _NAME = re.compile(r"snapshot_(\d+)\.pt")
 
