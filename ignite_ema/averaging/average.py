@@ -31,7 +31,7 @@ from .checks import (
 )
 from .memory import give_own_memory
 from .names import names_of, parameters_and_buffers, parameters_of, tensors_of
-from .pairing import Group, Mismatch, Pairing, nonfinite_in
+from .pairing import Group, Mismatch, Pairing
 from .sharding import local
 from .state import STATE_VERSION, check_average_state, fill, fitting_tensors, missing_slots
 from .stochastic_rounding import StochasticRounding
@@ -311,7 +311,7 @@ class ModelAverage:
         return scheduled(self.schedule, self._num_updates)
 
     def _has_finite(self, group: Group) -> bool:
-        name = nonfinite_in(group)
+        name = group.first_nonfinite()
         if name is not None:
             self._tell_once(
                 "buffers",

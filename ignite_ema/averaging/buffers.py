@@ -1,15 +1,15 @@
 """What an update does with buffers: the values of ``handle_buffers``."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checks import listed
-from .names import Place, modules_by_path
+from .names import Place, modules_by_path, places_of
 
 BufferPolicy: TypeAlias = str | Mapping[str, str]
 Treatment: TypeAlias = Literal["average", "copy", "keep"]
@@ -56,32 +56,25 @@ def check_patterns(policy: BufferPolicy, names: list[str]) -> None:
 
 @contextmanager
 def buffers_followed(
-    online: nn.Module,
-    averaged: nn.Module,
-    ours: dict[str, Place],
-    treatment: Callable[[str], Treatment],
-    may_clear: bool,
+    online: nn.Module, averaged: nn.Module, treatment_of: Callable[[str], Treatment], *, may_clear: bool
 ) -> Iterator[None]:
     """Gives the twin buffers that the model has gained, such as a cache, and clears those that it has lost.
 
     Undone if the block raises. Buffers that an update leaves alone may differ.
     """
     twins = modules_by_path(averaged)
-    pairs = [  # the tables of TorchScript cannot change
-        (path, module, twins[path])
-        for path, module in modules_by_path(online).items()
-        if path in twins and isinstance(module._buffers, dict)
-    ]
+    pairs = {path: (module, twins[path]) for path, module in modules_by_path(online).items() if path in twins}
     changed = [
         (module, twin, key)
-        for path, module, twin in pairs
+        for path, (module, twin) in pairs.items()
+        if isinstance(module._buffers, dict)  # the tables of TorchScript cannot change
         for key in {**module._buffers, **twin._buffers}
-        if (module._buffers.get(key) is None) != (twin._buffers.get(key) is None) and treatment(path + key) != "keep"
+        if (module._buffers.get(key) is None) != (twin._buffers.get(key) is None) and treatment_of(path + key) != "keep"
     ]
     before = [(twin._buffers, dict(twin._buffers)) for _, twin, _ in changed]
     try:
         if changed:
-            _follow(changed, [(module, twin) for _, module, twin in pairs], ours, may_clear)
+            _follow(changed, pairs.values(), places_of(online), may_clear)
         yield
     except BaseException:
         for table, content in before:
@@ -91,32 +84,28 @@ def buffers_followed(
 
 
 def _follow(
-    changed: list[tuple[nn.Module, nn.Module, str]],
-    pairs: list[tuple[nn.Module, nn.Module]],
-    ours: dict[str, Place],
+    changed: Iterable[tuple[nn.Module, nn.Module, str]],
+    pairs: Iterable[tuple[nn.Module, nn.Module]],
+    places: Mapping[str, Place],
     may_clear: bool,
 ) -> None:
-    """Copies to the twin, or clears there, each buffer in ``changed``: its module, the module's twin, and its key."""
-    kinds = {
-        (value.device, value.dtype): (average.device, average.dtype)
-        for module, twin in pairs
-        for key, value in module._parameters.items()
-        if value is not None and (average := twin._parameters.get(key)) is not None
-    }
-    copies = {  # a buffer under several names stays one
-        id(buffer): own
-        for module, twin in pairs
-        for key, buffer in module._buffers.items()
-        if (own := twin._buffers.get(key)) is not None
-    }
-    is_saved = {(id(place.table), place.key): place.is_saved for place in ours.values()}
+    """Copies to the twin, or clears there, each changed buffer: its module, the module's twin, and its key."""
+    is_saved = {(id(place.table), place.key): place.is_saved for place in places.values()}
+    kinds: dict[Any, tuple[torch.device, torch.dtype]] = {}  # of averaged parameters by those of online ones
+    copies: dict[int, Tensor] = {}  # a buffer under several names stays one
+    for module, twin in pairs:
+        for key, value in module._parameters.items():
+            if value is not None and (average := twin._parameters.get(key)) is not None:
+                kinds[value.device, value.dtype] = average.device, average.dtype
+        for key, buffer in module._buffers.items():
+            if buffer is not None and (own := twin._buffers.get(key)) is not None:
+                copies[id(buffer)] = own
     for module, twin, key in changed:
         buffer = module._buffers.get(key)
         if buffer is not None:
-            if id(buffer) not in copies:
+            with torch.inference_mode(False), torch.no_grad():
                 kind = kinds.get((buffer.device, buffer.dtype), (buffer.device, buffer.dtype))
-                with torch.inference_mode(False), torch.no_grad():
-                    copies[id(buffer)] = buffer.to(*kind, copy=True)
-            twin.register_buffer(key, copies[id(buffer)], persistent=is_saved[id(module._buffers), key])
+                copied = copies.setdefault(id(buffer), buffer.to(*kind, copy=True))
+            twin.register_buffer(key, copied, persistent=is_saved[id(module._buffers), key])
         elif may_clear:
             twin._buffers[key] = None

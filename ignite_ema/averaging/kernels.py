@@ -37,7 +37,7 @@ def copying_kernel_for(online: Tensor, averaged: Tensor) -> Kernel:
 
 
 def lerping_kernel_for(
-    online: Tensor, averaged: Tensor, *, is_buffer: bool, is_trained: bool, narrow: Kernel | None = None
+    online: Tensor, averaged: Tensor, is_buffer: bool, is_trained: bool, narrow: Kernel | None = None
 ) -> Kernel:
     """The fastest kernel that is right for this pair, and for each pair of the same dtypes and devices.
 

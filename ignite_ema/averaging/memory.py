@@ -1,6 +1,6 @@
 """Finds tensors that overlap or share memory, and gives the twin's tensors memory of their own."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -35,25 +35,24 @@ def has_values(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= stop
 
 
-def sharing_memory(online: Iterable[Tensor], averaged: Mapping[str, Tensor]) -> list[str]:
-    """The names of the twin's tensors that share memory with the model, with one another, or with themselves.
+def separate(online: Iterable[Tensor], averaged: Iterable[Tensor]) -> None:
+    """Moves averaged tensors that share memory with the model, with one another, or with themselves to their own.
 
     Parts of one storage that do not overlap are fine within the twin: torch lays out LSTM weights that way.
     """
     of_model = {_storage(local(tensor)) for tensor in online} - {0}
     taken: dict[int, list[tuple[int, int]]] = {}
-    found = []
-    for name, held in averaged.items():
-        tensor = local(held)
+    shared = []
+    for tensor in map(local, averaged):
         if (storage := _storage(tensor)) == 0:
             continue
         start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * _extent(tensor)
         parts = taken.setdefault(storage, [])
         if storage in of_model or overlaps_itself(tensor) or any(start < end and begin < stop for begin, end in parts):
-            found.append(name)
+            shared.append(tensor)
         else:
             parts.append((start, stop))
-    return found
+    give_own_memory(shared)
 
 
 def give_own_memory(tensors: Iterable[Tensor]) -> None:

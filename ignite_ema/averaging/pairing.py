@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .buffers import Treatment, buffers_followed
-from .memory import give_own_memory, has_values, is_dense, sharing_memory
+from .memory import has_values, is_dense, separate
 from .names import Place, first_names, places_of
 from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sharding
 
@@ -63,26 +63,37 @@ class Slot(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Tensors that one kernel call updates together.
+    """Tensors that one kernel call updates together: all of them parameters or all buffers, averaged or copied.
 
     Attributes:
         kernel: called as ``kernel(averaged, online, momentum)``.
         averaged: aliases of the twin's tensors.
         online: aliases of the model's tensors, in the same order.
         slots: the slots that they come from.
-        averages: True if the kernel averages, False if it copies.
     """
 
     kernel: kernels.Kernel
     averaged: list[Tensor]
     online: list[Tensor]
     slots: list[Slot]
-    averages: bool
 
     @property
     def are_buffers(self) -> bool:
-        """Whether the tensors are buffers; a group never mixes parameters and buffers."""
+        """Whether the tensors are buffers."""
         return self.slots[0].online.is_buffer
+
+    @property
+    def averages(self) -> bool:
+        """Whether the kernel averages; False if it copies."""
+        return self.slots[0].treatment == "average"
+
+    def first_nonfinite(self) -> str | None:
+        """The quoted name of the first tensor that would bring a NaN or an infinity into the average, or None."""
+        if self.averages and not kernels.is_finite(self.online, self.averaged[0].dtype):
+            for slot, online, averaged in zip(self.slots, self.online, self.averaged, strict=True):
+                if kernels.spoils(averaged, online):
+                    return f"'{slot.name}'"
+        return None
 
 
 class Pairing:
@@ -107,7 +118,7 @@ class Pairing:
             of trained parameters.
 
     Raises:
-        Mismatch: if the two do not match; nothing has changed then.
+        Mismatch: if the two do not match; no tensor has changed then.
         TypeError: for a tensor that cannot be averaged.
     """
 
@@ -123,11 +134,8 @@ class Pairing:
     ) -> None:
         self._fsdp_modules = [*fsdp_modules(online), *fsdp_modules(averaged)]
         reshard(self._fsdp_modules)
-        self._narrow = narrow
-        ours = places_of(online)
-        with buffers_followed(online, averaged, ours, treatment_of, may_clear=before is not None):
-            theirs = places_of(averaged)
-            _check_names(ours, theirs, treatment_of)
+        with buffers_followed(online, averaged, treatment_of, may_clear=before is not None):
+            ours, theirs = _matching(places_of(online), places_of(averaged), treatment_of)
             once_shared = {} if before is None else before._once_shared
             followed = {name for name, place in theirs.items() if id(place.get()) in once_shared}
             self.first_names = _checked_ties(ours, theirs, followed)
@@ -135,24 +143,50 @@ class Pairing:
             self.shared: list[Slot] = []
             for name in dict.fromkeys(self.first_names.values()):
                 slot = Slot(name, ours[name], theirs[name], _treatment(ours[name], name, treatment_of))
-                is_shared = ours[name].get() is theirs[name].get() or name in followed
-                (self.shared if is_shared else self.slots).append(slot)
-            for slot in self.shared:
-                _check_shared(slot, share_frozen)
-            kinds = [self._kind_of(slot) for slot in self.slots]
+                if slot.online.get() is slot.averaged.get() or name in followed:
+                    _check_shared(slot, share_frozen)
+                    self.shared.append(slot)
+                else:
+                    _check_pair(slot)
+                    self.slots.append(slot)
         # All checks have passed. From here on the twin may change, to follow the model in what is shared or copied.
         for name in followed:
             theirs[name].table[theirs[name].key] = ours[name].get()
         self._once_shared: dict[int, Tensor] = {id(slot.online.get()): slot.online.get() for slot in self.shared}
-        self._follow_shapes()
-        names = sharing_memory(
-            [place.get() for place in ours.values()],
-            {slot.name: slot.averaged.get() for slot in self.slots},
-        )
-        give_own_memory(local(theirs[name].get()) for name in names)
+        with torch.inference_mode(False), torch.no_grad():
+            for slot in self.slots:
+                if slot.treatment == "copy" and not _alike(slot.online.get(), slot.averaged.get()):
+                    replace(slot.averaged, slot.online.get())
+        separate([place.get() for place in ours.values()], [slot.averaged.get() for slot in self.slots])
         self.saved_names = {name: first for name, first in self.first_names.items() if ours[name].is_saved}
-        self._group(kinds)
-        self._remember(online, averaged, [*ours.values()], [*theirs.values()])
+        self.groups = _grouped(self.slots, narrow)
+        self.resolution = max((_resolution(group, narrow) for group in self.groups if group.averages), default=0.0)
+        self._remember(online, averaged)
+
+    def _remember(self, online: nn.Module, averaged: nn.Module) -> None:
+        """Records what :meth:`is_current` compares: first the tensors, then what is compared only by identity."""
+        modules = [*online.modules(), *averaged.modules()]
+        self._all_tables = [table for part in modules for table in (part._parameters, part._buffers, part._modules)]
+        self._size = sum(map(len, self._all_tables))
+        tensors: list[tuple[Any, str, Any]] = []
+        others: list[tuple[Any, str, Any]] = []
+        for table in self._all_tables:
+            for key, value in table.items():  # the tables of TorchScript cannot be iterated over
+                is_paired = isinstance(value, Tensor) and id(value) not in self._once_shared
+                (tensors if is_paired else others).append((table, key, value))
+        # Deleting from a Sequential makes a new table; a traced module has none.
+        others += [(vars(part), "_modules", found) for part in modules if (found := vars(part).get("_modules"))]
+        entries = [*tensors, *others]
+        self._tables = [table for table, _, _ in entries]
+        self._keys = [key for _, key, _ in entries]
+        self._objects = [value for _, _, value in entries]
+        self._count = len(tensors)
+        self._attributes = list(map(vars, online.modules()))
+        self._sharded = [tensor for _, _, tensor in tensors if is_sharded(tensor)]
+        is_plain = all(one.layout is torch.strided and not one.is_complex() for _, _, one in tensors)
+        self._address: Callable[[Tensor], Any] = Tensor.data_ptr if is_plain and not self._sharded else _address
+        self._addresses = [self._address(tensor) for _, _, tensor in tensors]
+        self._numbers = [tensor.numel() for _, _, tensor in tensors]
 
     def is_current(self) -> bool:
         """Whether model and twin still have the paired tensors, at the same addresses."""
@@ -185,90 +219,11 @@ class Pairing:
 
         All ranks of a sharded model must call this together; if any rank finds such a parameter, all get a name.
         """
-        names = (nonfinite_in(group) for group in self.groups if not group.are_buffers)
+        names = (group.first_nonfinite() for group in self.groups if not group.are_buffers)
         name = next(filter(None, names), None)
         if self._sharded and on_any_rank(name is not None, self._sharded) and name is None:
             return "a tensor on another rank"
         return name
-
-    def _kind_of(self, slot: Slot) -> tuple[Any, ...]:
-        """The key of the slot's group; raises Mismatch or TypeError if the two tensors do not fit."""
-        online, averaged = slot.online.get(), slot.averaged.get()
-        _check_pair(slot, online, averaged)
-        online, averaged = slot.tensors()
-        if slot.treatment == "keep":
-            return ()
-        places = averaged.dtype, averaged.device, online.dtype, online.device, slot.online.is_buffer
-        if slot.treatment == "copy":
-            return kernels.copying_kernel_for(online, averaged), False, 0.0, *places
-        _check_arithmetic(slot, online, averaged)
-        is_trained = slot.online.get().requires_grad
-        kernel = kernels.lerping_kernel_for(
-            online, averaged, is_buffer=slot.online.is_buffer, is_trained=is_trained, narrow=self._narrow
-        )
-        dtype = torch.float32 if kernel == self._narrow else averaged.dtype
-        resolution = torch.finfo(dtype).eps if is_trained or slot.online.is_buffer else 0.0
-        return kernel, True, resolution, *places
-
-    def _follow_shapes(self) -> None:
-        """Replaces copied buffers of the twin if the model's have another shape, layout or kind of number now."""
-        with torch.inference_mode(False), torch.no_grad():
-            for slot in self.slots:
-                online, averaged = slot.online.get(), slot.averaged.get()
-                if slot.treatment == "copy" and not _alike(online, averaged):
-                    replace(slot.averaged, online)
-
-    def _group(self, kinds: list[tuple[Any, ...]]) -> None:
-        members: dict[tuple[Any, ...], list[tuple[Slot, Tensor, Tensor]]] = {}
-        with torch.inference_mode(False):
-            for kind, slot in zip(kinds, self.slots, strict=True):
-                if kind:
-                    online, averaged, are_dense = _aliases(slot, kernels.needs_flat(kind[0]))
-                    # A single tensor that is not dense would put the whole group on a slower path on a GPU.
-                    members.setdefault((*kind, are_dense), []).append((slot, online, averaged))
-        self.groups: list[Group] = []
-        for (kernel, averages, *_), group in members.items():
-            slots, online_ones, averaged_ones = map(list, zip(*group, strict=True))
-            self.groups.append(Group(kernel, averaged_ones, online_ones, slots, averages))
-        self.resolution = max((kind[2] for kind in kinds if kind), default=0.0)
-
-    def _remember(self, online: nn.Module, averaged: nn.Module, ours: list[Place], theirs: list[Place]) -> None:
-        """Records what :meth:`is_current` compares with."""
-        shared = {(id(place.table), place.key) for slot in self.shared for place in (slot.online, slot.averaged)}
-        places = {(id(place.table), place.key): place for place in (*ours, *theirs)}
-        read = [place for key, place in places.items() if key not in shared]
-        self._attributes = list(map(vars, online.modules()))
-        modules = [*online.modules(), *averaged.modules()]
-        self._all_tables = [table for part in modules for table in (part._parameters, part._buffers, part._modules)]
-        self._size = sum(map(len, self._all_tables))
-        others = [  # modules, shared parameters and entries that are None: compared only by identity
-            (table, key)
-            for table in self._all_tables
-            for key, _ in table.items()  # the tables of TorchScript cannot be iterated over
-            if (id(table), key) not in places or (id(table), key) in shared
-        ]
-        # Deleting from a Sequential makes a new table; a traced module has none.
-        others += [(vars(part), "_modules") for part in modules if vars(part).get("_modules")]
-        self._tables: list[Any] = [*(place.table for place in read), *(table for table, _ in others)]
-        self._keys = [*(place.key for place in read), *(key for _, key in others)]
-        self._objects = list(map(getitem, self._tables, self._keys))
-        self._count = len(read)
-        tensors = self._objects[: self._count]
-        self._sharded = [tensor for tensor in tensors if is_sharded(tensor)]
-        is_plain = not self._sharded and all(tensor.layout is torch.strided for tensor in tensors)
-        is_complex = any(tensor.is_complex() for tensor in tensors)
-        self._address: Callable[[Tensor], Any] = Tensor.data_ptr if is_plain and not is_complex else _address
-        self._addresses = list(map(self._address, tensors))
-        self._numbers = list(map(Tensor.numel, tensors))
-
-
-def nonfinite_in(group: Group) -> str | None:
-    """The quoted name of the first tensor that would bring a NaN or an infinity into the average here, or None."""
-    if group.averages and not kernels.is_finite(group.online, group.averaged[0].dtype):
-        for slot, online, averaged in zip(group.slots, group.online, group.averaged, strict=True):
-            if kernels.spoils(averaged, online):
-                return f"'{slot.name}'"
-    return None
 
 
 def replace(place: Place, source: Tensor) -> None:
@@ -286,16 +241,38 @@ def replace(place: Place, source: Tensor) -> None:
         place.table[place.key] = values
 
 
-def _aliases(slot: Slot, flat: bool) -> tuple[Tensor, Tensor, bool]:
-    """The two, as one-dimensional views if ``flat``, and whether their elements lie in one order without gaps."""
-    online, averaged = slot.tensors()
-    if online.layout is not torch.strided:  # an alias would not follow a new number of elements
-        return slot.online.get(), slot.averaged.get(), False
-    are_dense = online.stride() == averaged.stride() and is_dense(online)
-    if flat and are_dense:
-        shape = (online.numel(),)
-        return online.as_strided(shape, (1,)), averaged.as_strided(shape, (1,)), True
-    return online, averaged, are_dense
+def _grouped(slots: list[Slot], narrow: kernels.Kernel | None) -> list[Group]:
+    """Groups slots by kernel, type and device."""
+    groups: dict[tuple[Any, ...], Group] = {}
+    with torch.inference_mode(False):
+        for slot in slots:
+            online, averaged = slot.tensors()
+            are_dense = online.layout is torch.strided and online.stride() == averaged.stride() and is_dense(online)
+            if slot.treatment == "keep":
+                continue
+            if slot.treatment == "copy":
+                kernel = kernels.copying_kernel_for(online, averaged)
+            else:
+                is_trained = slot.online.get().requires_grad
+                kernel = kernels.lerping_kernel_for(online, averaged, slot.online.is_buffer, is_trained, narrow)
+            places = averaged.dtype, averaged.device, online.dtype, online.device, slot.online.is_buffer
+            # A single tensor that is not dense would put the whole group on a slower path on a GPU.
+            group = groups.setdefault((kernel, *places, are_dense), Group(kernel, [], [], []))
+            if online.layout is not torch.strided:  # an alias would not follow a new number of elements
+                online, averaged = slot.online.get(), slot.averaged.get()
+            elif are_dense and kernels.needs_flat(kernel):
+                online, averaged = (one.as_strided((one.numel(),), (1,)) for one in (online, averaged))
+            group.averaged.append(averaged)
+            group.online.append(online)
+            group.slots.append(slot)
+    return list(groups.values())
+
+
+def _resolution(group: Group, narrow: kernels.Kernel | None) -> float:
+    """The relative rounding step of the averages; 0 for frozen parameters."""
+    if not group.are_buffers and not any(slot.online.get().requires_grad for slot in group.slots):
+        return 0.0
+    return torch.finfo(torch.float32 if group.kernel == narrow else group.averaged[0].dtype).eps
 
 
 def _address(tensor: Tensor) -> object:
@@ -309,17 +286,20 @@ def _alike(online: Tensor, averaged: Tensor) -> bool:
     return kinds[0] == kinds[1]
 
 
-def _check_names(ours: dict[str, Place], theirs: dict[str, Place], treatment_of: Callable[[str], Treatment]) -> None:
-    for name in sorted(ours.keys() ^ theirs.keys()):
-        places = ours if name in ours else theirs
-        if places[name].is_buffer and treatment_of(name) == "keep":
-            del places[name]  # each may have its own
-            continue
-        here, there = ("model", "twin") if name in ours else ("twin", "model")
-        raise Mismatch(f"'{name}' is in the {here} but not in the {there}")
+def _matching(
+    ours: dict[str, Place], theirs: dict[str, Place], treatment_of: Callable[[str], Treatment]
+) -> tuple[dict[str, Place], dict[str, Place]]:
+    """The places without buffers that only one of the two has and that are left alone; raises Mismatch for others."""
+    alone = {name: place for name, place in (ours | theirs).items() if name not in ours or name not in theirs}
+    for name in sorted(alone):
+        if not (alone[name].is_buffer and treatment_of(name) == "keep"):
+            here, there = ("model", "twin") if name in ours else ("twin", "model")
+            raise Mismatch(f"'{name}' is in the {here} but not in the {there}")
+    ours, theirs = ({name: place for name, place in one.items() if name not in alone} for one in (ours, theirs))
     for name, place in ours.items():
         if place.is_buffer != theirs[name].is_buffer:
             raise Mismatch(f"'{name}' is a parameter in one of model and twin, and a buffer in the other")
+    return ours, theirs
 
 
 def _checked_ties(ours: dict[str, Place], theirs: dict[str, Place], followed: set[str]) -> dict[str, str]:
@@ -346,15 +326,17 @@ def _treatment(place: Place, name: str, treatment_of: Callable[[str], Treatment]
     return "copy" if treatment == "average" and not is_averageable else treatment
 
 
-def _check_pair(slot: Slot, online: Tensor, averaged: Tensor) -> None:
-    are_sharded = is_sharded(online) or is_sharded(averaged)
-    if are_sharded and (ours := sharding(online)) != (theirs := sharding(averaged)):
+def _check_pair(slot: Slot) -> None:
+    """Raises Mismatch or TypeError unless an update can do what it should with the two tensors."""
+    online, averaged = slot.online.get(), slot.averaged.get()
+    ours, theirs = sharding(online), sharding(averaged)
+    if ours != theirs:
         raise Mismatch(f"'{slot.name}' is {ours} in the model and {theirs} in the twin")
     if not slot.may_change_shape and not _alike(online, averaged):
-        if online.shape != averaged.shape:
-            ours, theirs = (f"shape {tuple(one.shape)}" for one in (online, averaged))
-        else:
-            ours, theirs = (f"{one.dtype} and {one.layout}" for one in (online, averaged))
+        is_shape = online.shape != averaged.shape
+        ours, theirs = (
+            f"shape {tuple(one.shape)}" if is_shape else f"{one.dtype} and {one.layout}" for one in (online, averaged)
+        )
         raise Mismatch(f"'{slot.name}' has {ours} in the model and {theirs} in the twin")
     for tensor, where in ((online, "model"), (averaged, "twin")):
         if not has_values(local(tensor)):
@@ -364,6 +346,8 @@ def _check_pair(slot: Slot, online: Tensor, averaged: Tensor) -> None:
             )
     if averaged.is_inference():
         raise Mismatch(f"'{slot.name}' of the twin was made inside torch.inference_mode(): make it outside")
+    if slot.treatment == "average":
+        _check_arithmetic(slot, local(online).detach(), local(averaged).detach())
 
 
 def _check_arithmetic(slot: Slot, online: Tensor, averaged: Tensor) -> None:
