@@ -85,79 +85,48 @@ class Swapped(ContextDecorator):
             self._steps = None
 
 
-class _Saved:
-    """What a model has to get back after the block.
+class _Restoration:
+    """Restores a model, step by step.
 
     Attributes:
-        left: what has not been restored yet; the last entry is restored first.
+        left: the steps that are not done yet, each with a name; the last is done first, and may be done twice.
         errors: what could not be restored, by name.
     """
 
     def __init__(self) -> None:
-        self.left: list[_SavedTensor | _SavedModules] = []
+        self.left: list[tuple[str, Callable[[], None]]] = []
         self.errors: dict[str, BaseException] = {}
 
-    def give_back(self) -> None:
-        """Restores entry by entry; an exception on the way, such as Ctrl-C, is raised when all are done."""
+    def finish(self) -> None:
+        """Does what is left; an exception on the way, such as Ctrl-C, is raised when all is done."""
         raised: BaseException | None = None
+        failures = 0
         while self.left:
-            entry = self.left[-1]
+            name, restore = self.left[-1]
             try:
-                entry.give_back()
+                restore()
                 self.left.pop()
+                failures = 0
             except BaseException as error:
-                raised = error
-                entry.failures += 1
-                if entry.failures == _TRIALS:
-                    self.errors[entry.name] = error
+                raised, failures = error, failures + 1
+                if failures == _TRIALS:
+                    self.errors[name], failures = error, 0
                     self.left.pop()
         torch.clear_autocast_cache()  # it has copies of the weights
         if raised is not None and not self.errors:
             raise raised
 
 
-class _SavedModules:
-    """The modules of a model, to be marked as swapped, and the tensors in their tables."""
-
-    name = "the modules"
-    failures = 0
-
-    def __init__(self, model: nn.Module) -> None:
-        self.children = {path: (module, dict(module._modules)) for path, module in model.named_modules()}
-        self._places = [
-            (module, table, key, tensor)
-            for module, _ in self.children.values()
-            for table in (module._parameters, module._buffers)
-            for key, tensor in table.items()
-        ]
-
-    def mark(self) -> None:
-        """Marks each module with its own id, so that a copy does not count as swapped."""
-        for module, _ in self.children.values():
-            vars(module)[SWAPPED] = id(module)
-
-    def give_back(self) -> None:
-        """Removes the marks, and puts each tensor back in its place."""
-        for module, _ in self.children.values():
-            vars(module).pop(SWAPPED, None)
-        for module, table, key, tensor in self._places:
-            if key in table and table[key] is not tensor:
-                setattr(module, key, tensor)  # not into the table: an LSTM also keeps a list of its weights
-
-
-class _SavedTensor:
+class _Saved:
     """A tensor of the model, its memory, and, unless it is shared with the twin, its values."""
 
     def __init__(self, slot: Slot, is_shared: bool = False) -> None:
-        self.slot, self.name = slot, slot.name
-        self.tensor = slot.online.get()
-        self.home = self.tensor.detach()
-        self.requires_grad = self.tensor.requires_grad
-        part = local(self.home)
+        self.slot, self.tensor = slot, slot.online.get()
+        self._home, self._requires_grad = self.tensor.detach(), self.tensor.requires_grad
+        part = local(self._home)
         self._values = None if is_shared else part.clone()
         self._bytes = part.untyped_storage().nbytes() if part.layout is torch.strided else 0
-        self.version = -1
-        self.failures = 0
+        self.version = -1  # of the tensor with the twin's values
 
     def fill(self) -> None:
         """Replaces the values with those of the twin."""
@@ -167,13 +136,12 @@ class _SavedTensor:
         else:  # a copied or kept buffer of another shape, or a tensor that cannot be written to
             replace(self.slot.online, averaged)
 
-    def give_back(self) -> None:
-        """Restores the tensor."""
-        part = local(self.home)
-        if not _same_memory(self.tensor, self.home):  # cast or moved
-            self.tensor.data = self.home
-        if self.tensor.requires_grad != self.requires_grad and self.tensor.is_leaf:
-            self.tensor.requires_grad_(self.requires_grad)
+    def restore(self) -> None:
+        part = local(self._home)
+        if not _same_memory(self.tensor, self._home):  # cast or moved
+            self.tensor.data = self._home
+        if self.tensor.requires_grad != self._requires_grad and self.tensor.is_leaf:
+            self.tensor.requires_grad_(self._requires_grad)
         if self._values is not None and part.layout is torch.strided and not overlaps_itself(part):
             if not has_values(part):  # freed to save memory
                 part.untyped_storage().resize_(self._bytes)
@@ -186,53 +154,74 @@ class _SavedTensor:
             return False
         if place.key not in place.table or place.get() is not self.tensor:
             return True
-        if _version(self.tensor) == self.version:
-            return False
         online, averaged = self.slot.tensors()
-        return not torch.equal(online, averaged.to(online))
+        return _version(self.tensor) != self.version and not torch.equal(online, averaged.to(online))
 
 
 def _swap(
     pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None
 ) -> Generator[None, None, None]:
-    saved, modules, parts = _Saved(), _SavedModules(model), fsdp_modules(model)
+    restoration, parts = _Restoration(), fsdp_modules(model)
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    children = {path: dict(module._modules) for path, module in modules.items()}
+    saved: list[_Saved] = []
     changed: list[str] = []
     is_complete = False
     try:
         try:
-            saved.left.append(modules)
-            modules.mark()
-            plain = [slot for slot in pairing.shared if type(slot.online.get()) is nn.Parameter]
-            saved.left += [_SavedTensor(slot, is_shared=True) for slot in plain]
-            tensors = []
+            restoration.left.append(("the modules", _restoring(list(modules.values()))))
+            for module in modules.values():
+                vars(module)[SWAPPED] = id(module)
+            for slot in pairing.shared:
+                if type(slot.online.get()) is nn.Parameter:
+                    restoration.left.append((slot.name, _Saved(slot, is_shared=True).restore))
             for slot in pairing.slots:
-                tensors.append(_SavedTensor(slot))
-                saved.left.append(tensors[-1])
-                tensors[-1].fill()
+                saved.append(_Saved(slot))
+                restoration.left.append((slot.name, saved[-1].restore))
+                saved[-1].fill()
             torch.clear_autocast_cache()
             if buffers_from is not None:
                 buffers_from(model)
-            for saved_tensor in tensors:  # not before: views of one storage share a version counter
-                saved_tensor.version = _version(saved_tensor.tensor)
+            for tensor in saved:  # not before: views of one storage share a version counter
+                tensor.version = _version(tensor.tensor)
             yield
             _reshard(parts, model, pairing)
-            changed = [saved_tensor.name for saved_tensor in tensors if saved_tensor.was_changed()]
+            changed = [tensor.slot.name for tensor in saved if tensor.was_changed()]
             is_complete = True
-            tensors.clear()
+            saved.clear()  # so that each copy is freed once it has been written back
         finally:
             _reshard(parts, model, pairing)
-            saved.give_back()
+            restoration.finish()
     finally:
-        saved.give_back()
-        if (fault := _fault(saved.errors, modules.children)) and not is_complete:
+        restoration.finish()
+        if (fault := _fault(restoration.errors, modules, children)) and not is_complete:
             warn_user(fault)  # the exception that ended the block reaches the caller
     if fault:
-        raise RuntimeError(fault) from next(iter(saved.errors.values()), None)
+        raise RuntimeError(fault) from next(iter(restoration.errors.values()), None)
     if changed:
         warn_user(
             f"'{changed[0]}' was changed while the model held its averaged weights, and the change is dropped. Train "
             "and load weights outside of swapped() and of the runs of swap_during()."
         )
+
+
+def _restoring(modules: list[nn.Module]) -> Callable[[], None]:
+    """Returns what removes the marks of modules, and puts each of their tensors back in its place."""
+    places = [
+        (module, table, key, tensor)
+        for module in modules
+        for table in (module._parameters, module._buffers)
+        for key, tensor in table.items()
+    ]
+
+    def restore() -> None:
+        for module in modules:
+            vars(module).pop(SWAPPED, None)
+        for module, table, key, tensor in places:
+            if key in table and table[key] is not tensor:
+                setattr(module, key, tensor)  # not into the table: an LSTM also keeps a list of its weights
+
+    return restore
 
 
 def _reshard(parts: list[nn.Module], model: nn.Module, pairing: Pairing) -> None:
@@ -242,16 +231,18 @@ def _reshard(parts: list[nn.Module], model: nn.Module, pairing: Pairing) -> None
         model.state_dict()  # its hooks reshard even in the middle of a pass
 
 
-def _fault(errors: dict[str, BaseException], modules: dict[str, tuple[nn.Module, dict[str, Any]]]) -> str | None:
+def _fault(
+    errors: dict[str, BaseException], modules: dict[str, nn.Module], children: dict[str, dict[str, Any]]
+) -> str | None:
     """What is wrong with the model after the block, or None."""
     for name, error in errors.items():
         return (
             f"The model should get its own weights back after swapped(), but '{name}' could not be written "
             f"({type(error).__name__}: {error}). Load the model from a checkpoint."
         )
-    for path, (module, children) in modules.items():
+    for path, module in modules.items():
         found = dict(module._modules)
-        for key, child in children.items():
+        for key, child in children[path].items():
             if found.get(key) is not child:
                 return (
                     "The modules of the model should stay while it holds averaged weights, but "
