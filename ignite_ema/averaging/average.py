@@ -20,7 +20,6 @@ from .checks import (
     final_momentum,
     listed,
     module_summary,
-    momentum_summary,
     one_line,
     percentage,
     schedule_of,
@@ -30,7 +29,7 @@ from .checks import (
     warn_user,
 )
 from .memory import give_own_memory
-from .names import names_of, parameters_and_buffers, parameters_of, tensors_of
+from .names import parameters_and_buffers, parameters_of
 from .pairing import Group, Mismatch, Pairing
 from .sharding import local
 from .state import STATE_VERSION, check_average_state, fill, fitting_tensors, missing_slots
@@ -213,7 +212,7 @@ class ModelAverage:
         return one_line(
             "ModelAverage",
             lambda: module_summary(self.module),
-            lambda: momentum_summary(self._momentum),
+            lambda: "" if self._momentum is None else f"momentum {described(self._momentum)}",
             lambda: counted(self._num_updates, "update"),
             lambda: "" if math.isnan(self._initial_share) else f"{percentage(self._initial_share)} initial weights",
         )
@@ -326,7 +325,8 @@ class ModelAverage:
             return  # the end of a schedule that goes to 0; 16 bits stall long before
         if self.schedule is not None and final_momentum(self.schedule) >= resolution:
             return  # the beginning of a warm-up
-        can_round = self._rounding is None and any(one.dtype in kernels.NARROW for one in self._parameters())
+        averages = [local(slot.averaged.get()) for slot in self._current().slots if not slot.online.is_buffer]
+        can_round = self._rounding is None and any(average.dtype in kernels.NARROW for average in averages)
         self._tell_once("narrow", stalled(momentum, resolution, can_round))
 
     def _tell_once(self, what: str, message: str) -> None:
@@ -411,9 +411,9 @@ class ModelAverage:
         try:
             pairing = self._current()
         except RuntimeError:  # the model's structure has changed; the twin's has not
-            shared = {id(parameter) for parameter in parameters_of(self.model)}
-            tensors = {name: one for name, one in tensors_of(self.module).items() if id(one) not in shared}
-            return {name: tensor.detach() for name, tensor in tensors.items()}, names_of(self.module)
+            if self._pairing is None:
+                raise
+            pairing = self._pairing
         saved = {slot.name: slot.averaged.get().detach() for slot in pairing.slots if slot.is_saved}
         return saved, dict(pairing.saved_names)
 
@@ -459,34 +459,27 @@ class ModelAverage:
             raise TypeError(
                 f"source should be a state_dict, got {type(source).__name__}. EMAHandler.load_averaged() reads files."
             )
-        saved = source.get("num_updates") if "averaged_tensors" in source else None
-        count = self._count_after_load(saved if num_updates is None else num_updates)
+        if num_updates is None:
+            stated = source.get("num_updates") if "averaged_tensors" in source else None
+            num_updates = self._num_updates if stated is None else stated
+        check_count(num_updates)
+        schedule = None if isinstance(self.schedule, Constant) else self.schedule
+        if schedule is not None and scheduled(schedule, num_updates) == 1 and num_updates == 0:
+            raise ValueError(
+                f"num_updates should say how many updates the loaded weights count for, got 0, after which "
+                f"{described(schedule)} copies the model over them. Pass the number of updates that they average, "
+                "such as num_updates=1000."
+            )
         values, unequal = fitting_tensors(pairing, source, strict=strict)
         rest = {} if strict else {slot.name: slot.online.get() for slot in missing_slots(pairing, values)}
         self._fill(pairing, {**values, **rest})
-        self._num_updates, self._initial_share = count, math.nan if rest or unequal else 0.0
+        self._num_updates, self._initial_share = num_updates, math.nan if rest or unequal else 0.0
         if rest or unequal:
             warn_user(
                 f"{listed([*rest, *unequal])} started from the model, since the loaded weights have nothing that fits, "
                 f"or the parameter is frozen and shared; {counted(len(values), 'tensor')} were loaded."
             )
 
-    def _count_after_load(self, count: int | None) -> int:
-        """The number of updates that loaded weights count for; raises if the schedule would copy over them."""
-        count = self._num_updates if count is None else count
-        check_count(count)
-        schedule = None if isinstance(self.schedule, Constant) else self.schedule
-        if schedule is not None and scheduled(schedule, count) == 1 and count == 0:
-            raise ValueError(
-                f"num_updates should say how many updates the loaded weights count for, got 0, after which "
-                f"{described(schedule)} copies the model over them. Pass the number of updates that they average, "
-                "such as num_updates=1000."
-            )
-        return count
-
     def _fill(self, pairing: Pairing, values: Mapping[str, Tensor]) -> None:
         fill(pairing, values)
         self._told.add("moved")
-
-    def _parameters(self) -> list[Tensor]:
-        return [local(slot.averaged.get()) for slot in self._current().slots if not slot.online.is_buffer]

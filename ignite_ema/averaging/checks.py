@@ -1,14 +1,13 @@
 """Checks of arguments, warnings, and the parts of a ``repr``: shared by all parts of the library."""
 
 import contextlib
-import importlib.util
 import numbers
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +21,14 @@ class EMAWarning(UserWarning):
     """The category of every warning of ``ignite_ema``."""
 
 
-def _location(package: str) -> str:
-    spec = importlib.util.find_spec(package)
-    places = spec.submodule_search_locations if spec is not None else None
-    return str(Path(places[0])) + os.sep if places else package
+_SITE = Path(torch.__file__).parents[1]
+_LIBRARIES = (str(Path(__file__).parents[1]), str(_SITE / "torch"), str(_SITE / "ignite"), contextlib.__file__)
+_PLACE: Any = {"skip_file_prefixes": _LIBRARIES} if sys.version_info >= (3, 12) else {"stacklevel": 3}
 
 
-if sys.version_info >= (3, 12):
-    _LIBRARIES = (*map(_location, ("ignite_ema", "ignite", "torch")), contextlib.__file__)
-
-    def warn_user(message: str) -> None:
-        """Warns at the innermost line outside of the libraries."""
-        warnings.warn(message, EMAWarning, skip_file_prefixes=_LIBRARIES)
-
-else:
-
-    def warn_user(message: str) -> None:
-        """Warns at the line that called the caller, which is the user's for most public functions."""
-        warnings.warn(message, EMAWarning, stacklevel=3)
+def warn_user(message: str) -> None:
+    """Warns at the innermost line outside of the libraries; before Python 3.12 at the line that called the caller."""
+    warnings.warn(message, EMAWarning, **_PLACE)
 
 
 def warn_first_rank(message: str) -> None:
@@ -186,13 +175,6 @@ def module_summary(module: nn.Module) -> str:
     types = {str(one.dtype).removeprefix("torch."): None for one in parameters}
     devices = {str(one.device): None for one in parameters}
     return f"{size} in {' and '.join(types)} on {' and '.join(devices)}" if parameters else size
-
-
-def momentum_summary(momentum: object) -> str:
-    """A momentum or a schedule; empty for None."""
-    if momentum is None:
-        return ""
-    return f"momentum {momentum:g}" if isinstance(momentum, numbers.Real) else f"momentum {described(momentum)}"
 
 
 def percentage(share: float) -> str:

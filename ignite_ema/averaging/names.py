@@ -91,12 +91,6 @@ def name_of(module: nn.Module, tensor: Tensor) -> str:
     return next(name for name, place in places_of(module).items() if place.get() is tensor)
 
 
-def names_of(module: nn.Module) -> dict[str, str]:
-    """The first name of the tensor under each name that ``module.state_dict()`` has for a parameter or a buffer."""
-    places = places_of(module)
-    return {name: first for name, first in first_names(places).items() if places[name].is_saved}
-
-
 def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
     """Like ``module.parameters()``, which a model may have overridden to return groups for an optimizer."""
     return nn.Module.parameters(module)

@@ -15,7 +15,6 @@ from ..averaging.checks import (
     counted,
     described,
     module_summary,
-    momentum_summary,
     one_line,
     warn_first_rank,
 )
@@ -123,7 +122,7 @@ class EMAHandler(EngineHandler):
         return one_line(
             type(self).__name__,
             lambda: module_summary(self.ema_model),
-            lambda: momentum_summary(self._momentum.schedule or self._plain_momentum()),
+            lambda: f"momentum {described(self._momentum.schedule or self._plain_momentum())}",
             lambda: counted(self.num_updates, "update"),
             lambda: " and ".join(f"attached to an Engine as {one.names_in_words}" for one in self._attachments),
         )
