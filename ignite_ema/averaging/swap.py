@@ -123,29 +123,29 @@ class _Saved:
     def __init__(self, slot: Slot, is_shared: bool = False) -> None:
         self.slot, self.tensor = slot, slot.online.get()
         self._home, self._requires_grad = self.tensor.detach(), self.tensor.requires_grad
-        part = local(self._home)
-        self._values = None if is_shared else part.clone()
-        self._bytes = part.untyped_storage().nbytes() if part.layout is torch.strided else 0
+        self._part = local(self._home)
+        self._values = None if is_shared else self._part.clone()
+        self._is_writable = self._part.layout is torch.strided and not overlaps_itself(self._part)
+        self._bytes = self._part.untyped_storage().nbytes() if self._is_writable else 0
         self.version = -1  # of the tensor with the twin's values
 
     def fill(self) -> None:
         """Replaces the values with those of the twin."""
-        online, averaged = self.slot.tensors()
-        if online.shape == averaged.shape and online.layout is torch.strided and not overlaps_itself(online):
-            _write(online, averaged)
+        averaged = local(self.slot.averaged.get()).detach()
+        if self._is_writable and self._part.shape == averaged.shape:
+            _write(self._part, averaged)
         else:  # a copied or kept buffer of another shape, or a tensor that cannot be written to
             replace(self.slot.online, averaged)
 
     def restore(self) -> None:
-        part = local(self._home)
-        if not _same_memory(self.tensor, self._home):  # cast or moved
+        if not self._is_at_home():  # cast or moved
             self.tensor.data = self._home
         if self.tensor.requires_grad != self._requires_grad and self.tensor.is_leaf:
             self.tensor.requires_grad_(self._requires_grad)
-        if self._values is not None and part.layout is torch.strided and not overlaps_itself(part):
-            if not has_values(part):  # freed to save memory
-                part.untyped_storage().resize_(self._bytes)
-            _write(part, self._values)
+        if self._values is not None and self._is_writable:
+            if not has_values(self._part):  # freed to save memory
+                self._part.untyped_storage().resize_(self._bytes)
+            _write(self._part, self._values)
 
     def was_changed(self) -> bool:
         """Whether a parameter was replaced, or no longer has the values that it was filled with."""
@@ -154,8 +154,16 @@ class _Saved:
             return False
         if place.key not in place.table or place.get() is not self.tensor:
             return True
+        if _version(self.tensor) == self.version:
+            return False
         online, averaged = self.slot.tensors()
-        return _version(self.tensor) != self.version and not torch.equal(online, averaged.to(online))
+        return not torch.equal(online, averaged.to(online))
+
+    def _is_at_home(self) -> bool:
+        part = local(self.tensor)
+        if part.layout is not torch.strided or self._part.layout is not torch.strided:
+            return part.layout is self._part.layout
+        return part.dtype == self._part.dtype and part.is_set_to(self._part)
 
 
 def _swap(
@@ -258,13 +266,6 @@ def _write(tensor: Tensor, values: Tensor) -> None:
             tensor.copy_(values)
     else:
         tensor.copy_(values)
-
-
-def _same_memory(tensor: Tensor, home: Tensor) -> bool:
-    mine, own = local(tensor), local(home)
-    if mine.layout is not torch.strided or own.layout is not torch.strided:
-        return mine.layout is own.layout
-    return mine.dtype == own.dtype and mine.is_set_to(own)
 
 
 def _version(tensor: Tensor) -> int:
