@@ -24,6 +24,8 @@ _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TABLES = ("_parameters", "_buffers", "_modules")
 _ATOMIC = (int, float, str, bytes, type(None))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # others do not run in a forward pass of the twin
+# Other methods compute nothing: Accelerate sets to() and cuda() on an instance, torchao extra_repr().
+_OF_EVERY_MODULE = {*dir(nn.Module())} - {"forward"}
 
 
 def stripped(module: nn.Module) -> nn.Module:
@@ -323,8 +325,7 @@ def _functions_in(module: nn.Module) -> Iterator[tuple[str, object]]:
         if name in _HOOKS:
             for hook in value.values():
                 yield name.removeprefix("_").removesuffix("s"), hook
-        # Other methods of nn.Module compute nothing: Accelerate sets to() and cuda(), torchao extra_repr().
-        elif name == "forward" or not (hasattr(nn.Module, name) or name in _TABLES or name.endswith("_hooks")):
+        elif name not in _OF_EVERY_MODULE:
             yield name, value
 
 
