@@ -32,7 +32,7 @@ from .memory import give_own_memory
 from .names import parameters_and_buffers, parameters_of
 from .pairing import Group, Mismatch, Pairing
 from .sharding import local
-from .state import STATE_VERSION, check_average_state, fill, fitting_tensors, missing_slots
+from .state import STATE_VERSION, check_average_state, fill, fitting_tensors
 from .stochastic_rounding import StochasticRounding
 from .swap import Swapped, is_swapped, refuse_while_swapped
 from .twin import check_model, settle, stripped, twin_of
@@ -470,8 +470,8 @@ class ModelAverage:
                 f"{described(schedule)} copies the model over them. Pass the number of updates that they average, "
                 "such as num_updates=1000."
             )
-        values, unequal = fitting_tensors(pairing, source, strict=strict)
-        rest = {} if strict else {slot.name: slot.online.get() for slot in missing_slots(pairing, values)}
+        values, missing, unequal = fitting_tensors(pairing, source, strict=strict)
+        rest = {slot.name: slot.online.get() for slot in missing}
         self._fill(pairing, {**values, **rest})
         self._num_updates, self._initial_share = num_updates, math.nan if rest or unequal else 0.0
         if rest or unequal:

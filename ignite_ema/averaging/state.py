@@ -70,17 +70,18 @@ def check_average_state(
 
 def fitting_tensors(
     pairing: Pairing, source: Mapping[str, Any], *, strict: bool = True, complete: bool = False
-) -> tuple[dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], list[Slot], list[str]]:
     """The tensors for the twin, by first name, from the state of an average or the plain ``state_dict`` of a model.
 
     Args:
         pairing: the model and its twin.
         source: what is loaded.
         strict: whether all tensors have to be present and fit.
-        complete: whether the buffers have to be present, too; if False, parameters alone will do.
+        complete: whether all buffers of a state have to be present, too; if False, parameters alone will do.
 
     Returns:
-        The tensors and, if ``strict`` is False, the names of shared parameters that have other values in the model.
+        The tensors and, if ``strict`` is False, the slots for which there are none, and the names of shared parameters
+        that have other values in the model.
 
     Raises:
         ValueError: if they should fit and do not, or if nothing fits.
@@ -91,52 +92,41 @@ def fitting_tensors(
     unequal: list[str] = []
     plain = _plain(source, pairing.first_names)
     for name, value in plain.items():
-        first = pairing.first_names.get(name)
-        try:
-            if first in shared:
-                _check_equal_to_shared(name, shared[first], value)
-            elif first is not None:
-                _check_fit(name, slots[first], value)
-                if not _are_equal(found.setdefault(first, value), value):
-                    raise ValueError(
-                        f"'{name}' is tied to '{first}' in the model and should be equal to it, but is not."
-                    )
-            else:
-                raise ValueError(
-                    f"The averaged tensors should be those of this model, but it has no '{name}'. "
-                    f"{_OTHER_NAMES if pairing.first_names.keys().isdisjoint(plain) else _ANOTHER_MODEL}"
-                )
-        except ValueError:
-            if strict:
-                raise
-            if first in shared:
-                unequal.append(name)
+        fault, first = None, pairing.first_names.get(name)
+        if first is None:
+            way_out = _OTHER_NAMES if pairing.first_names.keys().isdisjoint(plain) else _ANOTHER_MODEL
+            fault = f"The averaged tensors should be those of this model, but it has no '{name}'. {way_out}"
+        elif first not in shared:
+            fault = _misfit(name, slots[first], value)
+            if fault is None and not _are_equal(found.setdefault(first, value), value):
+                fault = f"'{name}' is tied to '{first}' in the model and should be equal to it, but is not."
+        elif not isinstance(value, Tensor) or not _are_equal(shared[first].online.get(), value):
+            fault = (
+                f"'{name}' is frozen and shared with the model, and should be equal there to what is loaded, but is "
+                "not. Load the weights into the model first."
+            )
+            unequal.append(name)
+        if fault is not None and strict:
+            raise ValueError(fault)
     if not found and not unequal and slots and not complete:
         raise ValueError(
             "The loaded weights should have tensors of this model, but none fits by name and shape. Pass a state_dict "
             "of the model."
         )
-    for slot in missing_slots(pairing, found, complete) if strict else ():
-        raise ValueError(
-            f"The averaged tensors should be those of this model, but '{slot.name}' is missing. "
-            f"{_AS_THEN if complete else ''}{_ANOTHER_MODEL}"
-        )
-    return found, unequal
-
-
-def missing_slots(pairing: Pairing, found: Mapping[str, Tensor], complete: bool = False) -> list[Slot]:
-    """The slots that ``found`` lacks, of a state if ``complete``, else of a ``state_dict()``.
-
-    Unless ``complete``, missing buffers count only if ``found`` has other buffers.
-    """
-    has_buffers = complete or any(slot.name in found for slot in pairing.slots if slot.online.is_buffer)
-    return [
+    has_buffers = complete or any(slots[name].online.is_buffer for name in found)
+    missing = [
         slot
         for slot in pairing.slots
         if slot.name not in found
         and (slot.is_saved if complete else slot.online.is_saved)
         and (has_buffers or not slot.online.is_buffer)
     ]
+    if strict and missing:
+        raise ValueError(
+            f"The averaged tensors should be those of this model, but '{missing[0].name}' is missing. "
+            f"{_AS_THEN if complete else ''}{_ANOTHER_MODEL}"
+        )
+    return found, missing, unequal
 
 
 def fill(pairing: Pairing, values: Mapping[str, Tensor]) -> None:
@@ -168,41 +158,29 @@ def _plain(source: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     return plain
 
 
-def _check_fit(name: str, slot: Slot, loaded: object) -> None:
-    """Raises ValueError unless ``loaded`` is a tensor whose values the twin's tensor can hold without loss."""
-    own = slot.averaged.get()
+def _misfit(name: str, slot: Slot, loaded: object) -> str | None:
+    """Says why ``loaded`` is not a tensor whose values the twin's tensor can hold without loss; None if it is."""
+    own, this = slot.averaged.get(), f"'{name}' of the averaged tensors"
     if not isinstance(loaded, Tensor):
-        raise ValueError(f"'{name}' of the averaged tensors should be a tensor, got {type(loaded).__name__}.")
+        return f"{this} should be a tensor, got {type(loaded).__name__}."
     if loaded.is_nested or loaded.layout != own.layout or loaded.is_meta or not has_values(local(loaded)):
         got = "a nested tensor" if loaded.is_nested else f"{loaded.layout} on {loaded.device} without values"
-        raise ValueError(
-            f"'{name}' of the averaged tensors should be {own.layout} and have values, got {got}. Save it as a plain "
-            "tensor."
-        )
+        return f"{this} should be {own.layout} and have values, got {got}. Save it as a plain tensor."
     if is_sharded(loaded) and sharding(loaded) != sharding(own):
-        raise ValueError(
-            f"'{name}' of the averaged tensors should be {sharding(own)}, got a tensor that is {sharding(loaded)}. "
-            "Load it with ignite_ema.distributed.load_objects, which reshards it."
+        return (
+            f"{this} should be {sharding(own)}, got a tensor that is {sharding(loaded)}. Load it with "
+            "ignite_ema.distributed.load_objects, which reshards it."
         )
     if loaded.shape != own.shape and not slot.may_change_shape:
-        raise ValueError(
-            f"'{name}' of the averaged tensors should have shape {tuple(own.shape)}, got {tuple(loaded.shape)}: the "
-            f"weights are of another model. {_ANOTHER_MODEL}"
+        return (
+            f"{this} should have shape {tuple(own.shape)}, got {tuple(loaded.shape)}: the weights are of another "
+            f"model. {_ANOTHER_MODEL}"
         )
     if not _keeps_values(loaded, own):
         is_narrow = loaded.is_floating_point() and own.is_floating_point()
-        raise ValueError(
-            f"'{name}' of the averaged tensors should fit into {own.dtype}, got {loaded.dtype}. "
-            + (f"Make the average with dtype={loaded.dtype}." if is_narrow else "Convert it first.")
-        )
-
-
-def _check_equal_to_shared(name: str, slot: Slot, loaded: object) -> None:
-    if not isinstance(loaded, Tensor) or not _are_equal(slot.online.get(), loaded):
-        raise ValueError(
-            f"'{name}' is frozen and shared with the model, and should be equal there to what is loaded, but is not. "
-            "Load the weights into the model first."
-        )
+        way_out = f"Make the average with dtype={loaded.dtype}." if is_narrow else "Convert it first."
+        return f"{this} should fit into {own.dtype}, got {loaded.dtype}. {way_out}"
+    return None
 
 
 def _are_equal(own: Tensor, loaded: Tensor) -> bool:
