@@ -85,14 +85,14 @@ def twin_of(
         TypeError, ValueError: for an argument of the wrong type or value.
         RuntimeError: for a model that cannot be deep-copied, or whose weights change with its mode.
     """
-    if own is not None:
+    if own is None:
+        _check_dtype(dtype)
+        _refuse_changing_mode(model, trains, on_copies=True)
+        twin = _copied(model, dtype, _checked_device(device), share_frozen)
+    else:
         _check_own_twin(own, dtype, device, share_frozen)
         _materialize(own, model)
-        _warn_of_shared_functions(model, own)
-        return own
-    dtype, device = _checked_dtype(dtype), _checked_device(device)
-    _refuse_changing_mode(model, trains, on_copies=True)
-    twin = _copied(model, dtype, device, share_frozen)
+        twin = own
     _warn_of_shared_functions(model, twin)
     return twin
 
@@ -141,12 +141,11 @@ def _check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen
         raise ValueError("share_frozen should be False if you pass ema_model, got True. Leave one of the two out.")
 
 
-def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype should be a torch.dtype, such as torch.float32, got {dtype!r}.")
-    if dtype is not None and dtype not in _HOLDING_TYPES:
+    if dtype not in (None, *_HOLDING_TYPES):
         raise ValueError(f"dtype should be one of {', '.join(map(str, _HOLDING_TYPES))}, got {dtype}.")
-    return dtype
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
