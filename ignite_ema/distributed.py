@@ -231,8 +231,8 @@ def _settle(target: Path) -> None:
 def _prepared(dirname: Path, require_empty: bool) -> Path:
     """The directory, made if it is missing, and cleaned of what a killed run has left in it."""
     dirname.mkdir(parents=True, exist_ok=True)
-    names = sorted(path.name for path in dirname.iterdir())
-    if require_empty and (found := [name for name in names if not name.startswith(".")]):
+    found = sorted(path.name for path in dirname.iterdir() if not path.name.startswith("."))
+    if found and require_empty:
         raise ValueError(
             f"'{dirname}' should be empty, but has '{found[0]}' among {len(found)} entries; choose another "
             "directory, or pass require_empty=False to continue in this one."
@@ -336,11 +336,7 @@ def _read(name: str, value: Any, current: Any, others: set[str], path: Path, con
 
 @torch.no_grad()
 def _targets(value: Any, current: Any, places: Mapping[str, KeyPath], contents: Metadata) -> dict[str, Any]:
-    """Tensors to read into, sharded like the object's own, and None for every other value.
-
-    Raises:
-        ValueError: with a clause as its message, if the checkpoint does not fit the object.
-    """
+    """Tensors to read into, sharded like the object's own, and None for other values; what does not fit is raised."""
     leaves, saved = _leaves(current), set(places.values())
     if leaves and not saved:
         raise ValueError("is missing")
@@ -479,7 +475,12 @@ def _gathered(value: Any) -> list[Any]:
 
 def _check_agreement(expected: str, values: Mapping[str, Any], way_out: str, *, complete: bool = False) -> None:
     """Raises ValueError on all ranks if two of them differ under one name; ``complete``: all need all names."""
-    ranks = _gathered({name: _described(value) for name, value in values.items()})
+    described = {}
+    for name, value in values.items():
+        is_tensor = isinstance(value, Tensor)
+        kind = (value.dtype, tuple(value.shape), *getattr(value, "placements", ())) if is_tensor else value
+        described[name] = repr(kind)
+    ranks = _gathered(described)
     for name in dict.fromkeys(name for names in ranks for name in names):
         there = {rank: names.get(name, "nothing") for rank, names in enumerate(ranks) if complete or name in names}
         first, *others = there
@@ -487,8 +488,3 @@ def _check_agreement(expected: str, values: Mapping[str, Any], way_out: str, *, 
             if there[rank] != there[first]:
                 difference = f"'{name}' {there[first]} on rank {first} and {there[rank]} on rank {rank}"
                 raise ValueError(f"{expected}, got {difference}; {way_out}.")
-
-
-def _described(value: Any) -> str:
-    is_tensor = isinstance(value, Tensor)
-    return str((value.dtype, tuple(value.shape), *getattr(value, "placements", ()))) if is_tensor else repr(value)
