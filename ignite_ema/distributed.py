@@ -113,9 +113,9 @@ class ShardedSaver(BaseSaveHandler):
         name, dropped = on_first_rank(lambda: (filename, self._dropped))
         leaves = on_all_ranks(lambda: _leaves(checkpoint))
         _check_agreement(
-            "What is saved under one name should be alike on all ranks",
             {_text(at): leaf for at, leaf in leaves.items() if isinstance(leaf, Tensor)},
-            "build the objects alike on all ranks, or save them under different names",
+            "What is saved under one name should be alike on all ranks, got {}; build the objects alike on all ranks, "
+            "or save them under different names.",
         )
         self._dropped = []
         writer = _Writer(self.dirname / name, dropped)
@@ -425,8 +425,12 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
         )
     state = on_all_ranks(handler.average.state_dict)
     tensors = {**handler.average.shared_tensors(), **state["averaged_tensors"]}
-    expected = "The average should have the same tensors on all ranks"
-    _check_agreement(expected, tensors, "make the handler on all ranks, for the same model", complete=True)
+    _check_agreement(
+        tensors,
+        "The average should have the same tensors on all ranks, got {}; make the handler on all ranks, for the same "
+        "model.",
+        complete=True,
+    )
     copies: dict[str, Tensor] = {}
     for name in dict.fromkeys(state["state_dict_names"].values()):
         gathered = whole(tensors[name])
@@ -454,8 +458,12 @@ def sync_buffers(module: nn.Module, source: int = 0) -> None:
     if not dist.is_initialized():
         return
     buffers = {name: buffer for name, buffer in module.named_buffers() if not is_sharded(buffer)}
-    expected = "sync_buffers should be called with the same source and the same buffers on all ranks"
-    _check_agreement(expected, {"source": source, **buffers}, "build the same module on all ranks", complete=True)
+    _check_agreement(
+        {"source": source, **buffers},
+        "sync_buffers should be called with the same source and the same buffers on all ranks, got {}; build the same "
+        "module on all ranks.",
+        complete=True,
+    )
     if isinstance(source, bool) or source not in range(dist.get_world_size()):
         raise ValueError(f"source should be a rank from 0 to {dist.get_world_size() - 1}, got {source!r}.")
     broadcast_buffers(module, source)
@@ -473,7 +481,7 @@ def _gathered(value: Any) -> list[Any]:
     return values
 
 
-def _check_agreement(expected: str, values: Mapping[str, Any], way_out: str, *, complete: bool = False) -> None:
+def _check_agreement(values: Mapping[str, Any], message: str, *, complete: bool = False) -> None:
     """Raises ValueError on all ranks if two of them differ under one name; ``complete``: all need all names."""
     described = {}
     for name, value in values.items():
@@ -487,4 +495,4 @@ def _check_agreement(expected: str, values: Mapping[str, Any], way_out: str, *, 
         for rank in others:
             if there[rank] != there[first]:
                 difference = f"'{name}' {there[first]} on rank {first} and {there[rank]} on rank {rank}"
-                raise ValueError(f"{expected}, got {difference}; {way_out}.")
+                raise ValueError(message.format(difference))
