@@ -100,9 +100,9 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run has to reproduce: tensors and numbers."""
-        parts = {"model": self.model.state_dict(), "ema_model": self.handler.ema_model.state_dict()}
-        numbers = [self.handler.num_updates, *map(vars(self.trainer.state).get, ("iteration", "ema_momentum"))]
-        return {**parts, "optimizer": self.optimizer.state_dict()["state"], "count, iteration, momentum": numbers}
+        modules = {"model": self.model.state_dict(), "ema_model": self.handler.ema_model.state_dict()}
+        numbers = [self.handler.num_updates, self.trainer.state.iteration, vars(self.trainer.state)["ema_momentum"]]
+        return {**modules, "optimizer": self.optimizer.state_dict()["state"], "count, iteration, momentum": numbers}
 
 
 def _saver(path: Path, objects: dict[str, Any], **options: Any) -> Checkpoint:
