@@ -336,7 +336,10 @@ def _read(name: str, value: Any, current: Any, others: set[str], path: Path, con
 
 @torch.no_grad()
 def _targets(value: Any, current: Any, places: Mapping[str, KeyPath], contents: Metadata) -> dict[str, Any]:
-    """Tensors to read into, sharded like the object's own, and None for other values; what does not fit is raised."""
+    """Tensors to read into, sharded like the object's own, and None for other values.
+
+    A ValueError says, in a clause, how the checkpoint does not fit the object.
+    """
     leaves, saved = _leaves(current), set(places.values())
     if leaves and not saved:
         raise ValueError("is missing")
@@ -482,7 +485,7 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def _check_agreement(values: Mapping[str, Any], message: str, *, complete: bool = False) -> None:
-    """Raises ValueError on all ranks if two of them differ under one name; ``complete``: all need all names."""
+    """Raises ValueError on all ranks if values of one name differ or, if ``complete``, a rank lacks a name."""
     described = {}
     for name, value in values.items():
         is_tensor = isinstance(value, Tensor)
