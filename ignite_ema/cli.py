@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from inspect import cleandoc
 from pathlib import Path
@@ -22,7 +22,8 @@ from . import __version__
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .posthoc import Profile
+    from .checkpoints import Averaged
+    from .posthoc.snapshots import StoredSnapshot
 
 __all__ = ["main"]
 
@@ -115,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--out", type=Path, help=f"{out} length")
     lengths = command.add_argument_group("lengths, one or several, as fractions of the run")
     for name, (_, text, _) in _LENGTHS.items():
-        lengths.add_argument(_flag(name), type=float, action="extend", default=[], nargs="+", metavar="X", help=text)
+        flag = f"--{name.replace('_', '-')}"
+        lengths.add_argument(flag, type=float, action="extend", default=[], nargs="+", metavar="X", help=text)
     command.add_argument("--step", metavar="N", type=int, help="the time of a snapshot (default: the last)")
     command.add_argument("--force", action="store_true", help="overwrite files that exist")
     command.add_argument("--base", metavar="FILE", type=Path, help="a file with the frozen weights, if DIR lacks them")
@@ -139,10 +141,6 @@ def _add_command(commands: Any, run: Callable[[argparse.Namespace], None], *pare
     return command
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _names(path: Path | None) -> Any:
     """The content of the --names file, a mapping in the order of the parameters."""
     from .checkpoints import load_file
@@ -158,27 +156,28 @@ def _names(path: Path | None) -> Any:
 def _outs(arguments: argparse.Namespace, labels: Sequence[str]) -> list[Path]:
     """The file to write for each label; exits if two are the same, and raises if one cannot be written."""
     from .checkpoints.files import check_target
+    from .posthoc.snapshots import is_snapshot_name
 
-    outs = [Path(str(arguments.out).replace("{}", label)) for label in labels]
+    source, outs = arguments.file, [Path(str(arguments.out).replace("{}", label)) for label in labels]
     if len(set(outs)) < len(outs):
         arguments.usage_error(
             f"OUT should have {{}} in it, for the key or length, got {str(arguments.out)!r} for {', '.join(labels)}."
         )
     for out in outs:
-        if out.exists() and arguments.file.exists() and out.samefile(arguments.file):
-            raise ValueError(f"OUT should be a different file from FILE, got {str(out)!r} for both; name a new one.")
+        place = out.resolve()
+        is_source = out.exists() and source.exists() and out.samefile(source)
+        if is_source or (place.parent == source.resolve() and is_snapshot_name(place)):
+            raise ValueError(
+                f"OUT should not be FILE, nor be named like a snapshot in DIR, got {str(out)!r}; choose another name."
+            )
         check_target(out, force=arguments.force)
     return outs
 
 
-def _print(facts: Mapping[str, Any], lines: Iterable[str], as_json: bool) -> None:
-    print(json.dumps(facts, indent=2, allow_nan=False) if as_json else "\n".join(lines))
-
-
-def _table(rows: Sequence[Sequence[object]]) -> list[str]:
-    """The rows as lines, with their columns aligned."""
+def _print_table(rows: Sequence[Sequence[object]]) -> None:
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for row in rows:
+        print("  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 # --- inspect ---
@@ -196,60 +195,65 @@ def _inspect(arguments: argparse.Namespace) -> None:
     A distance is |average - model| / |model|, of all floating-point tensors, or of one layer.
     If a file has several averages, they are listed unless --key chooses one.
     """
-    from .checkpoints.files import size_of
     from .checkpoints.reading import SeveralAverages, read_part
 
     file, names = arguments.file, _names(arguments.names)
     try:
         found, lacks = read_part(file, arguments.key, names, arguments.base, arguments.strip_prefix)
     except SeveralAverages as several:
-        averages = [
-            {"key": one.label, "format": one.system, "tensors": len(one.tensors), "note": one.note or None}
-            for one in several.choices
-        ]
-        lines = [f"{str(file)!r} has several averages; choose one by its key: --key, or its last part"]
-        lines += _table(
+        if arguments.json:
+            averages = [
+                {"key": one.label, "format": one.system, "tensors": len(one.tensors), "note": one.note or None}
+                for one in several.choices
+            ]
+            print(json.dumps({"file": str(file), "averages": averages}, indent=2))
+            return
+        print(f"{str(file)!r} has several averages; choose one by its key: --key, or its last part")
+        _print_table(
             [(repr(one.label), one.system, f"{len(one.tensors)} tensors", one.note) for one in several.choices]
         )
-        _print({"file": str(file), "averages": averages}, lines, arguments.json)
-        return
-    ratios = {} if found.online is None else _distances(found.tensors, found.online)
-    finite = {layer: ratio if math.isfinite(ratio) else None for layer, ratio in ratios.items()}  # JSON has no infinity
-    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values())
-    facts = {
-        "file": str(file),
-        "format": found.system,
-        "tensors": len(found.tensors),
-        "types": dict(types.most_common()),
-        "bytes": size_of(found.tensors),
-        "num_updates": found.num_updates,
-        "lacks": lacks,
-        "distance": finite.pop(None, None),
-        "layers": finite if ratios else None,
-    }
-    _print(facts, _lines_of_file(facts, ratios), arguments.json)
+    else:
+        _show(str(file), found, lacks, arguments.json)
 
 
-def _lines_of_file(facts: Mapping[str, Any], ratios: Mapping[str | None, float]) -> Iterator[str]:
+def _show(file: str, found: "Averaged", lacks: list[str], as_json: bool) -> None:
     from .averaging.checks import listed
+    from .checkpoints.files import size_of
 
-    yield f"file      {facts['file']!r}"
-    yield f"format    {facts['format'] if facts['format'] != 'plain' else 'plain (no average)'}"
-    yield f"tensors   {facts['tensors']} ({', '.join(f'{count} {name}' for name, count in facts['types'].items())})"
-    yield f"size      {facts['bytes'] / 2**20:.3f} MiB"
-    yield f"updates   {'not stated' if facts['num_updates'] is None else facts['num_updates']}"
-    if facts["lacks"]:
-        yield f"lacks     {listed(facts['lacks'])}: frozen, and shared with the model; --base has them"
-    if not ratios:
-        yield "distance  not known: the file has no averaged and raw weights side by side"
+    tensors, updates = found.tensors, found.num_updates
+    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()).most_common()
+    ratios = {} if found.online is None else _distances(tensors, found.online)
+    if as_json:
+        finite = {layer: ratio if math.isfinite(ratio) else None for layer, ratio in ratios.items()}
+        facts = {
+            "file": file,
+            "format": found.system,
+            "tensors": len(tensors),
+            "types": dict(types),
+            "bytes": size_of(tensors),
+            "num_updates": updates,
+            "lacks": lacks,
+            "distance": finite.pop(None, None),
+            "layers": finite if ratios else None,
+        }
+        print(json.dumps(facts, indent=2))
         return
-    whole, *layers = ratios.items()
-    largest = max((ratio for _, ratio in layers if math.isfinite(ratio)), default=0.0)
-    rows = [("distance", f"{whole[1]:.3e}", "all", "")]
-    for layer, ratio in layers:
+    print(f"file      {file!r}")
+    print(f"format    {found.system if found.system != 'plain' else 'plain (no average)'}")
+    print(f"tensors   {len(tensors)} ({', '.join(f'{count} {name}' for name, count in types)})")
+    print(f"size      {size_of(tensors) / 2**20:.3f} MiB")
+    print(f"updates   {'not stated' if updates is None else updates}")
+    if lacks:
+        print(f"lacks     {listed(lacks)}: frozen, and shared with the model; --base has them")
+    if not ratios:
+        print("distance  not known: the file has no averaged and raw weights side by side")
+        return
+    rows = [("distance", f"{ratios.pop(None):.3e}", "all", "")]
+    largest = max(filter(math.isfinite, ratios.values()), default=0.0)
+    for layer, ratio in ratios.items():
         bar = "#" * math.ceil(_BAR * ratio / largest) if largest and math.isfinite(ratio) else ""
         rows.append(("distance", f"{ratio:.3e}", repr(layer) if layer else "(root)", bar))
-    yield from _table(rows)
+    _print_table(rows)
 
 
 def _distances(averaged: "Mapping[str, Tensor]", online: "Mapping[str, Tensor]") -> dict[str | None, float]:
@@ -310,8 +314,10 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
       ignite-ema reconstruct snapshots --sigma-rel 0.15 --out averaged.safetensors
       ignite-ema reconstruct snapshots --sigma-rel 0.1 0.15 --half-life 0.05 --out 'averaged_{}.pt'
     """
-    from .posthoc.snapshots import is_snapshot_name
+    from . import posthoc
+    from .checkpoints.files import save_file, size_of
 
+    directory, step = arguments.file, arguments.step
     lengths = [(name, length) for name in _LENGTHS for length in getattr(arguments, name)]
     if bool(lengths) == arguments.list or arguments.json > arguments.list:
         arguments.usage_error(
@@ -319,33 +325,15 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
             "says which are good."
         )
     if arguments.list:
-        facts = _facts_of_snapshots(arguments.file, arguments.step)
-        _print(facts, _lines_of_snapshots(facts), arguments.json)
+        _list(directory, step, arguments.json)
         return
     try:
-        targets = [_profile(*length) for length in lengths]
+        targets = [getattr(posthoc, _LENGTHS[name][0])(length) for name, length in lengths]
     except ValueError as error:
         arguments.usage_error(str(error))
     outs = _outs(arguments, [f"{name}_{length}" for name, length in lengths])
-    for out in outs:
-        if out.resolve().parent == arguments.file.resolve() and is_snapshot_name(out.resolve()):
-            raise ValueError(f"OUT should not be named like a snapshot in DIR, got {str(out)!r}; choose another name.")
-    _write_averages(arguments, targets, outs)
-
-
-def _profile(name: str, length: float) -> "Profile":
-    from . import posthoc
-
-    profile: Profile = getattr(posthoc, _LENGTHS[name][0])(length)
-    return profile
-
-
-def _write_averages(arguments: argparse.Namespace, targets: "list[Profile]", outs: Sequence[Path]) -> None:
-    from . import posthoc
-    from .checkpoints.files import save_file, size_of
-
-    directory, step, progress = arguments.file, arguments.step, sys.stderr.isatty() and find_spec("tqdm") is not None
-    options = {"max_residual": arguments.max_residual, "progress": progress, "base": arguments.base}
+    show = sys.stderr.isatty() and find_spec("tqdm") is not None
+    options = {"max_residual": arguments.max_residual, "progress": show, "base": arguments.base}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         states = posthoc.reconstruct(directory, targets, step, **options)
@@ -362,26 +350,14 @@ def _write_averages(arguments: argparse.Namespace, targets: "list[Profile]", out
         )
 
 
-def _facts_of_snapshots(directory: Path, step: int | None) -> dict[str, Any]:
-    """What --list shows: the snapshots, and how closely some lengths can be rebuilt."""
+def _list(directory: Path, step: int | None, as_json: bool) -> None:
+    """Shows the snapshots, and how closely some lengths can be rebuilt."""
     from . import posthoc
 
     snapshots = posthoc.stored(directory, step)
     last = snapshots[-1]
     tensors = [tensor for stream in last.averaged for tensor in stream.values()]
-    windows = [1.0, *(1 - one.time / last.time for one in snapshots[:-1])]
-    nearest = {min(windows, key=lambda window: abs(window - length)) for length in _LENGTHS["last"][2]}
-    tried = [(name, length) for name in ("sigma_rel", "half_life") for length in _LENGTHS[name][2]]
-    tried += [("last", float(f"{window:.9g}")) for window in sorted(nearest)]
-    known = [known for one in snapshots for known in one.snapshots]
-    coefficients, residuals = posthoc.fitted(known, [_profile(*one) for one in tried])
-    lengths = []
-    for (name, length), row, residual in zip(tried, coefficients, residuals, strict=True):
-        errors = {"residual": residual, "rounding": posthoc.rounding(last, row)}
-        worst = max(errors.values())
-        verdict = "good" if worst <= posthoc.GOOD else "rough" if worst <= _ACCEPTED else "refused"
-        lengths.append({"length": name, "value": length, **errors, "verdict": verdict})
-    return {
+    facts: dict[str, Any] = {
         "dir": str(directory),
         "time_unit": last.time_unit,
         "sigma_rels": list(last.sigma_rels),
@@ -389,24 +365,40 @@ def _facts_of_snapshots(directory: Path, step: int | None) -> dict[str, Any]:
         "types": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "snapshots": [{"time": one.time, "iteration": one.iteration, "epoch": one.epoch} for one in snapshots],
-        "lengths": lengths,
+        "lengths": _tried(snapshots),
     }
-
-
-def _lines_of_snapshots(facts: Mapping[str, Any]) -> Iterator[str]:
-    widths = " and ".join(f"{sigma:g}" for sigma in facts["sigma_rels"])
-    yield f"{len(facts['snapshots'])} snapshots of averages of sigma_rel {widths}"
+    if as_json:
+        print(json.dumps(facts, indent=2, allow_nan=False))
+        return
+    print(f"{len(snapshots)} snapshots of averages of sigma_rel {' and '.join(f'{one:g}' for one in last.sigma_rels)}")
     size = f"{facts['bytes'] / 2**20:.3f} MiB"
-    yield f"{facts['tensors']} averaged tensors in {', '.join(facts['types'])}, {size} in each snapshot"
-    yield ""
-    rows: list[Sequence[object]] = [(facts["time_unit"], "iteration", "epoch")]
-    yield from _table(rows + [list(one.values()) for one in facts["snapshots"]])
-    yield ""
-    yield f"what can be rebuilt at {facts['snapshots'][-1]['time']} {facts['time_unit']}:"
+    print(f"{facts['tensors']} averaged tensors in {', '.join(facts['types'])}, {size} in each snapshot\n")
+    _print_table([(last.time_unit, "iteration", "epoch"), *((one.time, one.iteration, one.epoch) for one in snapshots)])
+    print(f"\nwhat can be rebuilt at {last.time} {last.time_unit}:")
     rows = []
     for one in facts["lengths"]:
+        flag = f"--{one['length'].replace('_', '-')} {one['value']:.9g}"
         rounded = f"rounding {one['rounding']:.3%}" if one["rounding"] > 1e-5 else ""
         verdict = "" if one["verdict"] == "good" else one["verdict"]
-        flag = f"{_flag(one['length'])} {one['value']:.9g}"
         rows.append((flag, f"residual {one['residual']:>8.3%}", rounded, verdict))
-    yield from _table(rows)
+    _print_table(rows)
+
+
+def _tried(snapshots: "list[StoredSnapshot]") -> list[dict[str, Any]]:
+    """How closely some lengths can be rebuilt at the last snapshot."""
+    from . import posthoc
+
+    last = snapshots[-1]
+    windows = [1.0, *(1 - one.time / last.time for one in snapshots[:-1])]
+    nearest = {min(windows, key=lambda window: abs(window - length)) for length in _LENGTHS["last"][2]}
+    tried = [(name, length) for name in ("sigma_rel", "half_life") for length in _LENGTHS[name][2]]
+    tried += [("last", float(f"{window:.9g}")) for window in sorted(nearest)]
+    profiles = [getattr(posthoc, _LENGTHS[name][0])(length) for name, length in tried]
+    fitted = posthoc.fitted([known for one in snapshots for known in one.snapshots], profiles)
+    lengths = []
+    for (name, length), row, residual in zip(tried, *fitted, strict=True):
+        errors = {"residual": residual, "rounding": posthoc.rounding(last, row)}
+        worst = max(errors.values())
+        verdict = "good" if worst <= posthoc.GOOD else "rough" if worst <= _ACCEPTED else "refused"
+        lengths.append({"length": name, "value": length, **errors, "verdict": verdict})
+    return lengths

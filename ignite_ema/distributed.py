@@ -8,13 +8,12 @@ import os
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +34,6 @@ from .handlers.ema import EMAHandler
 
 __all__ = ["ShardedSaver", "gathered_state_dict", "load_objects", "sync_buffers"]
 
-_T = TypeVar("_T")
 KeyPath = tuple[str | int, ...]  # to a value in a nested state: keys of mappings, as strings, and places in lists
 
 
@@ -89,7 +87,7 @@ class ShardedSaver(BaseSaveHandler):
                 "asynchronous should be False if there is no process group, got True; call "
                 "torch.distributed.init_process_group first, or save with Ignite's DiskSaver."
             )
-        self.dirname = on_first_rank(partial(_prepared, Path(dirname), require_empty))
+        self.dirname = on_first_rank(lambda: _prepared(Path(dirname), require_empty))
         self.asynchronous = asynchronous
         self._dropped: list[str] = []
         self._running: tuple[Future[None], _Writer] | None = None
@@ -113,11 +111,16 @@ class ShardedSaver(BaseSaveHandler):
         """
         self.wait()
         name, dropped = on_first_rank(lambda: (filename, self._dropped))
-        _check_agreement(checkpoint)
+        leaves = on_all_ranks(lambda: _leaves(checkpoint))
+        _check_agreement(
+            {_text(at): leaf for at, leaf in leaves.items() if isinstance(leaf, Tensor)},
+            "What is saved under one name should be alike on all ranks, got {}; build the objects alike on all ranks, "
+            "or save them under different names.",
+        )
         self._dropped = []
         writer = _Writer(self.dirname / name, dropped)
         with self._reported(writer):
-            on_first_rank(writer.clear)
+            on_first_rank(writer.begin)
             if self.asynchronous:
                 copied = on_all_ranks(lambda: _copied(checkpoint))
                 self._running = self._executor.submit(_save, copied, writer, self._group), writer
@@ -153,10 +156,16 @@ class ShardedSaver(BaseSaveHandler):
         except (Exception, CheckpointException) as error:
             self._dropped += writer.dropped
             if is_first_rank():
-                shutil.rmtree(writer.hidden, ignore_errors=True)
+                with suppress(OSError):
+                    _settle(writer.target)
+            reason = str(error)
+            if isinstance(error, CheckpointException):
+                rank, (cause, _) = min(error.failures.items())
+                reason = f"rank {rank} raised {type(cause).__name__}: {cause}"
+            reason = reason.partition("\n")[0].removesuffix(".")
             raise RuntimeError(
-                f"'{writer.target}' should be saved by all ranks, but {_reason(error)}; the checkpoint before it is "
-                "still there: remove the cause, and save again."
+                f"'{writer.target}' should be saved by all ranks, but {reason}; the checkpoint before it is still "
+                "there: remove the cause, and save again."
             ) from error
 
 
@@ -167,20 +176,14 @@ def _save(checkpoint: Mapping[str, Any], writer: "_Writer", group: Any = None) -
 
 
 class _Writer(FileSystemWriter):
-    """Writes a checkpoint under a hidden name; the first rank renames it when all ranks have written.
-
-    Attributes:
-        target: the path of the checkpoint.
-        hidden: the path where it is written.
-        dropped: the names of checkpoints to remove after that.
-    """
+    """Writes a checkpoint under a hidden name; when all are done, the first rank renames it and removes ``dropped``."""
 
     def __init__(self, target: Path, dropped: list[str]) -> None:
         self.target, self.hidden, self.dropped = target, _hidden(target, "partial"), dropped
         super().__init__(self.hidden)
 
-    def clear(self) -> None:
-        shutil.rmtree(self.hidden, ignore_errors=True)  # left by a failed save
+    def begin(self) -> None:
+        _settle(self.target)
         self.hidden.mkdir()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -192,17 +195,11 @@ class _Writer(FileSystemWriter):
         super().finish(metadata, results)
         sync_directory(self.hidden)
         old = _hidden(self.target, "old")
-        if replaces := self.target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.target.rename(old)  # restored if the run is killed now
-        try:
-            self.hidden.rename(self.target)
-        except OSError:
-            if replaces:
-                old.rename(self.target)
-            raise
+        if self.target.exists():
+            self.target.rename(old)  # comes back if the run is killed now
+        self.hidden.rename(self.target)
         sync_directory(self.target.parent)
-        for path in (old, *(self.target.with_name(name) for name in self.dropped)):
+        for path in (old, *map(self.target.with_name, self.dropped)):
             if path != self.target and path.exists():
                 _remove(path)
 
@@ -220,40 +217,29 @@ def _remove(path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
+def _settle(target: Path) -> None:
+    """Cleans up after a save that was killed or failed; the checkpoint that it was about to replace comes back."""
+    shutil.rmtree(_hidden(target, "partial"), ignore_errors=True)
+    old = _hidden(target, "old")
+    if (old / ".metadata").is_file():
+        if target.exists():
+            _remove(old)
+        else:
+            old.rename(target)
+
+
 def _prepared(dirname: Path, require_empty: bool) -> Path:
     """The directory, made if it is missing, and cleaned of what a killed run has left in it."""
-    names = sorted(path.name for path in dirname.iterdir()) if dirname.exists() else []
-    if require_empty and (found := [name for name in names if not name.startswith(".")]):
+    dirname.mkdir(parents=True, exist_ok=True)
+    found = sorted(path.name for path in dirname.iterdir() if not path.name.startswith("."))
+    if found and require_empty:
         raise ValueError(
             f"'{dirname}' should be empty, but has '{found[0]}' among {len(found)} entries; choose another "
             "directory, or pass require_empty=False to continue in this one."
         )
-    dirname.mkdir(parents=True, exist_ok=True)
-    for unfinished in dirname.glob(".*.partial"):
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-    for old in dirname.glob(".*.old"):
-        if (old / ".metadata").is_file():
-            target = dirname / old.name.removeprefix(".").removesuffix(".old")
-            if target.exists():
-                _remove(old)
-            else:
-                old.rename(target)  # killed before the new checkpoint was moved here
+    for left in (*dirname.glob(".?*.partial"), *dirname.glob(".?*.old")):
+        _settle(dirname / left.stem[1:])
     return dirname.absolute()
-
-
-def _check_agreement(checkpoint: Mapping[str, Any]) -> None:
-    """Raises ValueError on all ranks if two of them have different tensors under one name, which would be mixed."""
-    described = {
-        _text(at): f"({leaf.dtype}, {tuple(leaf.shape)}, {getattr(leaf, 'placements', 'whole')})"
-        for at, leaf in _leaves(checkpoint).items()
-        if isinstance(leaf, Tensor)
-    }
-    if difference := _difference(described):
-        raise ValueError(
-            f"What is saved under one name should be alike on all ranks, got {difference}; build the objects alike on "
-            "all ranks, or save them under different names."
-        )
 
 
 def _copied(value: Any) -> Any:
@@ -285,7 +271,7 @@ def load_objects(to_load: Mapping[str, Any], checkpoint: str | os.PathLike[str])
     """
     path = on_first_rank(lambda: _found(Path(checkpoint)))
     states = on_all_ranks(lambda: _current(to_load))
-    names = [_text(at) for at in _leaves(states)]
+    names = on_all_ranks(lambda: [_text(at) for at in _leaves(states)])
     others = set().union(*_gathered(names)).difference(names)
     contents = on_all_ranks(lambda: read_contents(path))
     loaded = on_all_ranks(
@@ -318,19 +304,25 @@ def _found(path: Path) -> Path:
 
 
 def _read(name: str, value: Any, current: Any, others: set[str], path: Path, contents: Metadata) -> dict[str, Any]:
-    """The saved state of an object, nested and sharded like its current state."""
-    places = _places(name, current, others, contents)
+    """The saved state of an object, nested and sharded like its current state.
+
+    Names in ``others``, which only other ranks have, are left to them: each stage of a pipeline has its own names.
+    """
+    paths: dict[str, KeyPath] = contents.planner_data or {}
+    places = {key: at[1:] for key, at in paths.items() if at[0] == name and len(at) > 1}
+    if not places and {str(key) for key in current} & {at[0] for at in paths.values()}:
+        places = paths  # a single object is saved without its name
+    places = {key: at for key, at in places.items() if _text((name, *at)) not in others}
     try:
-        made = _targets(value, current, {at: contents.state_dict_metadata[key] for key, at in places.items()})
+        targets = _targets(value, current, places, contents)
     except ValueError as error:
         raise ValueError(
             f"'{path}' should be a checkpoint of these objects, but '{name}' in it {error}; load it into the objects "
             "that were saved, or take another one."
         ) from None
-    targets = {key: made[at] for key, at in places.items()}
     read_into(targets, path, contents)
     for key, leaf in targets.items():
-        if (foreign := _foreign(leaf)) is not None:
+        for foreign in _foreign(leaf):
             raise ValueError(
                 f"'{key}' should be a plain value, but has {kind_of(foreign)}; load the other objects only, or save a "
                 "state of plain values."
@@ -342,42 +334,30 @@ def _read(name: str, value: Any, current: Any, others: set[str], path: Path, con
     return state
 
 
-def _places(name: str, state: Any, others: set[str], contents: Metadata) -> dict[str, KeyPath]:
-    """The names under which a checkpoint has an object's values, and their paths in the object's state.
-
-    Names that another rank has, and this one does not, are left to it: in a pipeline, each stage has its own names.
-    """
-    paths = contents.planner_data or {key: (key,) for key in contents.state_dict_metadata}
-    places = {key: tuple(path[1:]) for key, path in paths.items() if path[0] == name and len(path) > 1}
-    if not places and {str(key) for key in state} & {path[0] for path in paths.values()}:
-        places = {key: tuple(path) for key, path in paths.items()}  # a single object is saved without its name
-    return {key: at for key, at in places.items() if _text((name, *at)) not in others}
-
-
 @torch.no_grad()
-def _targets(value: Any, current: Any, entries: Mapping[KeyPath, Any]) -> dict[KeyPath, Tensor | None]:
-    """Tensors to read into, sharded like the object's own, and None for every other value.
+def _targets(value: Any, current: Any, places: Mapping[str, KeyPath], contents: Metadata) -> dict[str, Any]:
+    """Tensors to read into, sharded like the object's own, and None for other values.
 
-    Raises:
-        ValueError: with a clause as its message, if the checkpoint does not fit the object.
+    A ValueError says, in a clause, how the checkpoint does not fit the object.
     """
-    leaves = _leaves(current)
-    if leaves and not entries:
+    leaves, saved = _leaves(current), set(places.values())
+    if leaves and not saved:
         raise ValueError("is missing")
     is_optimizer = isinstance(value, Optimizer)
     parameters = [parameter for group in value.param_groups for parameter in group["params"]] if is_optimizer else []
     for at, leaf in leaves.items():
         # The state of an optimizer, or a metric's list, may have had other entries.
-        if at not in entries and isinstance(leaf, Tensor) and not is_optimizer and not isinstance(at[-1], int):
+        if at not in saved and isinstance(leaf, Tensor) and not is_optimizer and not isinstance(at[-1], int):
             raise ValueError(f"has no '{_text(at)}'")
-    targets: dict[KeyPath, Tensor | None] = {}
-    for at, entry in entries.items():
+    targets: dict[str, Tensor | None] = {}
+    for key, at in places.items():
+        entry, like = contents.state_dict_metadata[key], leaves.get(at)
         if isinstance(value, nn.Module) and at[0] not in current:
             raise ValueError(f"has '{_text(at)}', which is not in the model")
         if not isinstance(entry, TensorStorageMetadata):
-            targets[at] = None
+            targets[key] = None
             continue
-        like, size, dtype = leaves.get(at), entry.size, entry.properties.dtype
+        size, dtype = entry.size, entry.properties.dtype
         if isinstance(like, Tensor) and like.shape != size:
             raise ValueError(f"has '{_text(at)}' of shape {tuple(size)}, which is {tuple(like.shape)} here")
         if not isinstance(like, Tensor) and is_optimizer and at[0] == "state" and str(at[1]).isdecimal():
@@ -385,33 +365,28 @@ def _targets(value: Any, current: Any, entries: Mapping[KeyPath, Any]) -> dict[K
                 raise ValueError(f"has '{_text(at)}', and there are {len(parameters)} parameters here")
             like = parameters[int(at[1])] if size else None  # the count of steps is on the CPU
         if not isinstance(like, Tensor):
-            targets[at] = torch.zeros(size, dtype=dtype)
+            targets[key] = torch.zeros(size, dtype=dtype)
         elif like.shape == size:
-            targets[at] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
+            targets[key] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
         else:
-            targets[at] = like.new_zeros(size, dtype=dtype)  # replicated, as in torch's optimizers
+            targets[key] = like.new_zeros(size, dtype=dtype)  # replicated, as in torch's optimizers
     return targets
 
 
-def _foreign(value: Any) -> Any:
-    """The first object in a value that could not be read, or None."""
+def _foreign(value: Any) -> Iterator[ForeignObject]:
+    """The objects in a value that could not be read."""
     if isinstance(value, ForeignObject):
-        return value
-    parts = [*value, *value.values()] if isinstance(value, Mapping) else value
-    is_container = isinstance(value, (Mapping, list, tuple, set, frozenset, deque))
-    return next(filter(None.__ne__, map(_foreign, parts)), None) if is_container else None
+        yield value
+    elif isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
+        for part in [*value, *value.values()] if isinstance(value, Mapping) else value:
+            yield from _foreign(part)
 
 
-def _leaves(state: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
+def _leaves(state: Mapping[str, Any]) -> dict[KeyPath, Any]:
     """The values of a nested state by path, flattened as torch.distributed.checkpoint does it."""
-    parts: Iterable[tuple[str | int, Any]]
-    if isinstance(state, Mapping):
-        parts = ((str(key), part) for key, part in state.items())
-    elif isinstance(state, list) and any(isinstance(part, (Tensor, Mapping, list)) for part in state):
-        parts = enumerate(state)
-    else:
-        return {path: state}
-    return {at: leaf for key, part in parts for at, leaf in _leaves(part, (*path, key)).items()}
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(dict(state))
+    return {path: planner.state_dict[name] for name, path in planner.mappings.items()}
 
 
 def _filled(saved: Any, current: Any) -> Any:
@@ -422,9 +397,8 @@ def _filled(saved: Any, current: Any) -> Any:
     filled.clear()
     for key, part in current.items():
         if str(key) in saved or part == {}:
-            filled[key] = _filled(saved.get(str(key), {}), part)
-    new = saved.keys() - set(map(str, current))
-    filled.update({key: part for key, part in saved.items() if key in new})
+            filled[key] = _filled(saved.pop(str(key), {}), part)
+    filled.update(saved)
     return filled
 
 
@@ -454,11 +428,12 @@ def gathered_state_dict(handler: EMAHandler) -> dict[str, Tensor]:
         )
     state = on_all_ranks(handler.average.state_dict)
     tensors = {**handler.average.shared_tensors(), **state["averaged_tensors"]}
-    if difference := _difference({name: f"{tuple(tensor.shape)}" for name, tensor in tensors.items()}, complete=True):
-        raise ValueError(
-            f"The average should have the same tensors on all ranks, got {difference}; make the handler on all ranks, "
-            "for the same model."
-        )
+    _check_agreement(
+        tensors,
+        "The average should have the same tensors on all ranks, got {}; make the handler on all ranks, for the same "
+        "model.",
+        complete=True,
+    )
     copies: dict[str, Tensor] = {}
     for name in dict.fromkeys(state["state_dict_names"].values()):
         gathered = whole(tensors[name])
@@ -486,12 +461,12 @@ def sync_buffers(module: nn.Module, source: int = 0) -> None:
     if not dist.is_initialized():
         return
     buffers = {name: buffer for name, buffer in module.named_buffers() if not is_sharded(buffer)}
-    described = {name: f"({buffer.dtype}, {tuple(buffer.shape)})" for name, buffer in buffers.items()}
-    if difference := _difference({"source": str(source), **described}, complete=True):
-        raise ValueError(
-            f"sync_buffers should be called with the same source and the same buffers on all ranks, got {difference}; "
-            "build the same module on all ranks."
-        )
+    _check_agreement(
+        {"source": source, **buffers},
+        "sync_buffers should be called with the same source and the same buffers on all ranks, got {}; build the same "
+        "module on all ranks.",
+        complete=True,
+    )
     if isinstance(source, bool) or source not in range(dist.get_world_size()):
         raise ValueError(f"source should be a rank from 0 to {dist.get_world_size() - 1}, got {source!r}.")
     broadcast_buffers(module, source)
@@ -500,7 +475,7 @@ def sync_buffers(module: nn.Module, source: int = 0) -> None:
 # Ranks
 
 
-def _gathered(value: _T) -> list[_T]:
+def _gathered(value: Any) -> list[Any]:
     """The values of all ranks, in rank order."""
     if not dist.is_initialized():
         return [value]
@@ -509,21 +484,18 @@ def _gathered(value: _T) -> list[_T]:
     return values
 
 
-def _difference(described: dict[str, str], *, complete: bool = False) -> str | None:
-    """The first name under which two ranks differ, and how; or None. ``complete``: all ranks need all names."""
+def _check_agreement(values: Mapping[str, Any], message: str, *, complete: bool = False) -> None:
+    """Raises ValueError on all ranks if values of one name differ or, if ``complete``, a rank lacks a name."""
+    described = {}
+    for name, value in values.items():
+        is_tensor = isinstance(value, Tensor)
+        kind = (value.dtype, tuple(value.shape), *getattr(value, "placements", ())) if is_tensor else value
+        described[name] = repr(kind)
     ranks = _gathered(described)
-    for name in {name: None for names in ranks for name in names}:
+    for name in dict.fromkeys(name for names in ranks for name in names):
         there = {rank: names.get(name, "nothing") for rank, names in enumerate(ranks) if complete or name in names}
         first, *others = there
         for rank in others:
             if there[rank] != there[first]:
-                return f"'{name}' {there[first]} on rank {first} and {there[rank]} on rank {rank}"
-    return None
-
-
-def _reason(error: BaseException) -> str:
-    rank = None
-    if isinstance(error, CheckpointException):
-        rank, (error, _) = min(error.failures.items())
-    reason = str(error).partition("\n")[0].removesuffix(".")
-    return reason if rank is None else f"rank {rank} could not ({type(error).__name__}: {reason})"
+                difference = f"'{name}' {there[first]} on rank {first} and {there[rank]} on rank {rank}"
+                raise ValueError(message.format(difference))

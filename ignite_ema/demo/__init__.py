@@ -46,8 +46,7 @@ def name_lines(axes: "Axes", gap: float = 0.1) -> None:
 
     Call it last: it uses the limits of the axes.
     """
-    labels = {line: str(line.get_label()) for line in axes.get_lines()}
-    lines = [line for line, label in labels.items() if not label.startswith("_")]
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = {line: min(1.0, max(0.0, to_axes.transform(line.get_path().vertices)[-1, 1])) for line in lines}
     ordered = sorted(lines, key=ends.__getitem__)
@@ -56,6 +55,6 @@ def name_lines(axes: "Axes", gap: float = 0.1) -> None:
     ends[ordered[-1]] = min(ends[ordered[-1]], 1.0)
     for above, below in pairwise(reversed(ordered)):
         ends[below] = min(ends[below], ends[above] - gap)
-    place: dict[str, Any] = {"transform": axes.transAxes, "va": "center", "fontsize": 8, "fontweight": "bold"}
     for line in lines:
-        axes.text(1.02, ends[line], labels[line], color=line.get_color(), **place)
+        text = axes.text(1.02, ends[line], str(line.get_label()), color=line.get_color(), transform=axes.transAxes)
+        text.set(va="center", fontsize=8, fontweight="bold")

@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (data, test), out, epochs, first = training.load_data(), options.out, options.epochs, options.seed
     runs: dict[int, Run] = {}
     for seed in range(first, first + options.seeds):
-        run = training.build(test, seed, out / f"best_seed{seed}.pt")
-        runs[seed] = training.train(run, data, seed, epochs, f"Seed {seed}")
+        runs[seed] = Run(test, seed, out / f"best_seed{seed}.pt")
+        runs[seed].train(data, seed, epochs, f"Seed {seed}")
     stop, path = training.EPOCH_LENGTH * (2 * epochs + 1) // 4, out / f"resume_seed{first}.pt"  # within an epoch
     resumed = stopped_and_resumed(data, test, first, epochs, stop, path)
     print(_table(runs))

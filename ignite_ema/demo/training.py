@@ -1,13 +1,12 @@
 """The training runs of the demo: data, network, training, and a run that is stopped and resumed."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events, create_supervised_evaluator, create_supervised_trainer
+from ignite.engine import Events, create_supervised_evaluator, create_supervised_trainer
 from ignite.handlers import Checkpoint, DiskSaver, ProgressBar
 from ignite.metrics import Accuracy
 from torch import Tensor, nn
@@ -20,28 +19,6 @@ TRAINING_IMAGES, BATCH_SIZE, LABEL_NOISE = 1024, 32, 0.3
 EPOCH_LENGTH = TRAINING_IMAGES // BATCH_SIZE
 EVALUATE_EVERY = EPOCH_LENGTH // 4  # a divisor, so that the last iteration is evaluated
 MOMENTUM, MOMENTUM_WARMUP, WARMUP_ITERS = 0.01, 0.2, 160
-
-
-@dataclass(frozen=True)
-class Run:
-    """The parts of a training run, and the test accuracies, in [0, 1], of the online and the averaged model."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    trainer: Engine
-    handler: EMAHandler
-    online: list[float] = field(default_factory=list)
-    averaged: list[float] = field(default_factory=list)
-
-    def to_save(self) -> dict[str, Any]:
-        """What a checkpoint needs for an exact resume."""
-        return {"model": self.model, "ema_handler": self.handler, "trainer": self.trainer, "optimizer": self.optimizer}
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run has to reproduce: tensors and numbers."""
-        parts = {"model": self.model.state_dict(), "ema_model": self.handler.ema_model.state_dict()}
-        numbers = [self.handler.num_updates, *map(vars(self.trainer.state).get, ("iteration", "ema_momentum"))]
-        return {**parts, "optimizer": self.optimizer.state_dict()["state"], "count, iteration, momentum": numbers}
 
 
 def load_data() -> tuple[Batch, Batch]:
@@ -68,36 +45,6 @@ def network() -> nn.Module:
     )
 
 
-def build(test: Batch, seed: int, best: Path | None = None) -> Run:
-    """A fresh model with its optimizer, trainer and average, evaluated on ``test`` every few iterations.
-
-    The file ``best`` gets the averaged model whenever its accuracy is the highest so far.
-    """
-    torch.manual_seed(seed)
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.02)
-    trainer = create_supervised_trainer(model, optimizer, nn.functional.cross_entropy)
-    handler = EMAHandler(model, MOMENTUM, MOMENTUM_WARMUP, WARMUP_ITERS, handle_buffers="update")
-    handler.attach(trainer)  # first, so that evaluations and checkpoints find the average of their own iteration
-    online = create_supervised_evaluator(model, {"accuracy": Accuracy()})
-    averaged = create_supervised_evaluator(handler.ema_model, {"accuracy": Accuracy()})
-    if best is not None:
-        saver = _saver(best, {"ema_model": handler.ema_model}, score_name="accuracy")
-        averaged.add_event_handler(Events.COMPLETED, saver)
-    run = Run(model, optimizer, trainer, handler)
-
-    @trainer.on(Events.ITERATION_COMPLETED(every=EVALUATE_EVERY))
-    def evaluate() -> None:
-        run.online.append(online.run([test]).metrics["accuracy"])
-        run.averaged.append(averaged.run([test]).metrics["accuracy"])
-
-    return run
-
-
-def _saver(path: Path, objects: dict[str, Any], **options: Any) -> Checkpoint:
-    return Checkpoint(objects, DiskSaver(path.parent, require_empty=False), filename_pattern=path.name, **options)
-
-
 def batches(images: Tensor, labels: Tensor, seed: int, start: int) -> Iterator[Batch]:
     """The batches from iteration ``start`` on; each depends only on its own number, so a resume can start anywhere."""
     for iteration in count(start):
@@ -107,27 +54,69 @@ def batches(images: Tensor, labels: Tensor, seed: int, start: int) -> Iterator[B
         yield images[chosen], labels[chosen]
 
 
-def train(run: Run, data: Batch, seed: int, epochs: int, title: str = "") -> Run:
-    """Trains up to ``epochs`` from wherever the trainer is; a title adds a bar that shows loss and momentum."""
-    if title:
-        ProgressBar(persist=True, desc=title).attach(
-            run.trainer,
-            output_transform=lambda loss: {"loss": loss},
-            event_name=Events.EPOCH_COMPLETED(every=max(1, epochs // 5)),  # rarely enough for a log file
-            closing_event_name=Events.COMPLETED,
-            state_attributes=["ema_momentum"],
-        )
-    run.trainer.run(batches(*data, seed, run.trainer.state.iteration), max_epochs=epochs, epoch_length=EPOCH_LENGTH)
-    return run
+class Run:
+    """A model with its optimizer, trainer and average, both evaluated on ``test`` every few iterations.
+
+    The file ``best`` gets the averaged model whenever its accuracy is the highest so far.
+    """
+
+    def __init__(self, test: Batch, seed: int, best: Path | None = None) -> None:
+        torch.manual_seed(seed)
+        self.model = network()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.02)
+        self.trainer = create_supervised_trainer(self.model, self.optimizer, nn.functional.cross_entropy)
+        self.handler = EMAHandler(self.model, MOMENTUM, MOMENTUM_WARMUP, WARMUP_ITERS, handle_buffers="update")
+        self.handler.attach(self.trainer)  # first, so that evaluations and checkpoints find this iteration's average
+        online = create_supervised_evaluator(self.model, {"accuracy": Accuracy()})
+        averaged = create_supervised_evaluator(self.handler.ema_model, {"accuracy": Accuracy()})
+        self.online: list[float] = []  # accuracies in [0, 1]
+        self.averaged: list[float] = []
+
+        @self.trainer.on(Events.ITERATION_COMPLETED(every=EVALUATE_EVERY))
+        def evaluate() -> None:
+            self.online.append(online.run([test]).metrics["accuracy"])
+            self.averaged.append(averaged.run([test]).metrics["accuracy"])
+
+        if best is not None:
+            saver = _saver(best, {"ema_model": self.handler.ema_model}, score_name="accuracy")
+            averaged.add_event_handler(Events.COMPLETED, saver)
+
+    def train(self, data: Batch, seed: int, epochs: int, title: str = "") -> None:
+        """Trains up to ``epochs`` from wherever the trainer is; a title adds a bar that shows loss and momentum."""
+        if title:
+            ProgressBar(persist=True, desc=title).attach(
+                self.trainer,
+                output_transform=lambda loss: {"loss": loss},
+                event_name=Events.EPOCH_COMPLETED(every=max(1, epochs // 5)),  # rarely enough for a log file
+                closing_event_name=Events.COMPLETED,
+                state_attributes=["ema_momentum"],
+            )
+        start = self.trainer.state.iteration
+        self.trainer.run(batches(*data, seed, start), max_epochs=epochs, epoch_length=EPOCH_LENGTH)
+
+    def to_save(self) -> dict[str, Any]:
+        """What a checkpoint needs for an exact resume."""
+        return {"model": self.model, "ema_handler": self.handler, "trainer": self.trainer, "optimizer": self.optimizer}
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to reproduce: tensors and numbers."""
+        modules = {"model": self.model.state_dict(), "ema_model": self.handler.ema_model.state_dict()}
+        numbers = [self.handler.num_updates, self.trainer.state.iteration, vars(self.trainer.state)["ema_momentum"]]
+        return {**modules, "optimizer": self.optimizer.state_dict()["state"], "count, iteration, momentum": numbers}
+
+
+def _saver(path: Path, objects: dict[str, Any], **options: Any) -> Checkpoint:
+    return Checkpoint(objects, DiskSaver(path.parent, require_empty=False), filename_pattern=path.name, **options)
 
 
 def stopped_and_resumed(data: Batch, test: Batch, seed: int, epochs: int, stop: int, path: Path) -> Run:
     """Trains to iteration ``stop``, then from the checkpoint to the end with objects that were never trained."""
-    stopped = build(test, seed)
+    stopped = Run(test, seed)
     at_stop = Events.ITERATION_COMPLETED(once=stop)
     stopped.trainer.add_event_handler(at_stop, _saver(path, stopped.to_save()))
     stopped.trainer.add_event_handler(at_stop, stopped.trainer.terminate)
-    train(stopped, data, seed, epochs)
-    resumed = build(test, seed + 1)  # other weights: everything that it needs has to come from the file
+    stopped.train(data, seed, epochs)
+    resumed = Run(test, seed + 1)  # other weights: everything that it needs has to come from the file
     Checkpoint.load_objects(resumed.to_save(), path)
-    return train(resumed, data, seed, epochs, f"Seed {seed}, resumed")
+    resumed.train(data, seed, epochs, f"Seed {seed}, resumed")
+    return resumed
