@@ -462,7 +462,7 @@ def sync_buffers(module: nn.Module, source: int = 0) -> None:
         return
     buffers = {name: buffer for name, buffer in module.named_buffers() if not is_sharded(buffer)}
     _check_agreement(
-        {"source": source, **buffers},
+        {"source (the argument)": source, **buffers},
         "sync_buffers should be called with the same source and the same buffers on all ranks, got {}; build the same "
         "module on all ranks.",
         complete=True,

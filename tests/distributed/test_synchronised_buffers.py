@@ -64,7 +64,7 @@ def is_refused(folder, what):
 REFUSALS = {
     "shape": "got 'second' (torch.float32, (3,)) on rank 0 and (torch.float32, (4,)) on rank 1; ",
     "name": "got 'second' (torch.float32, (3,)) on rank 0 and nothing on rank 1; ",
-    "source": "got 'source' 0 on rank 0 and 1 on rank 1; ",
+    "source": "got 'source (the argument)' 0 on rank 0 and 1 on rank 1; ",
     "no rank": "source should be a rank from 0 to 1, got 2.",
 }
 
