@@ -1,9 +1,9 @@
-"""The formats of other systems; `detection` searches a file for them.
+"""The formats of other systems: a function for each, from its source code. `detection` searches a file for them.
 
-Each system has one function here, which recognizes its format in a mapping. The formats come from the systems' source
-code, which the functions name; reading a file does not need the system that wrote it.
+Reading a file does not need the system that wrote it.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -46,6 +46,9 @@ class Found:
     def label(self) -> str:
         return ".".join(self.path) or self.system
 
+    def __str__(self) -> str:
+        return f"{quoted(self.label)} ({'; '.join(filter(None, (self.system, self.note)))})"
+
     def answers_to(self, key: str) -> bool:
         return key in {self.label, self.path[-1] if self.path else "", self.system}
 
@@ -76,11 +79,8 @@ def _mmengine(state: State) -> Iterator[Found]:
 
     The other entry is the state of its ``BaseAveragedModel``. Scripts that do not swap have other names in theirs.
     """
-    parts = ("state_dict", "ema_state_dict")
-    if _has_states(state, *parts):
-        raw = within(state["ema_state_dict"], "module.")
-        if raw and "steps" in state["ema_state_dict"] and len(raw) == len(state["ema_state_dict"]) - 1:
-            yield Found("mmengine", state["state_dict"], raw, path=parts[:1])
+    if _has_states(state, "state_dict", "ema_state_dict") and (raw := _wrapped(state["ema_state_dict"], "steps")):
+        yield Found("mmengine", state["state_dict"], raw, path=("state_dict",))
 
 
 def _timm(state: State) -> Iterator[Found]:
@@ -114,8 +114,7 @@ def _lightning(state: State) -> Iterator[Found]:
 
 def _averaged_model(state: State) -> Iterator[Found]:
     """The state dict of ``torch.optim.swa_utils.AveragedModel``."""
-    inner = within(state, "module.")
-    if inner and len(inner) == len(state) - 1 and "n_averaged" in state:
+    if inner := _wrapped(state, "n_averaged"):
         yield Found("torch AveragedModel", inner, None, _count(state, "n_averaged"))
 
 
@@ -150,16 +149,11 @@ def _mmcv(state: State) -> Iterator[Found]:
     buffers = {name for name in state if str(name).startswith("ema_") and "." not in name}
     own = {name: value for name, value in state.items() if name not in buffers}
     partners = {f"ema_{str(name).replace('.', '_')}": name for name in own}
-    if not buffers or not all(name in partners and _fit(own[partners[name]], state[name]) for name in buffers):
-        return
-    other = own | {partners[name]: state[name] for name in buffers}
-    note = "the average if the file was saved"
-    yield Found("mmcv", own, other, path=("model",), note=f"{note} at the end of an epoch")
-    yield Found("mmcv", other, own, path=("ema_",), note=f"{note} within one, or by an IterBasedRunner")
-
-
-def _fit(one: Any, other: Any) -> bool:
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape
+    averaged = {partners[name]: state[name] for name in buffers if name in partners}
+    if len(averaged) == len(buffers) and covers(own, averaged):
+        other, note = own | averaged, "the average if the file was saved"
+        yield Found("mmcv", own, other, path=("model",), note=f"{note} at the end of an epoch")
+        yield Found("mmcv", other, own, path=("ema_",), note=f"{note} within one, or by an IterBasedRunner")
 
 
 def _mmagic(state: State) -> Iterator[Found]:
@@ -170,9 +164,8 @@ def _mmagic(state: State) -> Iterator[Found]:
     """
     heads = dict.fromkeys(str(name).partition(".")[0] for name in state)
     for head in (head for head in heads if head.endswith("_ema")):
-        twin, online = within(state, f"{head}."), within(state, f"{head.removesuffix('_ema')}.")
-        if "steps" in twin and len(inner := within(twin, "module.")) == len(twin) - 1:
-            twin = inner
+        online, wrapped = within(state, f"{head.removesuffix('_ema')}."), within(state, f"{head}.")
+        twin = _wrapped(wrapped, "steps") or wrapped
         if online.keys() != twin.keys():  # DDP around a part of the model
             online = within(online, "module.")
         if twin and online.keys() == twin.keys():
@@ -196,6 +189,31 @@ FORMATS: tuple[Callable[[State], Iterable[Found]], ...] = (
 def within(state: State, prefix: str) -> dict[str, Any]:
     """The entries whose names start with ``prefix``, under their names without it."""
     return {name[len(prefix) :]: value for name, value in state.items() if str(name).startswith(prefix)}
+
+
+def plain_name(name: Any) -> str:
+    """The name without the component that ``torch.compile`` adds."""
+    return re.sub(r"(?:(?<=\.)|^)_orig_mod\.", "", str(name))
+
+
+def covers(state: State, tensors: State) -> bool:
+    """True if ``state`` has a tensor of the same name and shape for each of ``tensors``, which is not empty."""
+    return has_tensors(tensors) and _shapes(tensors).items() <= _shapes(state).items()
+
+
+def _shapes(state: State) -> dict[str, Any]:
+    return {plain_name(name): value.shape if isinstance(value, Tensor) else None for name, value in state.items()}
+
+
+def has_tensors(state: State) -> bool:
+    """True if there is a tensor among the values."""
+    return any(isinstance(value, Tensor) for value in state.values())
+
+
+def _wrapped(state: State, counter: str) -> State:
+    """The state of a model in a wrapper that has only a counter besides; empty for another mapping."""
+    inner = within(state, "module.")
+    return inner if counter in state and len(inner) == len(state) - 1 else {}
 
 
 def _has_states(state: State, *names: str) -> bool:
