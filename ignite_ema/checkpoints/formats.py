@@ -20,27 +20,16 @@ Names: TypeAlias = nn.Module | Mapping[str, Tensor] | None
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """An average as it is in the file, unchecked.
+    """An average as it is in the file, unchecked."""
 
-    Attributes:
-        system: the name of the system whose format it is.
-        tensors: the averaged tensors, by name or in a list.
-        online: the raw weights, if the format stores them beside the average.
-        num_updates: the number of updates of the average, if the format says so.
-        path: the keys that lead to it.
-        frozen: names that the average lacks, because it shares these tensors with the model.
-        rank: 0 for a layout that only an average has, 1 for a name. Only averages of the lowest rank are considered.
-        note: what helps the user choose between this average and others.
-    """
-
-    system: str
+    system: str  # whose format it is
     tensors: Tensors
-    online: Tensors | None = None
+    online: Tensors | None = None  # the raw weights, if the format stores them beside the average
     num_updates: int | None = None
-    path: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
-    rank: int = 0
-    note: str = ""
+    path: tuple[str, ...] = ()  # the keys that lead to it
+    frozen: tuple[str, ...] = ()  # names that the average lacks, because it shares these tensors with the model
+    rank: int = 0  # 0 for a layout that only an average has, 1 for a name; those of the lowest rank are considered
+    note: str = ""  # helps the user choose between this average and others
 
     @property
     def label(self) -> str:
