@@ -4,7 +4,7 @@ Reading a file does not need the system that wrote it.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -101,7 +101,7 @@ def _lightning(state: State) -> Iterator[Found]:
             yield Found("plain", state["state_dict"], path=("state_dict",), note=note)
 
 
-def _averaged_model(state: State) -> Iterator[Found]:
+def _torch(state: State) -> Iterator[Found]:
     """The state dict of ``torch.optim.swa_utils.AveragedModel``."""
     if inner := _wrapped(state, "n_averaged"):
         yield Found("torch AveragedModel", inner, None, _count(state, "n_averaged"))
@@ -161,18 +161,7 @@ def _mmagic(state: State) -> Iterator[Found]:
             yield Found("mmagic", twin, online, path=(head,), rank=1)
 
 
-FORMATS: tuple[Callable[[State], Iterable[Found]], ...] = (
-    _ignite_ema,
-    _mmengine,
-    _timm,
-    _lightning,
-    _averaged_model,
-    _ema_pytorch,
-    _diffusers,
-    _torch_ema,
-    _mmcv,
-    _mmagic,
-)
+FORMATS = (_ignite_ema, _mmengine, _timm, _lightning, _torch, _ema_pytorch, _diffusers, _torch_ema, _mmcv, _mmagic)
 
 
 def within(state: State, prefix: str) -> dict[str, Any]:

@@ -57,12 +57,7 @@ class SeveralAverages(ValueError):
 
 
 def read(
-    source: Source,
-    *,
-    key: str | None = None,
-    names: Names = None,
-    base: Base = None,
-    strip_prefix: str | None = None,
+    source: Source, *, key: str | None = None, names: Names = None, base: Base = None, strip_prefix: str | None = None
 ) -> Averaged:
     """The averaged weights in a checkpoint of this or another system.
 
@@ -120,12 +115,7 @@ def read(
 
 
 def averaged_state_dict(
-    source: Source,
-    *,
-    key: str | None = None,
-    names: Names = None,
-    base: Base = None,
-    strip_prefix: str | None = None,
+    source: Source, *, key: str | None = None, names: Names = None, base: Base = None, strip_prefix: str | None = None
 ) -> dict[str, Tensor]:
     """Only the averaged weights, ready for ``model.load_state_dict``; the arguments are those of :func:`read`.
 
@@ -143,12 +133,7 @@ def averaged_state_dict(
 
 
 def read_part(
-    source: Source,
-    key: str | None = None,
-    names: Names = None,
-    base: Base = None,
-    strip_prefix: str | None = None,
-    where: str | None = None,
+    source: Source, key: str | None, names: Names, base: Base = None, strip_prefix: str | None = None, where: str = ""
 ) -> tuple[Averaged, list[str]]:
     """What `read` returns, still mapped to the file, and the frozen tensors that neither source nor base has.
 
@@ -174,7 +159,7 @@ def read_part(
         tensors, lacks = within(tensors, strip_prefix), [name.removeprefix(strip_prefix) for name in lacks]
         online = online and within(online, strip_prefix)
     if base is not None:
-        other, _ = read_part(base.state_dict() if isinstance(base, nn.Module) else base, where="base")
+        other, _ = read_part(base.state_dict() if isinstance(base, nn.Module) else base, None, None, where="base")
         own = other.online or other.tensors
         if lacking := [name for name in lacks if name not in own]:
             raise ValueError(
