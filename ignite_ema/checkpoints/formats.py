@@ -138,7 +138,7 @@ def _mmcv(state: State) -> Iterator[Found]:
     buffers = {name for name in state if str(name).startswith("ema_") and "." not in name}
     own = {name: value for name, value in state.items() if name not in buffers}
     partners = {f"ema_{str(name).replace('.', '_')}": name for name in own}
-    averaged = {partners[name]: state[name] for name in buffers if name in partners}
+    averaged = {partners[name]: state[name] for name in buffers if name in partners and isinstance(state[name], Tensor)}
     if len(averaged) == len(buffers) and covers(own, averaged):
         other, note = own | averaged, "the average if the file was saved"
         yield Found("mmcv", own, other, path=("model",), note=f"{note} at the end of an epoch")
