@@ -10,41 +10,36 @@ from .formats import FORMATS, Found, State, covers, has_tensors, within
 
 _WORDS = {"ema", "swa", "avg", "average", "averaged"}
 _MODEL_NAMES = ("state_dict", "model", "model_state_dict", "net", "network")
-_PLAIN = 2  # the rank of a state dict that nothing shows to be an average
 _DEPTH = 2  # how many levels of mappings to search below the first
 
 
 def find(content: State) -> list[Found]:
-    """The averages in the content of a file; without any, the file itself or its entries, if they are state dicts.
+    """The averages in the content of a file, or its plain state dicts if there are none.
 
-    Any entry that fits the model may be an average, whatever its name: the user has to choose.
+    Any state dict that fits the model may be an average, whatever its name: the user has to choose.
     """
     found = _candidates(content, _DEPTH)
-    if averages := [average for average in found if average.rank < _PLAIN]:
+    if averages := [average for average in found if average.rank < 2]:
         return averages
-    if _is_state_dict(content):
-        return [Found("plain", content)]
-    states = {entry.path: entry.tensors for entry in found if isinstance(entry.tensors, Mapping)}
-    models = [state for path, state in states.items() if path[0] in _MODEL_NAMES]
+    states = {plain.path: plain.tensors for plain in found if isinstance(plain.tensors, Mapping)}
+    models = [state for path, state in states.items() if path and path[0] in _MODEL_NAMES]
     plain = []
     for path, state in states.items():
         fits = any(covers(model, state) or covers(state, model) for model in models)
         is_likely = fits if models else len(path) == 1
-        plain.append(Found("plain", state, path=path, rank=1 if is_likely else _PLAIN))
+        plain.append(Found("plain", state, path=path, rank=2 if is_likely else 3))
     return plain
 
 
 def _candidates(state: State, depth: int) -> list[Found]:
-    """The averages that a format recognizes in a mapping; if none does, averages and state dicts among its entries."""
-    found = [average for recognize in FORMATS for average in recognize(state)]
+    """What a format recognizes in a mapping; if none does, what is found in its entries."""
+    found = [average for recognize in (*FORMATS, _plain) for average in recognize(state)]
     if found or not depth:
         return found
     for name, entry in _mappings(state).items():
         inside = _candidates(entry, depth - 1)
         if all(average.rank for average in inside):  # a model may have parts that look like averages
             inside += _named(name, entry, state)
-        if not inside and _is_state_dict(entry):
-            inside = [Found("plain", entry, rank=_PLAIN)]
         found += [replace(average, path=(name, *average.path)) for average in inside]
     return found
 
@@ -64,6 +59,13 @@ def _named(name: str, state: State, parent: State) -> Iterator[Found]:
     is_wrapped = len(inner) == len(state) and any(covers(model, inner) for model in models)
     if "ema" in words or is_whole or is_wrapped:
         yield Found("Ignite", inner if is_wrapped and not is_whole else state, rank=1)
+
+
+def _plain(state: State) -> Iterator[Found]:
+    """A mapping from names to tensors, apart from extra state."""
+    others = [name for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if has_tensors(state) and all(str(name).endswith("_extra_state") for name in others):
+        yield Found("plain", state, rank=2)
 
 
 def raw_beside(tensors: State, path: Sequence[str], content: State) -> State | None:
@@ -95,14 +97,5 @@ def _words(name: str) -> list[str]:
 
 
 def _mappings(state: State) -> dict[str, State]:
-    """The entries of a mapping that are mappings, without the extra state of modules."""
-    entries = {str(name): entry for name, entry in state.items() if isinstance(entry, Mapping)}
-    return {name: entry for name, entry in entries.items() if not name.endswith("_extra_state")}
-
-
-def _is_state_dict(state: State) -> bool:
-    """True for a mapping from names to tensors, apart from extra state."""
-    return has_tensors(state) and all(
-        isinstance(name, str) and (isinstance(value, Tensor) or name.endswith("_extra_state"))
-        for name, value in state.items()
-    )
+    """The entries of a mapping that are mappings."""
+    return {str(name): entry for name, entry in state.items() if isinstance(entry, Mapping)}

@@ -28,7 +28,7 @@ class Found:
     num_updates: int | None = None
     path: tuple[str, ...] = ()  # the keys that lead to it
     frozen: tuple[str, ...] = ()  # names that the average lacks, because it shares these tensors with the model
-    rank: int = 0  # 0 for a layout that only an average has, 1 for a name; those of the lowest rank are considered
+    rank: int = 0  # 0 for a layout that only an average has, 1 for a name, 2 or 3 without a sign; the lowest is taken
     note: str = ""  # helps the user choose between this average and others
 
     @property
