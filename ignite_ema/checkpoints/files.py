@@ -186,13 +186,13 @@ def verify(file: Path | IO[bytes], name: str | None = None, *, checksums: bool =
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
+            for entry in entries:  # torch would run a TorchScript archive, and read compressed bytes as numbers
+                if entry.filename.endswith("/constants.pkl") or entry.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile(entry.filename)
             # All are zero if torch was told to write none (torch.serialization.set_crc32_options).
             changed = archive.testzip() if checksums and any(entry.CRC for entry in entries) else None
     except Exception as error:  # as in load_file
         raise _unreadable(name or file) from error
-    # torch would run a TorchScript archive, and read compressed bytes as numbers.
-    if any(one.filename.endswith("/constants.pkl") or one.compress_type != zipfile.ZIP_STORED for one in entries):
-        raise _unreadable(name or file)
     if changed:
         raise ValueError(
             f"{quoted(name or file)} should be as it was written, but has changed since: the checksum of its entry "
@@ -216,8 +216,7 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
     """Writes a plain state dict, as ``torch.save`` (``.pt``, ``.pth``) or as ``.safetensors``.
 
     The file appears at once and whole: it is written under a temporary name, synced and renamed. If ``path`` is a link,
-    the file that it points to is written. Tied tensors stay tied in a torch file; safetensors has no ties and stores a
-    copy for each name.
+    the file that it points to is written. Tied tensors stay tied in a torch file; safetensors stores a copy for each.
 
     Args:
         tensors: a mapping from names to tensors.
@@ -232,11 +231,12 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
     path = Path(path)
     if not isinstance(tensors, Mapping):
         raise TypeError(
-            f"tensors should be a mapping from names to tensors, got {type(tensors).__name__}; pass a state_dict()."
+            f"tensors should be a mapping from names to tensors, got {kind_of(tensors)}; pass the state_dict() of a "
+            "module."
         )
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"'{name}' should be a tensor, got {type(value).__name__}; take it out.")
+            raise TypeError(f"'{name}' should be a tensor, got {kind_of(value)}; take it out.")
         if value.is_meta:
             raise ValueError(f"'{name}' should have values, got a tensor on the meta device; load its values first.")
     safetensors = _safetensors_for(path) if path.suffix == ".safetensors" else None
@@ -273,10 +273,7 @@ def check_target(path: Path, *, force: bool) -> None:
 
 @contextmanager
 def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
-    """Yields an empty file to write to, which becomes ``path`` when the block ends, and is on the disk then.
-
-    Raises as :func:`save_file` does, and then leaves nothing behind.
-    """
+    """Yields an empty file to write to, which becomes ``path`` when the block ends; raises as :func:`save_file`."""
     check_target(path, force=force)
     target = path.resolve()
     temporary = target.with_name(f".ignite_ema-{uuid4().hex}.tmp")

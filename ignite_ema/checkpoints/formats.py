@@ -73,10 +73,9 @@ def _mmengine(state: State) -> Iterator[Found]:
 
 
 def _timm(state: State) -> Iterator[Found]:
-    """What ``CheckpointSaver`` writes: average and model, both without wrappers."""
+    """What ``CheckpointSaver`` writes, beside the model in ``state_dict``; both without wrappers."""
     if _has_states(state, "state_dict_ema"):
-        raw = state["state_dict"] if _has_states(state, "state_dict") else None
-        yield Found("timm", state["state_dict_ema"], raw, path=("state_dict_ema",))
+        yield Found("timm", state["state_dict_ema"], path=("state_dict_ema",))
 
 
 def _lightning(state: State) -> Iterator[Found]:
@@ -85,15 +84,12 @@ def _lightning(state: State) -> Iterator[Found]:
     ``StochasticWeightAveraging`` keeps its average in its own state, and copies the parameters into the model at the
     end of training; it never averages buffers.
     """
-    if _has_states(state, "state_dict", "current_model_state") and isinstance(state.get("averaging_state"), Mapping):
+    if _has_states(state, "state_dict", "current_model_state", "averaging_state"):
         count = _count(state["averaging_state"], "n_averaged")
         yield Found("Lightning", state["state_dict"], state["current_model_state"], count, ("state_dict",))
-    if not _has_states(state, "state_dict", "callbacks"):
-        return
-    for name, callback in state["callbacks"].items():
-        if not isinstance(callback, Mapping) or not _has_states(callback, "average_model_state"):
-            continue
-        if count := _count(callback, "n_averaged"):
+    callbacks = state["callbacks"] if _has_states(state, "state_dict", "callbacks") else {}
+    for name, callback in callbacks.items():
+        if _has_states(callback, "average_model_state") and (count := _count(callback, "n_averaged")):
             path = ("callbacks", str(name), "average_model_state")
             note = "the average, with the buffers from before training, such as running_mean"
             yield Found("Lightning", callback[path[-1]], state["state_dict"], count, path, note=note)
@@ -194,8 +190,8 @@ def _wrapped(state: State, counter: str) -> State:
     return inner if counter in state and len(inner) == len(state) - 1 else {}
 
 
-def _has_states(state: State, *names: str) -> bool:
-    return all(isinstance(state.get(name), Mapping) for name in names)
+def _has_states(state: Any, *names: str) -> bool:
+    return isinstance(state, Mapping) and all(isinstance(state.get(name), Mapping) for name in names)
 
 
 def _count(state: State, name: str) -> int | None:
