@@ -3,30 +3,41 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
-from .formats import FORMATS, Found, State, within
+from .formats import FORMATS, Found, State, covers, has_tensors, within
 
 _WORDS = {"ema", "swa", "avg", "average", "averaged"}
 _MODEL_NAMES = ("state_dict", "model", "model_state_dict", "net", "network")
-_COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
 _DEPTH = 2  # how many levels of mappings to search below the first
 
 
 def find(content: State) -> list[Found]:
-    """The averages in the content of a file, or its plain state dicts if there are none."""
-    return list(_averages(content, _DEPTH) or _plain(content))
+    """The averages in the content of a file, or its plain state dicts if there are none.
+
+    Any state dict that fits the model may be an average, whatever its name: the user has to choose.
+    """
+    found = _candidates(content, _DEPTH)
+    if averages := [average for average in found if average.rank < 2]:
+        return averages
+    states = {plain.path: plain.tensors for plain in found if isinstance(plain.tensors, Mapping)}
+    models = [state for path, state in states.items() if path and path[0] in _MODEL_NAMES]
+    plain = []
+    for path, state in states.items():
+        fits = any(covers(model, state) or covers(state, model) for model in models)
+        is_likely = fits if models else len(path) == 1
+        plain.append(Found("plain", state, path=path, rank=2 if is_likely else 3))
+    return plain
 
 
-def _averages(state: State, depth: int) -> list[Found]:
-    """The averages that a format recognizes in a mapping; if no format does, those in its entries."""
-    found = [average for recognize in FORMATS for average in recognize(state)]
+def _candidates(state: State, depth: int) -> list[Found]:
+    """What a format recognizes in a mapping; if none does, what is found in its entries."""
+    found = [average for recognize in (*FORMATS, _plain) for average in recognize(state)]
     if found or not depth:
         return found
     for name, entry in _mappings(state).items():
-        inside = _averages(entry, depth - 1)
+        inside = _candidates(entry, depth - 1)
         if all(average.rank for average in inside):  # a model may have parts that look like averages
             inside += _named(name, entry, state)
         found += [replace(average, path=(name, *average.path)) for average in inside]
@@ -39,7 +50,7 @@ def _named(name: str, state: State, parent: State) -> Iterator[Found]:
     Meters also use the other words ("avg_loss"): these count only if the model is beside it.
     """
     words = _WORDS.intersection(_words(name))
-    if not words or not _has_tensors(state):
+    if not words or not has_tensors(state):
         return
     inner = within(state, "module.")  # a timm ModelEmaV3 has this prefix; a model with the bare names gives it away
     models = [model for key, model in _mappings(parent).items() if not _WORDS.intersection(_words(key))]
@@ -50,39 +61,17 @@ def _named(name: str, state: State, parent: State) -> Iterator[Found]:
         yield Found("Ignite", inner if is_wrapped and not is_whole else state, rank=1)
 
 
-def _plain(content: State) -> Iterator[Found]:
-    """The state dicts of a file without a known average: the file itself, or entries of it.
-
-    Any entry that fits the model may be an average, whatever its name: the user has to choose.
-    """
-    if _is_state_dict(content):
-        yield Found("plain", content)
-        return
-    entries = dict(_state_dicts(content, _DEPTH))
-    models = [entry for path, entry in entries.items() if path[0] in _MODEL_NAMES]
-    for path, entry in entries.items():
-        fits = any(covers(model, entry) or covers(entry, model) for model in models)
-        is_likely = fits if models else len(path) == 1
-        yield Found("plain", entry, path=path, rank=1 if is_likely else 2)
-
-
-def _state_dicts(state: State, depth: int) -> Iterator[tuple[tuple[str, ...], State]]:
-    """The state dicts in a mapping, and the keys that lead to them."""
-    for name, entry in _mappings(state).items():
-        if _is_state_dict(entry):
-            yield (name,), entry
-        elif depth > 1:
-            for path, inner in _state_dicts(entry, depth - 1):
-                yield (name, *path), inner
+def _plain(state: State) -> Iterator[Found]:
+    """A mapping from names to tensors, apart from extra state."""
+    others = [name for name, value in state.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if has_tensors(state) and all(str(name).endswith("_extra_state") for name in others):
+        yield Found("plain", state, rank=2)
 
 
 def raw_beside(tensors: State, path: Sequence[str], content: State) -> State | None:
-    """The raw weights beside an average: an entry that covers its names and shapes, if only one does.
+    """The raw weights beside the average at ``path``: the nearest entry that covers its names and shapes.
 
-    Args:
-        tensors: the average.
-        path: the keys that lead to it; nearer entries are preferred.
-        content: what the file holds.
+    If several do, the name decides; if it does not, there are none.
     """
     if not path:
         return None
@@ -101,11 +90,6 @@ def raw_beside(tensors: State, path: Sequence[str], content: State) -> State | N
     return raw_beside(tensors, outer, content)
 
 
-def plain_name(name: Any) -> str:
-    """The name without the component that ``torch.compile`` adds."""
-    return _COMPILED.sub("", str(name))
-
-
 def _words(name: str) -> list[str]:
     """The words of ``netEMA_2`` are "net", "ema" and "2"."""
     snake = re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
@@ -115,24 +99,3 @@ def _words(name: str) -> list[str]:
 def _mappings(state: State) -> dict[str, State]:
     """The entries of a mapping that are mappings."""
     return {str(name): entry for name, entry in state.items() if isinstance(entry, Mapping)}
-
-
-def _has_tensors(state: State) -> bool:
-    return any(isinstance(value, Tensor) for value in state.values())
-
-
-def _is_state_dict(state: State) -> bool:
-    """True for a mapping from names to tensors, apart from extra state."""
-    return _has_tensors(state) and all(
-        isinstance(name, str) and (isinstance(value, Tensor) or name.endswith("_extra_state"))
-        for name, value in state.items()
-    )
-
-
-def covers(state: State, tensors: State) -> bool:
-    """True if ``state`` has a tensor of the same name and shape for each of ``tensors``, which is not empty."""
-    return _has_tensors(tensors) and _shapes(tensors).items() <= _shapes(state).items()
-
-
-def _shapes(state: State) -> dict[str, Any]:
-    return {plain_name(name): value.shape if isinstance(value, Tensor) else None for name, value in state.items()}

@@ -15,8 +15,6 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from .files import load_file, load_stream, quoted, unpickled, verify
 
-_SUFFIXES = (".safetensors", ".bin")  # of files that save_pretrained writes, the better one first
-
 
 def read_directory(path: Path) -> Any:
     """What a directory holds, nested as it was saved; nothing in it runs.
@@ -25,28 +23,29 @@ def read_directory(path: Path) -> Any:
         FileNotFoundError, ValueError: if it holds no weights or weights of several models, or is damaged.
     """
     if (path / ".metadata").is_file():
-        return _read_distributed(path)
-    for suffix in _SUFFIXES:
-        if index := _only(path, f"*{suffix}.index.json"):
-            return _read_shards(path, index)
-        if file := _only(path, f"*{suffix}"):
-            return load_file(file)
+        contents = read_contents(path)
+        targets: dict[str, Any] = dict.fromkeys(contents.state_dict_metadata)
+        for name, entry in contents.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                targets[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        read_into(targets, path, contents)
+        return nested(targets, contents.planner_data or {})
+    for suffix in (".safetensors", ".bin"):  # of the files that save_pretrained writes, the better one first
+        if len(indices := list(path.glob(f"*{suffix}.index.json"))) == 1:
+            return _read_shards(indices[0])
+        if len(files := list(path.glob(f"*{suffix}"))) == 1:
+            return load_file(files[0])
     raise ValueError(
         f"{quoted(path)} should be a file, or a directory that save_pretrained or torch.distributed.checkpoint wrote, "
         "got another one; name the file or directory in it that holds the weights."
     )
 
 
-def _only(path: Path, pattern: str) -> Path | None:
-    found = sorted(path.glob(pattern))
-    return found[0] if len(found) == 1 else None
-
-
-def _read_shards(path: Path, index: Path) -> dict[str, Any]:
+def _read_shards(index: Path) -> dict[str, Any]:
     """The tensors of a model that is too large for one file."""
     try:
         places = dict(json.loads(index.read_text("utf-8"))["weight_map"])
-        shards = {file: load_file(path / file) for file in dict.fromkeys(places.values())}
+        shards = {file: load_file(index.parent / file) for file in dict.fromkeys(places.values())}
         return {name: shards[file][name] for name, file in places.items()}
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{quoted(index)} should say which file has which tensor; restore it.") from error
@@ -55,23 +54,8 @@ def _read_shards(path: Path, index: Path) -> dict[str, Any]:
 # --- torch.distributed.checkpoint ---
 
 
-def _read_distributed(path: Path) -> Any:
-    """Everything that a checkpoint holds."""
-    contents = read_contents(path)
-    targets: dict[str, Any] = dict.fromkeys(contents.state_dict_metadata)
-    for name, entry in contents.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            targets[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    read_into(targets, path, contents)
-    return nested(targets, contents.planner_data or {})
-
-
 def read_contents(path: Path) -> Metadata:
-    """The table of contents of a checkpoint.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
+    """The table of contents of a checkpoint; raises ValueError if it is damaged."""
     try:
         with (path / ".metadata").open("rb") as file:
             contents: Metadata = unpickled(file)
@@ -93,12 +77,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 
 def read_into(targets: dict[str, Any], path: Path, contents: Metadata) -> None:
-    """Fills tensors and replaces None with values, in this process only, even if it is one of several.
-
-    Args:
-        targets: what to read, by the names in the table of contents.
-        path: the directory of the checkpoint.
-        contents: its table of contents.
+    """Fills tensors, and replaces None with values, by their names in a checkpoint; other processes take no part.
 
     Raises:
         OSError, ValueError: if a file is missing, or was changed or cut short. Nothing has been filled then.
@@ -129,12 +108,7 @@ class _Planner(DefaultLoadPlanner):
 
 
 def nested(content: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> Any:
-    """Nests the values as they were when they were saved; whole numbers in a path are places in a list.
-
-    Args:
-        content: values by name.
-        paths: the path of each name; a name without a path is a path by itself.
-    """
+    """Nests the values as they were when they were saved, each at the path of its name, or else under its name."""
     root: dict[Any, Any] = {}
     for name, value in content.items():
         *outer, last = paths.get(name, (name,))
@@ -146,6 +120,7 @@ def nested(content: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> 
 
 
 def _with_lists(value: Any) -> Any:
+    """The value with lists in place of dicts whose keys are whole numbers, which are places in a list."""
     if type(value) is not dict:
         return value
     inside = {key: _with_lists(part) for key, part in value.items()}

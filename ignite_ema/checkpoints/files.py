@@ -102,11 +102,10 @@ class _RestrictedUnpickler(pickle._Unpickler):
         if (module, name) in _BUILDERS:
             return partial(_BUILDERS[module, name])  # a file must not set attributes of functions
         if name in _NAMES.get(module, ()):
-            for place in dict.fromkeys((module.replace("numpy.core", "numpy._core"), module)):
+            for place in (module.replace("numpy.core", "numpy._core"), module):
                 with suppress(ImportError, AttributeError):  # numpy is missing, or older than 2
                     found = super().find_class(place, name)
-                    is_function = callable(found) and not isinstance(found, type)
-                    return partial(found) if is_function else found
+                    return found if isinstance(found, type) or not callable(found) else partial(found)
         return type(name, (ForeignObject,), {"__module__": module})
 
 
@@ -122,9 +121,9 @@ class _Pickle:
     load = staticmethod(unpickled)
 
 
-def load_stream(stream: str | IO[bytes], *, mmap: bool = False) -> Any:
+def load_stream(file: Path | IO[bytes], *, mmap: bool = False) -> Any:
     """What ``torch.save`` wrote, on the CPU; runs nothing in it, and may raise anything if it is damaged."""
-    return torch.load(stream, map_location="cpu", mmap=mmap, pickle_module=_Pickle, weights_only=False)
+    return torch.load(file, map_location="cpu", mmap=mmap, pickle_module=_Pickle, weights_only=False)
 
 
 def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
@@ -152,18 +151,19 @@ def load_file(path: str | os.PathLike[str], *, verified: bool = True) -> Any:
     with path.open("rb") as file:
         head = file.read(9)
     if path.suffix == ".safetensors" or head[8:] == b"{":
-        load = partial(_safetensors_for(path).load_file, path)
+        load = _safetensors_for(path).load_file
+    elif os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
+        raise RuntimeError(
+            "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, which never runs anything "
+            "in it; unset it, or load the file with torch.load and pass the mapping."
+        )
+    elif head.startswith(b"PK"):
+        verify(path, checksums=verified)
+        load = partial(load_stream, mmap=True)
     else:
-        load = partial(load_stream, str(path), mmap=head.startswith(b"PK"))
-        if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
-            raise RuntimeError(
-                "TORCH_FORCE_WEIGHTS_ONLY_LOAD should not be set when ignite_ema reads a file, which never runs "
-                "anything in it; unset it, or load the file with torch.load and pass the mapping."
-            )
-        if verified and head.startswith(b"PK"):
-            verify(path)
+        load = load_stream
     try:
-        return load()
+        return load(path)
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything, even a MemoryError
@@ -177,14 +177,8 @@ def _unreadable(what: Any) -> ValueError:
     )
 
 
-def verify(file: Path | IO[bytes], name: str | None = None) -> None:
-    """Compares a file of ``torch.save``, a zip archive, with the checksums in it, at about the speed of the disk.
-
-    A file whose checksums are all zero has none (``torch.serialization.set_crc32_options``).
-
-    Args:
-        file: a path, or a stream.
-        name: the name of the file, for messages; None: its path.
+def verify(file: Path | IO[bytes], name: str | None = None, *, checksums: bool = True) -> None:
+    """Checks a zip archive of ``torch.save``, and compares it with the checksums in it; messages call it ``name``.
 
     Raises:
         ValueError: if a byte has changed since the file was written, or it is not a zip archive of tensors.
@@ -192,12 +186,13 @@ def verify(file: Path | IO[bytes], name: str | None = None) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            changed = archive.testzip() if any(entry.CRC for entry in entries) else None
+            for entry in entries:  # torch would run a TorchScript archive, and read compressed bytes as numbers
+                if entry.filename.endswith("/constants.pkl") or entry.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile(entry.filename)
+            # All are zero if torch was told to write none (torch.serialization.set_crc32_options).
+            changed = archive.testzip() if checksums and any(entry.CRC for entry in entries) else None
     except Exception as error:  # as in load_file
         raise _unreadable(name or file) from error
-    # torch would hand a TorchScript archive to another reader, and read compressed bytes as numbers.
-    if any(one.filename.endswith("/constants.pkl") or one.compress_type != zipfile.ZIP_STORED for one in entries):
-        raise _unreadable(name or file)
     if changed:
         raise ValueError(
             f"{quoted(name or file)} should be as it was written, but has changed since: the checksum of its entry "
@@ -216,16 +211,12 @@ def _safetensors_for(path: Path) -> Any:
 
 # --- writing ---
 
-_SUFFIXES = (".pt", ".pth", ".safetensors")
-_CANNOT_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
-
 
 def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Writes a plain state dict, as ``torch.save`` (``.pt``, ``.pth``) or as ``.safetensors``.
 
     The file appears at once and whole: it is written under a temporary name, synced and renamed. If ``path`` is a link,
-    the file that it points to is written. Tied tensors stay tied in a torch file; safetensors has no ties and stores a
-    copy for each name.
+    the file that it points to is written. Tied tensors stay tied in a torch file; safetensors stores a copy for each.
 
     Args:
         tensors: a mapping from names to tensors.
@@ -240,12 +231,12 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
     path = Path(path)
     if not isinstance(tensors, Mapping):
         raise TypeError(
-            f"tensors should be a mapping from names to tensors, got {type(tensors).__name__}; pass the state_dict() "
-            "of a module."
+            f"tensors should be a mapping from names to tensors, got {kind_of(tensors)}; pass the state_dict() of a "
+            "module."
         )
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"'{name}' should be a tensor, got {type(value).__name__}; take it out.")
+            raise TypeError(f"'{name}' should be a tensor, got {kind_of(value)}; take it out.")
         if value.is_meta:
             raise ValueError(f"'{name}' should have values, got a tensor on the meta device; load its values first.")
     safetensors = _safetensors_for(path) if path.suffix == ".safetensors" else None
@@ -272,24 +263,17 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def check_target(path: Path, *, force: bool) -> None:
     """Raises as :func:`save_file` does if ``path`` cannot be its target."""
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{str(path)!r} should end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; rename it.")
+    if path.suffix not in (".pt", ".pth", ".safetensors"):
+        raise ValueError(f"{str(path)!r} should end in .pt, .pth or .safetensors; rename it.")
     if path.is_dir() or not path.resolve().parent.is_dir():
-        raise FileNotFoundError(
-            f"{str(path)!r} should be a file in a folder that exists; make the folder, or choose another name."
-        )
+        raise FileNotFoundError(f"{str(path)!r} should be a file in a folder that exists; make it, or choose another.")
     if path.exists() and not force:
-        raise FileExistsError(
-            f"{str(path)!r} exists already; choose another name, or overwrite it with force (--force)."
-        )
+        raise FileExistsError(f"{str(path)!r} exists already; choose another name, or pass force=True (--force).")
 
 
 @contextmanager
 def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
-    """Yields an empty file to write to, which becomes ``path`` when the block ends, and is on the disk then.
-
-    Raises as :func:`save_file` does, and then leaves nothing behind.
-    """
+    """Yields an empty file to write to, which becomes ``path`` when the block ends; raises as :func:`save_file`."""
     check_target(path, force=force)
     target = path.resolve()
     temporary = target.with_name(f".ignite_ema-{uuid4().hex}.tmp")
@@ -321,5 +305,5 @@ def sync_directory(directory: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in _CANNOT_SYNC:
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
             raise

@@ -1,10 +1,10 @@
-"""The formats of other systems; `detection` searches a file for them.
+"""The formats of other systems: a function for each, from its source code. `detection` searches a file for them.
 
-Each system has one function here, which recognizes its format in a mapping. The formats come from the systems' source
-code, which the functions name; reading a file does not need the system that wrote it.
+Reading a file does not need the system that wrote it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,31 +20,23 @@ Names: TypeAlias = nn.Module | Mapping[str, Tensor] | None
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """An average as it is in the file, unchecked.
+    """An average as it is in the file, unchecked."""
 
-    Attributes:
-        system: the name of the system whose format it is.
-        tensors: the averaged tensors, by name or in a list.
-        online: the raw weights, if the format stores them beside the average.
-        num_updates: the number of updates of the average, if the format says so.
-        path: the keys that lead to it.
-        frozen: names that the average lacks, because it shares these tensors with the model.
-        rank: 0 for a layout that only an average has, 1 for a name. Only averages of the lowest rank are considered.
-        note: what helps the user choose between this average and others.
-    """
-
-    system: str
+    system: str  # whose format it is
     tensors: Tensors
-    online: Tensors | None = None
+    online: Tensors | None = None  # the raw weights, if the format stores them beside the average
     num_updates: int | None = None
-    path: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
-    rank: int = 0
-    note: str = ""
+    path: tuple[str, ...] = ()  # the keys that lead to it
+    frozen: tuple[str, ...] = ()  # names that the average lacks, because it shares these tensors with the model
+    rank: int = 0  # 0 for a layout that only an average has, 1 for a name, 2 or 3 without a sign; the lowest is taken
+    note: str = ""  # helps the user choose between this average and others
 
     @property
     def label(self) -> str:
         return ".".join(self.path) or self.system
+
+    def __str__(self) -> str:
+        return f"{quoted(self.label)} ({'; '.join(filter(None, (self.system, self.note)))})"
 
     def answers_to(self, key: str) -> bool:
         return key in {self.label, self.path[-1] if self.path else "", self.system}
@@ -76,18 +68,14 @@ def _mmengine(state: State) -> Iterator[Found]:
 
     The other entry is the state of its ``BaseAveragedModel``. Scripts that do not swap have other names in theirs.
     """
-    parts = ("state_dict", "ema_state_dict")
-    if _has_states(state, *parts):
-        raw = within(state["ema_state_dict"], "module.")
-        if raw and "steps" in state["ema_state_dict"] and len(raw) == len(state["ema_state_dict"]) - 1:
-            yield Found("mmengine", state["state_dict"], raw, path=parts[:1])
+    if _has_states(state, "state_dict", "ema_state_dict") and (raw := _wrapped(state["ema_state_dict"], "steps")):
+        yield Found("mmengine", state["state_dict"], raw, path=("state_dict",))
 
 
 def _timm(state: State) -> Iterator[Found]:
-    """What ``CheckpointSaver`` writes: average and model, both without wrappers."""
+    """What ``CheckpointSaver`` writes, beside the model in ``state_dict``; both without wrappers."""
     if _has_states(state, "state_dict_ema"):
-        raw = state["state_dict"] if _has_states(state, "state_dict") else None
-        yield Found("timm", state["state_dict_ema"], raw, path=("state_dict_ema",))
+        yield Found("timm", state["state_dict_ema"], path=("state_dict_ema",))
 
 
 def _lightning(state: State) -> Iterator[Found]:
@@ -96,15 +84,12 @@ def _lightning(state: State) -> Iterator[Found]:
     ``StochasticWeightAveraging`` keeps its average in its own state, and copies the parameters into the model at the
     end of training; it never averages buffers.
     """
-    if _has_states(state, "state_dict", "current_model_state") and isinstance(state.get("averaging_state"), Mapping):
+    if _has_states(state, "state_dict", "current_model_state", "averaging_state"):
         count = _count(state["averaging_state"], "n_averaged")
         yield Found("Lightning", state["state_dict"], state["current_model_state"], count, ("state_dict",))
-    if not _has_states(state, "state_dict", "callbacks"):
-        return
-    for name, callback in state["callbacks"].items():
-        if not isinstance(callback, Mapping) or not _has_states(callback, "average_model_state"):
-            continue
-        if count := _count(callback, "n_averaged"):
+    callbacks = state["callbacks"] if _has_states(state, "state_dict", "callbacks") else {}
+    for name, callback in callbacks.items():
+        if _has_states(callback, "average_model_state") and (count := _count(callback, "n_averaged")):
             path = ("callbacks", str(name), "average_model_state")
             note = "the average, with the buffers from before training, such as running_mean"
             yield Found("Lightning", callback[path[-1]], state["state_dict"], count, path, note=note)
@@ -112,10 +97,9 @@ def _lightning(state: State) -> Iterator[Found]:
             yield Found("plain", state["state_dict"], path=("state_dict",), note=note)
 
 
-def _averaged_model(state: State) -> Iterator[Found]:
+def _torch(state: State) -> Iterator[Found]:
     """The state dict of ``torch.optim.swa_utils.AveragedModel``."""
-    inner = within(state, "module.")
-    if inner and len(inner) == len(state) - 1 and "n_averaged" in state:
+    if inner := _wrapped(state, "n_averaged"):
         yield Found("torch AveragedModel", inner, None, _count(state, "n_averaged"))
 
 
@@ -150,16 +134,11 @@ def _mmcv(state: State) -> Iterator[Found]:
     buffers = {name for name in state if str(name).startswith("ema_") and "." not in name}
     own = {name: value for name, value in state.items() if name not in buffers}
     partners = {f"ema_{str(name).replace('.', '_')}": name for name in own}
-    if not buffers or not all(name in partners and _fit(own[partners[name]], state[name]) for name in buffers):
-        return
-    other = own | {partners[name]: state[name] for name in buffers}
-    note = "the average if the file was saved"
-    yield Found("mmcv", own, other, path=("model",), note=f"{note} at the end of an epoch")
-    yield Found("mmcv", other, own, path=("ema_",), note=f"{note} within one, or by an IterBasedRunner")
-
-
-def _fit(one: Any, other: Any) -> bool:
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape
+    averaged = {partners[name]: state[name] for name in buffers if name in partners and isinstance(state[name], Tensor)}
+    if len(averaged) == len(buffers) and covers(own, averaged):
+        other, note = own | averaged, "the average if the file was saved"
+        yield Found("mmcv", own, other, path=("model",), note=f"{note} at the end of an epoch")
+        yield Found("mmcv", other, own, path=("ema_",), note=f"{note} within one, or by an IterBasedRunner")
 
 
 def _mmagic(state: State) -> Iterator[Found]:
@@ -170,27 +149,15 @@ def _mmagic(state: State) -> Iterator[Found]:
     """
     heads = dict.fromkeys(str(name).partition(".")[0] for name in state)
     for head in (head for head in heads if head.endswith("_ema")):
-        twin, online = within(state, f"{head}."), within(state, f"{head.removesuffix('_ema')}.")
-        if "steps" in twin and len(inner := within(twin, "module.")) == len(twin) - 1:
-            twin = inner
+        online, wrapped = within(state, f"{head.removesuffix('_ema')}."), within(state, f"{head}.")
+        twin = _wrapped(wrapped, "steps") or wrapped
         if online.keys() != twin.keys():  # DDP around a part of the model
             online = within(online, "module.")
         if twin and online.keys() == twin.keys():
             yield Found("mmagic", twin, online, path=(head,), rank=1)
 
 
-FORMATS: tuple[Callable[[State], Iterable[Found]], ...] = (
-    _ignite_ema,
-    _mmengine,
-    _timm,
-    _lightning,
-    _averaged_model,
-    _ema_pytorch,
-    _diffusers,
-    _torch_ema,
-    _mmcv,
-    _mmagic,
-)
+FORMATS = (_ignite_ema, _mmengine, _timm, _lightning, _torch, _ema_pytorch, _diffusers, _torch_ema, _mmcv, _mmagic)
 
 
 def within(state: State, prefix: str) -> dict[str, Any]:
@@ -198,8 +165,33 @@ def within(state: State, prefix: str) -> dict[str, Any]:
     return {name[len(prefix) :]: value for name, value in state.items() if str(name).startswith(prefix)}
 
 
-def _has_states(state: State, *names: str) -> bool:
-    return all(isinstance(state.get(name), Mapping) for name in names)
+def plain_name(name: Any) -> str:
+    """The name without the component that ``torch.compile`` adds."""
+    return re.sub(r"(?:(?<=\.)|^)_orig_mod\.", "", str(name))
+
+
+def covers(state: State, tensors: State) -> bool:
+    """True if ``state`` has a tensor of the same name and shape for each of ``tensors``, which is not empty."""
+    return has_tensors(tensors) and _shapes(tensors).items() <= _shapes(state).items()
+
+
+def _shapes(state: State) -> dict[str, Any]:
+    return {plain_name(name): value.shape if isinstance(value, Tensor) else None for name, value in state.items()}
+
+
+def has_tensors(state: State) -> bool:
+    """True if there is a tensor among the values."""
+    return any(isinstance(value, Tensor) for value in state.values())
+
+
+def _wrapped(state: State, counter: str) -> State:
+    """The state of a model in a wrapper that has only a counter besides; empty for another mapping."""
+    inner = within(state, "module.")
+    return inner if counter in state and len(inner) == len(state) - 1 else {}
+
+
+def _has_states(state: Any, *names: str) -> bool:
+    return isinstance(state, Mapping) and all(isinstance(state.get(name), Mapping) for name in names)
 
 
 def _count(state: State, name: str) -> int | None:

@@ -10,13 +10,12 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from ..averaging.checks import listed
-from .detection import covers, find, plain_name, raw_beside
+from .detection import find, raw_beside
 from .files import ForeignObject, compact, kind_of, load_file, quoted, size_of
-from .formats import Found, Names, State, Tensors, within
+from .formats import Found, Names, State, Tensors, covers, plain_name, within
 
 Source: TypeAlias = str | os.PathLike[str] | State
 Base: TypeAlias = nn.Module | Source | None
-_MOST_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -48,32 +47,22 @@ class Averaged:
 
 
 class SeveralAverages(ValueError):
-    """A source holds several averages, and nothing says which to take.
-
-    Attributes:
-        choices: the averages.
-    """
+    """A source holds several averages, ``choices``, and nothing says which to take."""
 
     def __init__(self, where: str, choices: list[Found]) -> None:
         super().__init__(
-            f"{where} should hold one average, got several; choose one by its key (--key): {_shown(choices)}."
+            f"{where} should hold one average, got several; choose one by its key (--key): {_enumerated(choices)}."
         )
         self.choices = choices
 
 
 def read(
-    source: Source,
-    *,
-    key: str | None = None,
-    names: Names = None,
-    base: Base = None,
-    strip_prefix: str | None = None,
+    source: Source, *, key: str | None = None, names: Names = None, base: Base = None, strip_prefix: str | None = None
 ) -> Averaged:
     """The averaged weights in a checkpoint of this or another system.
 
-    The formats of the systems come first, then entries with "ema" or the like in their names. A file without a known
-    average gives its plain weights. If it finds several averages, or several entries that fit one model, choose one
-    with ``key``; the message lists them.
+    The formats of the systems come first, then entries with "ema" or the like in their names, then plain weights. If
+    there are several averages, or several entries that fit one model, choose one with ``key``; the message lists them.
 
     ``_orig_mod.`` (of ``torch.compile``) is removed from all names; ``module.`` only if the format itself puts it
     there, or with ``strip_prefix``: the names of a bare timm ``ModelEmaV3`` look like those of a wrapped model. Extra
@@ -116,7 +105,7 @@ def read(
     found, lacks = read_part(source, key, names, base, strip_prefix)
     if lacks:
         raise ValueError(
-            f"The average in {_named_source(source)} should have all tensors of its model, but it shared {len(lacks)} "
+            f"The average in {_called(source)} should have all tensors of its model, but it shared {len(lacks)} "
             f"frozen ones with it, {listed(lacks)}; pass the model, or its file, as base (--base FILE)."
         )
     if isinstance(source, Mapping):
@@ -126,21 +115,9 @@ def read(
 
 
 def averaged_state_dict(
-    source: Source,
-    *,
-    key: str | None = None,
-    names: Names = None,
-    base: Base = None,
-    strip_prefix: str | None = None,
+    source: Source, *, key: str | None = None, names: Names = None, base: Base = None, strip_prefix: str | None = None
 ) -> dict[str, Tensor]:
-    """Only the averaged weights, ready for ``model.load_state_dict``.
-
-    Args:
-        source: a path, or what was loaded from it, as for :func:`read`.
-        key: which of several averages. Plain weights have to be chosen with it.
-        names: the model, or its parameters by name, for lists without names.
-        base: a model, a state dict, or a file of one, with the tensors that the average lacks.
-        strip_prefix: a prefix of all names, to be removed from them.
+    """Only the averaged weights, ready for ``model.load_state_dict``; the arguments are those of :func:`read`.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as :func:`read`, and if there are only plain weights and ``key`` does
@@ -149,36 +126,20 @@ def averaged_state_dict(
     found = read(source, key=key, names=names, base=base, strip_prefix=strip_prefix)
     if found.system == "plain" and key is None:
         raise ValueError(
-            f"{_named_source(source)} should hold an average, but it has only plain weights; use them as they are, or "
-            "take another checkpoint."
+            f"{_called(source)} should hold an average, but it has only plain weights; use them as they are, or take "
+            "another checkpoint."
         )
     return found.tensors
 
 
 def read_part(
-    source: Source, key: str | None, names: Names, base: Base = None, strip_prefix: str | None = None
+    source: Source, key: str | None, names: Names, base: Base = None, strip_prefix: str | None = None, where: str = ""
 ) -> tuple[Averaged, list[str]]:
-    """What `read` returns, still mapped to the file, and the frozen tensors that neither source nor base has."""
-    where = _named_source(source)
-    averaged, frozen = _read(source, key, names, where)
-    if strip_prefix is not None:
-        averaged = _stripped(averaged, strip_prefix, where)
-    lacks = [name for name in frozen if name not in averaged.tensors]
-    if base is None:
-        return averaged, lacks
-    other, _ = _read(base.state_dict() if isinstance(base, nn.Module) else base, None, None, "base")
-    own = other.online or other.tensors
-    if lacking := [name for name in lacks if name not in own]:
-        raise ValueError(
-            f"base should have what the average in {where} lacks, but has no {listed(lacking)}; pass a state dict of "
-            "the same model (--base)."
-        )
-    added = {name: own[name] for name in (lacks or own) if name not in averaged.tensors}
-    return replace(averaged, tensors=averaged.tensors | added, online=None), []
+    """What `read` returns, still mapped to the file, and the frozen tensors that neither source nor base has.
 
-
-def _read(source: Source, key: str | None, names: Names, where: str) -> tuple[Averaged, tuple[str, ...]]:
-    """What the source itself has of an average, still mapped to the file, and the names of all frozen tensors."""
+    Messages call the source ``where``.
+    """
+    where = where or _called(source)
     content = _content(source, where)
     found = _chosen(content, key, where)
     tensors = _cleaned(_with_names(found, found.tensors, names, where), where)
@@ -187,12 +148,31 @@ def _read(source: Source, key: str | None, names: Names, where: str) -> tuple[Av
     if frozen := {name: raw[name] for name in found.frozen if name in raw}:
         tensors |= _cleaned(frozen, where)
     is_whole = covers(raw, tensors) and not any(raw[name].is_meta for name in tensors)
-    online = _cleaned({name: raw[name] for name in tensors}, where) if is_whole else None
+    online = {name: raw[name].detach() for name in tensors} if is_whole else None
+    lacks = [name for name in found.frozen if name not in tensors]
+    if strip_prefix is not None:
+        if not strip_prefix.endswith(".") or not all(name.startswith(strip_prefix) for name in [*tensors, *lacks]):
+            raise ValueError(
+                f"strip_prefix should begin all names of the average in {where}, with its dot, such as 'module.', got "
+                f"{quoted(strip_prefix)}; the first name is {quoted(next(iter(tensors)))} (--strip-prefix)."
+            )
+        tensors, lacks = within(tensors, strip_prefix), [name.removeprefix(strip_prefix) for name in lacks]
+        online = online and within(online, strip_prefix)
+    if base is not None:
+        other, _ = read_part(base.state_dict() if isinstance(base, nn.Module) else base, None, None, where="base")
+        own = other.online or other.tensors
+        if lacking := [name for name in lacks if name not in own]:
+            raise ValueError(
+                f"base should have what the average in {where} lacks, but has no {listed(lacking)}; pass a state dict "
+                "of the same model (--base)."
+            )
+        tensors |= {name: own[name] for name in (lacks or own) if name not in tensors}
+        online, lacks = None, []
     entry = ".".join(found.path) if len(content) > 1 else ""
-    return Averaged(found.system, tensors, online, found.num_updates, entry), found.frozen
+    return Averaged(found.system, tensors, online, found.num_updates, entry), lacks
 
 
-def _named_source(source: Source) -> str:
+def _called(source: Source) -> str:
     return quoted(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "source"
 
 
@@ -230,7 +210,7 @@ def _chosen(content: State, key: str | None, where: str) -> Found:
         )
     chosen = [average for average in found if key is None or average.answers_to(key)]
     if not chosen:
-        raise ValueError(f"key should be one of {_shown(found)} in {where}, got {quoted(key)}.")
+        raise ValueError(f"key should be one of {_enumerated(found)} in {where}, got {quoted(key)}.")
     first = min(average.rank for average in chosen)
     chosen = [average for average in chosen if average.rank == first]
     if len(chosen) > 1:
@@ -238,33 +218,26 @@ def _chosen(content: State, key: str | None, where: str) -> Found:
     return chosen[0]
 
 
-def _shown(found: list[Found]) -> str:
-    return _enumerated(f"{quoted(one.label)} ({'; '.join(filter(None, (one.system, one.note)))})" for one in found)
-
-
-def _enumerated(parts: Iterable[str]) -> str:
-    shown = list(parts)
-    return ", ".join(shown[:_MOST_SHOWN] + [f"… ({len(shown)} in all)"] * (len(shown) > _MOST_SHOWN))
+def _enumerated(parts: Iterable[object], most: int = 8) -> str:
+    shown = list(map(str, parts))
+    return ", ".join(shown[:most] + [f"… ({len(shown)} in all)"] * (len(shown) > most))
 
 
 def _with_names(found: Found, tensors: Tensors, names: Names, where: str) -> State:
     """The tensors by name; for a list, the names have to come from outside."""
     if isinstance(tensors, Mapping):
         return tensors
-    if not isinstance(names, (nn.Module, Mapping)):
-        raise ValueError(
-            f"{where} holds a list of {len(tensors)} tensors without names, as {found.system} saves them; names should "
-            f"be the model, or its dict(model.named_parameters()), got {kind_of(names)} (on the command line: --names "
-            "FILE, a file of that mapping)."
-        )
-    known = dict(names.named_parameters() if isinstance(names, nn.Module) else names)
-    named = dict(zip(known, tensors, strict=False))
-    if len(known) != len(tensors) or (named and not covers(known, named)):
-        raise ValueError(
-            f"names should name the {len(tensors)} tensors that {found.system} has in {where}, in their order, got "
-            f"{len(known)}, or other shapes; pass dict(model.named_parameters()) of the model that was averaged."
-        )
-    return named
+    known: Any = dict(names.named_parameters()) if isinstance(names, nn.Module) else names
+    if isinstance(known, Mapping) and len(known) == len(tensors):
+        named = dict(zip(known, tensors, strict=True))
+        if not named or covers(known, named):
+            return named
+    got = f"{len(known)}, or other shapes" if isinstance(known, Mapping) else kind_of(names)
+    raise ValueError(
+        f"{where} holds a list of {len(tensors)} tensors without names, as {found.system} saves them; names should be "
+        "the model that was averaged, or its dict(model.named_parameters()), with as many tensors of these shapes, got "
+        f"{got} (on the command line: --names FILE, a file of that mapping)."
+    )
 
 
 def _cleaned(state: State, where: str) -> dict[str, Tensor]:
@@ -283,13 +256,3 @@ def _cleaned(state: State, where: str) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"The average in {where} should have tensors, but it is empty; take another checkpoint.")
     return tensors
-
-
-def _stripped(averaged: Averaged, prefix: str, where: str) -> Averaged:
-    if not prefix.endswith(".") or not all(name.startswith(prefix) and name != prefix for name in averaged.tensors):
-        raise ValueError(
-            f"strip_prefix should begin all names of the average in {where}, with its dot, such as 'module.', got "
-            f"{quoted(prefix)}; the first name is {quoted(next(iter(averaged.tensors)))} (--strip-prefix)."
-        )
-    online = None if averaged.online is None else within(averaged.online, prefix)
-    return replace(averaged, tensors=within(averaged.tensors, prefix), online=online)

@@ -48,6 +48,14 @@ def test_frozen_tensors_come_from_a_base(kind, model, handler, tmp_path):
     assert equal(averaged_state_dict(tmp_path / "file.pt", base=base), dict(handler.ema_model.state_dict()))
 
 
+def test_a_prefix_is_taken_off_frozen_tensors(model):
+    wrapped = torch.nn.ModuleDict({"net": model})
+    state = EMAHandler(wrapped, share_frozen=True).state_dict()
+    found = read({"model": wrapped.state_dict(), "ema_handler": state}, strip_prefix="net.")
+    assert equal(found.tensors, dict(model.state_dict()))
+    assert equal(read({"ema_handler": state}, base=model, strip_prefix="net.").tensors, dict(model.state_dict()))
+
+
 def test_what_is_missing_is_said_or_comes_from_the_base_of_an_export(model, handler, tmp_path, capsys):
     torch.save({"ema_handler": handler.state_dict()}, tmp_path / "file.pt")
     torch.save(model.state_dict() | {"another.weight": torch.ones(1)}, tmp_path / "base.pt")

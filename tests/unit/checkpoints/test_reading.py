@@ -60,6 +60,12 @@ def test_extra_state_that_is_no_tensor_is_left_out():
     assert read(state() | extra).system == "plain"
 
 
+def test_extra_state_is_no_average():
+    file = {"a_ema.weight": ONE, "a_ema._extra_state": {"scale": ONE}}
+    assert equal(read(file).tensors, {"a_ema.weight": ONE})
+    assert equal(read({"ema": file}).tensors, {"a_ema.weight": ONE})
+
+
 def test_a_part_of_a_tensor_is_read_without_the_rest(tmp_path):
     """Of a flat tensor with all weights, for example."""
     torch.save({"model": {"w": torch.ones(1000)[:2]}, "model_ema": {"w": torch.zeros(1000)[:2]}}, tmp_path / "file.pt")
