@@ -72,8 +72,6 @@ def update_towards(handler, model, value, updates=1, momentum=None, event=ITERAT
 
 
 # 1. The warm-up drives engine.state.ema_momentum, whatever name was asked for.
-
-
 @compare(ours=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5], theirs=[0.5] * 8)
 def test_warm_up_ramps_under_any_name(handler_class, expected):
     trainer = idle()
@@ -90,8 +88,6 @@ def test_warm_up_does_not_drive_another_handler(handler_class, expected):
 
 
 # 2, 3. Buffers are aliased (ema_b.data = model_b.data) instead of copied: all by "copy", the others by "update".
-
-
 @pytest.fixture
 def normalised():
     """A model with a float and an integer buffer, and a trainer that runs batches of ones and twos through it."""
@@ -131,8 +127,6 @@ def test_forward_of_the_twin_in_train_mode_leaves_the_online_statistics_alone(ha
 
 
 # 4. The count of a warm-up is in no state dict.
-
-
 @compare(ours=[0.40, 0.45, 0.50, 0.50], theirs=[0.0, 0.05, 0.10, 0.15])
 def test_resume_in_the_middle_of_a_warm_up_goes_on(handler_class, expected):
     def setup():
@@ -152,8 +146,6 @@ def test_resume_in_the_middle_of_a_warm_up_goes_on(handler_class, expected):
 
 
 # 5. Half a warm-up is no warm-up, and nothing is checked.
-
-
 @compare(ours=RAISES, theirs=11.0)
 def test_a_momentum_of_5_is_refused(handler_class, expected):
     model, warm_up = constant(1.0), {"momentum_warmup": 5, "warmup_iters": 3}
@@ -165,8 +157,6 @@ def test_a_momentum_of_5_is_refused(handler_class, expected):
 
 
 # 6. In bfloat16 1 - 0.0002 is 1, and 1 + 0.0002 · 2 too.
-
-
 @compare(ours=pytest.approx(2 - (1 - 0.0002) ** 1_000, rel=1e-6), theirs=1.0)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_weights_move_when_the_average_is_held_in_float32(handler_class, expected, dtype):
@@ -176,8 +166,6 @@ def test_low_precision_weights_move_when_the_average_is_held_in_float32(handler_
 
 
 # 7. (1 - λ) · x + λ · x is not x: the rounding of 1 - λ acts on every update.
-
-
 @pytest.mark.parametrize("momentum", [2e-4, 1e-5])
 @compare(ours=True, theirs=False)
 def test_constant_weights_do_not_drift(handler_class, expected, momentum):
@@ -187,8 +175,6 @@ def test_constant_weights_do_not_drift(handler_class, expected, momentum):
 
 
 # 8. Compiled modules are averaged as wrappers, with _orig_mod. in every name.
-
-
 @pytest.mark.parametrize("where", ["root", "inner", "around DDP"])
 @compare(ours=True, theirs=False)
 def test_weights_of_a_compiled_model_load_into_the_plain_one(handler_class, expected, where, process_group):
@@ -204,8 +190,6 @@ def test_weights_of_a_compiled_model_load_into_the_plain_one(handler_class, expe
 
 
 # 9, 10. Tensors are paired by position, and broadcast; "update" takes every RuntimeError for an integer buffer's.
-
-
 def tie(model):
     model[1].weight = model[0].weight
 
@@ -253,8 +237,6 @@ def test_a_changed_structure_raises_and_names_the_path(handler_class, expected, 
 
 
 # 11. 0 · NaN is NaN.
-
-
 @compare(ours=2.0, theirs=pytest.approx(float("nan"), nan_ok=True))
 def test_momentum_1_heals_a_nan(handler_class, expected):
     model = constant()
@@ -264,8 +246,6 @@ def test_momentum_1_heals_a_nan(handler_class, expected):
 
 
 # 12. attach() gives back nothing, and repeats itself.
-
-
 @compare(ours=1.5, theirs=1.875)
 def test_attached_three_times_it_updates_once_and_ends_with_its_handle(handler_class, expected):
     model = constant(1.0)
@@ -290,8 +270,6 @@ def test_attached_three_times_it_updates_once_and_ends_with_its_handle(handler_c
 
 
 # 13. Members of an EventsList that fire in the same iteration update once each.
-
-
 @compare(ours=2.25, theirs=2.625)
 def test_coinciding_events_update_once(handler_class, expected):
     model = constant()
@@ -300,8 +278,6 @@ def test_coinciding_events_update_once(handler_class, expected):
 
 
 # 14. The attribute is made before anything is checked, and the engine's own are taken for the momentum.
-
-
 @compare(ours=False, theirs=True)
 def test_a_bad_event_leaves_nothing_on_the_engine(handler_class, expected):
     trainer = idle()
@@ -364,8 +340,6 @@ def test_a_model_that_cannot_be_copied_says_why_and_can_bring_its_twin(kind, whe
 
 
 # 16. A twin made inside inference_mode consists of inference tensors, which cannot be updated outside.
-
-
 @compare(ours=0.5, theirs=RAISES)
 def test_a_handler_made_in_inference_mode_works_outside(handler_class, expected):
     model = constant()
@@ -379,8 +353,6 @@ def test_a_handler_made_in_inference_mode_works_outside(handler_class, expected)
 
 
 # 18. The initial weights are part of the average, however late it starts.
-
-
 @compare(ours=5.0, theirs=5 - 5 * (1 - 0.0002) ** 100)
 def test_weights_loaded_after_construction_count_in_full_after_a_reset(handler_class, expected):
     model = constant()
@@ -402,8 +374,6 @@ def test_an_average_that_starts_late_starts_from_the_weights_of_then(handler_cla
 
 
 # 19. Twins that were aliased from outside are written through.
-
-
 @compare(ours=4.0, theirs=3.0)
 def test_updates_never_write_into_the_model(handler_class, expected):
     model = constant()
@@ -417,8 +387,6 @@ def test_updates_never_write_into_the_model(handler_class, expected):
 
 
 # 20. Integers cannot be multiplied by a float in place, and 8-bit floats not at all.
-
-
 @compare(ours="averaged", theirs=RAISES)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_narrow_parameters_are_updated(handler_class, expected, dtype):

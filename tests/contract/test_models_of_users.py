@@ -144,9 +144,6 @@ def test_an_exported_program_has_one_mode():
     assert next(average.module.parameters()).unique().item() == 3.0
 
 
-# Functions, which deepcopy does not copy
-
-
 @dataclass
 class Holder:
     function: object

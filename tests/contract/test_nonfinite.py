@@ -135,9 +135,6 @@ def test_buffers_that_are_not_averaged_are_not_looked_at_and_stay_where_a_parame
     assert average.module.mask.ne(3.0).all()
 
 
-# With a handler
-
-
 def spoiling(model, *iterations):
     """A trainer that adds 1 to all weights, but in these iterations spoils one."""
 

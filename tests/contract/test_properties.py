@@ -26,8 +26,6 @@ SHAPES = [(), (0,), (1,), (3,), (2, 3), (2, 0, 3), (2, 1, 2)]
 MOMENTA = [0.0, 1e-3, 0.1, 0.25, 0.5, 0.9, 1.0]
 
 
-# Random models
-
 LAYERS = {
     "holder": nn.Module,
     "norm": lambda: nn.BatchNorm1d(3),
@@ -75,9 +73,6 @@ def built(random, generator, known, modules, depth=2):
         module.add_module(f"m{index}", built(random, generator, known, modules, depth - 1))
     modules.append(module)
     return module
-
-
-# The slow plain model
 
 
 def named(module):

@@ -59,9 +59,6 @@ def bytes_of(tensors):
     return sum(storages.values())
 
 
-# What is shared
-
-
 @pytest.mark.parametrize("dtype", [None, torch.float64], ids=str)
 def test_the_twin_takes_the_bytes_of_what_trains_and_of_the_buffers(dtype):
     model = Adapted(width=64, base=torch.bfloat16)
@@ -94,9 +91,6 @@ def test_the_state_holds_what_is_held_and_nothing_else():
     file = io.BytesIO()
     torch.save(state, file)
     assert file.tell() < bytes_of(model.base.parameters())
-
-
-# What becomes of the frozen parameters
 
 
 def test_a_base_that_is_frozen_no_more_raises_each_time_and_changes_nothing(pair):
@@ -139,9 +133,6 @@ def test_swapped_leaves_the_base_where_it_is_and_the_rest_is_evaluated_on_the_av
         assert torch.equal(model(x), average.module(x))
     assert contents(model) == before
     assert model.base.weight._version == version
-
-
-# Loading a plain state
 
 
 @pytest.mark.parametrize("base", ["as it is", "in float64", "in bfloat16", "left out"])

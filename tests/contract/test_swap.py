@@ -100,9 +100,6 @@ def given_back(model, average):
     assert average.update(0.0)
 
 
-# What is in the block
-
-
 @pytest.mark.parametrize(
     ("kind", "mode"), [*((kind, "update") for kind in MODELS), *(("tied weights", m) for m in MODES)]
 )
@@ -120,9 +117,6 @@ def test_the_model_is_the_twin_in_the_block_and_itself_again_after_it(kind, mode
                 if kind != "expanded":  # which cannot be written to
                     assert [place[:2] for place in places(model)] == [place[:2] for place in held_in]
             assert torch.equal(computed(model), output)
-
-
-# Where the block is
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda c: c.__name__)
@@ -201,9 +195,6 @@ def test_a_compiled_model_is_not_compiled_again():
     assert len(compilations) == 1
 
 
-# Swapping while swapped
-
-
 ACTIONS = {
     "update": lambda average: average.update(0.5),
     "reset": lambda average: average.reset(),
@@ -265,9 +256,6 @@ def test_a_checkpoint_of_the_average_taken_in_the_block_is_that_of_before(mode):
     assert_same_bits({**inside, "saved_while_swapped": False}, before)
     with pytest.warns(EMAWarning, match="was saved inside swapped"):
         handler.load_state_dict(inside)
-
-
-# Ways out of a block
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, StopIteration])

@@ -128,9 +128,6 @@ def test_what_is_no_checkpoint_is_refused_and_a_link_to_one_is_followed(tmp_path
         load_objects(objects(3.0), tmp_path)
 
 
-# What killed runs leave behind
-
-
 @pytest.mark.parametrize("has_successor", [True, False])
 def test_a_replaced_checkpoint_that_was_left_comes_back_only_if_it_is_alone(tmp_path, has_successor):
     save(tmp_path).rename(tmp_path / ".1.pt.old")

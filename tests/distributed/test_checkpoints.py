@@ -107,9 +107,6 @@ def test_the_whole_average_is_gathered_on_the_first_rank(world, ranks, case):
     world(ranks, gathers, case)
 
 
-# From here on one process suffices, without a group.
-
-
 class Small:
     """A model, an optimizer with a parameter that no step has reached, and one step."""
 
@@ -189,9 +186,6 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
     assert model.weight.tolist() == [[1, 1]]
 
 
-# Values that are not tensors of a model
-
-
 SCORES = [
     *(np.float64(0.5), np.arange(3.0), torch.tensor(0.5), math.inf, None, (1, "two"), {1, 2}, deque([1, 2]), b"bytes"),
     *(datetime(2026, 11, 30, tzinfo=timezone.utc), timedelta(1)),
@@ -258,8 +252,6 @@ def test_an_optimizer_that_has_stepped_goes_back_to_one_that_has_not(tmp_path):
 
 
 # The stages of a pipeline: a part of a model on each rank, with a handler and an optimizer of its own
-
-
 def objects_of_stage(rank):
     model = nn.ModuleDict({f"stage{rank}": nn.Linear(2 + rank, 1)})
     return {"model": model, "handler": EMAHandler(model), f"optimizer{rank}": torch.optim.AdamW(model.parameters())}

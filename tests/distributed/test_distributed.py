@@ -46,9 +46,6 @@ WORLDS = {
 }
 
 
-# The contract.
-
-
 def average_follows(folder, case):
     run = Run(case)
     due = {name: tensor.double() for name, tensor in full_tensors(run.handler.model).items()}
@@ -136,9 +133,6 @@ def test_swapping_is_exact(world, ranks, case):
     world(ranks, swaps, case)
 
 
-# What an update costs.
-
-
 def updates_without_communication(folder, case):
     run = Run(case, handle_buffers="update")
     run.train(1)
@@ -163,9 +157,6 @@ class Even(nn.Module):
 
     def forward(self, x):
         return self.head(self.body(self.embedding(x)))
-
-
-# What does not fit says so.
 
 
 def refuses_twins(folder):
@@ -210,9 +201,6 @@ def skips_together(folder, rank, case):
 @pytest.mark.parametrize(("ranks", "rank", "case"), [(2, 1, "FSDP2"), (4, 2, "FSDP2 over several meshes")])
 def test_a_nan_in_one_shard_is_skipped_on_all_ranks(world, ranks, rank, case):
     world(ranks, skips_together, rank, case)
-
-
-# A handler that is not made as it should be.
 
 
 def is_made_before_ddp(folder, same_seed):

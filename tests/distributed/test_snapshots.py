@@ -103,9 +103,6 @@ def test_a_resumed_world_writes_what_a_single_process_writes(world, case, due, t
     assert_same_contents(stored(tmp_path / "snapshots"), due)
 
 
-# What goes wrong on one rank is told on all
-
-
 def refuses(folder):
     run = Run("DDP", folder / "snapshots")
     run.trainer.logger.disabled = True

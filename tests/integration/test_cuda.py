@@ -225,9 +225,6 @@ def test_resuming_and_swapping_are_exact(tmp_path, options):
     assert contents(straight.handler.ema_model) == averaged
 
 
-# The average on the CPU.
-
-
 @pytest.mark.parametrize("handle_buffers", ["copy", "update"])
 @pytest.mark.parametrize("case", ["float32", "bfloat16 in float32"])
 @pytest.mark.parametrize("chunk", [staging._CHUNK, 100], ids=["one chunk", "many chunks"])

@@ -30,9 +30,6 @@ _CONTEXT.set_forkserver_preload(
 )  # a process costs a tenth of a second then
 
 
-# SIGKILL
-
-
 class Killed:
     """A process that was started with `target(sender, *args)`, and has sent that it is about to begin."""
 
@@ -113,9 +110,6 @@ def test_a_file_that_is_written_when_its_writer_is_killed_is_whole(suffix, tmp_p
         loaded = load_file(path)
         assert loaded["a"].shape == (20000,)
         assert len({*loaded["a"].tolist(), *loaded["b"].tolist()}) == 1
-
-
-# A full disk
 
 
 @contextlib.contextmanager

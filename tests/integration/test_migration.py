@@ -66,9 +66,6 @@ def run(trainer):
     return trainer.run(max_epochs=EPOCHS, epoch_length=EPOCH)
 
 
-# The definitions.
-
-
 def mmengine(momentum, interval=1) -> Weights:
     """Copies at the first step of the averaged model, and updates at every interval-th one."""
     for steps in count():

@@ -21,8 +21,6 @@ from ignite_ema.cli import main
 from tests.helpers.files import Evil, files_in
 from tests.helpers.peer_files import equal, state
 
-# --- save_pretrained ---
-
 
 def pretrained(folder, suffix=".safetensors", shards=2):
     """A model's directory as transformers writes it."""
@@ -89,9 +87,6 @@ def test_the_way_out_of_a_directory_of_several_models_is_to_name_a_file(tmp_path
         read(tmp_path)
     for name, fill in (("one.pt", 2), ("two.pt", 3), ("unet/model.bin", 1), ("vae", 1)):
         assert equal(read(tmp_path / name).tensors, state(fill))
-
-
-# --- torch.distributed.checkpoint ---
 
 
 def distributed(content, path):

@@ -106,8 +106,6 @@ def test_ties_are_one_memory(tmp_path):
     assert loaded["a"].data_ptr() == loaded["c"].data_ptr() == loaded["b"].data_ptr() - 12
 
 
-# --- what a file asks for is not run ---
-
 TRACE = "import pathlib; pathlib.Path('trace').touch()"
 ATTACKS = {
     "os.system": lambda: Evil(os.system, ("touch trace",)),
@@ -174,9 +172,6 @@ def test_attributes_in_a_file_change_nothing_of_torch(tmp_path):
     assert not hasattr(argparse.Namespace, "__defaults__")
 
 
-# --- damage ---
-
-
 def test_a_flipped_bit_is_told_with_the_file_and_the_entry(tmp_path):
     big = torch.arange(5000.0)
     path = saved({"optimizer": {"m": -big}, "ema": {"x": torch.ones(9), "big": big}}, tmp_path / "f.pt")
@@ -218,9 +213,6 @@ def test_torch_may_be_told_to_refuse(call, tmp_path, monkeypatch):
     assert read(torch.load(path)).tensors  # one way out
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     assert call(path)  # the other
-
-
-# --- files of another kind ---
 
 
 def torchscript():

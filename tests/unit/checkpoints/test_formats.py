@@ -99,9 +99,6 @@ def test_lightnings_swa_is_not_silently_the_raw_weights():
     assert read(file).system == "plain"
 
 
-# --- ours ---
-
-
 def test_our_state_is_what_load_state_dict_takes():
     file = {"trainer": {}, "ema_handler": EMAHandler(tied()).state_dict()}
     tensors = averaged_state_dict(file)

@@ -9,8 +9,6 @@ from tests.helpers.peer_files import equal, net, prefixed, state
 
 ONE = torch.ones(1)
 
-# --- names ---
-
 
 def shadow():
     return {"optimization_step": 3, "shadow_params": [torch.zeros(2, 2), torch.zeros(2)]}
@@ -45,8 +43,6 @@ def test_a_prefix_is_taken_off():
     assert equal(averaged_state_dict(file, strip_prefix="module."), found.tensors)
 
 
-# --- values ---
-
 META = nn.Linear(2, 2, device="meta").state_dict()
 
 
@@ -71,9 +67,6 @@ def test_repr_is_one_line_without_tensors():
     assert repr(read({"model": state(1), "ema": state(2)})) == (
         "Averaged(Ignite, 2 tensors, 0.000 MiB, raw weights, num_updates=unknown)"
     )
-
-
-# --- files without an average ---
 
 
 def test_plain_weights_are_no_average_unless_a_key_says_so(tmp_path):

@@ -48,9 +48,6 @@ def test_a_second_run_loses_no_update():
     assert handler.num_updates == 2
 
 
-# What is saved or evaluated before the update of its iteration
-
-
 def saver(handler, trainer, folder):
     checkpoint = Checkpoint({"ema_handler": handler, "trainer": trainer}, DiskSaver(folder, require_empty=False))
     return lambda: trainer.add_event_handler(EVERY(every=2), checkpoint)
@@ -121,9 +118,6 @@ def test_what_reads_after_an_update_of_its_iteration_or_inside_the_step_is_not_l
     handler = EMAHandler(handler.model, 0.8)
     handler.attach(trainer, "second")
     trainer.run([0] * 2)
-
-
-# What is taken away again
 
 
 @pytest.mark.parametrize(("event", "made"), [(EVERY, 6), (EVERY(every=2) | EVERY(every=3) | Events.EPOCH_COMPLETED, 4)])

@@ -141,9 +141,6 @@ def test_buffers_of_the_first_rank_are_used_on_all_for_the_run(tmp_path):
     assert run_world(tmp_path, 2, evaluated_with_the_first_ranks_buffers) == [(5, 0, 5), (5, 1, 6)]
 
 
-# Ways out of an evaluation
-
-
 class Stop(Exception):
     """What a test raises."""
 

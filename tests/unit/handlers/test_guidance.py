@@ -37,9 +37,6 @@ def at(iteration, action):
     return lambda handler, trainer: trainer.add_event_handler(EVENT(once=iteration), lambda: action(trainer))
 
 
-# At the end of a run
-
-
 def test_a_run_that_ends_with_most_of_its_start_is_told_once():
     handler, trainer = set_up()
     said = r"After 440 updates 92% of .*'ema_momentum'.* at a momentum of 0\.0002.*schedules\.Debiased\(0\.0002\)"
@@ -81,9 +78,6 @@ def test_updates_that_were_skipped_are_neither_an_event_that_never_fired_nor_too
     with pytest.warns(EMAWarning, match="'weight' holds a NaN") as caught:
         trainer.run([0] * 3)
     assert len(caught) == 1
-
-
-# At the start of a run
 
 
 def resumed(trainer):
@@ -162,9 +156,6 @@ def test_a_run_that_goes_on_after_terminate_is_not_warned_about():
             trainer.run([0] * 6, max_epochs=3)
 
 
-# repr
-
-
 def test_repr_says_what_by_which_schedule_how_far_and_attached_to_what():
     handler, trainer = set_up(schedules.EqualWeight(), dtype=torch.float64)
     alone = "EMAHandler(Linear: 2 parameters in float64 on cpu; momentum EqualWeight(); 0 updates"
@@ -228,9 +219,6 @@ def test_a_schedule_that_would_have_copied_first_is_told_to_begin_again():
     handler.num_updates = 0
     trainer.run([0, 0])
     assert handler.initial_share == 0
-
-
-# A NaN
 
 
 @pytest.mark.parametrize("nan_at", [2, 4])

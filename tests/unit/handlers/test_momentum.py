@@ -53,9 +53,6 @@ def test_a_schedule_that_returns_no_momentum_in_a_run_raises():
         trainer.run([0] * 9)
 
 
-# An attribute that is there already, and setting the momentum
-
-
 PLAIN, SCHEDULED = 0.5, LinearWarmup(0.5, 0.25, 2)
 
 

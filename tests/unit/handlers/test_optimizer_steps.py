@@ -187,9 +187,6 @@ def test_whether_an_optimizer_has_stopped_is_counted_in_events(event, steps_at, 
         trainer.run([0] * 30, max_epochs=10)
 
 
-# The hook on the optimizer
-
-
 def test_remove_takes_the_hook_off_the_optimizer():
     model = linear()
     optimizer, handler = sgd(model), EMAHandler(model, 0.25)
@@ -221,9 +218,6 @@ def test_the_optimizer_of_another_model_is_warned_about_and_that_of_a_part_is_no
         EMAHandler(linear(), 0.25).attach(idle(), optimizer=sgd(linear()))
     model = nn.Sequential(linear(), linear())
     EMAHandler(compiled(model), 0.25).attach(idle(), optimizer=torch.optim.SGD([*linear().parameters(), model[1].bias]))
-
-
-# Saved and resumed
 
 
 class Accumulation:

@@ -25,9 +25,6 @@ def sums(times, history, name, gamma):
     return sum(weight * state[name].double() for weight, state in zip(weights, history, strict=True))
 
 
-# The averages
-
-
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("samples", [None, lambda engine: len(engine.state.batch)], ids=["updates", "samples"])
 def test_streams_and_files_hold_the_sums_of_power_functions(samples, every, tmp_path):
@@ -115,9 +112,6 @@ def test_the_statistics_of_normalization_layers_are_averaged_and_nothing_else(tm
     kept(nn.Linear(1, 1), tmp_path / "without")  # a model without such buffers
 
 
-# Without an engine
-
-
 def test_a_loop_without_an_engine_writes_what_an_engine_does(tmp_path):
     """It stops after 12 iterations, and another one goes on from its state."""
     for name in ("updates", "samples"):
@@ -159,9 +153,6 @@ def test_what_rounded_snapshots_cost(dtype, rounding, tmp_path):
         assert 0.43 * min(norm, 1) * 0.9 < lost < 0.43 * max(norm, 1) * 1.1 + 2**-24 / rounding
 
 
-# Writing
-
-
 @pytest.mark.parametrize(("ends", "due"), [("completed", [5, 10, 12]), ("terminated", [5, 10])])
 def test_a_run_ends_with_a_snapshot_unless_it_is_terminated(ends, due, tmp_path):
     run = Run(tmp_path)
@@ -196,9 +187,6 @@ def test_an_update_needs_a_step_of_the_optimizer(tmp_path):
     trainer.run(range(12))
     assert ema.num_updates == 3
     assert [one.iteration for one in stored(tmp_path)] == [4, 8, 12]
-
-
-# Attaching
 
 
 def traces(engine):
@@ -249,9 +237,6 @@ def test_twins_of_ones_own_and_parts_of_a_larger_tensor_are_stored_alone(tmp_pat
     assert (tmp_path / "snapshot_3.pt").stat().st_size < 10_000
 
 
-# Warnings
-
-
 def test_averages_that_are_loaded_at_the_start_of_a_run_count_as_restored(tmp_path):
     """MONAI's CheckpointLoader loads at STARTED, when the handler is attached already (issue 23)."""
     state = Run(tmp_path).train(8).saved()
@@ -284,9 +269,6 @@ def test_weights_that_are_not_finite_when_the_run_is_terminated_are_left_out(tmp
         run.train()
     assert (run.trainer.state.iteration, run.ema.num_updates) == (4, 3)
     assert all(stream.module[0].weight.isfinite().all() for stream in run.ema.streams)
-
-
-# Starting again
 
 
 def test_reset_starts_again(tmp_path):

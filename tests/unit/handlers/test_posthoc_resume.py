@@ -91,9 +91,6 @@ def test_a_rollback_in_the_middle_of_a_run_writes_its_own_snapshots(tmp_path):
     assert stored(tmp_path)[-1].averaged[0]["0.weight"].max() > 50
 
 
-# What does not belong to the run that goes on
-
-
 @pytest.mark.parametrize("resumed", [False, True])
 def test_snapshots_of_another_run_are_refused_before_training(resumed, tmp_path):
     Run(tmp_path / "one").train(12)
@@ -126,8 +123,6 @@ def test_a_checkpoint_that_was_saved_just_before_a_snapshot_resumes(uninterrupte
     Run(tmp_path, loaded=states[0]).train()
     assert files(tmp_path) == uninterrupted["updates"][1]
 
-
-# SIGKILL
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "ignite.handlers", "ignite_ema"])

@@ -27,8 +27,6 @@ from ignite_ema.posthoc import (
 from tests.helpers.bits import assert_same_bits
 from tests.helpers.snapshots import make_snapshot
 
-# Widths and exponents
-
 
 @pytest.mark.parametrize("hundredths", [1, 10, 28])
 def test_gamma_is_the_largest_root_of_the_cubic(hundredths):
@@ -40,7 +38,6 @@ def test_gamma_is_the_largest_root_of_the_cubic(hundredths):
 
 
 # The truth: a run of 5,000 updates whose weights are known, and averages as sums over all of them
-
 N = 5_000
 EVERY = [1, 10]
 
@@ -99,9 +96,6 @@ def test_walks_and_independent_weights_are_rebuilt_as_well_as_predicted(long_run
     if target != LENGTHS[0]:
         relative = (got["noise"] - due).norm() / due.norm()
         assert relative == pytest.approx(predicted, rel=0.1 if every == 1 else 0.2)
-
-
-# Small runs whose files are written here
 
 
 def test_an_average_is_the_sum_with_the_coefficients(folder):
@@ -191,9 +185,6 @@ def test_tensors_larger_than_a_chunk_are_rebuilt_in_parts(folder, monkeypatch):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     monkeypatch.setattr(reconstruction, "_CHUNK", 1)  # fewer than there are snapshots
     assert torch.equal(whole["a"], reconstruct(folder, 0.15)["a"])
-
-
-# Sweeps
 
 
 def test_a_sweep_scores_each_average_in_order(folder, capsys, monkeypatch):

@@ -15,8 +15,6 @@ from tests.helpers.files import Evil, files_in
 from tests.helpers.posthoc_runs import kept
 from tests.helpers.snapshots import make_snapshot, write_raw
 
-# Files that are not as they should be
-
 
 def saved(content):
     return lambda folder: torch.save(content, folder / "snapshot_65.pt")
@@ -98,9 +96,6 @@ def test_a_flipped_bit_is_noticed_where_it_is_read(file, places, tmp_path):
         reconstruct(tmp_path, 0.1, max_residual=9)
     if file == "snapshot_4.pt":
         assert reconstruct(tmp_path, 0.1, step=3, max_residual=9)
-
-
-# Writing
 
 
 def test_infinities_stay_what_they_are(tmp_path):
