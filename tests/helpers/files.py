@@ -1,4 +1,8 @@
-"""Files that tests look for, and one that runs what it likes."""
+"""Files that tests look for, states that went through one, and one that runs what it likes."""
+
+import io
+
+import torch
 
 
 def files_in(folder):
@@ -9,6 +13,14 @@ def newest(folder):
     """The checkpoint of the latest iteration, None if there is none."""
     saved = sorted(folder.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
     return saved[-1] if saved else None
+
+
+def reloaded(state):
+    """Through a file's bytes and back, with nothing but plain values."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 class Evil:
