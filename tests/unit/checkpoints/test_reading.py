@@ -43,13 +43,6 @@ def test_a_prefix_is_taken_off():
     assert equal(averaged_state_dict(file, strip_prefix="module."), found.tensors)
 
 
-META = nn.Linear(2, 2, device="meta").state_dict()
-
-
-def test_raw_weights_without_values_are_none():
-    assert read({"model": META, "ema": nn.Linear(2, 2).state_dict()}).online is None
-
-
 def test_extra_state_that_is_no_tensor_is_left_out():
     extra = {"a._extra_state": {"scale": 1}, "b._extra_state": ONE}
     assert list(read({"state_dict_ema": state() | extra}).tensors) == ["a.weight", "a.bias", "b._extra_state"]

@@ -16,8 +16,6 @@ from tests.helpers.peer_files import equal, tied
 
 TENSORS = {"w": torch.arange(1000.0)}
 
-suffixes = pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
 def test_what_is_written_is_read_again(suffix, tmp_path):
@@ -70,7 +68,7 @@ def test_save_over_the_file_that_is_read(tmp_path):
     assert equal(load_file(tmp_path / "file.pt"), TENSORS)
 
 
-@suffixes
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_a_file_has_the_mode_of_any_new_file(mask, suffix, tmp_path):
     file = tmp_path / f"file{suffix}"
