@@ -16,14 +16,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from ignite_ema import EMAHandler
 from ignite_ema.distributed import ShardedSaver, gathered_state_dict, load_objects
-from tests.distributed.worker import Net, Run, full, full_bits, in_worlds
+from tests.distributed.worker import Net, Run, full, full_bits, gathers_on_cpu, in_worlds
 from tests.helpers.bits import assert_same_bits
 from tests.helpers.files import files_in
 from tests.helpers.worlds import run_world
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch gathers no weights on a CPU"
-)
+pytestmark = gathers_on_cpu
 
 
 def contents(run):
@@ -60,12 +58,7 @@ def saved(tmp_path_factory):
     return folder, run_world(folder, 2, saves)[0]
 
 
-LOADING = {
-    "plain": [1],
-    "FSDP2": [1, 3],
-    "DDP": [2],
-    "FSDP2 over several meshes": [4],
-}
+LOADING = {"plain": [1], "FSDP2": [1, 3], "DDP": [2], "FSDP2 over several meshes": [4]}
 
 
 @in_worlds(LOADING)

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch import nn
@@ -18,32 +17,13 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from ignite_ema import EMAHandler, ModelAverage
 from ignite_ema.distributed import load_objects
-from tests.distributed.worker import (
-    CASES,
-    Net,
-    Run,
-    full_tensors,
-    in_worlds,
-    local,
-    local_bits,
-    mesh,
-    sharded,
-    tensors,
-)
+from tests.distributed import worker
+from tests.distributed.worker import CASES, Net, Run, full_tensors, in_worlds, local, local_bits, sharded, tensors
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch gathers no weights on a CPU"
-)
+pytestmark = worker.gathers_on_cpu
 
-
-WORLDS = {
-    "DDP": [2],
-    "FSDP2": [3],
-    "FSDP2 in part": [3],
-    "FSDP2 that keeps gathered weights": [2],
-    "FSDP2 in mixed precision": [2],
-    "FSDP2 over several meshes": [4],
-}
+WORLDS = {"DDP": [2], "FSDP2": [3], "FSDP2 in part": [3], "FSDP2 that keeps gathered weights": [2]}
+WORLDS |= {"FSDP2 in mixed precision": [2], "FSDP2 over several meshes": [4]}
 
 
 def average_follows(folder, case):
@@ -99,11 +79,6 @@ def resumes(folder, case):
     assert all(torch.equal(local(due[i][key]), local(got[i][key])) for i in due for key in due[i])
 
 
-@in_worlds(WORLDS)
-def test_resuming_is_exact(world, ranks, case):
-    world(ranks, resumes, case)
-
-
 def swaps(folder, case):
     run = Run(case)
     run.train(2)
@@ -128,9 +103,10 @@ def swaps(folder, case):
     assert local_bits(run.handler.ema_model) == local_bits(straight.handler.ema_model)
 
 
+@pytest.mark.parametrize("scenario", [resumes, swaps])
 @in_worlds(WORLDS)
-def test_swapping_is_exact(world, ranks, case):
-    world(ranks, swaps, case)
+def test_resuming_and_swapping_are_exact(world, ranks, case, scenario):
+    world(ranks, scenario, case)
 
 
 def updates_without_communication(folder, case):
@@ -155,14 +131,11 @@ class Even(nn.Module):
         super().__init__()
         self.embedding, self.body, self.head = nn.Embedding(12, 6), nn.Linear(6, 6), nn.Linear(6, 12)
 
-    def forward(self, x):
-        return self.head(self.body(self.embedding(x)))
-
 
 def refuses_twins(folder):
     model = sharded(Even())
     before = local_bits(model)
-    along_columns = fsdp.fully_shard(Even(), mesh=mesh(), shard_placement_fn=lambda weight: Shard(weight.ndim - 1))
+    along_columns = sharded(Even(), shard_placement_fn=lambda weight: Shard(weight.ndim - 1))
     over_another_mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
     for online, twin, message in (
         (model, Even(), "'embedding.weight' is sharded .* and not sharded in the twin"),

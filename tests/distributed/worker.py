@@ -15,6 +15,10 @@ from ignite_ema.distributed import ShardedSaver
 from tests.helpers.bits import bits
 from tests.helpers.models import compiled
 
+gathers_on_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch gathers no weights on a CPU"
+)
+
 
 class Norm(nn.BatchNorm1d):
     """Batch normalisation that computes in float32 where weights and inputs are bfloat16."""

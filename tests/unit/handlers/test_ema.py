@@ -43,12 +43,7 @@ def test_the_count_publishes_a_scheduled_momentum_and_leaves_a_driven_one_alone(
 
 @pytest.mark.parametrize(
     "momentum",
-    [
-        0.999,
-        0.9,
-        schedules.CopyUntil(1, schedules.Constant(0.9998)),
-        schedules.Cosine(0.996, 1.0, 100),
-    ],
+    [0.999, 0.9, schedules.CopyUntil(1, schedules.Constant(0.9998)), schedules.Cosine(0.996, 1.0, 100)],
     ids=lambda momentum: type(momentum).__name__,
 )
 def test_a_decay_is_warned_about(momentum):
