@@ -29,11 +29,11 @@ from ignite_ema import EMAWarning
 MOST_GROUPS = 20  # that scenarios may leave behind in a world; the threads of each wake up now and then
 TIMEOUT = 60  # seconds for a scenario, and for a message between ranks; the longest scenario needs five
 
-_CONTEXT = multiprocessing.get_context("forkserver")  # workers are forked from a process that has imported torch
-_CONTEXT.set_forkserver_preload(
+PROCESSES = multiprocessing.get_context("forkserver")  # they are forked from a process that has imported torch
+PROCESSES.set_forkserver_preload(
     [
         *("pytest", "torch._dynamo.testing", "torch.distributed.fsdp", "torch.distributed.tensor.debug"),
-        *("torch.distributed.tensor", "ignite.distributed", "ignite_ema.distributed"),
+        *("torch.distributed.tensor", "ignite.distributed", "ignite_ema.distributed", "safetensors.torch"),
     ]
 )
 
@@ -47,8 +47,8 @@ class World:
         self._processes = []
         self._pipes = []
         for rank in range(ranks):
-            ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(
+            ours, theirs = PROCESSES.Pipe()
+            process = PROCESSES.Process(
                 target=_work, args=(theirs, self.folder / "group", rank, ranks), daemon=True, name=f"rank {rank}"
             )
             process.start()

@@ -1,7 +1,6 @@
 """PostHocEMA in a run that is stopped, killed, taken back or started again: its files are those of one that was not."""
 
 import copy
-import multiprocessing
 import os
 import signal
 import warnings
@@ -17,6 +16,7 @@ from tests.helpers.bits import assert_same_bits, contents
 from tests.helpers.files import newest
 from tests.helpers.models import net
 from tests.helpers.posthoc_runs import Run, files, size_of_batch, times_in
+from tests.helpers.worlds import PROCESSES
 
 EVENT = Events.ITERATION_COMPLETED
 OPTIONS = {
@@ -124,10 +124,6 @@ def test_a_checkpoint_that_was_saved_just_before_a_snapshot_resumes(uninterrupte
     assert files(tmp_path) == uninterrupted["updates"][1]
 
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "ignite.handlers", "ignite_ema"])
-
-
 def train(folder, kill_at=None, event=None):
     """From the newest checkpoint to the end, with a checkpoint every four iterations; kills itself where told to."""
     warnings.filterwarnings("ignore", ".* later than the loaded state")
@@ -144,7 +140,7 @@ def train(folder, kill_at=None, event=None):
 def test_a_killed_process_resumes_and_writes_the_same_files(uninterrupted, tmp_path):
     for iteration in (7, 26):
         event = "ITERATION_STARTED" if iteration % 2 else "ITERATION_COMPLETED"
-        process = _CONTEXT.Process(target=train, args=(tmp_path, iteration, event))
+        process = PROCESSES.Process(target=train, args=(tmp_path, iteration, event))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
