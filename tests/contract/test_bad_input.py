@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from ignite_ema import EMAHandler, ModelAverage, PostHocEMA, checkpoints, distributed, schedules
 from ignite_ema import posthoc as lengths
 from ignite_ema.cli import main
-from tests.helpers.models import Tied, frozen, module, net
+from tests.helpers.models import Tied, frozen, made_inside, module, net
 from tests.unit.averaging.test_twin import LoRA
 
 ROW = re.compile(r"^(?:(\S.*)|  (.+) -> (\w+): (.+))$", re.MULTILINE)
@@ -172,11 +172,6 @@ def partly(model):
     twin = net()
     twin[0].weight = model[0].weight
     return twin
-
-
-def inside_inference_mode(make):
-    with torch.inference_mode():
-        return make()
 
 
 def zero_3():

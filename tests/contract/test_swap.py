@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ignite_ema import EMAHandler, EMAWarning, ModelAverage
 from tests.helpers.bits import assert_same_bits, contents, places
-from tests.helpers.models import Tied, compiled, move
+from tests.helpers.models import Tied, compiled, made_inside, move
 
 MODES = {mode: mode for mode in ("copy", "update", "ema_train")} | {"mapping": {"*kept": "keep", "*": "update"}}
 
@@ -49,11 +49,6 @@ def views_of_one_storage():
     return Tensors(a=nn.Parameter(flat[:4]), b=nn.Parameter(flat[4:]), c=flat.new_zeros(6)[::2])
 
 
-def made_inside_inference_mode():
-    with torch.inference_mode():
-        return Tied()
-
-
 MODELS = {
     "mixed types": mixed,
     "tied weights": Tied,
@@ -62,7 +57,7 @@ MODELS = {
     "not contiguous": lambda: Tensors(turned=nn.Parameter(torch.rand(2, 3).T), every_other=torch.rand(8)[::2]),
     "channels last": lambda: Tensors(weight=nn.Parameter(torch.rand(2, 3, 2, 2).to(memory_format=torch.channels_last))),
     "views of one storage": views_of_one_storage,
-    "made in inference_mode": made_inside_inference_mode,
+    "made in inference_mode": lambda: made_inside(Tied),
 }
 
 

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from ignite_ema import EMAHandler, ModelAverage, PostHocEMA, schedules
 from tests.contract.test_surgery import OTHERS, Program, base
 from tests.helpers.bits import contents
-from tests.helpers.models import Quantised, constant, linear, module, net, sgd
+from tests.helpers.models import Quantised, constant, linear, made_inside, module, net, sgd
 from tests.helpers.runs import evaluator_of
 from tests.unit.averaging.test_twin import LoRA
 
@@ -193,11 +193,6 @@ def on_meta(make):
 def with_table(register=setattr):
     """A model with a tensor besides its parameters."""
     return after(lambda model: register(model, "table", torch.arange(3.0)), linear())
-
-
-def made_inside(make):
-    with torch.inference_mode():
-        return make()
 
 
 def sharing(seed=0):
