@@ -36,8 +36,7 @@ def uninterrupted(tmp_path_factory):
     return runs
 
 
-def later(time, count, first):
-    """The warning of snapshots that are set aside."""
+def set_aside(time, count, first):
     text = f"{count} snapshots that are later than the loaded state, of time {time}, from 'snapshot_{first}.pt'"
     return pytest.warns(UserWarning, match=text)
 
@@ -61,16 +60,16 @@ def test_a_run_that_is_stopped_and_resumed_writes_the_same_files(name, stop, att
 @pytest.mark.parametrize("stop", [0, 8])
 def test_snapshots_after_the_state_are_set_aside_and_written_again(name, stop, uninterrupted, tmp_path):
     first = Run(tmp_path, **OPTIONS[name])
-    state = first.train(stop).saved() if stop else first.saved()
+    state = (first.train(stop) if stop else first).saved()
     first.train(27)
     before, time = files(tmp_path), state["ema"]["updated_at"]
-    set_aside = [at for at in times_in(tmp_path) if at > time]
-    with later(time, len(set_aside), set_aside[0]) as record:
+    later = [at for at in times_in(tmp_path) if at > time]
+    with set_aside(time, len(later), later[0]) as record:
         Run(tmp_path, loaded=state, **OPTIONS[name]).train()
     assert len(record) == 1
     assert files(tmp_path) == uninterrupted[name][1]
     (tmp_path / "superseded").mkdir()
-    for at in set_aside:
+    for at in later:
         (tmp_path / f"snapshot_{at}.pt.superseded").rename(tmp_path / "superseded" / f"snapshot_{at}.pt")
     assert files(tmp_path / "superseded").items() <= before.items()
 
@@ -85,7 +84,7 @@ def test_a_rollback_in_the_middle_of_a_run_writes_its_own_snapshots(tmp_path):
             parameter.data.fill_(100)
 
     run.at(32, roll_back)
-    with later(18, 3, 20):
+    with set_aside(18, 3, 20):
         run.train()
     assert times_in(tmp_path) == [5, 10, 15, 21, 26]  # at iterations 5, 10, 15, 35, 40
     assert stored(tmp_path)[-1].averaged[0]["0.weight"].max() > 50
@@ -138,8 +137,7 @@ def train(folder, kill_at=None, event=None):
 
 
 def test_a_killed_process_resumes_and_writes_the_same_files(uninterrupted, tmp_path):
-    for iteration in (7, 26):
-        event = "ITERATION_STARTED" if iteration % 2 else "ITERATION_COMPLETED"
+    for iteration, event in ((7, "ITERATION_STARTED"), (26, "ITERATION_COMPLETED")):
         process = PROCESSES.Process(target=train, args=(tmp_path, iteration, event))
         process.start()
         process.join()
