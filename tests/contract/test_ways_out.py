@@ -142,6 +142,11 @@ def uncopyable(seed=0):
     return model
 
 
+def caching():
+    """Keeps its last activation, which is part of a graph."""
+    return after(lambda layer: setattr(layer, "last", layer(torch.ones(1, 1))), nn.Linear(1, 1))
+
+
 def sparse(kind):
     return module(x=kind(torch.ones(2).to_sparse()), y=torch.ones(2), w=nn.Parameter(torch.ones(2)))
 
@@ -216,6 +221,7 @@ def rows():
         yield pytest.param(wrong, words, right, id=words)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(("wrong", "words", "right"), list(rows()))
 def test_what_a_message_says_to_do_works(wrong, words, right, tmp_path, process_group, monkeypatch):
     monkeypatch.setattr(State, "event_to_attr", dict(State.event_to_attr))  # to which register_events() adds for all

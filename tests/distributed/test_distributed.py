@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch import nn
 from torch.distributed import fsdp
+from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -194,3 +195,26 @@ def test_an_average_that_was_made_of_other_weights_than_ddp_trains_is_reported(w
     first, second = world(2, is_made_before_ddp, False)
     assert first == []
     assert [text.partition(" when ")[0] for text in second] == ["The model has other weights than"]
+
+
+def train_on_uneven_data(folder):
+    """Four steps on the first rank, twelve on the second; as docs/compatibility.md says."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(4, 2))
+    average = ModelAverage(model, momentum=0.2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(dist.get_rank())
+    with Join([model]):
+        for _ in range((4, 12)[dist.get_rank()]):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            average.update()
+    return average.num_updates, model.module.weight.detach(), average.module.weight
+
+
+def test_under_join_the_models_agree_and_the_averages_do_not(world):
+    (few, model, shorter), (many, same, longer) = world(2, train_on_uneven_data)
+    assert (few, many) == (4, 12)
+    assert torch.equal(model, same)
+    assert not torch.equal(shorter, longer)

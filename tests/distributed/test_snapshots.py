@@ -26,8 +26,7 @@ class Run:
         if "FSDP2" in case:
             with torch.device("meta"):
                 options["ema_models"] = [CASES[case](Net()) for _ in range(2)]
-        self.ema = PostHocEMA(self.model, dirname=dirname, **options)
-        self.trainer = Engine(self.step)
+        self.ema, self.trainer = PostHocEMA(self.model, dirname=dirname, **options), Engine(self.step)
         self.ema.attach(self.trainer, snapshot_event=Events.ITERATION_COMPLETED(every=2))
 
     def step(self, engine, batch):

@@ -1,6 +1,8 @@
 """Files that tests look for, states that went through one, and one that runs what it likes."""
 
 import io
+import pickle
+from contextlib import contextmanager
 
 import torch
 
@@ -21,6 +23,14 @@ def reloaded(state):
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+@contextmanager
+def changed_contents(path):
+    """The table of contents of a sharded checkpoint, written back at the end."""
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    yield metadata
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 class Evil:

@@ -6,6 +6,7 @@ from torch import nn
 
 from ignite_ema import EMAHandler
 from ignite_ema.schedules import LinearWarmup
+from tests.helpers.models import constant
 
 EPOCH_LENGTH = 10
 
@@ -62,9 +63,8 @@ class Run:
 
 def scalar_handler(online=1.0, average=5.0):
     """A model of one weight and its handler, with these values."""
-    model = nn.Linear(1, 1, bias=False)
+    model = constant(online)
     handler = EMAHandler(model, 0.25)
-    model.weight.data.fill_(online)
     handler.ema_model.weight.data.fill_(average)
     return model, handler
 

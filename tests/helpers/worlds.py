@@ -44,13 +44,10 @@ class World:
     def __init__(self, ranks: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="world-"))
         self.is_usable = True
-        self._processes = []
-        self._pipes = []
+        self._processes, self._pipes = [], []
         for rank in range(ranks):
             ours, theirs = PROCESSES.Pipe()
-            process = PROCESSES.Process(
-                target=_work, args=(theirs, self.folder / "group", rank, ranks), daemon=True, name=f"rank {rank}"
-            )
+            process = PROCESSES.Process(target=_work, args=(theirs, self.folder / "group", rank, ranks), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device", allow_module_level=True)
 
 DEVICE = torch.device("cuda", 0)
+BFLOAT16 = 5e-2  # it has 8 bits, and rounds at each of few updates
 
 
 class Net(nn.Module):
@@ -91,11 +92,6 @@ def made_as(case, **options):
     return made(held_by_model, dtype=dtype, **options)
 
 
-def precision_of(case):
-    # bfloat16 has 8 bits, and rounds at each of few updates
-    return 5e-2 if case == "bfloat16" else 1e-6
-
-
 @pytest.mark.parametrize("handle_buffers", ["copy", "update", "statistics"])
 @pytest.mark.parametrize("case", CASES)
 def test_an_update_does_not_make_the_host_wait(case, handle_buffers):
@@ -109,7 +105,7 @@ def test_an_update_does_not_make_the_host_wait(case, handle_buffers):
             average.update(momentum)
         if momentum != 0:  # which copies buffers, but averages nothing
             followed(due, model, momentum, handle_buffers)
-    assert_follows(average.module, due, precision_of(case))
+    assert_follows(average.module, due, BFLOAT16 if case == "bfloat16" else 1e-6)
 
 
 def test_stochastic_rounding_does_not_make_the_host_wait_after_the_first_update():
@@ -120,7 +116,7 @@ def test_stochastic_rounding_does_not_make_the_host_wait_after_the_first_update(
         with watched("error" if update else "default"):
             average.update(0.25)
         followed(due, model, 0.25, "copy")
-    assert_follows(average.module, due, precision_of("bfloat16"))
+    assert_follows(average.module, due, BFLOAT16)
 
 
 def test_skip_nonfinite_makes_the_host_wait_for_one_number():
@@ -187,13 +183,7 @@ class Run:
         self.trainer.run(range(3), max_epochs=epochs)
 
 
-@pytest.fixture
-def deterministic():
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-        yield
-
-
-@pytest.mark.usefixtures("deterministic")
+@torch.backends.cudnn.flags(deterministic=True, benchmark=False)
 @pytest.mark.parametrize("options", [{}, {"device": "cpu"}], ids=["on the GPU", "on the CPU"])
 def test_resuming_and_swapping_are_exact(tmp_path, options):
     straight = Run(**options)

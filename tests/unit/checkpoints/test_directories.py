@@ -3,10 +3,8 @@
 import datetime
 import json
 import os
-import pickle
 import warnings
 from collections import OrderedDict
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from ignite_ema import EMAHandler
 from ignite_ema.checkpoints import averaged_state_dict, read, save_file
 from ignite_ema.checkpoints.directories import read_directory
 from ignite_ema.cli import main
-from tests.helpers.files import Evil, files_in
+from tests.helpers.files import Evil, changed_contents, files_in
 from tests.helpers.peer_files import equal, state
 
 
@@ -29,10 +27,9 @@ def pretrained(folder, suffix=".safetensors", shards=2):
     if shards == 1:
         save(state(1), folder / f"model{suffix}")
         return folder
-    places = {}
-    for number, (name, tensor) in enumerate(state(1).items(), 1):
-        places[name] = f"model-{number:05}-of-00002{suffix}"
-        save({name: tensor}, folder / places[name])
+    places = {name: f"model-{number:05}-of-00002{suffix}" for number, name in enumerate(state(1), 1)}
+    for name, place in places.items():
+        save({name: state(1)[name]}, folder / place)
     (folder / f"model{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
 
@@ -132,19 +129,11 @@ def test_what_a_distributed_checkpoint_holds_comes_back_nested(tmp_path):
     assert torch.equal(loaded["half"], content["half"])
 
 
-@contextmanager
-def changed(path):
-    """The table of contents, written back at the end."""
-    metadata = pickle.loads((path / ".metadata").read_bytes())
-    yield metadata
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
 def test_nothing_in_a_distributed_checkpoint_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = distributed({"model": state(1), "args": Evil(os.system, ("touch trace",))}, tmp_path / "saved")
     assert equal(averaged_state_dict(path, key="model"), state(1))
-    with changed(path) as metadata:
+    with changed_contents(path) as metadata:
         metadata.planner_data["x"] = Evil(os.system, ("touch trace",))
     assert equal(averaged_state_dict(path, key="model"), state(1))
     assert files_in(tmp_path) == ["saved"]

@@ -10,12 +10,9 @@ from tests.helpers.peer_files import equal, net, prefixed, state
 ONE = torch.ones(1)
 
 
-def shadow():
-    return {"optimization_step": 3, "shadow_params": [torch.zeros(2, 2), torch.zeros(2)]}
-
-
 def test_names_from_a_model_for_a_list_and_the_raw_weights_beside_it():
-    assert list(read(shadow(), names=nn.Linear(2, 2)).tensors) == ["weight", "bias"]
+    shadow = {"optimization_step": 3, "shadow_params": [torch.zeros(2, 2), torch.zeros(2)]}
+    assert list(read(shadow, names=nn.Linear(2, 2)).tensors) == ["weight", "bias"]
     model = net()
     raw = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     ema = {"optimization_step": 3, "shadow_params": [parameter.detach() for parameter in model.parameters()]}
@@ -28,14 +25,10 @@ def test_orig_mod_is_taken_out_where_it_is_a_component():
     assert list(read({"ema": dict.fromkeys(names, ONE)}).tensors) == ["my_orig_mod.w", "a.b", "_orig_model.c"]
 
 
-def wrapped():
+def test_a_prefix_is_taken_off():
     model = nn.Linear(2, 1)
     average = prefixed("module.module.", model.state_dict()) | {"n_averaged": torch.tensor(1)}  # of DDP(model)
-    return model, {"average": average, "model": prefixed("module.", model.state_dict())}
-
-
-def test_a_prefix_is_taken_off():
-    model, file = wrapped()
+    file = {"average": average, "model": prefixed("module.", model.state_dict())}
     assert list(read(file).tensors) == ["module.weight", "module.bias"]
     found = read(file, strip_prefix="module.")
     assert equal(found.tensors, dict(model.state_dict()))

@@ -2,12 +2,14 @@
 
 from contextlib import nullcontext
 from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
+from torch.distributed.optim import PostLocalSGDOptimizer
 
 from ignite_ema import EMAHandler, EMAWarning
 from ignite_ema.schedules import EqualWeight
@@ -87,18 +89,13 @@ class Accelerated(torch.optim.Optimizer):
     def __init__(self, optimizer):
         self.optimizer = optimizer
 
-    def step(self, closure=None):
-        self.optimizer.step(closure)
+    def step(self):
+        self.optimizer.step()
 
 
-class PostLocalSGD(torch.optim.Optimizer):
-    """As torch's PostLocalSGDOptimizer: it has the optimizer as ``optim``, and its groups."""
-
-    def __init__(self, optim):
-        self.optim, self.param_groups = optim, optim.param_groups
-
-    def step(self, closure=None):
-        self.optim.step(closure)
+def post_local(optimizer):
+    """torch's, which has the optimizer as ``optim``."""
+    return PostLocalSGDOptimizer(optimizer, Mock())
 
 
 class SAM(torch.optim.Optimizer):
@@ -119,7 +116,7 @@ def test_sam_is_looked_through_although_it_takes_hooks():
 
 
 @pytest.mark.parametrize(
-    "wrap", [Accelerated, PostLocalSGD, lambda one: Accelerated(PostLocalSGD(one))], ids=["optimizer", "optim", "both"]
+    "wrap", [Accelerated, post_local, lambda one: Accelerated(post_local(one))], ids=["optimizer", "optim", "both"]
 )
 def test_a_wrapper_of_the_optimizer_is_looked_through(wrap):
     handler, trainer = attached(lambda engine, optimizer: engine.state.iteration % 2 or optimizer.step(), wrap)

@@ -1,22 +1,16 @@
-"""PostHocEMA in a run that is stopped, killed, taken back or started again: its files are those of one that was not."""
+"""PostHocEMA in a run that is stopped, taken back or started again: its files are those of one that was not."""
 
 import copy
-import os
-import signal
-import warnings
 
 import pytest
 import torch
 from ignite.engine import Events
-from ignite.handlers import Checkpoint, DiskSaver
 
 from ignite_ema import PostHocEMA
 from ignite_ema.posthoc import stored
 from tests.helpers.bits import assert_same_bits, contents
-from tests.helpers.files import newest
 from tests.helpers.models import net
 from tests.helpers.posthoc_runs import Run, files, size_of_batch, times_in
-from tests.helpers.worlds import PROCESSES
 
 EVENT = Events.ITERATION_COMPLETED
 OPTIONS = {
@@ -121,29 +115,6 @@ def test_a_checkpoint_that_was_saved_just_before_a_snapshot_resumes(uninterrupte
     assert (states[0]["ema"]["snapshot_times"], times_in(tmp_path)) == ([5], [5, 10])
     Run(tmp_path, loaded=states[0]).train()
     assert files(tmp_path) == uninterrupted["updates"][1]
-
-
-def train(folder, kill_at=None, event=None):
-    """From the newest checkpoint to the end, with a checkpoint every four iterations; kills itself where told to."""
-    warnings.filterwarnings("ignore", ".* later than the loaded state")
-    run = Run(folder / "snapshots", samples=size_of_batch)
-    checkpoint = Checkpoint(run.objects(), DiskSaver(folder, require_empty=False), n_saved=2)
-    run.trainer.add_event_handler(EVENT(every=4), checkpoint)
-    if kill_at is not None:
-        run.trainer.add_event_handler(Events[event](once=kill_at), lambda: os.kill(os.getpid(), signal.SIGKILL))
-    if saved := newest(folder):
-        Checkpoint.load_objects(run.objects(), saved)
-    run.train()
-
-
-def test_a_killed_process_resumes_and_writes_the_same_files(uninterrupted, tmp_path):
-    for iteration, event in ((7, "ITERATION_STARTED"), (26, "ITERATION_COMPLETED")):
-        process = PROCESSES.Process(target=train, args=(tmp_path, iteration, event))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-    train(tmp_path)
-    assert files(tmp_path / "snapshots") == uninterrupted["samples"][1]
 
 
 def test_a_state_of_which_one_average_is_of_another_model_loads_nothing(tmp_path):
