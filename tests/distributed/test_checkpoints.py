@@ -4,6 +4,7 @@ import math
 from collections import Counter, deque
 from datetime import datetime, timedelta, timezone
 from threading import Event
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -65,12 +66,9 @@ LOADING = {"plain": [1], "FSDP2": [1, 3], "DDP": [2], "FSDP2 over several meshes
 def test_any_number_of_ranks_loads_what_two_have_saved(saved, ranks, case):
     folder, due = saved
     for got in run_world(folder, ranks, loads, case, "checkpoint_4.pt"):
-        for key, value in due.items():
-            if isinstance(value, dict):
-                assert got[key].keys() == value.keys()
-                assert not {name for name in value if name != "cache" and got[key][name] != value[name]}
-            else:
-                assert got[key] == value
+        for kind in ("model", "average"):
+            got[kind]["cache"] = due[kind]["cache"]  # which is in no checkpoint
+        assert got == due
 
 
 def test_saving_in_the_background_saves_what_was_there_then_and_the_last_n_stay(world, tmp_path):
@@ -199,23 +197,10 @@ def test_any_score_of_early_stopping_comes_back(tmp_path, score, asynchronous):
         trainer.state.iteration = iteration
         checkpoint(trainer)
     saver.wait()
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1.pt"]
+    assert files_in(tmp_path) == ["checkpoint_1.pt"]
     load_objects({"stopping": fresh}, tmp_path / "checkpoint_1.pt")
     assert type(fresh.best_score) is type(score)
     assert np.array_equal(fresh.best_score, score)
-
-
-class Plain:
-    """Has a state."""
-
-    def __init__(self, state):
-        self.state = state
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        self.state = state
 
 
 STATES = [
@@ -230,10 +215,11 @@ STATES = [
 @pytest.mark.parametrize(("saved", "current"), STATES)
 def test_a_state_comes_back_as_it_was_saved(tmp_path, saved, current):
     ShardedSaver(tmp_path)({"object": saved, "other": {"count": 1}}, "one.pt")
-    loaded = Plain(current)
-    load_objects({"object": loaded}, tmp_path / "one.pt")
-    assert_same_bits(loaded.state, saved)
-    assert type(loaded.state.get("milestones")) is type(saved.get("milestones"))
+    some = Mock(**{"state_dict.return_value": current})
+    load_objects({"object": some}, tmp_path / "one.pt")
+    (loaded,) = some.load_state_dict.call_args.args
+    assert_same_bits(loaded, saved)
+    assert type(loaded.get("milestones")) is type(saved.get("milestones"))
 
 
 def test_an_optimizer_that_has_stepped_goes_back_to_one_that_has_not(tmp_path):
