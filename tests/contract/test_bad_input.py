@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ignite.engine import Engine, EventEnum, Events, EventsList
+from ignite.engine import Events
 from ignite.handlers.param_scheduler import LinearCyclicalScheduler
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
@@ -22,6 +22,7 @@ from ignite_ema import EMAHandler, ModelAverage, PostHocEMA, checkpoints, distri
 from ignite_ema import posthoc as lengths
 from ignite_ema.cli import main
 from tests.helpers.models import Tied, frozen, made_inside, module, net
+from tests.helpers.runs import Steps, idle
 from tests.unit.averaging.test_twin import LoRA
 
 ROW = re.compile(r"^(?:(\S.*)|  (.+) -> (\w+): (.+))$", re.MULTILINE)
@@ -39,16 +40,8 @@ def rows():
 ROWS = list(rows())
 
 
-class Steps(EventEnum):
-    DONE = "done"
-
-
 class Said(Exception):
     """What the command said on stderr when it ended with 1."""
-
-
-def idle():
-    return Engine(lambda engine, batch: None)
 
 
 class World:

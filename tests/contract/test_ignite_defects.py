@@ -17,6 +17,7 @@ from torch import nn
 
 from ignite_ema import EMAHandler, schedules
 from tests.helpers.models import compiled, constant
+from tests.helpers.runs import idle
 
 # For brevity many tests move the weights before the run, which our handler warns about.
 pytestmark = pytest.mark.filterwarnings(
@@ -48,10 +49,6 @@ def refused(expected, error, words):
 
 def chain(*values):
     return nn.Sequential(*map(constant, values))
-
-
-def idle():
-    return Engine(lambda engine, batch: None)
 
 
 def weights(model):

@@ -1,12 +1,10 @@
 """share_frozen: the twin holds what trains and shares the rest."""
 
-import io
-
 import pytest
 import torch
 from torch import nn
 
-from ignite_ema import EMAHandler, ModelAverage
+from ignite_ema import ModelAverage
 from tests.helpers.bits import contents, copied, tensors
 from tests.helpers.models import frozen, move
 
@@ -80,13 +78,9 @@ def test_a_model_that_is_frozen_throughout_can_be_averaged():
 
 
 def test_the_state_holds_what_is_held_and_nothing_else():
-    model = Adapted(width=64)
-    state = EMAHandler(model, 0.25, share_frozen=True).state_dict()
+    state = ModelAverage(Adapted(), share_frozen=True).state_dict()
     assert list(state["averaged_tensors"]) == HELD
     assert set(state["state_dict_names"]) == {*FROZEN, *HELD}
-    file = io.BytesIO()
-    torch.save(state, file)
-    assert file.tell() < bytes_of(model.base.parameters())
 
 
 def test_a_base_that_is_frozen_no_more_raises_each_time_and_changes_nothing(pair):

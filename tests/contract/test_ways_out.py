@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ignite.engine import Engine, EventEnum, Events, State
+from ignite.engine import Engine, Events, State
 from ignite.handlers import Checkpoint
 from ignite.handlers.param_scheduler import LinearCyclicalScheduler
 from ignite.handlers.state_param_scheduler import LambdaStateScheduler
@@ -27,7 +27,7 @@ from ignite_ema import EMAHandler, ModelAverage, PostHocEMA, schedules
 from tests.contract.test_surgery import OTHERS, Program, base
 from tests.helpers.bits import contents
 from tests.helpers.models import Quantised, constant, linear, made_inside, module, net, sgd
-from tests.helpers.runs import evaluator_of
+from tests.helpers.runs import Steps, evaluator_of
 from tests.unit.averaging.test_twin import LoRA
 
 
@@ -179,10 +179,6 @@ class Quiet(LoRA):
 
     def train(self, mode=True):
         return nn.Module.train(self, mode)
-
-
-class Steps(EventEnum):
-    DONE = "done"
 
 
 def count(engine):

@@ -1,5 +1,7 @@
 """PostHocEMA in worlds of two processes: one of them writes, and what it writes is what a single process writes."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -53,19 +55,14 @@ def due(tmp_path_factory):
 
 
 def writes(folder, case):
-    written = []
-
-    def write(*args):
-        written.append(args)
-        return snapshots.write(*args)
-
+    write = Mock(side_effect=snapshots.write)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(handler, "write", write)
         run = Run(case, folder / "snapshots").train()
     assert run.ema.time == LAST
     assert run.ema.state_dict()["snapshot_times"] == [2, 4, 6, 8]
     assert run.ema.save() is None
-    return len(written), run.ema.state_dict()["run_id"]
+    return write.call_count, run.ema.state_dict()["run_id"]
 
 
 def assert_same_contents(found, due):
@@ -119,12 +116,8 @@ def test_a_folder_that_cannot_be_used_is_refused_on_all_ranks(world, tmp_path):
 
 def cannot_write(folder, case):
     run = Run(case, folder / "snapshots").train(3)
-
-    def fail(*args):
-        raise OSError("No space left on device")
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(handler, "write", fail)
+        patch.setattr(handler, "write", Mock(side_effect=OSError("No space left on device")))
         with pytest.raises(OSError, match="No space left on device"):
             run.ema.save()
     assert run.ema.state_dict()["snapshot_times"] == [2]

@@ -1,7 +1,7 @@
 """A small training run that depends on nothing but its iteration, and pieces of others."""
 
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, EventEnum, Events
 from torch import nn
 
 from ignite_ema import EMAHandler
@@ -59,6 +59,17 @@ class Run:
 
     def states(self):
         return {name: thing.state_dict() for name, thing in self.objects().items() if name != "trainer"}
+
+
+def idle():
+    """An engine that does nothing."""
+    return Engine(lambda engine, batch: None)
+
+
+class Steps(EventEnum):
+    """Events of a user."""
+
+    DONE = "done"
 
 
 def scalar_handler(online=1.0, average=5.0):

@@ -78,21 +78,6 @@ def test_a_tiny_momentum_is_rescaled_to_the_last_digit():
     assert Rescaled(Constant(1e-10), 3)(0) == pytest.approx(3e-10 - 3e-20, rel=1e-14)
 
 
-def trace(schedule, average=-5.0):
-    seen = []
-    for n, x in enumerate([10, 20, 30, 40]):
-        average += schedule(n) * (x - average)
-        seen.append(average)
-    return seen
-
-
-def test_a_debiased_average_is_the_weighted_mean_of_the_weights_alone():
-    seen = trace(Debiased(0.3))
-    weights = [0.7**age for age in (3, 2, 1, 0)]
-    assert seen[0] == 10
-    assert seen[3] == pytest.approx(sum(w * x for w, x in zip(weights, (10, 20, 30, 40), strict=True)) / sum(weights))
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_a_schedule_is_a_value(schedule):
     assert pickle.loads(pickle.dumps(schedule)) == schedule

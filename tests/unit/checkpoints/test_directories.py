@@ -4,7 +4,6 @@ import datetime
 import json
 import os
 import warnings
-from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -50,13 +49,6 @@ def test_safetensors_are_taken_where_both_are_there(tmp_path):
     pretrained(tmp_path, ".safetensors", 1)
     (tmp_path / "pytorch_model.bin").write_bytes(b"damaged")
     assert equal(read(tmp_path).tensors, state(1))
-
-
-def test_an_average_starts_from_a_pretrained_model(tmp_path):
-    pretrained(tmp_path, ".bin", 2)
-    handler = EMAHandler(nn.Sequential(OrderedDict(a=nn.Linear(2, 2))))
-    handler.load_averaged(tmp_path, num_updates=3)
-    assert equal(dict(handler.ema_model.state_dict()), state(1))
 
 
 @pytest.mark.parametrize(

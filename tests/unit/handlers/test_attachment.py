@@ -5,12 +5,12 @@ import warnings
 import weakref
 
 import pytest
-from ignite.engine import Engine, EventEnum, Events
+from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 
 from ignite_ema import EMAHandler, EMAWarning
 from tests.helpers.models import constant, net, sgd
-from tests.helpers.runs import trainer_for
+from tests.helpers.runs import Steps, trainer_for
 
 EVERY = Events.ITERATION_COMPLETED
 
@@ -20,13 +20,9 @@ def set_up(momentum=0.5):
     return trainer_for(model), EMAHandler(model, momentum)
 
 
-class Steps(EventEnum):
-    STEP = "step"
-
-
-@pytest.mark.parametrize("event", [Steps.STEP, Steps.STEP | Events.EPOCH_COMPLETED, "stepped"])
+@pytest.mark.parametrize("event", [Steps.DONE, Steps.DONE | Events.EPOCH_COMPLETED, "stepped"])
 def test_a_custom_event_updates_each_time_it_is_fired(event):
-    fired = Steps.STEP, "stepped"
+    fired = Steps.DONE, "stepped"
     engine = Engine(lambda engine, batch: [engine.fire_event(one) for one in fired for _ in range(3)])
     engine.register_events(*fired)
     handler = EMAHandler(constant(), 0.5)

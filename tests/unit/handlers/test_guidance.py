@@ -184,20 +184,12 @@ def test_handles_and_the_context_of_swapped_are_shown_in_a_line():
     assert repr(swap) == "Swapped(not active)"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "length"),
-    [
-        ((0.0002,), 0.0002),
-        ((0.0002, 0.0, 2000), 0.0002),
-        ((schedules.LinearWarmup(0.001, 0.0, 500),), 0.001),
-        ((schedules.Cosine(0.001, 0.0, 400),), 0.001),
-    ],
-)
-def test_the_length_that_is_recommended_is_that_of_the_end_and_makes_the_average_useful(arguments, length):
+@pytest.mark.parametrize("arguments", [(0.001,), (0.001, 0.0, 2000), (schedules.Cosine(0.001, 0.0, 400),)])
+def test_the_length_that_is_recommended_is_that_of_the_end_and_makes_the_average_useful(arguments):
     _, trainer = set_up(*arguments)
-    with pytest.warns(EMAWarning, match=rf"over 99% of .* pass momentum=schedules\.Debiased\({length}\) alone"):
+    with pytest.warns(EMAWarning, match=r"over 99% of .* pass momentum=schedules\.Debiased\(0.001\) alone"):
         trainer.run([0] * 4)
-    better, trainer = set_up(schedules.Debiased(length))
+    better, trainer = set_up(schedules.Debiased(0.001))
     trainer.run([0] * 4)
     assert better.initial_share == 0
 

@@ -15,12 +15,9 @@ from ignite_ema import EMAHandler, EMAWarning
 from ignite_ema.schedules import EqualWeight
 from tests.helpers.bits import contents
 from tests.helpers.models import compiled, linear, sgd
+from tests.helpers.runs import idle
 
 EVENT = Events.ITERATION_COMPLETED
-
-
-def idle():
-    return Engine(lambda engine, batch: None)
 
 
 def attached(step, wrap=lambda optimizer: optimizer, event=EVENT):

@@ -1,6 +1,7 @@
 """What can be rebuilt from snapshots: the fit against its definition, the files, and the averages against sums."""
 
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -98,17 +99,11 @@ def test_an_average_is_the_sum_with_the_coefficients(folder):
 
 def test_several_targets_in_one_pass_are_those_of_single_ones(folder, monkeypatch):
     targets = [0.15, PowerProfile(0.04), UniformProfile(0.5)]
-    singles = [reconstruct(folder, target) for target in targets]
-    reads = []
-
-    def load(path, load=snapshots.load_file, **options):
-        reads.append(path)
-        return load(path, **options)
-
+    singles, load = [reconstruct(folder, target) for target in targets], Mock(side_effect=snapshots.load_file)
     monkeypatch.setattr(snapshots, "load_file", load)
     together = reconstruct(folder, targets)
     assert_same_bits(together, singles)
-    assert len(reads) == 64
+    assert load.call_count == 64
     places = [state[name].data_ptr() for state in together for name in ("a", "b", "count")]
     assert len(set(places)) == len(places)  # nothing is shared between them
 
