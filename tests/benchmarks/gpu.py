@@ -77,11 +77,8 @@ def launched(what, call):
     """The launches of a call, which are right if each is of many tensors."""
     names = kernels_of(call)
     others = [name for name in names if "multi_tensor_apply" not in name]
-    if not names:
-        return Row(what, "the profiler saw no launch", False)
-    if others:
-        return Row(what, f"{len(names)} launches, {len(others)} of them off the fast path, as {others[0][:80]}", False)
-    return Row(what, f"{len(names)} launches, all on the fast path")
+    found = f"{len(others)} of them off the fast path, as {others[0][:80]}" if others else "all on the fast path"
+    return Row(what, f"{len(names)} launches, {found}", is_right=bool(names) and not others)
 
 
 def kernels_of(call):

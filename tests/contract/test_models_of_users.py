@@ -233,17 +233,18 @@ def test_a_twin_of_ones_own_that_is_a_copy_is_looked_at_too():
         ModelAverage(model, ema_model=copy.deepcopy(model))
 
 
-def test_a_buffer_that_eval_fills_is_no_weight():
-    class Fused(nn.Linear):
+def test_a_module_of_its_own_modes_may_fill_a_buffer_and_have_types_without_arithmetic():
+    class Own(nn.Linear):
         def __init__(self):
             super().__init__(2, 2)
+            self.narrow = nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False)
             self.register_buffer("fused", torch.zeros(2, 2), persistent=False)
 
         def train(self, mode=True):
             self.fused = torch.zeros(2, 2) if mode else self.weight.detach() * 2
             return super().train(mode)
 
-    ModelAverage(Fused()).update(0.5)
+    ModelAverage(Own()).update(0.5)
 
 
 def test_one_cache_of_two_blocks_stays_one_in_the_twin():
@@ -285,18 +286,6 @@ def test_the_state_dict_of_a_model_with_a_wrapped_block_is_loaded(process_group)
     average = ModelAverage(model)
     average.load_averaged({name: torch.full_like(value, 3.0) for name, value in model.state_dict().items()})
     assert {tensor.unique().item() for tensor in average.module.parameters()} == {3.0}
-
-
-def test_a_module_of_its_own_modes_may_have_types_without_arithmetic():
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False)
-
-        def train(self, mode=True):
-            return super().train(mode)
-
-    ModelAverage(Own()).update(0.5)
 
 
 def test_the_beginning_of_a_rescaled_warm_up_is_not_too_small_for_the_type():

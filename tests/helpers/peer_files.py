@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from ignite import handlers
-from ignite.engine import Engine
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
 from ignite_ema import EMAHandler
 from tests.helpers.bits import copied
 from tests.helpers.models import Tied
+from tests.helpers.runs import idle
 
 _FOLDER = tempfile.TemporaryDirectory()
 STEPS = 6
@@ -218,7 +218,7 @@ def mmengine():
 
 def ignite():
     """Ignite's Checkpoint with Ignite's own handler."""
-    model, trainer = net(), Engine(lambda engine, batch: None)
+    model, trainer = net(), idle()
     handler = handlers.EMAHandler(model, momentum=0.2)
     handler.attach(trainer)
     trainer.run([0])
@@ -240,7 +240,7 @@ def checkpointed(system, folder, trainer, model, handler, **objects):
 
 
 def ignite_ema():
-    model, trainer = tied(), Engine(lambda engine, batch: None)
+    model, trainer = tied(), idle()
     handler = EMAHandler(model, momentum=0.2, handle_buffers="update")
     handler.attach(trainer)
     handler.num_updates = 0  # or it would warn that the model moves before the first run

@@ -10,7 +10,7 @@ from ignite.handlers import Checkpoint, DiskSaver
 
 from ignite_ema import EMAHandler, EMAWarning
 from tests.helpers.models import constant, net, sgd
-from tests.helpers.runs import Steps, trainer_for
+from tests.helpers.runs import Steps, idle, trainer_for
 
 EVERY = Events.ITERATION_COMPLETED
 
@@ -48,7 +48,7 @@ def saver(handler, trainer, folder):
 
 
 def evaluation(handler, trainer, folder):
-    evaluator = Engine(lambda engine, batch: None)
+    evaluator = idle()
     handler.swap_during(evaluator)
     return lambda: trainer.add_event_handler(EVERY(every=2), lambda: evaluator.run([0]))
 
@@ -80,8 +80,8 @@ def test_what_reads_the_average_before_the_update_of_its_iteration_is_warned_abo
 
 def test_what_reads_in_an_iteration_without_an_update_is_not_late():
     """Between two steps of accumulated gradients, and after the member of an events list that has updated."""
-    model = net()
-    trainer, optimizer, handler = Engine(lambda engine, batch: None), sgd(model), EMAHandler(model, 0.8)
+    model, trainer = net(), idle()
+    optimizer, handler = sgd(model), EMAHandler(model, 0.8)
     trainer.add_event_handler(EVERY, handler.state_dict)
     handler.attach(trainer, optimizer=optimizer)
     trainer.add_event_handler(EVERY(once=2), lambda: optimizer.step())
