@@ -129,13 +129,8 @@ class Run:
         assert self.trainer.state.iteration == until
 
     def objects(self):
-        return {
-            "model": self.handler.model,
-            "ema_model": self.handler.ema_model,
-            "optimizer": self.optimizer,
-            "ema_handler": self.handler,
-            "trainer": self.trainer,
-        }
+        models = {"model": self.handler.model, "ema_model": self.handler.ema_model}
+        return models | {"optimizer": self.optimizer, "ema_handler": self.handler, "trainer": self.trainer}
 
     def checkpoint(self, folder, n_saved=1, **options):
         return Checkpoint(self.objects(), ShardedSaver(folder, **options), n_saved=n_saved)

@@ -38,10 +38,19 @@ class Net(nn.Module):
         return self.head(self.norm(self.convolution(x)).mean(dim=(2, 3)))
 
 
-def made(held_by_model=torch.float32, **options):
+CASES = {  # what the model is held in, and its average
+    "float32": (torch.float32, None),
+    "bfloat16 in float32": (torch.bfloat16, torch.float32),
+    "bfloat16": (torch.bfloat16, None),
+    "float32 in float64": (torch.float32, torch.float64),
+}
+
+
+def made(case="float32", **options):
+    held_by_model, dtype = CASES[case]
     torch.manual_seed(0)
     model = Net().to(DEVICE, held_by_model)
-    return model, ModelAverage(model, **options)
+    return model, ModelAverage(model, dtype=dtype, **options)
 
 
 @torch.no_grad()
@@ -79,23 +88,10 @@ def assert_follows(module, due, precision):
         torch.testing.assert_close(tensor, due[name], rtol=precision, atol=precision)
 
 
-CASES = {  # what the model is held in, and its average
-    "float32": (torch.float32, None),
-    "bfloat16 in float32": (torch.bfloat16, torch.float32),
-    "bfloat16": (torch.bfloat16, None),
-    "float32 in float64": (torch.float32, torch.float64),
-}
-
-
-def made_as(case, **options):
-    held_by_model, dtype = CASES[case]
-    return made(held_by_model, dtype=dtype, **options)
-
-
 @pytest.mark.parametrize("handle_buffers", ["copy", "update", "statistics"])
 @pytest.mark.parametrize("case", CASES)
 def test_an_update_does_not_make_the_host_wait(case, handle_buffers):
-    model, average = made_as(case, handle_buffers=handle_buffers)
+    model, average = made(case, handle_buffers=handle_buffers)
     due = double(average.module)
     with pytest.raises(RuntimeError, match="synchronizing"), watched("error"):
         model.head.bias.sum().item()  # it would be seen
@@ -109,7 +105,7 @@ def test_an_update_does_not_make_the_host_wait(case, handle_buffers):
 
 
 def test_stochastic_rounding_does_not_make_the_host_wait_after_the_first_update():
-    model, average = made(torch.bfloat16, stochastic_rounding=True)
+    model, average = made("bfloat16", stochastic_rounding=True)
     due = double(average.module)
     for update in range(5):
         move(model)
@@ -136,7 +132,7 @@ def test_skip_nonfinite_makes_the_host_wait_for_one_number():
 @pytest.mark.parametrize("handle_buffers", ["copy", "update"])
 @pytest.mark.parametrize("case", ["float32", "bfloat16 in float32"])
 def test_an_update_in_a_graph_follows_the_reference(case, handle_buffers):
-    model, average = made_as(case, handle_buffers=handle_buffers)
+    model, average = made(case, handle_buffers=handle_buffers)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # a warm-up, as torch asks for
@@ -211,7 +207,7 @@ def test_resuming_and_swapping_are_exact(tmp_path, options):
 @pytest.mark.parametrize("chunk", [staging._CHUNK, 100], ids=["one chunk", "many chunks"])
 def test_an_average_on_the_cpu_follows_the_reference(monkeypatch, case, handle_buffers, chunk):
     monkeypatch.setattr(staging, "_CHUNK", chunk)
-    model, average = made_as(case, handle_buffers=handle_buffers, device="cpu")
+    model, average = made(case, handle_buffers=handle_buffers, device="cpu")
     assert {tensor.device.type for tensor in average.module.state_dict().values()} == {"cpu"}
     due = double(average.module)
     for momentum in (0.25, 1.0, 0.25):

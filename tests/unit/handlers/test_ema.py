@@ -53,11 +53,10 @@ def test_a_decay_is_warned_about(momentum):
     assert sys.version_info < (3, 12) or caught[0].filename == __file__
 
 
-@pytest.mark.parametrize(
-    "momentum",
-    [1.0, 0.89, schedules.Constant(1.0), schedules.EqualWeight(), schedules.Debiased(0.001), lambda n: 0.9],
-    ids=lambda momentum: getattr(momentum, "__name__", str(momentum)),
-)
+NO_DECAYS = [1.0, 0.89, schedules.Constant(1.0), schedules.EqualWeight(), schedules.Debiased(0.001), lambda n: 0.9]
+
+
+@pytest.mark.parametrize("momentum", NO_DECAYS, ids=lambda momentum: type(momentum).__name__)
 def test_what_is_no_decay_is_not_warned_about(momentum):
     model = constant()
     trainer, handler = trainer_for(model), EMAHandler(model, momentum)
