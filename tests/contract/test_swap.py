@@ -22,7 +22,8 @@ class Tensors(nn.Module):
         super().__init__()
         self.register_buffer("kept", torch.zeros(2))
         for name, tensor in named.items():
-            (self.register_parameter if isinstance(tensor, nn.Parameter) else self.register_buffer)(name, tensor)
+            register = self.register_parameter if isinstance(tensor, nn.Parameter) else self.register_buffer
+            register(name, tensor)
 
     def forward(self, x):
         tensors = [*self.parameters(), *self.buffers()]

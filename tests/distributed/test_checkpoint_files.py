@@ -19,9 +19,8 @@ from tests.helpers.files import Evil, changed_contents, files_in
 
 def objects(value):
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(value)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, value)
     handler = EMAHandler(model)
     handler.num_updates = 7
     return {"model": model, "ema_handler": handler}
