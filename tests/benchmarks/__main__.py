@@ -7,24 +7,19 @@ Beside the times stand the operations that an update dispatches on an accelerato
 
 import argparse
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
-from .measure import Call, busy, machine, ratios, summary, timed, write
+from .measure import machine, ratios, summary, timed, write
 from .models import AVERAGED_IN, MODELS
 from .operations import counts
-from .peers import FLOOR, LIMIT, OURS, PEERS, Swapped, built, event, floor, limit, update_of
+from .peers import FLOOR, LIMIT, OURS, PEERS, built, event, floor, limit, update_of
 from .report import draw, show
 
 MOMENTUM = 0.001
 
 
-def costs(model: nn.Module, dtype: torch.dtype | None, rounds: int, updates_only: bool) -> dict[str, Any]:
+def costs(model, dtype, rounds):
     """For "update", "state_dict", "swapped" and "construction" the figures of each peer that has it.
 
     ``ms`` is the time of one, ``to_ours`` how many times as long as ours it took in the same round; of updates also
@@ -34,19 +29,20 @@ def costs(model: nn.Module, dtype: torch.dtype | None, rounds: int, updates_only
     updates = {name: update_of(peer) for name, peer in peers.items()} | {"event": event(), LIMIT: limit(model, dtype)}
     if dtype is None:
         updates[FLOOR] = floor(model)
-    figures: dict[str, Any] = {"missing": missing, "update": _figures(updates, rounds)}
-    if not updates_only:
-        few = max(2, rounds // 5)
-        swaps = {name: partial(_swap, peer.swapped) for name, peer in peers.items() if peer.swapped is not None}
-        figures["state_dict"] = _figures({name: peer.state_dict for name, peer in peers.items()}, rounds)
-        figures["swapped"] = _figures(swaps, few)
-        builds = {name: partial(PEERS[name], model, MOMENTUM, dtype) for name in peers}
-        del peers, updates, swaps  # or there would be two averages of each peer
-        figures["construction"] = _figures(builds, few)
-    return figures
+    few = max(2, rounds // 5)
+    swaps = {name: partial(_swap, peer.swapped) for name, peer in peers.items() if peer.swapped is not None}
+    figures = {
+        "missing": missing,
+        "update": _figures(updates, rounds),
+        "state_dict": _figures({name: peer.state_dict for name, peer in peers.items()}, rounds),
+        "swapped": _figures(swaps, few),
+    }
+    builds = {name: partial(PEERS[name], model, MOMENTUM, dtype) for name in peers}
+    del peers, updates, swaps  # or there would be two averages of each peer
+    return figures | {"construction": _figures(builds, few)}
 
 
-def _figures(calls: dict[str, Call], rounds: int) -> dict[str, Any]:
+def _figures(calls, rounds):
     times = timed(calls, range(rounds))
     against = {"to_ours": OURS, "to_limit": LIMIT, "to_floor": FLOOR}
     return {
@@ -58,24 +54,20 @@ def _figures(calls: dict[str, Call], rounds: int) -> dict[str, Any]:
     }
 
 
-def _swap(swapped: Swapped) -> None:
+def _swap(swapped):
     with swapped():
         pass
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parsed(arguments)
+def main():
+    options = _parsed()
     if options.from_json is not None:
         figures = json.loads(options.from_json.read_text(encoding="utf-8"))
     else:
-        figures = {**machine(options.device), "rounds": options.rounds, "models": {}, "contended": {}}
-        figures["operations"] = counts()
+        figures = {**machine(options.device), "rounds": options.rounds, "models": {}, "operations": counts()}
         for name in options.models:
-            model, dtype = MODELS[name]().to(options.device), AVERAGED_IN.get(name)
-            figures["models"][name] = costs(model, dtype, options.rounds, updates_only=False)
-            if options.contended:
-                with busy():
-                    figures["contended"][name] = costs(model, dtype, options.rounds, updates_only=True)
+            model = MODELS[name]().to(options.device)
+            figures["models"][name] = costs(model, AVERAGED_IN.get(name), options.rounds)
             print(f"{name} measured", flush=True)
     if options.json is not None:
         write(options.json, figures)
@@ -84,17 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw(figures, options.picture)
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parsed():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=60, help="of each; a fifth of swaps and constructions")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--contended", action="store_true", help="measure again while another process is busy")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--picture", type=Path, help="draw the updates into this PNG")
     parser.add_argument("--from-json", type=Path, help="measure nothing; show, and draw, the figures of this file")
     parser.add_argument("--force", action="store_true", help="overwrite files")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if options.rounds < 2:
         parser.error(f"--rounds should be at least 2, got {options.rounds}.")
     for path in (options.json, options.picture):

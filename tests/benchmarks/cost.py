@@ -5,7 +5,6 @@
 """
 
 import argparse
-from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -21,22 +20,17 @@ WIDTH = 4096  # of a weight's rows, and their number, as in models of some billi
 CONTIGUOUS = 2**27  # floats, by which the bandwidth is measured
 
 
-def held(parameters: float, devices: int, bytes_of_average: int = 4) -> float:
-    """Bytes of the average on each device."""
-    return bytes_of_average * parameters / devices
+def held(parameters, devices):
+    """Bytes of the average on each device, in float32."""
+    return 4 * parameters / devices
 
 
-def moved(parameters: float, devices: int, bytes_per_parameter: int = 12) -> float:
-    """Bytes that an update moves on each device: read the average, read the model, write the average."""
-    return bytes_per_parameter * parameters / devices
+def milliseconds(parameters, devices, bandwidth):
+    """What an update takes at ``bandwidth`` bytes per second: it reads the average and the model, and writes one."""
+    return 1000 * 3 * held(parameters, devices) / bandwidth
 
 
-def milliseconds(parameters: float, devices: int, bandwidth: float, bytes_per_parameter: int = 12) -> float:
-    """What an update takes at ``bandwidth`` bytes per second."""
-    return 1000 * moved(parameters, devices, bytes_per_parameter) / bandwidth
-
-
-def sharded(parameters: float, devices: int) -> nn.Module:
+def sharded(parameters, devices):
     """What one of the devices holds of a model of square weights, sharded."""
     mesh, rows = dist.init_device_mesh("cpu", (1,)), max(1, WIDTH // devices)
     model = nn.Sequential(*(nn.Linear(WIDTH, rows, bias=False) for _ in range(round(parameters / WIDTH**2))))
@@ -45,13 +39,13 @@ def sharded(parameters: float, devices: int) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main():
     """Prints one line for each number of devices."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.cost", description=__doc__)
     parser.add_argument("--parameters", type=float, default=1e9, help="of the whole model (default: %(default)g)")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 1024])
     parser.add_argument("--rounds", type=int, default=20)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     ours, theirs = torch.zeros(CONTIGUOUS), torch.ones(CONTIGUOUS)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for devices in options.devices:

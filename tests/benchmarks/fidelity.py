@@ -6,22 +6,20 @@ its type, so that the error is that of the averaging alone.
 
 import argparse
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from .measure import machine, write
-from .peers import OURS, PEERS, Build, built, ignite_ema, update_of
+from .peers import OURS, PEERS, built, ignite_ema, update_of
 from .report import console
 
 # What holds the average: the types of the weights and of the average.
-HELD: dict[str, tuple[torch.dtype, torch.dtype]] = {
+HELD = {
     "float32": (torch.float32, torch.float32),
     "float32 of bfloat16 weights": (torch.bfloat16, torch.float32),
     "bfloat16": (torch.bfloat16, torch.bfloat16),
@@ -34,9 +32,7 @@ STEPS = {"constant": 0.0, "walk": 1e-3}
 STOCHASTIC = f"{OURS}, stochastic_rounding=True"
 
 
-def measure(
-    model: nn.Module, builds: Mapping[str, Build], dtype: torch.dtype, momentum: float, step: float, updates: int
-) -> dict[str, Any]:
+def measure(model, builds, dtype, momentum, step, updates):
     """Averages ``model`` by all of ``builds`` at once while it walks in steps of ``step``, relative to its weights.
 
     Returns:
@@ -62,7 +58,7 @@ def measure(
     return {"peers": figures, "missing": missing}
 
 
-def small(dtype: torch.dtype) -> nn.Module:
+def small(dtype):
     """Three layers whose weights have sizes of .02, .1 and 1; the same at each call."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)))
@@ -72,9 +68,9 @@ def small(dtype: torch.dtype) -> nn.Module:
     return model.to(dtype)
 
 
-def _walk(model: nn.Module, step: float, updates: int) -> Iterator[Tensor]:
+def _walk(model, step, updates):
     """Sets the weights of the model, and gives them: the initial ones twice, since some copy them, then a walk."""
-    parameters: list[Tensor] = list(model.parameters())
+    parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(1)
     position = _flat(parameters)
     sizes = torch.cat([torch.full((p.numel(),), _rms(p.detach()), dtype=torch.float64) for p in parameters])
@@ -89,24 +85,24 @@ def _walk(model: nn.Module, step: float, updates: int) -> Iterator[Tensor]:
         yield weights
 
 
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
+def _flat(tensors):
     return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
 
 
-def _rms(tensor: Tensor) -> float:
+def _rms(tensor):
     return tensor.double().square().mean().sqrt().item()
 
 
-def percent(part: float) -> str:
+def percent(part):
     """Two digits, but three from 100 % on."""
     return f"{100 * part:.2g} %" if part < 0.995 else f"{100 * part:.0f} %"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.fidelity", description=__doc__)
     parser.add_argument("--updates", type=int, default=10_000)
     parser.add_argument("--json", type=Path, help="write the figures to this file, over one that is there")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     torch.set_num_threads(1)  # on tensors this small, threads wait for each other longer than they compute
     held = {name: _measured(*types, options.updates) for name, types in HELD.items()}
     if options.json is not None:
@@ -115,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console().print(_table(name, figures))
 
 
-def _measured(weights: torch.dtype, average: torch.dtype, updates: int) -> dict[str, Any]:
+def _measured(weights, average, updates):
     """The figures of all momenta and walks."""
     builds = dict(PEERS)
     if average.itemsize == 2:
@@ -129,7 +125,7 @@ def _measured(weights: torch.dtype, average: torch.dtype, updates: int) -> dict[
         }
 
 
-def _table(name: str, figures: Mapping[str, Any]) -> Table:
+def _table(name, figures):
     table = Table("", title=f"Average in {name}", box=SIMPLE_HEAD, caption_justify="left")
     table.caption = "drift: of constant weights, relative to them. error: of walking weights, in percent of their way."
     for what in ("drift", "error"):

@@ -4,13 +4,11 @@ They are counted on the CPU, with the kernels of an accelerator: ``python -m tes
 table of ``docs/benchmarks.md``.
 """
 
-from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
 from unittest.mock import Mock, patch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ignite_ema import ModelAverage
@@ -20,7 +18,7 @@ PARAMETERS = (10, 200, 1000)
 COPIED_TO_CPU = '`device="cpu"`: copies out of the GPU'
 
 # The type of the model and the options of its average.
-KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+KINDS = {
     "float32": (torch.float32, {}),
     "float32 average of bfloat16 weights": (torch.bfloat16, {"dtype": torch.float32}),
     '`handle_buffers="update"`': (torch.float32, {"handle_buffers": "update"}),
@@ -44,24 +42,20 @@ BEFORE = {
 class Count(TorchDispatchMode):
     """Counts the operations inside, and those of them that make the host wait for a number."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.operations = self.synchronisations = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.operations += 1
         self.synchronisations += function is torch.ops.aten._local_scalar_dense.default
         return function(*args, **(kwargs or {}))
 
 
-def updating(parameters: int, dtype: torch.dtype, options: Mapping[str, Any], *, accelerated: bool) -> Count:
+def updating(parameters, dtype, options, *, accelerated):
     """What one update dispatches: of batch norms, which have a buffer for each parameter, and some integers.
 
-    Args:
-        parameters: their number, even.
-        dtype: that of the model.
-        options: those of the average.
-        accelerated: whether to take the kernels of an accelerator, or those of a CPU.
+    Their number is even; ``accelerated``: with the kernels of an accelerator, not with those of a CPU.
     """
     model = nn.ModuleList(nn.BatchNorm1d(8, dtype=dtype) for _ in range(parameters // 2))
     converted = kernels._lerp_through_scratch if accelerated else kernels._lerp_converted
@@ -73,11 +67,11 @@ def updating(parameters: int, dtype: torch.dtype, options: Mapping[str, Any], *,
     return count
 
 
-def sending(tensors: list[Tensor]) -> Count:
+def sending(tensors):
     """What one chunk of the copies from a GPU to an average on the CPU dispatches."""
     empty = torch.empty
 
-    def pageable(*size: Any, pin_memory: bool, **options: Any) -> Tensor:
+    def pageable(*size, pin_memory, **options):
         return empty(*size, **options)
 
     with patch("torch.empty", pageable), patch("torch.cuda.stream", nullcontext), Count() as count:
@@ -85,7 +79,7 @@ def sending(tensors: list[Tensor]) -> Count:
     return count
 
 
-def counts() -> dict[str, list[int]]:
+def counts():
     """The operations of each kind on an accelerator, for each number of :data:`PARAMETERS`."""
     found = {
         name: [updating(number, *kind, accelerated=True).operations for number in PARAMETERS]
@@ -95,7 +89,7 @@ def counts() -> dict[str, list[int]]:
     return found
 
 
-def markdown(found: Mapping[str, list[int]]) -> str:
+def markdown(found):
     """The table of the documentation."""
     header = " | ".join([*(f"{number:,} parameters" for number in PARAMETERS), "200 parameters, before"])
     rows = [f"| {kind} | {' | '.join(map(str, [*row, BEFORE[kind]]))} |" for kind, row in found.items()]

@@ -6,26 +6,21 @@ leaves the model as it is. Buffers are treated as each library does by default; 
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
 
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler as IgniteHandler
-from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from ignite_ema import EMAHandler
 
 OURS, LIMIT, FLOOR = "ignite_ema", "lerp", "foreach lerp"
 _MOMENTUM = 0.001
-
-Update: TypeAlias = Callable[[], object]
-Swapped: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 class Unavailable(Exception):
@@ -43,31 +38,28 @@ class Peer:
         swapped: gives a context in which the model holds the averaged weights; None where the library has none.
     """
 
-    attach: Callable[[Engine], object]
-    averaged: Callable[[], Iterable[Tensor]]
-    state_dict: Callable[[], object]
-    swapped: Swapped | None = None
+    attach: Callable
+    averaged: Callable
+    state_dict: Callable
+    swapped: Callable | None = None
 
 
-# From a model, a momentum, and the type that holds the average (None: that of the model) to an average of it. The first
-# two updates may copy the model, whatever the momentum: some libraries have it so, and it cannot be changed in all.
-Build: TypeAlias = Callable[[nn.Module, float, "torch.dtype | None"], Peer]
+# Each makes an average of a model from a momentum and the type that holds it (None: that of the model). The first two
+# updates may copy the model, whatever the momentum: some libraries have it so, and it cannot be changed in all.
 
 
-def ignite_ema(
-    model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None, **options: bool
-) -> Peer:
+def ignite_ema(model, momentum, dtype, **options):
     handler = EMAHandler(model, momentum=momentum, dtype=dtype, **options)
     return Peer(handler.attach, handler.ema_model.parameters, handler.state_dict, handler.swapped)
 
 
-def ignite(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
+def ignite(model, momentum, dtype):
     handler = IgniteHandler(model, momentum=momentum)
     handler.ema_model.to(dtype=dtype)
     return Peer(handler.attach, handler.ema_model.parameters, handler.ema_model.state_dict)
 
 
-def averaged_model(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
+def averaged_model(model, momentum, dtype):
     """torch's, as its documentation recommends for speed."""
     if any(parameter.dtype != (dtype or parameter.dtype) for parameter in model.parameters()):
         raise Unavailable("its multi_avg_fn cannot average weights of one type in another")
@@ -75,14 +67,14 @@ def averaged_model(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.d
     return Peer(_at_event(partial(average.update_parameters, model)), average.module.parameters, average.state_dict)
 
 
-def lightning(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
+def lightning(model, momentum, dtype):
     """The callback ``EMAWeightAveraging``, without its trainer: torch's averaging, tensor by tensor."""
     callback = _imported("lightning.pytorch.callbacks").EMAWeightAveraging(decay=1 - momentum)
     callback._average_model = average = AveragedModel(model, use_buffers=True, avg_fn=get_ema_avg_fn(1 - momentum))
     average.module.to(dtype=dtype)
 
     @contextmanager
-    def swapped() -> Iterator[None]:
+    def swapped():
         callback._swap_models(model)
         yield
         callback._swap_models(model)
@@ -91,18 +83,18 @@ def lightning(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype 
     return Peer(update, average.module.parameters, average.state_dict, swapped)
 
 
-def timm(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
+def timm(model, momentum, dtype):
     average = _imported("timm.utils").ModelEmaV3(model, decay=1 - momentum, dtype=dtype)
     return Peer(_at_event(partial(average.update, model)), average.module.parameters, average.module.state_dict)
 
 
-def diffusers(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
+def diffusers(model, momentum, dtype):
     make = _imported("diffusers.training_utils").EMAModel
     average = make(model.parameters(), decay=1 - momentum, min_decay=1 - momentum, foreach=True)
     average.to(dtype=dtype)
 
     @contextmanager
-    def swapped() -> Iterator[None]:
+    def swapped():
         average.store(model.parameters())
         average.copy_to(model.parameters())
         yield
@@ -112,7 +104,7 @@ def diffusers(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype 
     return Peer(update, lambda: average.shadow_params, average.state_dict, swapped)
 
 
-def ema_pytorch(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
+def ema_pytorch(model, momentum, dtype):
     average = _imported("ema_pytorch").EMA(
         model,
         ema_model=None if dtype is None else deepcopy(model).to(dtype=dtype),
@@ -127,7 +119,7 @@ def ema_pytorch(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtyp
     return Peer(_at_event(average.update), average.ema_model.parameters, average.state_dict)
 
 
-def torch_ema(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype | None = None) -> Peer:
+def torch_ema(model, momentum, dtype):
     make = _imported("torch_ema").ExponentialMovingAverage
     average = make(model.parameters(), decay=1 - momentum, use_num_updates=False)
     average.to(dtype=dtype)
@@ -135,7 +127,7 @@ def torch_ema(model: nn.Module, momentum: float = _MOMENTUM, dtype: torch.dtype 
     return Peer(update, lambda: average.shadow_params, average.state_dict, average.average_parameters)
 
 
-PEERS: dict[str, Build] = {
+PEERS = {
     OURS: ignite_ema,
     "ignite": ignite,
     "AveragedModel": averaged_model,
@@ -147,9 +139,7 @@ PEERS: dict[str, Build] = {
 }
 
 
-def built(
-    builds: Mapping[str, Build], model: nn.Module, momentum: float, dtype: torch.dtype | None
-) -> tuple[dict[str, Peer], dict[str, str]]:
+def built(builds, model, momentum, dtype):
     """The averages of the peers, and of those that cannot take part the reasons."""
     peers, missing = {}, {}
     for name, build in builds.items():
@@ -160,19 +150,19 @@ def built(
     return peers, missing
 
 
-def update_of(peer: Peer) -> Update:
+def update_of(peer):
     """One update of the average: an event of an engine of its own."""
     engine = Engine(lambda engine, batch: None)
     peer.attach(engine)
     return partial(engine.fire_event, Events.ITERATION_COMPLETED)
 
 
-def event() -> Update:
+def event():
     """What every one of them pays: an event whose handler does nothing."""
     return update_of(Peer(_at_event(lambda: None), list, dict))
 
 
-def limit(model: nn.Module, dtype: torch.dtype | None = None) -> Update:
+def limit(model, dtype=None):
     """One `lerp_` over contiguous floats that moves as many bytes as any average has to: two reads and a write."""
     moved = sum(p.numel() * (p.element_size() + 2 * (dtype or p.dtype).itemsize) for p in model.parameters())
     device = next(model.parameters()).device
@@ -180,18 +170,18 @@ def limit(model: nn.Module, dtype: torch.dtype | None = None) -> Update:
     return partial(averaged.lerp_, online, _MOMENTUM)
 
 
-def floor(model: nn.Module) -> Update:
+def floor(model):
     """One bare foreach operation on the same tensors: what every average takes that leaves them where they are."""
     online = [parameter.detach() for parameter in model.parameters()]
     return partial(torch._foreach_lerp_, [parameter.clone() for parameter in online], online, _MOMENTUM)
 
 
-def _at_event(function: Callable[[], Any]) -> Callable[[Engine], object]:
+def _at_event(function):
     # The lambda takes no engine, and Ignite looks at that when it is added.
     return lambda engine: engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: function())
 
 
-def _imported(module: str) -> Any:
+def _imported(module):
     try:
         return importlib.import_module(module)
     except ImportError as error:

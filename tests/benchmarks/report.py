@@ -1,9 +1,5 @@
 """The figures of the benchmark as tables and as a picture."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -18,18 +14,16 @@ _COSTS = ("update", "construction", "state_dict", "swapped")
 _TICKS = (1, 3, 10, 30, 100, 300)
 
 
-def console() -> Console:
+def console():
     """Where tables are printed: on 100 columns where it is no terminal."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=100)
 
 
-def show(figures: Mapping[str, Any]) -> None:
+def show(figures):
     output = console()
-    for title, models in (("", figures["models"]), (", while another process is busy", figures["contended"])):
-        for cost in _COSTS:
-            if models and all(cost in model for model in models.values()):
-                output.print(_table(cost + title, cost, models))
+    for cost in _COSTS:
+        output.print(_table(cost, figures["models"]))
     output.print(_operations(figures["operations"]))
     output.print(origin(figures), highlight=False)
     missing = {peer: reason for model in figures["models"].values() for peer, reason in model["missing"].items()}
@@ -37,10 +31,10 @@ def show(figures: Mapping[str, Any]) -> None:
         output.print(f"Left out: {peer} ({reason}).", highlight=False)
 
 
-def _table(title: str, cost: str, models: Mapping[str, Any]) -> Table:
+def _table(cost, models):
     against = {"to_limit": "× limit", "to_floor": "× floor"} if cost == "update" else {}
     columns = ("", "ms", "× ours", "quartiles", *against.values())
-    table = Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left")
+    table = Table(*columns, title=cost, box=SIMPLE_HEAD, title_justify="left")
     for name, model in models.items():
         table.add_row(f"[bold]{TITLES[name]}[/]")
         for peer, figure in model[cost].items():
@@ -54,7 +48,7 @@ def _table(title: str, cost: str, models: Mapping[str, Any]) -> Table:
     return table
 
 
-def _operations(counts: Mapping[str, list[int]]) -> Table:
+def _operations(counts):
     columns = ("", *(f"{number:,} parameters" for number in PARAMETERS))
     title = "operations of an update on an accelerator"
     table = Table(*columns, title=title, box=SIMPLE_HEAD, title_justify="left")
@@ -63,13 +57,13 @@ def _operations(counts: Mapping[str, list[int]]) -> Table:
     return table
 
 
-def multiple(ratio: float) -> str:
+def multiple(ratio):
     """Two digits, but three about 1."""
     digits = 3 if 0.9 < ratio < 1.1 else 2
     return f"{ratio:.{digits}g}" if ratio < 99.5 else f"{ratio:.0f}"
 
 
-def origin(figures: Mapping[str, Any]) -> str:
+def origin(figures):
     """Where the figures come from, in one line."""
     packages = figures["packages"]
     threads = f", {figures['threads']} threads" if figures["device"] == "cpu" else ""
@@ -77,7 +71,7 @@ def origin(figures: Mapping[str, Any]) -> str:
     return f"{figures['device_name']}{threads}, {versions}, {figures['date'][:10]}"
 
 
-def draw(figures: Mapping[str, Any], path: Path) -> None:
+def draw(figures, path):
     """Writes a PNG of 1,800 pixels across: a panel for each model, a dot for each peer."""
     from matplotlib.figure import Figure
 

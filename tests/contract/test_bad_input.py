@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ignite.engine import Engine, EventEnum, Events, EventsList
-from ignite.handlers import Checkpoint
+from ignite.engine import Events
 from ignite.handlers.param_scheduler import LinearCyclicalScheduler
 from torch import nn
 from torch.utils._pytree import tree_flatten_with_path
@@ -22,7 +21,8 @@ from torch.utils._pytree import tree_flatten_with_path
 from ignite_ema import EMAHandler, ModelAverage, PostHocEMA, checkpoints, distributed, schedules
 from ignite_ema import posthoc as lengths
 from ignite_ema.cli import main
-from tests.helpers.models import Tied, frozen, module, net
+from tests.helpers.models import Tied, frozen, made_inside, module, net
+from tests.helpers.runs import Steps, idle
 from tests.unit.averaging.test_twin import LoRA
 
 ROW = re.compile(r"^(?:(\S.*)|  (.+) -> (\w+): (.+))$", re.MULTILINE)
@@ -40,16 +40,8 @@ def rows():
 ROWS = list(rows())
 
 
-class Steps(EventEnum):
-    DONE = "done"
-
-
 class Said(Exception):
     """What the command said on stderr when it ended with 1."""
-
-
-def idle():
-    return Engine(lambda engine, batch: None)
 
 
 class World:
@@ -72,7 +64,8 @@ class World:
         self.swapping.swap_during(self.evaluator)
         self.uncopyable = net()
         self.uncopyable.lock = threading.Lock()
-        self.posthoc, engine = PostHocEMA(self.model, dirname=folder / "snapshots"), idle()
+        self.posthoc, self.posthoc_engine = PostHocEMA(self.model, dirname=folder / "snapshots"), idle()
+        engine = self.posthoc_engine
         self.posthoc.attach(engine, snapshot_event=Events.ITERATION_COMPLETED(once=5))
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=8), engine.terminate)
         engine.run([0] * 9)
@@ -94,20 +87,16 @@ class World:
             "two": {"model": state, "ema_g": other, "ema_d": {name: one + 2 for name, one in state.items()}},
             "list": {"shadow_params": list(net().parameters()), "num_updates": 2},
         }
-        for name, content in files.items():
+        for name, content in (files | {"number": 3}).items():
             torch.save(content, self.folder / f"{name}.pt")
         (self.folder / "folder.pt").mkdir()
-        torch.save(3, self.folder / "number.pt")
         (self.folder / "text.pt").write_text("epoch,loss\n1,0.5\n")
-        saver = Checkpoint({"model": net(), "ema": net()}, distributed.ShardedSaver(self.folder / "sharded"))
-        saver(idle())
-        self.sharded = self.folder / "sharded" / "checkpoint_0.pt"
 
     def snapshot(self):
         """Weights, states, momenta, what is attached to the engines, and the files."""
         handlers = self.handler, self.fresh, self.swapping, self.scheduled, self.listed
         stateful = self.model, self.tied_model, self.average, self.tied, self.sharing, self.posthoc, *handlers
-        engines = self.trainer, self.other, self.evaluator
+        engines = self.trainer, self.other, self.evaluator, self.posthoc_engine
         leaves, structure = tree_flatten_with_path([one.state_dict() for one in stateful])
         return (
             [(path, leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else leaf) for path, leaf in leaves],
@@ -172,11 +161,6 @@ def partly(model):
     twin = net()
     twin[0].weight = model[0].weight
     return twin
-
-
-def inside_inference_mode(make):
-    with torch.inference_mode():
-        return make()
 
 
 def zero_3():

@@ -1,9 +1,11 @@
 """What ``ignite.handlers.EMAHandler`` gets wrong and ``ignite_ema.EMAHandler`` must not.
 
 A test with a ``handler_class`` runs once with each of the two; ``theirs`` is what pytorch-ignite 0.5.5 gives. The
-comments say what goes wrong there. What it accepts and should refuse are rows of the bad input.
+comments say what goes wrong there. What it accepts and should refuse are rows of the bad input; models that cannot be
+deep-copied (15, 17) are rows of the ways out.
 """
 
+from contextlib import nullcontext
 from importlib.metadata import version
 
 import ignite.handlers
@@ -15,6 +17,7 @@ from torch import nn
 
 from ignite_ema import EMAHandler, schedules
 from tests.helpers.models import compiled, constant
+from tests.helpers.runs import idle
 
 # For brevity many tests move the weights before the run, which our handler warns about.
 pytestmark = pytest.mark.filterwarnings(
@@ -39,12 +42,13 @@ def compare(ours, theirs):
     )
 
 
+def refused(expected, error, words):
+    """The block raises this error if it is expected to raise."""
+    return pytest.raises(error, match=words) if expected == RAISES else nullcontext()
+
+
 def chain(*values):
     return nn.Sequential(*map(constant, values))
-
-
-def idle():
-    return Engine(lambda engine, batch: None)
 
 
 def weights(model):
@@ -72,26 +76,16 @@ def update_towards(handler, model, value, updates=1, momentum=None, event=ITERAT
 
 
 # 1. The warm-up drives engine.state.ema_momentum, whatever name was asked for.
-
-
-@compare(ours=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5], theirs=[0.5] * 8)
-def test_warm_up_ramps_under_any_name(handler_class, expected):
-    trainer = idle()
-    handler_class(constant(), momentum=0.5, momentum_warmup=0.0, warmup_iters=6).attach(trainer, "generator_momentum")
-    assert trace(trainer, lambda: trainer.state.generator_momentum) == pytest.approx(expected)
-
-
-@compare(ours=[0.25] * 4, theirs=[0.0, 0.25, 0.5, 0.5])
-def test_warm_up_does_not_drive_another_handler(handler_class, expected):
+@compare(ours=([0.0, 0.25, 0.5, 0.5], [0.25] * 4), theirs=([0.5] * 4, [0.0, 0.25, 0.5, 0.5]))
+def test_warm_up_ramps_under_any_name_and_does_not_drive_another_handler(handler_class, expected):
     trainer = idle()
     handler_class(constant(), momentum=0.25).attach(trainer)
     handler_class(constant(), momentum=0.5, momentum_warmup=0.0, warmup_iters=3).attach(trainer, "generator_momentum")
-    assert trace(trainer, lambda: trainer.state.ema_momentum, 4) == pytest.approx(expected)
+    seen = trace(trainer, lambda: (trainer.state.generator_momentum, trainer.state.ema_momentum), 4)
+    assert [*zip(*seen, strict=True)] == [pytest.approx(momenta) for momenta in expected]
 
 
 # 2, 3. Buffers are aliased (ema_b.data = model_b.data) instead of copied: all by "copy", the others by "update".
-
-
 @pytest.fixture
 def normalised():
     """A model with a float and an integer buffer, and a trainer that runs batches of ones and twos through it."""
@@ -108,31 +102,20 @@ def test_buffers_change_at_the_event_only(handler_class, expected, handle_buffer
     assert trace(trainer, lambda: handler.ema_model.num_batches_tracked.item()) == expected
 
 
-@compare(ours=1.5, theirs=777.0)
-def test_loading_into_the_twin_leaves_the_online_buffers_alone(handler_class, expected, normalised):
+@compare(ours=(1.5, True), theirs=(777.0, False))
+def test_loading_into_the_twin_and_training_it_leave_the_online_buffers_alone(handler_class, expected, normalised):
     model, trainer = normalised
     handler = handler_class(model)
     handler.attach(trainer)
     trainer.run(range(1))
-    state = handler.ema_model.state_dict()
-    handler.ema_model.load_state_dict({**state, "running_mean": torch.full_like(state["running_mean"], 777.0)})
-    assert model.running_mean.item() == expected
-
-
-@compare(ours=True, theirs=False)
-def test_forward_of_the_twin_in_train_mode_leaves_the_online_statistics_alone(handler_class, expected, normalised):
-    model, trainer = normalised
-    handler = handler_class(model)
-    handler.attach(trainer)
-    trainer.run(range(1))
-    before = model.running_var.clone()
+    variance = model.running_var.clone()
+    handler.ema_model.load_state_dict({**handler.ema_model.state_dict(), "running_mean": torch.tensor([777.0])})
+    online = model.running_mean.item()
     handler.ema_model.train()(torch.tensor([[0.0], [100.0]]))
-    assert torch.equal(model.running_var, before) is expected
+    assert (online, torch.equal(model.running_var, variance)) == expected
 
 
 # 4. The count of a warm-up is in no state dict.
-
-
 @compare(ours=[0.40, 0.45, 0.50, 0.50], theirs=[0.0, 0.05, 0.10, 0.15])
 def test_resume_in_the_middle_of_a_warm_up_goes_on(handler_class, expected):
     def setup():
@@ -151,22 +134,7 @@ def test_resume_in_the_middle_of_a_warm_up_goes_on(handler_class, expected):
     assert seen == pytest.approx(expected)
 
 
-# 5. Half a warm-up is no warm-up, and nothing is checked.
-
-
-@compare(ours=RAISES, theirs=11.0)
-def test_a_momentum_of_5_is_refused(handler_class, expected):
-    model, warm_up = constant(1.0), {"momentum_warmup": 5, "warmup_iters": 3}
-    if expected == RAISES:
-        with pytest.raises(ValueError, match=r"momentum_warmup of LinearWarmup should be .* in \[0, 1\].*, got 5"):
-            handler_class(model, momentum=0.5, **warm_up)
-    else:
-        assert update_towards(handler_class(model, momentum=0.5, **warm_up), model, 3.0) == expected
-
-
 # 6. In bfloat16 1 - 0.0002 is 1, and 1 + 0.0002 · 2 too.
-
-
 @compare(ours=pytest.approx(2 - (1 - 0.0002) ** 1_000, rel=1e-6), theirs=1.0)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_weights_move_when_the_average_is_held_in_float32(handler_class, expected, dtype):
@@ -176,8 +144,6 @@ def test_low_precision_weights_move_when_the_average_is_held_in_float32(handler_
 
 
 # 7. (1 - λ) · x + λ · x is not x: the rounding of 1 - λ acts on every update.
-
-
 @pytest.mark.parametrize("momentum", [2e-4, 1e-5])
 @compare(ours=True, theirs=False)
 def test_constant_weights_do_not_drift(handler_class, expected, momentum):
@@ -187,8 +153,6 @@ def test_constant_weights_do_not_drift(handler_class, expected, momentum):
 
 
 # 8. Compiled modules are averaged as wrappers, with _orig_mod. in every name.
-
-
 @pytest.mark.parametrize("where", ["root", "inner", "around DDP"])
 @compare(ours=True, theirs=False)
 def test_weights_of_a_compiled_model_load_into_the_plain_one(handler_class, expected, where, process_group):
@@ -204,8 +168,6 @@ def test_weights_of_a_compiled_model_load_into_the_plain_one(handler_class, expe
 
 
 # 9, 10. Tensors are paired by position, and broadcast; "update" takes every RuntimeError for an integer buffer's.
-
-
 def tie(model):
     model[1].weight = model[0].weight
 
@@ -241,20 +203,14 @@ def test_a_changed_structure_raises_and_names_the_path(handler_class, expected, 
         nn.init.zeros_(parameter)
     change(model)
     handler.attach(trainer)
-    if expected == RAISES:
-        with pytest.raises(RuntimeError, match=message):
-            trainer.run(range(1))
-        assert weights(handler.ema_model) == [0.0] * 3
-    else:
+    with refused(expected, RuntimeError, message):
         trainer.run(range(1))
-        assert weights(handler.ema_model) == wrong
-        if structure == "a buffer reshaped":
-            assert handler.ema_model[2].table.data_ptr() == model[2].table.data_ptr()
+    assert weights(handler.ema_model) == ([0.0] * 3 if expected == RAISES else wrong)
+    if structure == "a buffer reshaped" and expected != RAISES:
+        assert handler.ema_model[2].table.data_ptr() == model[2].table.data_ptr()
 
 
 # 11. 0 · NaN is NaN.
-
-
 @compare(ours=2.0, theirs=pytest.approx(float("nan"), nan_ok=True))
 def test_momentum_1_heals_a_nan(handler_class, expected):
     model = constant()
@@ -264,19 +220,15 @@ def test_momentum_1_heals_a_nan(handler_class, expected):
 
 
 # 12. attach() gives back nothing, and repeats itself.
-
-
 @compare(ours=1.5, theirs=1.875)
 def test_attached_three_times_it_updates_once_and_ends_with_its_handle(handler_class, expected):
     model = constant(1.0)
     handler, trainer = handler_class(model, momentum=0.5), idle()
     nn.init.constant_(model.weight, 2.0)
     handle = handler.attach(trainer)
-    for name in ("ema_momentum", "another_name"):
-        if handler_class is EMAHandler:
-            with pytest.raises(RuntimeError, match="once, but this engine has Attachment.* as 'ema_momentum'"):
-                handler.attach(trainer, name)
-        else:
+    raises = RAISES if handler_class is EMAHandler else None
+    for _ in range(2):
+        with refused(raises, RuntimeError, "once, but this engine has Attachment.* as 'ema_momentum'"):
             handler.attach(trainer)
     trainer.run(range(1))
     assert handler.ema_model.weight.item() == expected
@@ -285,13 +237,9 @@ def test_attached_three_times_it_updates_once_and_ends_with_its_handle(handler_c
         handle.remove()
         trainer.run(range(3))
         assert handler.ema_model.weight.item() == 1.5
-        assert not hasattr(trainer.state, "ema_momentum")
-        assert not hasattr(trainer.state, "another_name")
 
 
 # 13. Members of an EventsList that fire in the same iteration update once each.
-
-
 @compare(ours=2.25, theirs=2.625)
 def test_coinciding_events_update_once(handler_class, expected):
     model = constant()
@@ -300,8 +248,6 @@ def test_coinciding_events_update_once(handler_class, expected):
 
 
 # 14. The attribute is made before anything is checked, and the engine's own are taken for the momentum.
-
-
 @compare(ours=False, theirs=True)
 def test_a_bad_event_leaves_nothing_on_the_engine(handler_class, expected):
     trainer = idle()
@@ -315,72 +261,24 @@ def test_a_bad_event_leaves_nothing_on_the_engine(handler_class, expected):
 def test_a_name_of_the_engine_raises(handler_class, expected):
     model = constant(1.0)
     handler, trainer = handler_class(model), idle()
-    if expected == RAISES:
-        with pytest.raises(ValueError, match="already uses, got 'iteration'"):
-            handler.attach(trainer, "iteration")
-    else:
+    with refused(expected, ValueError, "already uses, got 'iteration'"):
         handler.attach(trainer, "iteration")
         nn.init.constant_(model.weight, 10.0)
         trainer.run(range(2))
         assert handler.ema_model.weight.item() == expected
 
 
-# 15, 17. Models that cannot be deep-copied: an error from deep inside, and no way out. Sharded and lazy ones stand in
-# ways_out.txt.
-
-
-class Caching(nn.Module):
-    """Keeps the last activation, which is part of a graph."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        self.last = None
-
-    def forward(self, x):
-        self.last = self.layer(x)
-        return self.last
-
-
-NO_COPIES = {
-    "weight_norm": (lambda: nn.utils.weight_norm(nn.Linear(1, 1)), "'0.weight'"),
-    "cached activation": (Caching, "'0.last'"),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-@pytest.mark.parametrize(("kind", "where"), NO_COPIES.values(), ids=NO_COPIES)
-def test_a_model_that_cannot_be_copied_says_why_and_can_bring_its_twin(kind, where):
-    model, twin, batch = nn.Sequential(kind()), nn.Sequential(kind()), torch.ones(1, 1)
-    for one in (model, twin):
-        one(batch)
-    with pytest.raises(RuntimeError, match=f"{where} is the result of a computation.*pass it as ema_model="):
-        EMAHandler(model)
-    handler = EMAHandler(model, momentum=0.5, ema_model=twin)
-    torch.testing.assert_close(handler.ema_model(batch), model(batch).detach())
-    before = handler.ema_model(batch)
-    update_towards(handler, model, 3.0)
-    assert not torch.equal(handler.ema_model(batch), before)
-
-
 # 16. A twin made inside inference_mode consists of inference tensors, which cannot be updated outside.
-
-
 @compare(ours=0.5, theirs=RAISES)
 def test_a_handler_made_in_inference_mode_works_outside(handler_class, expected):
     model = constant()
     with torch.inference_mode():
         handler = handler_class(model, momentum=0.5)
-    if expected == RAISES:
-        with pytest.raises(RuntimeError, match="in-place operation"):
-            update_towards(handler, model, 1.0)
-    else:
+    with refused(expected, RuntimeError, "in-place operation"):
         assert update_towards(handler, model, 1.0) == expected
 
 
 # 18. The initial weights are part of the average, however late it starts.
-
-
 @compare(ours=5.0, theirs=5 - 5 * (1 - 0.0002) ** 100)
 def test_weights_loaded_after_construction_count_in_full_after_a_reset(handler_class, expected):
     model = constant()
@@ -402,8 +300,6 @@ def test_an_average_that_starts_late_starts_from_the_weights_of_then(handler_cla
 
 
 # 19. Twins that were aliased from outside are written through.
-
-
 @compare(ours=4.0, theirs=3.0)
 def test_updates_never_write_into_the_model(handler_class, expected):
     model = constant()
@@ -417,8 +313,6 @@ def test_updates_never_write_into_the_model(handler_class, expected):
 
 
 # 20. Integers cannot be multiplied by a float in place, and 8-bit floats not at all.
-
-
 @compare(ours="averaged", theirs=RAISES)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_narrow_parameters_are_updated(handler_class, expected, dtype):
@@ -426,9 +320,6 @@ def test_narrow_parameters_are_updated(handler_class, expected, dtype):
     model.codes = nn.Parameter(torch.tensor([1.0]).to(dtype), requires_grad=False)
     handler, trainer = handler_class(model, momentum=0.5), Engine(lambda *_: model.codes.copy_(torch.tensor([3.0])))
     handler.attach(trainer)
-    if expected == RAISES:
-        with pytest.raises(RuntimeError, match=r"not implemented|can't be cast"):
-            trainer.run(range(1))
-    else:
+    with refused(expected, RuntimeError, r"not implemented|can't be cast"):
         trainer.run(range(1))
         assert handler.ema_model.codes.float().item() == (3.0 if dtype is torch.int8 else 2.0)

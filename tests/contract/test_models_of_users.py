@@ -11,6 +11,7 @@ from ignite.engine import Engine
 from torch import nn
 
 from ignite_ema import EMAHandler, EMAWarning, ModelAverage, schedules
+from tests.helpers.bits import contents
 
 
 class Cached(nn.Module):
@@ -104,13 +105,12 @@ def test_a_script_is_swapped_and_comes_back():
         torch.jit.trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.ones(1, 2)),
         nn.Sequential(torch.jit.script(nn.BatchNorm1d(2)), nn.Linear(2, 2)),
     ):
-        average = ModelAverage(model)
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        average, before = ModelAverage(model), contents(model)
         for tensor in average.module.parameters():
             tensor.fill_(7.0)
         with average.swapped():
             assert all((parameter == 7).all() for parameter in model.parameters())
-        assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+        assert contents(model) == before
         average.update(1.0)
 
 
@@ -142,9 +142,6 @@ def test_an_exported_program_has_one_mode():
     next(exported.parameters()).data.fill_(3.0)
     assert average.update(1.0)
     assert next(average.module.parameters()).unique().item() == 3.0
-
-
-# Functions, which deepcopy does not copy
 
 
 @dataclass
@@ -180,9 +177,9 @@ def uses_neither(*args):
     return functools.partial(torch.mul, 2)(args[-1].model_of_the_script)
 
 
-def with_attribute(value):
+def with_attribute(value, name="kept"):
     model = Scaled()
-    model.kept = value(model)
+    setattr(model, name, value(model))
     return model
 
 
@@ -192,8 +189,8 @@ def with_hook(register, hook):
     return model
 
 
-def of_the_script(attribute, function):
-    setattr(model_of_the_script, attribute, function)
+def of_the_script(function):
+    model_of_the_script.kept = function
     return model_of_the_script
 
 
@@ -205,8 +202,8 @@ COMPUTES_ONLINE = {
     "a cache": lambda: with_attribute(lambda model: functools.lru_cache(model.double)),
     "a hook": lambda: with_hook("register_forward_hook", lambda model: lambda *_: model.scale),
     "a hook before": lambda: with_hook("register_forward_pre_hook", lambda model: lambda *_: model.scale),
-    "a global model": lambda: of_the_script("kept", uses_the_model_of_the_script),
-    "a global method": lambda: of_the_script("kept", uses_the_forward_of_the_script),
+    "a global model": lambda: of_the_script(uses_the_model_of_the_script),
+    "a global method": lambda: of_the_script(uses_the_forward_of_the_script),
 }
 HARMLESS = {
     "methods": lambda: with_attribute(lambda model: [model.double, functools.partial(model.double, 2)]),
@@ -214,7 +211,8 @@ HARMLESS = {
     "a backward hook": lambda: with_hook("register_full_backward_hook", lambda model: lambda *_: model.scale and None),
     "a hook on saving": lambda: with_hook("register_state_dict_pre_hook", lambda model: lambda *_: model.training),
     "a hook on loading": lambda: with_hook("register_load_state_dict_pre_hook", lambda model: lambda *_: None),
-    "an attribute of that name": lambda: of_the_script("kept", uses_neither),
+    "an attribute of that name": lambda: of_the_script(uses_neither),
+    "a method that only moves": lambda: with_attribute(lambda model: lambda *args: model, "to"),  # as Accelerate sets
 }
 
 
@@ -235,25 +233,18 @@ def test_a_twin_of_ones_own_that_is_a_copy_is_looked_at_too():
         ModelAverage(model, ema_model=copy.deepcopy(model))
 
 
-def test_methods_of_a_module_that_only_move_it_are_not_named():
-    """accelerate.dispatch_model sets such methods."""
-    model = Scaled()
-    model.to = lambda *args: model
-    model.cuda = lambda: model
-    ModelAverage(model)
-
-
-def test_a_buffer_that_eval_fills_is_no_weight():
-    class Fused(nn.Linear):
+def test_a_module_of_its_own_modes_may_fill_a_buffer_and_have_types_without_arithmetic():
+    class Own(nn.Linear):
         def __init__(self):
             super().__init__(2, 2)
+            self.narrow = nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False)
             self.register_buffer("fused", torch.zeros(2, 2), persistent=False)
 
         def train(self, mode=True):
             self.fused = torch.zeros(2, 2) if mode else self.weight.detach() * 2
             return super().train(mode)
 
-    ModelAverage(Fused()).update(0.5)
+    ModelAverage(Own()).update(0.5)
 
 
 def test_one_cache_of_two_blocks_stays_one_in_the_twin():
@@ -297,20 +288,5 @@ def test_the_state_dict_of_a_model_with_a_wrapped_block_is_loaded(process_group)
     assert {tensor.unique().item() for tensor in average.module.parameters()} == {3.0}
 
 
-def test_a_module_of_its_own_modes_may_have_types_without_arithmetic():
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False)
-
-        def train(self, mode=True):
-            return super().train(mode)
-
-    ModelAverage(Own()).update(0.5)
-
-
-def test_warnings_look_through_what_rescales_a_schedule():
-    with pytest.warns(EMAWarning, match="last momentum of the schedule is the weight of the new weights, and 0.9975"):
-        ModelAverage(Scaled(), momentum=schedules.Rescaled(schedules.Constant(0.95), 2))
-    warm = schedules.Rescaled(schedules.LinearWarmup(0.01, 1e-9, 100), 2)
-    ModelAverage(Scaled(), momentum=warm).update()  # the beginning of a warm-up is not a stall
+def test_the_beginning_of_a_rescaled_warm_up_is_not_too_small_for_the_type():
+    ModelAverage(Scaled(), momentum=schedules.Rescaled(schedules.LinearWarmup(0.01, 1e-9, 100), 2)).update()

@@ -1,7 +1,6 @@
 """skip_nonfinite: the average is left alone when a weight that is averaged is NaN or infinite."""
 
-import contextlib
-import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from ignite_ema import EMAHandler, EMAWarning, ModelAverage
 from ignite_ema.schedules import CopyUntil, EqualWeight
 from tests.helpers.bits import contents
+from tests.helpers.files import reloaded
 from tests.helpers.models import frozen, linear, module, move
 
 FLOATS = [torch.float32, torch.bfloat16, torch.complex64, torch.float8_e5m2]
@@ -112,7 +112,7 @@ def test_large_values_go_in_unless_the_type_of_the_average_cannot_hold_them(dtyp
     average = ModelAverage(model, dtype=held_in, skip_nonfinite=True)
     before = contents(average.module)
     model.weight.detach()[1] = value
-    with contextlib.nullcontext() if goes_in else spoilt("weight"):
+    with nullcontext() if goes_in else spoilt("weight"):
         assert average.update(0.5) == goes_in
     assert (contents(average.module) != before) == goes_in
     if goes_in:
@@ -135,9 +135,6 @@ def test_buffers_that_are_not_averaged_are_not_looked_at_and_stay_where_a_parame
     assert average.module.mask.ne(3.0).all()
 
 
-# With a handler
-
-
 def spoiling(model, *iterations):
     """A trainer that adds 1 to all weights, but in these iterations spoils one."""
 
@@ -153,19 +150,19 @@ def spoiling(model, *iterations):
 def test_the_count_does_not_advance_the_schedule_waits_and_the_state_goes_on():
     model, resumed = linear(), EMAHandler(linear(1), CopyUntil(2, EqualWeight()), skip_nonfinite=True)
     handler = EMAHandler(model, CopyUntil(2, EqualWeight()), skip_nonfinite=True)
-    trainer, seen, file = spoiling(model, 1, 3, 4), [], io.BytesIO()
+    trainer, seen = spoiling(model, 1, 3, 4), []
     handler.attach(trainer)
-    trainer.add_event_handler(
-        Events.ITERATION_COMPLETED,
-        lambda: seen.append((handler.num_updates, handler.num_skipped, trainer.state.ema_momentum)),
-    )
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def look():
+        seen.append((handler.num_updates, handler.num_skipped, trainer.state.ema_momentum))
+
     with spoilt("bias") as caught:
         trainer.run([0] * 6)
     assert len(caught) == 1
     assert seen == [(0, 1, 1.0), (1, 1, 1.0), (1, 2, 1.0), (1, 3, 1.0), (2, 3, 1.0), (3, 3, 0.5)]
     assert all(parameter.isfinite().all() for parameter in handler.ema_model.parameters())
-    torch.save(handler.state_dict(), file)
-    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    resumed.load_state_dict(reloaded(handler.state_dict()))
     assert (resumed.num_updates, resumed.num_skipped) == (3, 3)
 
 

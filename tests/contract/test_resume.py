@@ -1,9 +1,6 @@
 """A run that is stopped anywhere and resumed ends with the same bits as one that never stopped."""
 
-import io
-
 import pytest
-import torch
 from ignite.engine import Engine
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
@@ -11,6 +8,7 @@ from torch import nn
 from ignite_ema import EMAHandler
 from tests.helpers import runs
 from tests.helpers.bits import assert_same_bits
+from tests.helpers.files import reloaded
 
 LAST = 47
 
@@ -22,22 +20,14 @@ def uninterrupted():
     return run.states()
 
 
-def saved(run):
-    """What Ignite's Checkpoint would write, through a file's bytes and back."""
-    file = io.BytesIO()
-    torch.save({name: thing.state_dict() for name, thing in run.objects().items()}, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.filterwarnings("ignore:The run of 1 iteration should have updated")
 @pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize("stop", [1, 10, 33])
 def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, stop, attach_first):
     first, second = runs.Run(), runs.Run(attach=attach_first)
     first.train(stop)
-    in_memory = {name: thing.state_dict() for name, thing in first.objects().items()}
-    Checkpoint.load_objects(second.objects(), in_memory if stop == 10 else saved(first))
+    saved = {name: thing.state_dict() for name, thing in first.objects().items()}
+    Checkpoint.load_objects(second.objects(), saved if stop == 10 else reloaded(saved))
     if not attach_first:
         second.attach()
     second.train(LAST)
@@ -54,15 +44,3 @@ def test_a_checkpoint_of_the_handler_alone_loads(tmp_path, key):
     other = EMAHandler(nn.Linear(2, 2))
     Checkpoint.load_objects({key: other}, tmp_path / saver.last_checkpoint)
     assert_same_bits(other.state_dict(), handler.state_dict())
-
-
-def size_of(*states):
-    file = io.BytesIO()
-    torch.save(states, file)
-    return file.tell()
-
-
-def test_a_file_holds_the_average_once():
-    handler = EMAHandler(nn.Linear(300, 300))
-    alone = size_of(handler.ema_model.state_dict())
-    assert size_of(handler.ema_model.state_dict(), handler.state_dict()) < 1.01 * alone

@@ -34,7 +34,6 @@ def base():
 
 
 # Surgery: a statement about the model, its twin, two of its blocks (a, b), and a number to choose by (n).
-
 FOLLOWED = """
 a.inner.weight.data = torch.randn(2, 2)
 a.mean, a.count = torch.randn(2), a.count + 1

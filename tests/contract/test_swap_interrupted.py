@@ -4,6 +4,7 @@ import random
 import signal
 import time
 import timeit
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -137,10 +138,6 @@ def test_a_block_that_is_entered_and_forgotten_gives_the_weights_back():
 
 def test_what_cannot_be_given_back_is_said(monkeypatch):
     subject = Subject()
-
-    def fail(*_):
-        raise OSError("no memory")
-
     with pytest.raises(RuntimeError, match="could not be written.*no memory"), subject.handler.swapped():
-        monkeypatch.setattr(swap, "_write", fail)
+        monkeypatch.setattr(swap, "_write", Mock(side_effect=OSError("no memory")))
     assert not subject.handler.average.is_swapped()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ignite.engine import Engine, EventEnum, Events, State
+from ignite.engine import Engine, Events, State
 from ignite.handlers import Checkpoint
 from ignite.handlers.param_scheduler import LinearCyclicalScheduler
 from ignite.handlers.state_param_scheduler import LambdaStateScheduler
@@ -26,8 +26,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from ignite_ema import EMAHandler, ModelAverage, PostHocEMA, schedules
 from tests.contract.test_surgery import OTHERS, Program, base
 from tests.helpers.bits import contents
-from tests.helpers.models import Quantised, constant, linear, module, net, sgd
-from tests.helpers.runs import evaluator_of
+from tests.helpers.models import Quantised, constant, linear, made_inside, module, net, sgd
+from tests.helpers.runs import Steps, evaluator_of
 from tests.unit.averaging.test_twin import LoRA
 
 
@@ -142,6 +142,11 @@ def uncopyable(seed=0):
     return model
 
 
+def caching():
+    """Keeps its last activation, which is part of a graph."""
+    return after(lambda layer: setattr(layer, "last", layer(torch.ones(1, 1))), nn.Linear(1, 1))
+
+
 def sparse(kind):
     return module(x=kind(torch.ones(2).to_sparse()), y=torch.ones(2), w=nn.Parameter(torch.ones(2)))
 
@@ -176,10 +181,6 @@ class Quiet(LoRA):
         return nn.Module.train(self, mode)
 
 
-class Steps(EventEnum):
-    DONE = "done"
-
-
 def count(engine):
     engine.state.done = getattr(engine.state, "done", 0) + 1
     engine.fire_event(Steps.DONE)
@@ -193,11 +194,6 @@ def on_meta(make):
 def with_table(register=setattr):
     """A model with a tensor besides its parameters."""
     return after(lambda model: register(model, "table", torch.arange(3.0)), linear())
-
-
-def made_inside(make):
-    with torch.inference_mode():
-        return make()
 
 
 def sharing(seed=0):
@@ -221,6 +217,7 @@ def rows():
         yield pytest.param(wrong, words, right, id=words)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(("wrong", "words", "right"), list(rows()))
 def test_what_a_message_says_to_do_works(wrong, words, right, tmp_path, process_group, monkeypatch):
     monkeypatch.setattr(State, "event_to_attr", dict(State.event_to_attr))  # to which register_events() adds for all

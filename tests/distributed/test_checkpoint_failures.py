@@ -124,9 +124,6 @@ def test_a_rank_that_fails_to_load_is_named_by_the_others_and_nothing_is_loaded(
     assert f"rank {rank}" in world(2, fails_to_load, step, rank)[1 - rank]
 
 
-# Ranks that differ
-
-
 def saves_differently(folder, what):
     saver = ShardedSaver(folder / "checkpoints")
     saver(states(1.0), "1.pt")

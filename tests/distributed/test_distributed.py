@@ -7,46 +7,24 @@ import warnings
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch import nn
 from torch.distributed import fsdp
+from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ignite_ema import EMAHandler, ModelAverage
 from ignite_ema.distributed import load_objects
-from tests.distributed.worker import (
-    CASES,
-    Net,
-    Run,
-    full_tensors,
-    in_worlds,
-    local,
-    local_bits,
-    mesh,
-    sharded,
-    tensors,
-)
+from tests.distributed import worker
+from tests.distributed.worker import CASES, Net, Run, full_tensors, in_worlds, local, local_bits, sharded, tensors
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch gathers no weights on a CPU"
-)
+pytestmark = worker.gathers_on_cpu
 
-
-WORLDS = {
-    "DDP": [2],
-    "FSDP2": [3],
-    "FSDP2 in part": [3],
-    "FSDP2 that keeps gathered weights": [2],
-    "FSDP2 in mixed precision": [2],
-    "FSDP2 over several meshes": [4],
-}
-
-
-# The contract.
+WORLDS = {"DDP": [2], "FSDP2": [3], "FSDP2 in part": [3], "FSDP2 that keeps gathered weights": [2]}
+WORLDS |= {"FSDP2 in mixed precision": [2], "FSDP2 over several meshes": [4]}
 
 
 def average_follows(folder, case):
@@ -102,11 +80,6 @@ def resumes(folder, case):
     assert all(torch.equal(local(due[i][key]), local(got[i][key])) for i in due for key in due[i])
 
 
-@in_worlds(WORLDS)
-def test_resuming_is_exact(world, ranks, case):
-    world(ranks, resumes, case)
-
-
 def swaps(folder, case):
     run = Run(case)
     run.train(2)
@@ -131,12 +104,10 @@ def swaps(folder, case):
     assert local_bits(run.handler.ema_model) == local_bits(straight.handler.ema_model)
 
 
+@pytest.mark.parametrize("scenario", [resumes, swaps])
 @in_worlds(WORLDS)
-def test_swapping_is_exact(world, ranks, case):
-    world(ranks, swaps, case)
-
-
-# What an update costs.
+def test_resuming_and_swapping_are_exact(world, ranks, case, scenario):
+    world(ranks, scenario, case)
 
 
 def updates_without_communication(folder, case):
@@ -161,17 +132,11 @@ class Even(nn.Module):
         super().__init__()
         self.embedding, self.body, self.head = nn.Embedding(12, 6), nn.Linear(6, 6), nn.Linear(6, 12)
 
-    def forward(self, x):
-        return self.head(self.body(self.embedding(x)))
-
-
-# What does not fit says so.
-
 
 def refuses_twins(folder):
     model = sharded(Even())
     before = local_bits(model)
-    along_columns = fsdp.fully_shard(Even(), mesh=mesh(), shard_placement_fn=lambda weight: Shard(weight.ndim - 1))
+    along_columns = sharded(Even(), shard_placement_fn=lambda weight: Shard(weight.ndim - 1))
     over_another_mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
     for online, twin, message in (
         (model, Even(), "'embedding.weight' is sharded .* and not sharded in the twin"),
@@ -212,9 +177,6 @@ def test_a_nan_in_one_shard_is_skipped_on_all_ranks(world, ranks, rank, case):
     world(ranks, skips_together, rank, case)
 
 
-# A handler that is not made as it should be.
-
-
 def is_made_before_ddp(folder, same_seed):
     torch.manual_seed(0 if same_seed else dist.get_rank())
     model = Even()
@@ -233,3 +195,26 @@ def test_an_average_that_was_made_of_other_weights_than_ddp_trains_is_reported(w
     first, second = world(2, is_made_before_ddp, False)
     assert first == []
     assert [text.partition(" when ")[0] for text in second] == ["The model has other weights than"]
+
+
+def train_on_uneven_data(folder):
+    """Four steps on the first rank, twelve on the second; as docs/compatibility.md says."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(4, 2))
+    average = ModelAverage(model, momentum=0.2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(dist.get_rank())
+    with Join([model]):
+        for _ in range((4, 12)[dist.get_rank()]):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            average.update()
+    return average.num_updates, model.module.weight.detach(), average.module.weight
+
+
+def test_under_join_the_models_agree_and_the_averages_do_not(world):
+    (few, model, shorter), (many, same, longer) = world(2, train_on_uneven_data)
+    assert (few, many) == (4, 12)
+    assert torch.equal(model, same)
+    assert not torch.equal(shorter, longer)

@@ -2,18 +2,15 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ignite_ema import EMAHandler
 from ignite_ema.averaging.sharding import fsdp_modules, reshard
+from tests.distributed.worker import gathers_on_cpu, mesh
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch gathers no weights on a CPU"
-)
+pytestmark = gathers_on_cpu
 
 
 class Net(nn.Module):
@@ -31,10 +28,9 @@ class Net(nn.Module):
 
 def sharded(value, policy):
     options = {} if policy == "default" else {"reshard_after_forward": policy}
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = Net()
     for part in (model.first, model.second, model):
-        fully_shard(part, mesh=mesh, **options)
+        fully_shard(part, mesh=mesh(), **options)
     object.__setattr__(model, "shards", list(model.parameters()))  # taken before any pass, as an optimizer does
     fill(model, value)
     return model
@@ -89,18 +85,12 @@ LOOKING_AT_ONE = {
 }
 
 
-def prepared(policy):
-    model, twin = sharded(3.0, policy), sharded(0.0, policy)
-    handler = EMAHandler(model, 0.5, ema_model=twin)
-    fill(model, 1.0)
-    return handler
-
-
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("policy", ["default", False])
 @pytest.mark.parametrize("entrance", [*ENTRANCES, *LOOKING_AT_ONE])
 def test_every_entrance_meets_gathered_weights(entrance, policy):
-    handler = prepared(policy)
+    handler = EMAHandler(sharded(3.0, policy), 0.5, ema_model=sharded(0.0, policy))
+    fill(handler.model, 1.0)
     for module in (handler.model, handler.ema_model):
         output(module)
     fill(handler.model, 2.0)

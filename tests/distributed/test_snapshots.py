@@ -1,5 +1,7 @@
 """PostHocEMA in worlds of two processes: one of them writes, and what it writes is what a single process writes."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,8 +28,7 @@ class Run:
         if "FSDP2" in case:
             with torch.device("meta"):
                 options["ema_models"] = [CASES[case](Net()) for _ in range(2)]
-        self.ema = PostHocEMA(self.model, dirname=dirname, **options)
-        self.trainer = Engine(self.step)
+        self.ema, self.trainer = PostHocEMA(self.model, dirname=dirname, **options), Engine(self.step)
         self.ema.attach(self.trainer, snapshot_event=Events.ITERATION_COMPLETED(every=2))
 
     def step(self, engine, batch):
@@ -54,19 +55,14 @@ def due(tmp_path_factory):
 
 
 def writes(folder, case):
-    written = []
-
-    def write(*args):
-        written.append(args)
-        return snapshots.write(*args)
-
+    write = Mock(side_effect=snapshots.write)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(handler, "write", write)
         run = Run(case, folder / "snapshots").train()
     assert run.ema.time == LAST
     assert run.ema.state_dict()["snapshot_times"] == [2, 4, 6, 8]
     assert run.ema.save() is None
-    return len(written), run.ema.state_dict()["run_id"]
+    return write.call_count, run.ema.state_dict()["run_id"]
 
 
 def assert_same_contents(found, due):
@@ -103,9 +99,6 @@ def test_a_resumed_world_writes_what_a_single_process_writes(world, case, due, t
     assert_same_contents(stored(tmp_path / "snapshots"), due)
 
 
-# What goes wrong on one rank is told on all
-
-
 def refuses(folder):
     run = Run("DDP", folder / "snapshots")
     run.trainer.logger.disabled = True
@@ -123,12 +116,8 @@ def test_a_folder_that_cannot_be_used_is_refused_on_all_ranks(world, tmp_path):
 
 def cannot_write(folder, case):
     run = Run(case, folder / "snapshots").train(3)
-
-    def fail(*args):
-        raise OSError("No space left on device")
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(handler, "write", fail)
+        patch.setattr(handler, "write", Mock(side_effect=OSError("No space left on device")))
         with pytest.raises(OSError, match="No space left on device"):
             run.ema.save()
     assert run.ema.state_dict()["snapshot_times"] == [2]

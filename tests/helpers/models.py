@@ -57,6 +57,12 @@ class Quantised(torch.Tensor):
         return nn.Parameter(self.detach().clone().as_subclass(Quantised), self.requires_grad)
 
 
+def made_inside(make):
+    """What is made inside of inference_mode."""
+    with torch.inference_mode():
+        return make()
+
+
 def frozen(tensor):
     return nn.Parameter(tensor, requires_grad=False)
 

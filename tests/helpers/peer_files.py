@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite import handlers
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
 from ignite_ema import EMAHandler
 from tests.helpers.bits import copied
 from tests.helpers.models import Tied
+from tests.helpers.runs import idle
 
 _FOLDER = tempfile.TemporaryDirectory()
 STEPS = 6
@@ -65,6 +66,11 @@ def path_of(name):
     return Path(_FOLDER.name) / name
 
 
+def written(name, content):
+    torch.save(content, path_of(name))
+    return path_of(name)
+
+
 def need(package):
     """The package, imported without its warnings; skips where it is missing."""
     with warnings.catch_warnings():
@@ -78,27 +84,23 @@ def torch_averaged_model():
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8), use_buffers=True
     )
     train(model, lambda: average.update_parameters(model))
-    path = path_of("averaged_model.pt")
-    torch.save(average.state_dict(), path)
+    path = written("averaged_model.pt", average.state_dict())
     return Peer("torch AveragedModel", path, copied(average.module.state_dict()), None, STEPS)
 
 
 def nested():
     """The average one level inside, the model beside it compiled."""
     peer = torch_averaged_model()
-    state = torch.load(peer.path)
-    compiled = {f"_orig_mod.{name}": tensor + 1 for name, tensor in peer.tensors.items()}
-    peer.online = {name.removeprefix("_orig_mod."): tensor for name, tensor in compiled.items()}
-    peer.path = path_of("nested.pt")
-    torch.save({"epoch": 3, "model": compiled, "ema": state, "optimizer": {"state": {0: {"step": 1}}}}, peer.path)
-    return peer
+    online = {name: tensor + 1 for name, tensor in peer.tensors.items()}
+    content = {"epoch": 3, "model": prefixed("_orig_mod.", online), "ema": torch.load(peer.path)}
+    path = written("nested.pt", content | {"optimizer": {"state": {0: {"step": 1}}}})
+    return replace(peer, path=path, online=online)
 
 
 def timm():
     model = net()
     average = need("timm.utils").ModelEmaV3(model, decay=0.8)
     optimizer = train(model, lambda: average.update(model))
-    path = path_of("timm.pth.tar")
     content = {
         "optimizer": optimizer.state_dict(),
         "args": argparse.Namespace(model="net", lr=0.1, data=Path("data")),
@@ -106,53 +108,42 @@ def timm():
         "state_dict_ema": average.module.state_dict(),  # the saver takes wrappers off
         "saver": {"checkpoint_files": [("checkpoint-0.pth.tar", None)], "pending": (1, 0.5)},
     }
-    torch.save(content, path)
+    path = written("timm.pth.tar", content)
     return Peer("timm", path, copied(average.module.state_dict()), copied(model.state_dict()))
 
 
 def ema_pytorch():
-    package = need("ema_pytorch")
     model = net()
-    average = package.EMA(model, beta=0.8, update_after_step=1, update_every=2)
+    average = need("ema_pytorch").EMA(model, beta=0.8, update_after_step=1, update_every=2)
     train(model, average.update)
-    path = path_of("ema_pytorch.pt")
-    torch.save(average.state_dict(), path)
+    path = written("ema_pytorch.pt", average.state_dict())
     return Peer("ema-pytorch", path, copied(average.ema_model.state_dict()), copied(model.state_dict()))
 
 
 def diffusers():
-    package = need("diffusers.training_utils")
-    model = net()
-    average = package.EMAModel(model.parameters(), decay=0.8)
+    model, expected = net(), net()
+    average = need("diffusers.training_utils").EMAModel(model.parameters(), decay=0.8)
     train(model, lambda: average.step(model.parameters()))
-    expected = net()
     average.copy_to(expected.parameters())
-    path = path_of("diffusers.pt")
-    torch.save(average.state_dict(), path)
-    names = dict(model.named_parameters())
+    path, names = written("diffusers.pt", average.state_dict()), dict(model.named_parameters())
     return Peer("diffusers", path, copied(dict(expected.named_parameters())), None, STEPS, names)
 
 
 def torch_ema():
-    package = need("torch_ema")
-    model = net()
-    average = package.ExponentialMovingAverage(model.parameters(), decay=0.8)
+    model, expected = net(), net()
+    average = need("torch_ema").ExponentialMovingAverage(model.parameters(), decay=0.8)
     train(model, average.update)
     average.store()
-    expected = net()
     average.copy_to(expected.parameters())
-    path = path_of("torch_ema.pt")
-    torch.save({"step": 4, "ema": average.state_dict(), "model": model.state_dict()}, path)
+    path = written("torch_ema.pt", {"step": 4, "ema": average.state_dict(), "model": model.state_dict()})
     names = dict(model.named_parameters())
     tensors = copied(dict(expected.named_parameters()))
     return Peer("torch_ema", path, tensors, copied(names), STEPS, names)
 
 
 def lightning():
-    pl = need("lightning.pytorch")
-    callbacks = need("lightning.pytorch.callbacks")
-    average = callbacks.EMAWeightAveraging(decay=0.8)
-    online = {}
+    pl, callbacks = need("lightning.pytorch"), need("lightning.pytorch.callbacks")
+    average, online = callbacks.EMAWeightAveraging(decay=0.8), {}
 
     class Module(pl.LightningModule):
         def __init__(self):
@@ -188,11 +179,9 @@ def lightning():
 
 
 def mmengine():
-    runner_module = need("mmengine.runner")
-    model_module = need("mmengine.model")
-    hooks = need("mmengine.hooks")
+    runners, models, hooks = (need(f"mmengine.{name}") for name in ("runner", "model", "hooks"))
 
-    class Model(model_module.BaseModel):
+    class Model(models.BaseModel):
         def __init__(self):
             super().__init__()
             self.net = net()
@@ -213,7 +202,7 @@ def mmengine():
     folder = path_of("mmengine")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        runner = runner_module.Runner(
+        runner = runners.Runner(
             Model(),
             str(folder),
             train_dataloader=torch.utils.data.DataLoader([{"seed": seed} for seed in range(4)], batch_size=1),
@@ -229,10 +218,8 @@ def mmengine():
 
 def ignite():
     """Ignite's Checkpoint with Ignite's own handler."""
-    from ignite.handlers import EMAHandler as IgnitesHandler
-
-    model, trainer = net(), Engine(lambda engine, batch: None)
-    handler = IgnitesHandler(model, momentum=0.2)
+    model, trainer = net(), idle()
+    handler = handlers.EMAHandler(model, momentum=0.2)
     handler.attach(trainer)
     trainer.run([0])
     train(model, lambda: handler._update_ema_model(trainer, "ema_momentum"))
@@ -253,7 +240,7 @@ def checkpointed(system, folder, trainer, model, handler, **objects):
 
 
 def ignite_ema():
-    model, trainer = tied(), Engine(lambda engine, batch: None)
+    model, trainer = tied(), idle()
     handler = EMAHandler(model, momentum=0.2, handle_buffers="update")
     handler.attach(trainer)
     handler.num_updates = 0  # or it would warn that the model moves before the first run
@@ -278,10 +265,9 @@ def mmcv_state(model, covered):
 
 
 def mmcv():
-    model, path = net(), path_of("mmcv.pth")
+    model, meta = net(), {"epoch": 3, "iter": 12, "hook_msgs": {"best": 0.1}}
     own, raw, buffers = mmcv_state(model, dict(model.named_parameters()))
-    meta = {"epoch": 3, "iter": 12, "hook_msgs": {"best": 0.1}}
-    torch.save({"meta": meta, "state_dict": own | buffers, "optimizer": {"state": {}}}, path)
+    path = written("mmcv.pth", {"meta": meta, "state_dict": own | buffers, "optimizer": {"state": {}}})
     return Peer("mmcv", path, own, raw, key="model")
 
 
@@ -305,8 +291,7 @@ def mmagic():
     state = prefixed("generator.module.", raw) | prefixed("generator_ema.module.", averaged)
     state |= prefixed("encoder.", averaged) | prefixed("encoder_ema.module.", raw)
     state |= {"generator_ema.steps": torch.tensor(6), "encoder_ema.steps": torch.tensor(6)}
-    path = path_of("mmagic.pth")
-    torch.save({"meta": {"iter": 7}, "state_dict": state, "message_hub": {}}, path)
+    path = written("mmagic.pth", {"meta": {"iter": 7}, "state_dict": state, "message_hub": {}})
     return Peer("mmagic", path, averaged, raw, key="generator_ema")
 
 

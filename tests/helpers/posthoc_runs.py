@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ignite_ema import PostHocEMA
 from ignite_ema.posthoc import snapshots
+from tests.helpers.files import reloaded
 
 LAST = 40
 EVERY, EVERY_5 = Events.ITERATION_COMPLETED, Events.ITERATION_COMPLETED(every=5)
@@ -31,17 +32,7 @@ def size_of_batch(engine):
 class Run:
     """A model whose weights walk, moved by nothing but themselves and the iteration, and a PostHocEMA beside."""
 
-    def __init__(
-        self,
-        dirname,
-        *,
-        event=Events.ITERATION_COMPLETED,
-        snapshot=EVERY_5,
-        attach=True,
-        seed=0,
-        loaded=None,
-        **options,
-    ):
+    def __init__(self, dirname, *, event=EVERY, snapshot=EVERY_5, attach=True, seed=0, loaded=None, **options):
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
         self.trainer = Engine(self.step)
@@ -66,23 +57,20 @@ class Run:
         self.history.append(copy.deepcopy(self.model.state_dict()))
 
     def train(self, until=LAST):
-        stop = self.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=until), lambda: self.trainer.terminate())
+        stop = self.trainer.add_event_handler(EVERY(once=until), lambda: self.trainer.terminate())
         self.trainer.run(batches(), max_epochs=100)
         stop.remove()
         return self
 
     def at(self, iteration, action):
-        self.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=iteration), action)
+        self.trainer.add_event_handler(EVERY(once=iteration), action)
 
     def objects(self):
         return {"model": self.model, "ema": self.ema, "trainer": self.trainer}
 
     def saved(self):
-        """What Ignite's Checkpoint would write, through a file's bytes and back, with nothing but plain values."""
-        file = io.BytesIO()
-        torch.save({name: one.state_dict() for name, one in self.objects().items()}, file)
-        file.seek(0)
-        return torch.load(file, weights_only=True)
+        """What Ignite's Checkpoint would write."""
+        return reloaded({name: one.state_dict() for name, one in self.objects().items()})
 
 
 def kept(model, dirname, values=(1.0, 2.0, 3.0), state=None, **options):
@@ -98,7 +86,7 @@ def kept(model, dirname, values=(1.0, 2.0, 3.0), state=None, **options):
     ema = PostHocEMA(model, dirname=dirname, **options)
     if state is not None:
         ema.load_state_dict(state)
-    ema.attach(trainer, snapshot_event=Events.ITERATION_COMPLETED)
+    ema.attach(trainer, snapshot_event=EVERY)
     trainer.run(list(values))
     return ema
 

@@ -1,11 +1,12 @@
 """A small training run that depends on nothing but its iteration, and pieces of others."""
 
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, EventEnum, Events
 from torch import nn
 
 from ignite_ema import EMAHandler
 from ignite_ema.schedules import LinearWarmup
+from tests.helpers.models import constant
 
 EPOCH_LENGTH = 10
 
@@ -60,11 +61,21 @@ class Run:
         return {name: thing.state_dict() for name, thing in self.objects().items() if name != "trainer"}
 
 
+def idle():
+    """An engine that does nothing."""
+    return Engine(lambda engine, batch: None)
+
+
+class Steps(EventEnum):
+    """Events of a user."""
+
+    DONE = "done"
+
+
 def scalar_handler(online=1.0, average=5.0):
     """A model of one weight and its handler, with these values."""
-    model = nn.Linear(1, 1, bias=False)
+    model = constant(online)
     handler = EMAHandler(model, 0.25)
-    model.weight.data.fill_(online)
     handler.ema_model.weight.data.fill_(average)
     return model, handler
 

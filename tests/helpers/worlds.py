@@ -1,8 +1,7 @@
-"""Worlds of worker processes: each is started once for all tests, and runs one scenario after the other.
+"""Worlds of worker processes, each a gloo process group that runs one scenario after the other.
 
-A world is a gloo process group of a fixed number of ranks. A scenario is a function that can be imported; each rank
-calls it. A world in which a scenario failed, took the group apart or left many others behind is ended, and the next
-scenario of that size starts another one.
+A scenario is a function that can be imported; each rank calls it. A world in which a scenario failed, took the group
+apart or left many others behind is ended, and the next scenario of that size starts another one.
 """
 
 import atexit
@@ -29,11 +28,11 @@ from ignite_ema import EMAWarning
 MOST_GROUPS = 20  # that scenarios may leave behind in a world; the threads of each wake up now and then
 TIMEOUT = 60  # seconds for a scenario, and for a message between ranks; the longest scenario needs five
 
-_CONTEXT = multiprocessing.get_context("forkserver")  # workers are forked from a process that has imported torch
-_CONTEXT.set_forkserver_preload(
+PROCESSES = multiprocessing.get_context("forkserver")  # they are forked from a process that has imported torch
+PROCESSES.set_forkserver_preload(
     [
         *("pytest", "torch._dynamo.testing", "torch.distributed.fsdp", "torch.distributed.tensor.debug"),
-        *("torch.distributed.tensor", "ignite.distributed", "ignite_ema.distributed"),
+        *("torch.distributed.tensor", "ignite.distributed", "ignite_ema.distributed", "safetensors.torch"),
     ]
 )
 
@@ -44,24 +43,17 @@ class World:
     def __init__(self, ranks: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="world-"))
         self.is_usable = True
-        self._processes = []
-        self._pipes = []
+        self._processes, self._pipes = [], []
         for rank in range(ranks):
-            ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(
-                target=_work, args=(theirs, self.folder / "group", rank, ranks), daemon=True, name=f"rank {rank}"
-            )
+            ours, theirs = PROCESSES.Pipe()
+            process = PROCESSES.Process(target=_work, args=(theirs, self.folder / "group", rank, ranks), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
 
     def results(self, scenario, *args, timeout=TIMEOUT) -> list[Any]:
-        """What ``scenario(*args)``, which can be imported, returns on each rank.
-
-        Raises:
-            AssertionError: with the first error of a rank, or if one is not done after ``timeout`` seconds.
-        """
+        """What ``scenario(*args)`` returns on each rank; raises the first error of one, or that one is not done."""
         end, results = monotonic() + timeout, [None] * len(self._pipes)
         for pipe in self._pipes:
             pipe.send((scenario, args))
@@ -85,10 +77,6 @@ class World:
             self._processes[rank].join(10)
             return None, f"it ended with exit code {self._processes[rank].exitcode}"
 
-    def settle(self) -> None:
-        """Ends the scenario: no messages are under way. A world whose group was taken apart is not used again."""
-        self.is_usable = all(self.results(_settle))
-
     def kill(self) -> None:
         """Ends all processes at once."""
         self.is_usable = False
@@ -107,7 +95,7 @@ def run_world(folder, ranks, scenario, *args, timeout=TIMEOUT) -> list[Any]:
     world = _worlds[ranks]
     try:
         results = world.results(scenario, folder, *args, timeout=timeout)
-        world.settle()
+        world.is_usable = all(world.results(_settle))
     finally:
         if not world.is_usable:
             _worlds.pop(ranks).kill()
@@ -163,7 +151,7 @@ def _call(scenario, args):
 
 
 def _settle():
-    """Whether the group can be used again."""
+    """Whether the group can be used again, when no messages are under way."""
     if not dist.is_initialized() or dist.group.WORLD is not _group:
         return False
     dist.barrier()

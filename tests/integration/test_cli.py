@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -64,10 +65,7 @@ def test_letters_suit_the_encoding(encoding, name, tmp_path, monkeypatch):
 
 
 def test_ctrl_c(command, monkeypatch):
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(reading, "read_part", stop)
+    monkeypatch.setattr(reading, "read_part", Mock(side_effect=KeyboardInterrupt))
     assert command("inspect", "file.pt", file=FILE)[0] == 130
 
 

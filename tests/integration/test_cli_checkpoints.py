@@ -13,7 +13,7 @@ from tests.helpers.peer_files import diffusers, equal, gan, ignite_ema, made, mm
 
 
 def layers(fill):
-    return {"a.weight": torch.full((2,), float(fill)), "b.c.bias": torch.full((2,), float(fill))}
+    return dict.fromkeys(("a.weight", "b.c.bias"), torch.full((2,), float(fill)))
 
 
 # A distance of 0.5 in one layer, 0.25 in another, and none in a third.
@@ -35,11 +35,8 @@ FILE = {"model": MODEL, "ema_model": MODEL | AVERAGED, "trainer": {"iteration": 
 @pytest.mark.parametrize("maker", [ignite_ema, diffusers, mmagic], ids=lambda maker: maker.__name__)
 def test_files_of_other_systems(maker, command):
     peer = made(maker)
-    arguments = [
-        peer.path,
-        *(["--key", peer.key] if peer.key else []),
-        *(["--names", "names.pt"] if peer.names else []),
-    ]
+    options = [*(["--key", peer.key] if peer.key else []), *(["--names", "names.pt"] if peer.names else [])]
+    arguments = [peer.path, *options]
     torch.save(peer.names, "names.pt")
     code, out, err = command("inspect", *arguments)
     lines = dict(line.split(maxsplit=1) for line in out.splitlines() if "distance" not in line)
@@ -114,13 +111,11 @@ def test_inspect_lists_several_averages(command):
         "'ema_a'  Ignite  2 tensors\n'ema_b'  Ignite  2 tensors\n",
         "",
     )
-    shown = json.loads(command("inspect", "file.pt", "--json", file={"state_dict": gan()})[1])
-    assert [(one["key"], one["format"], one["tensors"]) for one in shown["averages"]] == [
-        ("state_dict.g_ema", "mmagic", 2),
-        ("state_dict.d_ema", "mmagic", 2),
-    ]
-    for one in shown["averages"]:
-        assert command("inspect", "file.pt", "--key", one["key"])[0] == 0
+    shown = json.loads(command("inspect", "file.pt", "--json", file={"state_dict": gan()})[1])["averages"]
+    keys = "state_dict.g_ema", "state_dict.d_ema"
+    assert [(one["key"], one["format"], one["tensors"]) for one in shown] == [(key, "mmagic", 2) for key in keys]
+    for key in keys:
+        assert command("inspect", "file.pt", "--key", key)[0] == 0
 
 
 def test_sparse_tensors(command):

@@ -87,7 +87,7 @@ def test_one_length(command, written, capsys):
     assert command("--sigma-rel", "0.1", "--out", "out.pt") == 0
     said = "'out.pt': PowerProfile(sigma_rel=0.1) at 64 updates (iteration 64, epoch 1), residual 0.00%"
     assert capsys.readouterr() == (f"{said}, 2 tensors, 0.344 MiB\n", "")
-    assert equal(load_file(Path("out.pt")), posthoc.reconstruct(written, 0.1))
+    assert equal(load_file("out.pt"), posthoc.reconstruct(written, 0.1))
     assert files_in(Path()) == ["out.pt"]
 
 
@@ -99,9 +99,8 @@ def test_several_lengths_have_names_of_their_own(command, written, capsys):
     lines = printed.out.splitlines()
     assert [line.partition(": ")[0] for line in lines] == [f"'run_{name}.pt'" for name in names]
     assert "UniformProfile(window=0.5) at 56 updates (iteration 56, epoch 1), residual " in lines[3]
-    assert printed.err.startswith(
-        "ignite-ema: warning: The closest sum of snapshots differs from UniformProfile(window=0.5)"
-    )
+    said = "ignite-ema: warning: The closest sum of snapshots differs from UniformProfile(window=0.5)"
+    assert printed.err.startswith(said)
     assert printed.err.count("\n") == 1
     targets = [0.1, 0.075, posthoc.ExponentialProfile(0.05)]
     for name, due in zip(names, posthoc.reconstruct(written, targets, 56), strict=False):

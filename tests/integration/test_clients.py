@@ -48,13 +48,8 @@ class Run:
         self.are_averaged.append(contents(self.model) == contents(self.handler.ema_model))
 
     def objects(self):
-        return {
-            "model": self.model,
-            "ema_model": self.handler.ema_model,
-            "optimizer": self.optimizer,
-            "ema_handler": self.handler,
-            "trainer": self.trainer,
-        }
+        own = {name: getattr(self, name) for name in ("model", "optimizer", "trainer")}
+        return own | {"ema_model": self.handler.ema_model, "ema_handler": self.handler}
 
 
 @pytest.mark.slow

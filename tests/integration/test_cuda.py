@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device", allow_module_level=True)
 
 DEVICE = torch.device("cuda", 0)
+BFLOAT16 = 5e-2  # it has 8 bits, and rounds at each of few updates
 
 
 class Net(nn.Module):
@@ -37,10 +38,19 @@ class Net(nn.Module):
         return self.head(self.norm(self.convolution(x)).mean(dim=(2, 3)))
 
 
-def made(held_by_model=torch.float32, **options):
+CASES = {  # what the model is held in, and its average
+    "float32": (torch.float32, None),
+    "bfloat16 in float32": (torch.bfloat16, torch.float32),
+    "bfloat16": (torch.bfloat16, None),
+    "float32 in float64": (torch.float32, torch.float64),
+}
+
+
+def made(case="float32", **options):
+    held_by_model, dtype = CASES[case]
     torch.manual_seed(0)
     model = Net().to(DEVICE, held_by_model)
-    return model, ModelAverage(model, **options)
+    return model, ModelAverage(model, dtype=dtype, **options)
 
 
 @torch.no_grad()
@@ -60,24 +70,15 @@ def watched(mode):
         torch.cuda.set_sync_debug_mode(before)
 
 
-def no_wait():
-    return watched("error")
-
-
 def double(module):
     return {n: t.detach().cpu().double() for n, t in (*module.named_parameters(), *module.named_buffers())}
 
 
 def followed(due, model, momentum, handle_buffers):
     """The float64 reference, one update on; infinities and integers as they are."""
-    averaged = dict(model.named_parameters()).keys() | {
-        name
-        for name, buffer in model.named_buffers()
-        if buffer.is_floating_point()
-        and (handle_buffers == "update" or ("statistics" in handle_buffers and "running" in name))
-    }
+    averaged = {"copy": (), "update": ("running", "mask"), "statistics": ("running",)}[handle_buffers]
     for name, value in double(model).items():
-        averages = name in averaged
+        averages = name in dict(model.named_parameters()) or any(part in name for part in averaged)
         # where all is copied, 0 times an infinity would be a NaN
         due[name] = (1 - momentum) * due[name] + momentum * value if averages and momentum < 1 else value
 
@@ -87,49 +88,31 @@ def assert_follows(module, due, precision):
         torch.testing.assert_close(tensor, due[name], rtol=precision, atol=precision)
 
 
-CASES = {  # what the model is held in, and its average
-    "float32": (torch.float32, None),
-    "bfloat16 in float32": (torch.bfloat16, torch.float32),
-    "bfloat16": (torch.bfloat16, None),
-    "float32 in float64": (torch.float32, torch.float64),
-}
-
-
-def made_as(case, **options):
-    held_by_model, dtype = CASES[case]
-    return made(held_by_model, dtype=dtype, **options)
-
-
-def precision_of(case):
-    # bfloat16 has 8 bits, and rounds at each of few updates
-    return 5e-2 if case == "bfloat16" else 1e-6
-
-
 @pytest.mark.parametrize("handle_buffers", ["copy", "update", "statistics"])
 @pytest.mark.parametrize("case", CASES)
 def test_an_update_does_not_make_the_host_wait(case, handle_buffers):
-    model, average = made_as(case, handle_buffers=handle_buffers)
+    model, average = made(case, handle_buffers=handle_buffers)
     due = double(average.module)
-    with pytest.raises(RuntimeError, match="synchronizing"), no_wait():
+    with pytest.raises(RuntimeError, match="synchronizing"), watched("error"):
         model.head.bias.sum().item()  # it would be seen
     for momentum in (0.25, 0.5, 1.0, 0.0, 0.25):
         move(model)
-        with no_wait():
+        with watched("error"):
             average.update(momentum)
         if momentum != 0:  # which copies buffers, but averages nothing
             followed(due, model, momentum, handle_buffers)
-    assert_follows(average.module, due, precision_of(case))
+    assert_follows(average.module, due, BFLOAT16 if case == "bfloat16" else 1e-6)
 
 
 def test_stochastic_rounding_does_not_make_the_host_wait_after_the_first_update():
-    model, average = made(torch.bfloat16, stochastic_rounding=True)
+    model, average = made("bfloat16", stochastic_rounding=True)
     due = double(average.module)
     for update in range(5):
         move(model)
         with watched("error" if update else "default"):
             average.update(0.25)
         followed(due, model, 0.25, "copy")
-    assert_follows(average.module, due, precision_of("bfloat16"))
+    assert_follows(average.module, due, BFLOAT16)
 
 
 def test_skip_nonfinite_makes_the_host_wait_for_one_number():
@@ -149,7 +132,7 @@ def test_skip_nonfinite_makes_the_host_wait_for_one_number():
 @pytest.mark.parametrize("handle_buffers", ["copy", "update"])
 @pytest.mark.parametrize("case", ["float32", "bfloat16 in float32"])
 def test_an_update_in_a_graph_follows_the_reference(case, handle_buffers):
-    model, average = made_as(case, handle_buffers=handle_buffers)
+    model, average = made(case, handle_buffers=handle_buffers)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # a warm-up, as torch asks for
@@ -196,13 +179,7 @@ class Run:
         self.trainer.run(range(3), max_epochs=epochs)
 
 
-@pytest.fixture
-def deterministic():
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-        yield
-
-
-@pytest.mark.usefixtures("deterministic")
+@torch.backends.cudnn.flags(deterministic=True, benchmark=False)
 @pytest.mark.parametrize("options", [{}, {"device": "cpu"}], ids=["on the GPU", "on the CPU"])
 def test_resuming_and_swapping_are_exact(tmp_path, options):
     straight = Run(**options)
@@ -225,15 +202,12 @@ def test_resuming_and_swapping_are_exact(tmp_path, options):
     assert contents(straight.handler.ema_model) == averaged
 
 
-# The average on the CPU.
-
-
 @pytest.mark.parametrize("handle_buffers", ["copy", "update"])
 @pytest.mark.parametrize("case", ["float32", "bfloat16 in float32"])
 @pytest.mark.parametrize("chunk", [staging._CHUNK, 100], ids=["one chunk", "many chunks"])
 def test_an_average_on_the_cpu_follows_the_reference(monkeypatch, case, handle_buffers, chunk):
     monkeypatch.setattr(staging, "_CHUNK", chunk)
-    model, average = made_as(case, handle_buffers=handle_buffers, device="cpu")
+    model, average = made(case, handle_buffers=handle_buffers, device="cpu")
     assert {tensor.device.type for tensor in average.module.state_dict().values()} == {"cpu"}
     due = double(average.module)
     for momentum in (0.25, 1.0, 0.25):

@@ -1,7 +1,6 @@
+import re
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from ignite_ema.demo import training as demo
 QUICK = ["--epochs", "2", "--seeds", "1"]
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def refusal(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
         command.main(arguments)
     assert stopped.value.code == 2
@@ -21,7 +20,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_command_trains_resumes_and_reports(tmp_path: Path) -> None:
+def test_the_command_trains_resumes_and_reports(tmp_path):
     command = [sys.executable, "-m", "ignite_ema.demo", *QUICK, "--out", "new/out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr
@@ -41,10 +40,8 @@ def test_the_command_trains_resumes_and_reports(tmp_path: Path) -> None:
     assert f"{100 * right.float().mean():.1f} %" in done.stdout
 
 
-def test_a_resumed_run_that_differs_by_one_bit_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def perturbed(*arguments: Any) -> demo.Run:
+def test_a_resumed_run_that_differs_by_one_bit_fails(tmp_path, capsys, monkeypatch):
+    def perturbed(*arguments):
         run = original(*arguments)
         bias = run.handler.ema_model.get_parameter("7.bias")
         bias[0] = torch.nextafter(bias[0], bias[1])
@@ -53,14 +50,10 @@ def test_a_resumed_run_that_differs_by_one_bit_fails(
     original = command.stopped_and_resumed
     monkeypatch.setattr(command, "stopped_and_resumed", perturbed)
     assert command.main([*QUICK, "--out", str(tmp_path)]) == 1
-    message = capsys.readouterr().err
-    assert "should end with the bits" in message
-    assert "['ema_model']['7.bias']" in message
+    assert re.search(r"should end with the bits.*\['ema_model'\]\['7.bias'\]", capsys.readouterr().err, re.DOTALL)
 
 
-def test_a_bad_option_is_refused_and_what_is_there_is_not_written_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_option_is_refused_and_what_is_there_is_not_written_over(tmp_path, capsys):
     assert "--epochs should be at least 2, got 1" in refusal(capsys, "--out", str(tmp_path / "new"), "--epochs", "1")
     (tmp_path / "file").write_text("mine")
     assert "holds files; pass --force" in refusal(capsys, "--out", str(tmp_path))
@@ -69,11 +62,8 @@ def test_a_bad_option_is_refused_and_what_is_there_is_not_written_over(
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_missing_extra_is_named_with_the_way_to_get_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_extra_is_named_with_the_way_to_get_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    sentence = refusal(capsys, "--out", str(tmp_path / "out"))
-    assert "the demo needs matplotlib, not installed here" in sentence
-    assert 'pip install "ignite-ema[demo]"' in sentence
+    words = r'the demo needs matplotlib, not installed here.*pip install "ignite-ema\[demo\]"'
+    assert re.search(words, refusal(capsys, "--out", str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

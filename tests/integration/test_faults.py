@@ -1,7 +1,6 @@
 """What befalls a run and its files: SIGKILL at any time, and a full disk."""
 
 import contextlib
-import multiprocessing
 import random
 import resource
 import signal
@@ -19,26 +18,19 @@ from ignite_ema.distributed import ShardedSaver, load_objects
 from tests.helpers import runs
 from tests.helpers.bits import assert_same_bits
 from tests.helpers.files import newest
+from tests.helpers.worlds import PROCESSES
 
 LAST = 100  # iterations; no checkpoint is taken at the last one
 KILLS = 6  # of each run
 SUFFIXES = [".pt", ".safetensors"]
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["pytest", "torch._dynamo", "ignite.handlers", "ignite_ema.distributed", "safetensors.torch"]
-)  # a process costs a tenth of a second then
-
-
-# SIGKILL
 
 
 class Killed:
     """A process that was started with `target(sender, *args)`, and has sent that it is about to begin."""
 
     def __init__(self, target, *args):
-        self.receiver, sender = _CONTEXT.Pipe(duplex=False)
-        self.process = _CONTEXT.Process(target=_begin, args=(target, sender, *args))
+        self.receiver, sender = PROCESSES.Pipe(duplex=False)
+        self.process = PROCESSES.Process(target=_begin, args=(target, sender, *args))
         self.process.start()
         sender.close()
         assert self.receiver.recv() == "begins"
@@ -113,9 +105,6 @@ def test_a_file_that_is_written_when_its_writer_is_killed_is_whole(suffix, tmp_p
         loaded = load_file(path)
         assert loaded["a"].shape == (20000,)
         assert len({*loaded["a"].tolist(), *loaded["b"].tolist()}) == 1
-
-
-# A full disk
 
 
 @contextlib.contextmanager

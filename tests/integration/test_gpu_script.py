@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from tests.benchmarks import gpu
+from tests.distributed.worker import gathers_on_cpu
 
 LAUNCHES = ["void at::native::(anonymous namespace)::multi_tensor_apply_kernel<LerpFunctor>"] * 2
 
@@ -41,7 +42,7 @@ def test_the_parts_that_run_on_a_cpu_find_nothing_wrong(part):
     assert all(row.is_right for row in rows), rows
 
 
-@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch gathers no weights on a CPU")
+@gathers_on_cpu
 @pytest.mark.filterwarnings("ignore:'0.weight' holds a NaN:ignite_ema.EMAWarning")
 def test_an_average_of_shards_on_one_device_is_right():
     rows = list(gpu.sharded("cpu", width=8))

@@ -6,7 +6,7 @@ weight of the new value at each iteration, None where it does not update.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from types import SimpleNamespace
@@ -17,18 +17,8 @@ from ignite.engine import Engine, Events
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from ignite_ema import EMAHandler
-from ignite_ema.schedules import (
-    Annealing,
-    Constant,
-    CopyUntil,
-    EqualWeight,
-    ExponentialWarmup,
-    HalfLife,
-    InverseGamma,
-    PowerFunction,
-    RatioWarmup,
-)
+from ignite_ema import EMAHandler, schedules
+from ignite_ema.schedules import Annealing, Constant, CopyUntil, EqualWeight, HalfLife, InverseGamma, RatioWarmup
 from tests.helpers.bits import copied
 from tests.helpers.peer_files import need
 
@@ -37,7 +27,6 @@ ITERATIONS = EPOCHS * EPOCH
 ITERATION = Events.ITERATION_COMPLETED
 FLOATS, COUNTERS = ["norm.running_mean", "norm.running_var"], ["norm.num_batches_tracked"]
 KEEP_COUNTERS = {"*.num_batches_tracked": "keep", "*": "update"}
-Weights = Iterator[float | None]
 
 
 class Net(nn.Module):
@@ -66,10 +55,7 @@ def run(trainer):
     return trainer.run(max_epochs=EPOCHS, epoch_length=EPOCH)
 
 
-# The definitions.
-
-
-def mmengine(momentum, interval=1) -> Weights:
+def mmengine(momentum, interval=1):
     """Copies at the first step of the averaged model, and updates at every interval-th one."""
     for steps in count():
         yield 1.0 if steps == 0 else momentum(steps) if steps % interval == 0 else None
@@ -83,18 +69,18 @@ def ramped_up(ema_kimg, ema_rampup, batch_size):
     return lambda x: 1 - 0.5 ** (batch_size / min(ema_kimg * 1000, (x + 1) * batch_size * ema_rampup))
 
 
-def mmcv(momentum, interval, warm_up) -> Weights:
+def mmcv(momentum, interval, warm_up):
     for runner_iter in count():
         due = runner_iter % interval == 0
         yield min(momentum**interval, (1 + runner_iter) / (warm_up + runner_iter)) if due else None
 
 
-def mmdet2(momentum_fun, interval=1) -> Weights:
+def mmdet2(momentum_fun, interval=1):
     for runner_iter in count():
         yield momentum_fun(runner_iter) if (runner_iter + 1) % interval == 0 else None
 
 
-def mmagic_hook(momentum=0.1, interval=1, start_iter=0) -> Weights:
+def mmagic_hook(momentum=0.1, interval=1, start_iter=0):
     for runner_iter in count():
         due = (runner_iter + 1 - start_iter) % interval == 0
         yield 1.0 if runner_iter < start_iter else momentum if due else None
@@ -139,14 +125,6 @@ def real_mmengine(ema_type="ExponentialMovingAverage", **options):
     return real(make, update, lambda made: made[0].ema_model.module.state_dict())
 
 
-def real_averaged_model(**options):
-    return real(
-        lambda model: AveragedModel(model, **options),
-        lambda averaged, model, iteration: averaged.update_parameters(model),
-        state_of("module"),
-    )
-
-
 def real_timm(**options):
     return real(
         lambda model: need("timm.utils").ModelEmaV3(model, **options),
@@ -169,10 +147,6 @@ def real_of_parameters(module, name, **options):
     return real(make, update, lambda made: dict(zip(made[0], made[2].shadow_params, strict=True)))
 
 
-def real_diffusers(**options):
-    return real_of_parameters("diffusers.training_utils", "EMAModel", **options)
-
-
 def real_lightning(**options):
     def make(model):
         module = need("lightning.pytorch").LightningModule()
@@ -192,10 +166,11 @@ def real_lightning(**options):
 
 
 def real_ema_pytorch(name="EMA", **options):
-    def make(model):
-        return getattr(need("ema_pytorch"), name)(model, **options)
-
-    return real(make, lambda averaged, model, iteration: averaged.update(), state_of("ema_model"))
+    return real(
+        lambda model: getattr(need("ema_pytorch"), name)(model, **options),
+        lambda averaged, model, iteration: averaged.update(),
+        state_of("ema_model"),
+    )
 
 
 @dataclass(frozen=True)
@@ -205,7 +180,7 @@ class Case:
     id: str
     momentum: float | Callable[[int], float]
     event: object = ITERATION
-    theirs: Callable[[], Weights] | None = None
+    theirs: Callable | None = None
     real: Callable | None = None
     handle_buffers: str | Mapping[str, str] = "copy"
 
@@ -223,7 +198,10 @@ THIRD, FROM_FIRST = ITERATION(every=3), ITERATION(every=3, after=0)
 SWA = {"ema_type": "StochasticWeightAverage"}
 ANNEALING = {"ema_type": "MomentumAnnealingEMA", "momentum": 0.1, "gamma": 8}
 RAMP_UP = HalfLife(1000, rampup_ratio=0.5, samples_per_update=64)
-EXPONENTIAL, INVERSE = ExponentialWarmup(0.1, 20), InverseGamma(2.0, 0.75, min_momentum=1 - 0.8, max_momentum=1 - 0.3)
+EXPONENTIAL, INVERSE = (
+    schedules.ExponentialWarmup(0.1, 20),
+    InverseGamma(2.0, 0.75, min_momentum=1 - 0.8, max_momentum=1 - 0.3),
+)
 INVERSE_DECAY = {"decay": 0.8, "min_decay": 0.3, "update_after_step": 5}
 
 CASES = [
@@ -268,7 +246,11 @@ CASES = [
     Case(
         "torch-use_buffers",
         copying(1, 1 - 0.9),
-        real=real_averaged_model(avg_fn=get_ema_avg_fn(0.9), use_buffers=True),
+        real=real(
+            lambda model: AveragedModel(model, avg_fn=get_ema_avg_fn(0.9), use_buffers=True),
+            lambda averaged, model, iteration: averaged.update_parameters(model),
+            state_of("module"),
+        ),
         handle_buffers="update",
     ),
     # timm: ModelEmaV3
@@ -283,7 +265,7 @@ CASES = [
     Case(
         "diffusers-update_after_step",
         CopyUntil(6, lambda n: min(1 - 0.4, max(1 - 0.7, 9 / (10 + n)))),
-        real=real_diffusers(decay=0.7, min_decay=0.4, update_after_step=5),
+        real=real_of_parameters("diffusers.training_utils", "EMAModel", decay=0.7, min_decay=0.4, update_after_step=5),
     ),
     # Lightning: EMAWeightAveraging
     Case(
@@ -302,7 +284,7 @@ CASES = [
     ),
     Case(
         "ema_pytorch-KarrasEMA",
-        CopyUntil(1, lambda n: PowerFunction(0.1)(n + 1)),
+        CopyUntil(1, lambda n: schedules.PowerFunction(0.1)(n + 1)),
         real=real_ema_pytorch("KarrasEMA", sigma_rel=0.1, update_every=1),
         handle_buffers=KEEP_COUNTERS,
     ),

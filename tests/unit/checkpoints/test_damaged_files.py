@@ -40,27 +40,22 @@ def sources(makers):
         yield legacy.getvalue(), peer, False
 
 
-def run(count, makers, folder):
-    rng, all_sources = random.Random(0), list(sources(makers))
+@pytest.mark.parametrize(
+    ("count", "makers"),
+    [(150, [nested, ignite_ema, mmcv, mmagic]), pytest.param(10_000, MAKERS, marks=pytest.mark.slow)],
+    ids=["some", "many"],
+)
+def test_damaged_files_are_read_or_refused(count, makers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng, all_sources, path = random.Random(0), list(sources(makers)), tmp_path / "file.pt"
     for _ in range(count):
         whole, peer, has_checksums = rng.choice(all_sources)
-        (folder / "file.pt").write_bytes(rng.choice([cut, flip, blank])(whole, rng))
+        path.write_bytes(rng.choice([cut, flip, blank])(whole, rng))
         try:
-            found = read(folder / "file.pt", key=peer.key, names=peer.names)
+            found = read(path, key=peer.key, names=peer.names)
         except (TypeError, ValueError) as error:
             said = str(error)
             assert "\n" not in said
             assert len(said) < 2500
         else:
             assert not has_checksums or equal(found.tensors, peer.tensors)
-
-
-def test_damaged_files_are_read_or_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run(150, [nested, ignite_ema, mmcv, mmagic], tmp_path)
-
-
-@pytest.mark.slow
-def test_ten_thousand_damaged_files_are_read_or_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run(10_000, MAKERS, tmp_path)

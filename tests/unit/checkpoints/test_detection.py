@@ -20,6 +20,7 @@ AVERAGES = (
 )
 TWO = {"g": A, "d": B, "ema_g": C, "ema_d": D}
 DRY = {"a.weight": torch.zeros(2, 2)}
+META = {name: tensor.to("meta") for name, tensor in A.items()}
 
 # A file, a key, and what is found: the system, the average, the raw weights.
 FOUND = [
@@ -34,6 +35,7 @@ FOUND = [
     ({"one": A, "two": B, "ema": C}, None, "Ignite", C, None),
     ({"one": A, "model": B, "ema": C}, None, "Ignite", C, B),
     ({"state_dict_ema": A, "state_dict": DRY}, None, "timm", A, None),
+    ({"state_dict_ema": A, "state_dict": META}, None, "timm", A, None),  # without values
     ({"state_dict_ema": A, "state_dict": A | {"a.bias": torch.zeros(3)}}, None, "timm", A, None),
     # A wrapper's prefix goes where the model beside it is not wrapped.
     ({"model": prefixed("_orig_mod.", A), "swa": B}, None, "Ignite", B, ...),
@@ -50,6 +52,18 @@ FOUND = [
     ({"state_dict": MOCO, "state_dict_ema": MOCO_AVERAGED}, None, "timm", MOCO_AVERAGED, MOCO),
     ({"model": A, "ema": {"decay": 0.9, "shadow": B}}, "shadow", ..., B, A),
     ({"model": A, "teacher": B}, "model", "plain", A, ...),
+    ({"ema_model": B, "ema_handler": EMAHandler(nn.Linear(2, 2)).state_dict()}, "ema_model", "Ignite", B, None),
+    # Names that are like those of a system.
+    *(
+        (file, None, "plain", file, None)
+        for file in (
+            {"module.weight": ONE, "n_averaged": torch.tensor(7), "head.weight": ONE},
+            prefixed("g_ema.", A) | {"g.a.weight": torch.zeros(2, 2)},
+            {"ema.x_ema": ONE, "ema.x": ONE},
+            A | {"ema_decay": ONE},
+            A | {"ema_a_bias": torch.zeros(3)},
+        )
+    ),
     ({"model": A, "statistics": {"mean": ONE}}, None, "plain", A, None),
     ({"model": A, "statistics": {"mean": ONE}}, "statistics", "plain", {"mean": ONE}, None),
     ({"epoch": 3, "weights": A, "optimizer": {"state": {0: {"step": 1}}}}, None, "plain", A, None),

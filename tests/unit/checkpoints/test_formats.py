@@ -43,20 +43,6 @@ def test_torch_ema_has_the_raw_weights_put_by_or_not(collected, online):
     assert (found.online, found.num_updates) == (online, None)
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        {"module.weight": ONE, "n_averaged": torch.tensor(7), "head.weight": ONE},
-        prefixed("g_ema.", state()) | {"g.a.weight": torch.zeros(2, 2)},
-        {"ema.x_ema": ONE, "ema.x": ONE},
-        state() | {"ema_decay": ONE},
-        state() | {"ema_a_bias": torch.zeros(3)},
-    ],
-)
-def test_names_that_are_like_those_of_a_system_are_none(file):
-    assert read(file).system == "plain"
-
-
 @pytest.mark.parametrize("twin", [{"module.a": torch.ones(1), "b": torch.ones(2)}, {"module.a": torch.ones(1)}])
 def test_mmgen_keeps_a_module_of_the_models_own(twin):
     assert equal(read(prefixed("g_ema.", twin) | prefixed("g.", twin)).tensors, twin)
@@ -99,21 +85,11 @@ def test_lightnings_swa_is_not_silently_the_raw_weights():
     assert read(file).system == "plain"
 
 
-# --- ours ---
-
-
 def test_our_state_is_what_load_state_dict_takes():
     file = {"trainer": {}, "ema_handler": EMAHandler(tied()).state_dict()}
     tensors = averaged_state_dict(file)
     tied().load_state_dict(tensors)
     assert tensors["tied.first.weight"].data_ptr() == tensors["tied.second.weight"].data_ptr()
-
-
-def test_the_state_of_our_handler_comes_before_a_twin_beside_it():
-    handler = EMAHandler(nn.Linear(2, 2))
-    file = {"ema_model": handler.ema_model.state_dict(), "ema_handler": handler.state_dict()}
-    assert read(file).system == "ignite_ema"
-    assert read(file, key="ema_model").system == "Ignite"
 
 
 def test_the_raw_weights_of_a_checkpoint_for_deployment():

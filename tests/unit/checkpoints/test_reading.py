@@ -9,15 +9,10 @@ from tests.helpers.peer_files import equal, net, prefixed, state
 
 ONE = torch.ones(1)
 
-# --- names ---
-
-
-def shadow():
-    return {"optimization_step": 3, "shadow_params": [torch.zeros(2, 2), torch.zeros(2)]}
-
 
 def test_names_from_a_model_for_a_list_and_the_raw_weights_beside_it():
-    assert list(read(shadow(), names=nn.Linear(2, 2)).tensors) == ["weight", "bias"]
+    shadow = {"optimization_step": 3, "shadow_params": [torch.zeros(2, 2), torch.zeros(2)]}
+    assert list(read(shadow, names=nn.Linear(2, 2)).tensors) == ["weight", "bias"]
     model = net()
     raw = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     ema = {"optimization_step": 3, "shadow_params": [parameter.detach() for parameter in model.parameters()]}
@@ -30,28 +25,15 @@ def test_orig_mod_is_taken_out_where_it_is_a_component():
     assert list(read({"ema": dict.fromkeys(names, ONE)}).tensors) == ["my_orig_mod.w", "a.b", "_orig_model.c"]
 
 
-def wrapped():
+def test_a_prefix_is_taken_off():
     model = nn.Linear(2, 1)
     average = prefixed("module.module.", model.state_dict()) | {"n_averaged": torch.tensor(1)}  # of DDP(model)
-    return model, {"average": average, "model": prefixed("module.", model.state_dict())}
-
-
-def test_a_prefix_is_taken_off():
-    model, file = wrapped()
+    file = {"average": average, "model": prefixed("module.", model.state_dict())}
     assert list(read(file).tensors) == ["module.weight", "module.bias"]
     found = read(file, strip_prefix="module.")
     assert equal(found.tensors, dict(model.state_dict()))
     assert list(found.online) == ["weight", "bias"]
     assert equal(averaged_state_dict(file, strip_prefix="module."), found.tensors)
-
-
-# --- values ---
-
-META = nn.Linear(2, 2, device="meta").state_dict()
-
-
-def test_raw_weights_without_values_are_none():
-    assert read({"model": META, "ema": nn.Linear(2, 2).state_dict()}).online is None
 
 
 def test_extra_state_that_is_no_tensor_is_left_out():
@@ -77,9 +59,6 @@ def test_repr_is_one_line_without_tensors():
     assert repr(read({"model": state(1), "ema": state(2)})) == (
         "Averaged(Ignite, 2 tensors, 0.000 MiB, raw weights, num_updates=unknown)"
     )
-
-
-# --- files without an average ---
 
 
 def test_plain_weights_are_no_average_unless_a_key_says_so(tmp_path):

@@ -16,11 +16,6 @@ from tests.helpers.peer_files import equal, tied
 
 TENSORS = {"w": torch.arange(1000.0)}
 
-suffixes = pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-
-
-# What is written
-
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
 def test_what_is_written_is_read_again(suffix, tmp_path):
@@ -54,9 +49,6 @@ def test_conjugate_is_not_taken_for_a_tie(tmp_path):
     assert torch.equal(load_file(tmp_path / "file.pt")["b"], torch.full((2,), -1j))
 
 
-# What is there
-
-
 def test_link_is_written_through(tmp_path):
     (tmp_path / "store").mkdir()
     link, target = tmp_path / "link.pt", tmp_path / "store" / "v1"
@@ -76,7 +68,7 @@ def test_save_over_the_file_that_is_read(tmp_path):
     assert equal(load_file(tmp_path / "file.pt"), TENSORS)
 
 
-@suffixes
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_a_file_has_the_mode_of_any_new_file(mask, suffix, tmp_path):
     file = tmp_path / f"file{suffix}"
@@ -86,9 +78,6 @@ def test_a_file_has_the_mode_of_any_new_file(mask, suffix, tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
-
-
-# On the disk
 
 
 def test_the_file_is_synced_before_its_move_and_the_folder_after_it(tmp_path, monkeypatch):

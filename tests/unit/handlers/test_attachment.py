@@ -5,30 +5,24 @@ import warnings
 import weakref
 
 import pytest
-from ignite.engine import Engine, EventEnum, Events
+from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 
 from ignite_ema import EMAHandler, EMAWarning
 from tests.helpers.models import constant, net, sgd
-from tests.helpers.runs import trainer_for
+from tests.helpers.runs import Steps, idle, trainer_for
 
 EVERY = Events.ITERATION_COMPLETED
 
 
-def set_up(momentum=0.5, **options):
+def set_up(momentum=0.5):
     model = constant()
-    return trainer_for(model), EMAHandler(model, momentum, **options)
+    return trainer_for(model), EMAHandler(model, momentum)
 
 
-class Steps(EventEnum):
-    STEP = "step"
-
-
-@pytest.mark.parametrize(
-    "event", [Steps.STEP, Steps.STEP | Events.EPOCH_COMPLETED, "stepped"], ids=["custom", "list", "string"]
-)
+@pytest.mark.parametrize("event", [Steps.DONE, Steps.DONE | Events.EPOCH_COMPLETED, "stepped"])
 def test_a_custom_event_updates_each_time_it_is_fired(event):
-    fired = Steps.STEP, "stepped"
+    fired = Steps.DONE, "stepped"
     engine = Engine(lambda engine, batch: [engine.fire_event(one) for one in fired for _ in range(3)])
     engine.register_events(*fired)
     handler = EMAHandler(constant(), 0.5)
@@ -48,16 +42,13 @@ def test_a_second_run_loses_no_update():
     assert handler.num_updates == 2
 
 
-# What is saved or evaluated before the update of its iteration
-
-
 def saver(handler, trainer, folder):
     checkpoint = Checkpoint({"ema_handler": handler, "trainer": trainer}, DiskSaver(folder, require_empty=False))
     return lambda: trainer.add_event_handler(EVERY(every=2), checkpoint)
 
 
 def evaluation(handler, trainer, folder):
-    evaluator = Engine(lambda engine, batch: None)
+    evaluator = idle()
     handler.swap_during(evaluator)
     return lambda: trainer.add_event_handler(EVERY(every=2), lambda: evaluator.run([0]))
 
@@ -89,8 +80,8 @@ def test_what_reads_the_average_before_the_update_of_its_iteration_is_warned_abo
 
 def test_what_reads_in_an_iteration_without_an_update_is_not_late():
     """Between two steps of accumulated gradients, and after the member of an events list that has updated."""
-    model = net()
-    trainer, optimizer, handler = Engine(lambda engine, batch: None), sgd(model), EMAHandler(model, 0.8)
+    model, trainer = net(), idle()
+    optimizer, handler = sgd(model), EMAHandler(model, 0.8)
     trainer.add_event_handler(EVERY, handler.state_dict)
     handler.attach(trainer, optimizer=optimizer)
     trainer.add_event_handler(EVERY(once=2), lambda: optimizer.step())
@@ -105,25 +96,20 @@ def test_what_reads_in_an_iteration_without_an_update_is_not_late():
 
 def test_what_reads_after_an_update_of_its_iteration_or_inside_the_step_is_not_late():
     """An event that fires several times in an iteration, and a step that fires one and then uses the average."""
-    trainer, handler = set_up(0.8)
+    handler, second = (EMAHandler(constant(), 0.8) for _ in range(2))
 
     def step(engine, batch):
         engine.fire_event("backward")
         engine.fire_event("backward")
-        with handler.swapped():
+        with handler.swapped(), second.swapped():
             pass
 
     trainer = Engine(step)
     trainer.register_events("backward")
     handler.attach(trainer, event="backward")
+    second.attach(trainer, "second")
     trainer.add_event_handler("backward", handler.state_dict)
     trainer.run([0] * 2)
-    handler = EMAHandler(handler.model, 0.8)
-    handler.attach(trainer, "second")
-    trainer.run([0] * 2)
-
-
-# What is taken away again
 
 
 @pytest.mark.parametrize(("event", "made"), [(EVERY, 6), (EVERY(every=2) | EVERY(every=3) | Events.EPOCH_COMPLETED, 4)])

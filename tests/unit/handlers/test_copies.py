@@ -5,23 +5,19 @@ import pickle
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
-from ignite.engine import Engine
 from torch import nn
 
 from ignite_ema import EMAHandler, ModelAverage, schedules
+from tests.helpers.runs import idle
 
 each_way = pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda handler: pickle.loads(pickle.dumps(handler))], ids=["deepcopy", "pickle"]
 )
 
 
-def step(engine, batch):
-    """Trains nothing."""
-
-
 @each_way
 def test_a_copy_of_an_attached_handler_does_not_touch_its_engine(copied):
-    handler, trainer = EMAHandler(nn.Linear(2, 1), 0.5), Engine(step)
+    handler, trainer = EMAHandler(nn.Linear(2, 1), 0.5), idle()
     handler.attach(trainer)
     trainer.state.ema_momentum = 0.25
     trainer.run([0] * 2)
@@ -39,13 +35,13 @@ def test_a_copy_of_an_attached_handler_does_not_touch_its_engine(copied):
 @each_way
 @pytest.mark.parametrize("option", ["share_frozen", "stochastic_rounding"])
 def test_a_copy_goes_on_in_a_training_of_its_own(copied, option):
-    model, trainer = nn.Linear(2, 1).bfloat16(), Engine(step)
+    model, trainer = nn.Linear(2, 1).bfloat16(), idle()
     model.bias.requires_grad_(False)
     handler = EMAHandler(model, schedules.LinearWarmup(0.1, 0.9, 5), **{option: True})
     handler.attach(trainer)
     trainer.run([0] * 2)
     handler.ema_model.weight.fill_(3.0)
-    other, engine = copied(handler), Engine(step)
+    other, engine = copied(handler), idle()
     other.attach(engine)
     other.model.weight.data.fill_(8.0)
     engine.run([0])

@@ -41,16 +41,11 @@ def test_the_count_publishes_a_scheduled_momentum_and_leaves_a_driven_one_alone(
     assert (trainer.state.scheduled, trainer.state.driven) == (0.25, 0.125)
 
 
-@pytest.mark.parametrize(
-    "momentum",
-    [
-        0.999,
-        0.9,
-        schedules.CopyUntil(1, schedules.Constant(0.9998)),
-        schedules.Cosine(0.996, 1.0, 100),
-    ],
-    ids=lambda momentum: type(momentum).__name__,
-)
+CONSTANT = schedules.Constant(0.95)
+DECAYS = [0.999, 0.9, schedules.CopyUntil(1, CONSTANT), schedules.Rescaled(CONSTANT, 2), schedules.Cosine(0.9, 1.0, 9)]
+
+
+@pytest.mark.parametrize("momentum", DECAYS, ids=str)
 def test_a_decay_is_warned_about(momentum):
     what = "pass 1 - 0.9.*= 0.*1" if isinstance(momentum, float) else "the last momentum of the schedule is .*decay"
     with pytest.warns(EMAWarning, match=what) as caught:
@@ -58,11 +53,10 @@ def test_a_decay_is_warned_about(momentum):
     assert sys.version_info < (3, 12) or caught[0].filename == __file__
 
 
-@pytest.mark.parametrize(
-    "momentum",
-    [1.0, 0.89, schedules.Constant(1.0), schedules.EqualWeight(), schedules.Debiased(0.001), lambda n: 0.9],
-    ids=lambda momentum: getattr(momentum, "__name__", str(momentum)),
-)
+NO_DECAYS = [1.0, 0.89, schedules.Constant(1.0), schedules.EqualWeight(), schedules.Debiased(0.001), lambda n: 0.9]
+
+
+@pytest.mark.parametrize("momentum", NO_DECAYS, ids=lambda momentum: type(momentum).__name__)
 def test_what_is_no_decay_is_not_warned_about(momentum):
     model = constant()
     trainer, handler = trainer_for(model), EMAHandler(model, momentum)

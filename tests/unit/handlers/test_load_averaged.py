@@ -11,16 +11,11 @@ from tests.helpers.models import Tied, net
 AVERAGED = {"ema_model": net(4).state_dict(), "model": net(5).state_dict()}
 
 
-def torchs(updates=3):
-    average = AveragedModel(net(1))
-    for seed in range(updates):
-        average.update_parameters(net(seed))
-    return average
-
-
 @pytest.mark.parametrize(("said", "due"), [(None, 3), (7, 7)])
 def test_it_starts_from_the_average_and_goes_on_from_its_count_or_what_is_said(said, due, tmp_path):
-    average = torchs()
+    average = AveragedModel(net(1))
+    for seed in range(3):
+        average.update_parameters(net(seed))
     torch.save({"model": net(5).state_dict(), "average": average.state_dict()}, tmp_path / "file.pt")
     handler = EMAHandler(net(), momentum=schedules.EqualWeight())
     handler.load_averaged(tmp_path / "file.pt", num_updates=said)

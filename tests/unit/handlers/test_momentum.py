@@ -1,7 +1,6 @@
 """The momentum of a handler: driven through the engine's attribute, or by a schedule."""
 
-import re
-import warnings
+from contextlib import nullcontext
 
 import ignite.handlers
 import pytest
@@ -13,11 +12,13 @@ from ignite_ema.schedules import LinearWarmup
 from tests.helpers.models import constant
 from tests.helpers.runs import averaged, trainer_for
 
+EVENT = Events.ITERATION_COMPLETED
 
-def attached(momentum, *arguments, **options):
+
+def attached(momentum):
     model = constant()
-    trainer, handler = trainer_for(model), EMAHandler(model, momentum, *arguments)
-    handler.attach(trainer, **options)
+    trainer, handler = trainer_for(model), EMAHandler(model, momentum)
+    handler.attach(trainer)
     return handler, trainer
 
 
@@ -29,14 +30,11 @@ def test_warm_up_is_published_as_it_is_used_and_averages_as_ignites_handler_does
     handler.attach(trainer, "ours")
     reference.attach(trainer, "ema_momentum")
     assert trainer.state.ours == warmup
-    seen = []
-    trainer.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda: seen.append((trainer.state.ours, trainer.state.ema_momentum))
-    )
+    due, seen = [warmup, (warmup + 0.25) / 2, *[0.25] * 4], []
+    trainer.add_event_handler(EVENT, lambda: seen.append((trainer.state.ours, trainer.state.ema_momentum)))
     trainer.run([0] * 6)
     assert averaged(handler) == pytest.approx(reference.ema_model.weight.item(), rel=1e-6)
-    assert all(ours == theirs for ours, theirs in seen)
-    assert [ours for ours, _ in seen] == [warmup, (warmup + 0.25) / 2, *[0.25] * 4]
+    assert seen == [(momentum, momentum) for momentum in due]
 
 
 @pytest.mark.parametrize("value", [torch.tensor(0.5), 1])
@@ -51,9 +49,6 @@ def test_a_schedule_that_returns_no_momentum_in_a_run_raises():
     _, trainer = attached(lambda n: 0.5 + n / 4)
     with pytest.raises(ValueError, match="the schedule should return .* got 1.25 after 3 updates"):
         trainer.run([0] * 9)
-
-
-# An attribute that is there already, and setting the momentum
 
 
 PLAIN, SCHEDULED = 0.5, LinearWarmup(0.5, 0.25, 2)
@@ -71,13 +66,9 @@ PLAIN, SCHEDULED = 0.5, LinearWarmup(0.5, 0.25, 2)
 def test_a_name_that_is_taken_is_warned_about_in_ignites_words(momentum, there, said, used, warns):
     trainer, handler = Engine(lambda engine, batch: None), EMAHandler(constant(), momentum)
     trainer.state.ema_momentum = there
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    words = rf"^Attribute 'ema_momentum' already exists in Engine\.state.*{said}"
+    with pytest.warns(EMAWarning, match=words) if warns else nullcontext():
         handler.attach(trainer, warn_if_exists=warns)
-    assert len(caught) == warns
-    for one in caught:
-        assert issubclass(one.category, EMAWarning)
-        assert re.match(rf"Attribute 'ema_momentum' already exists in Engine\.state.*{said}", str(one.message))
     assert trainer.state.ema_momentum == used
 
 
@@ -88,8 +79,8 @@ def test_two_handlers_of_one_name_share_a_plain_momentum_and_a_schedule_writes_i
     trainer, seen = trainer_for(constant()), []
     for momentum in (0.75, second):
         EMAHandler(constant(), momentum).attach(trainer, warn_if_exists=False)
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.ema_momentum))
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: setattr(engine.state, "ema_momentum", 0.1875))
+        trainer.add_event_handler(EVENT, lambda engine: seen.append(engine.state.ema_momentum))
+    trainer.add_event_handler(EVENT, lambda engine: setattr(engine.state, "ema_momentum", 0.1875))
     trainer.run([0, 0])
     assert seen == used
 

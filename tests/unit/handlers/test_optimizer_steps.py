@@ -2,40 +2,32 @@
 
 from contextlib import nullcontext
 from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
+from torch.distributed.optim import PostLocalSGDOptimizer
 
 from ignite_ema import EMAHandler, EMAWarning
 from ignite_ema.schedules import EqualWeight
 from tests.helpers.bits import contents
 from tests.helpers.models import compiled, linear, sgd
+from tests.helpers.runs import idle
 
 EVENT = Events.ITERATION_COMPLETED
 
 
-def idle():
-    return Engine(lambda engine, batch: None)
-
-
-def backward(model, iteration):
-    torch.manual_seed(iteration)
-    model(torch.rand(4, 3)).square().mean().backward()
-
-
-def stepping(model, optimizer, steps_at):
-    """A trainer that accumulates gradients and steps at some iterations."""
-
-    def process(engine, batch):
-        backward(model, engine.state.iteration)
-        if steps_at(engine.state.iteration):
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return Engine(process)
+def attached(step, wrap=lambda optimizer: optimizer, event=EVENT):
+    """A handler, and a trainer of which ``step(engine, optimizer)`` is the step."""
+    model = linear()
+    optimizer, handler = wrap(sgd(model)), EMAHandler(model, 0.8)
+    trainer = Engine(lambda engine, batch: step(engine, optimizer))
+    trainer.register_events("often")
+    handler.attach(trainer, event=event, optimizer=optimizer)
+    return handler, trainer
 
 
 @pytest.mark.parametrize(
@@ -50,11 +42,8 @@ def stepping(model, optimizer, steps_at):
     ids=["each iteration", "every third", "two members", "at the start"],
 )
 def test_an_event_updates_where_there_was_a_step_since_the_last_update(event, due):
-    model = linear()
-    optimizer, handler = sgd(model), EMAHandler(model, 0.25)
-    trainer = stepping(model, optimizer, (2, 4, 6, 7, 8).__contains__)
-    handler.attach(trainer, event=event, optimizer=optimizer)
-    counts = []
+    steps_at, counts = (2, 4, 6, 7, 8), []
+    handler, trainer = attached(lambda engine, one: engine.state.iteration in steps_at and one.step(), event=event)
     trainer.add_event_handler(EVENT, lambda: counts.append(handler.num_updates))
     trainer.run([0] * 9)
     assert counts == due
@@ -83,12 +72,8 @@ def test_a_step_that_a_grad_scaler_skips_moves_neither_weights_nor_average(kind,
 
     trainer = Engine(process)
     handler.attach(trainer, optimizer=optimizer)
-
-    @trainer.on(EVENT)
-    def compare():
-        weights.append(contents(model))
-        counts.append(handler.num_updates)
-
+    trainer.add_event_handler(EVENT, lambda: weights.append(contents(model)))
+    trainer.add_event_handler(EVENT, lambda: counts.append(handler.num_updates))
     trainer.run([0] * 8)
     moved = [before != after for before, after in pairwise(weights)]
     assert moved == [iteration not in SPOILT for iteration in range(1, 9)]
@@ -101,18 +86,13 @@ class Accelerated(torch.optim.Optimizer):
     def __init__(self, optimizer):
         self.optimizer = optimizer
 
-    def step(self, closure=None):
-        self.optimizer.step(closure)
+    def step(self):
+        self.optimizer.step()
 
 
-class PostLocalSGD(torch.optim.Optimizer):
-    """As torch's PostLocalSGDOptimizer: it has the optimizer as ``optim``, and its groups."""
-
-    def __init__(self, optim):
-        self.optim, self.param_groups = optim, optim.param_groups
-
-    def step(self, closure=None):
-        self.optim.step(closure)
+def post_local(optimizer):
+    """torch's, which has the optimizer as ``optim``."""
+    return PostLocalSGDOptimizer(optimizer, Mock())
 
 
 class SAM(torch.optim.Optimizer):
@@ -127,37 +107,27 @@ class SAM(torch.optim.Optimizer):
 
 
 def test_sam_is_looked_through_although_it_takes_hooks():
-    model = linear()
-    optimizer, handler = SAM(sgd(model)), EMAHandler(model, 0.8)
-    trainer = Engine(lambda engine, batch: optimizer.second_step())
-    handler.attach(trainer, optimizer=optimizer)
+    handler, trainer = attached(lambda engine, optimizer: optimizer.second_step(), SAM)
     trainer.run([0] * 3)
     assert handler.num_updates == 3
 
 
 @pytest.mark.parametrize(
-    "wrap", [Accelerated, PostLocalSGD, lambda one: Accelerated(PostLocalSGD(one))], ids=["optimizer", "optim", "both"]
+    "wrap", [Accelerated, post_local, lambda one: Accelerated(post_local(one))], ids=["optimizer", "optim", "both"]
 )
 def test_a_wrapper_of_the_optimizer_is_looked_through(wrap):
-    model = linear()
-    optimizer, handler = wrap(sgd(model)), EMAHandler(model, 0.8)
-    trainer = Engine(lambda engine, batch: engine.state.iteration % 2 or optimizer.step())
-    handler.attach(trainer, optimizer=optimizer)
+    handler, trainer = attached(lambda engine, optimizer: engine.state.iteration % 2 or optimizer.step(), wrap)
     trainer.run([0] * 6)
     assert handler.num_updates == 3
 
 
 @pytest.mark.parametrize("renewed_at", [6, 20])
 def test_an_optimizer_that_is_made_anew_in_mid_run_and_never_steps_again_is_said(renewed_at):
-    model = linear()
-    optimizer, handler = sgd(model), EMAHandler(model, 0.8)
-
-    def step(engine, batch):
+    def step(engine, optimizer):
         if engine.state.iteration < renewed_at and engine.state.iteration % 3 == 0:
             optimizer.step()
 
-    trainer = Engine(step)
-    handler.attach(trainer, optimizer=optimizer)
+    _, trainer = attached(step)
     is_said = pytest.warns(EMAWarning, match="the last 17 events passed without a step")
     with is_said if renewed_at == 6 else nullcontext():
         trainer.run([0] * 20)
@@ -171,29 +141,21 @@ def test_an_optimizer_that_is_made_anew_in_mid_run_and_never_steps_again_is_said
     ],
 )
 def test_whether_an_optimizer_has_stopped_is_counted_in_events(event, steps_at, is_said):
-    model = linear()
-    optimizer, handler = sgd(model), EMAHandler(model, 0.8)
-
-    def step(engine, batch):
+    def step(engine, optimizer):
         for _ in range(20):
             engine.fire_event("often")
         if steps_at(engine):
             optimizer.step()
 
-    trainer = Engine(step)
-    trainer.register_events("often")
-    handler.attach(trainer, event=event, optimizer=optimizer)
+    _, trainer = attached(step, event=event)
     with pytest.warns(EMAWarning, match="the last 8 events passed") if is_said else nullcontext():
         trainer.run([0] * 30, max_epochs=10)
 
 
-# The hook on the optimizer
-
-
 def test_remove_takes_the_hook_off_the_optimizer():
-    model = linear()
+    model, trainer = linear(), idle()
     optimizer, handler = sgd(model), EMAHandler(model, 0.25)
-    trainer = stepping(model, optimizer, lambda iteration: True)
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: optimizer.step())
     with handler.attach(trainer, optimizer=optimizer):
         assert len(optimizer._optimizer_step_post_hooks) == 1
         trainer.run([0])
@@ -223,9 +185,6 @@ def test_the_optimizer_of_another_model_is_warned_about_and_that_of_a_part_is_no
     EMAHandler(compiled(model), 0.25).attach(idle(), optimizer=torch.optim.SGD([*linear().parameters(), model[1].bias]))
 
 
-# Saved and resumed
-
-
 class Accumulation:
     """A training that steps at every third iteration and updates at every second, and may be resumed anywhere."""
 
@@ -233,8 +192,15 @@ class Accumulation:
         self.model = linear()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.1)
         self.handler = EMAHandler(self.model, EqualWeight())
-        self.trainer = stepping(self.model, self.optimizer, (3, 6, 9, 12).__contains__)
+        self.trainer = Engine(self.step)
         self.handler.attach(self.trainer, event=EVENT(every=2), optimizer=self.optimizer)
+
+    def step(self, engine, batch):
+        torch.manual_seed(engine.state.iteration)
+        self.model(torch.rand(4, 3)).square().mean().backward()
+        if engine.state.iteration % 3 == 0:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
     def run(self, last=12):
         self.trainer.add_event_handler(EVENT(once=last), self.trainer.terminate)

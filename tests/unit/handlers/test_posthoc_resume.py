@@ -1,20 +1,14 @@
-"""PostHocEMA in a run that is stopped, killed, taken back or started again: its files are those of one that was not."""
+"""PostHocEMA in a run that is stopped, taken back or started again: its files are those of one that was not."""
 
 import copy
-import multiprocessing
-import os
-import signal
-import warnings
 
 import pytest
 import torch
 from ignite.engine import Events
-from ignite.handlers import Checkpoint, DiskSaver
 
 from ignite_ema import PostHocEMA
 from ignite_ema.posthoc import stored
 from tests.helpers.bits import assert_same_bits, contents
-from tests.helpers.files import newest
 from tests.helpers.models import net
 from tests.helpers.posthoc_runs import Run, files, size_of_batch, times_in
 
@@ -36,8 +30,7 @@ def uninterrupted(tmp_path_factory):
     return runs
 
 
-def later(time, count, first):
-    """The warning of snapshots that are set aside."""
+def set_aside(time, count, first):
     text = f"{count} snapshots that are later than the loaded state, of time {time}, from 'snapshot_{first}.pt'"
     return pytest.warns(UserWarning, match=text)
 
@@ -61,16 +54,16 @@ def test_a_run_that_is_stopped_and_resumed_writes_the_same_files(name, stop, att
 @pytest.mark.parametrize("stop", [0, 8])
 def test_snapshots_after_the_state_are_set_aside_and_written_again(name, stop, uninterrupted, tmp_path):
     first = Run(tmp_path, **OPTIONS[name])
-    state = first.train(stop).saved() if stop else first.saved()
+    state = (first.train(stop) if stop else first).saved()
     first.train(27)
     before, time = files(tmp_path), state["ema"]["updated_at"]
-    set_aside = [at for at in times_in(tmp_path) if at > time]
-    with later(time, len(set_aside), set_aside[0]) as record:
+    later = [at for at in times_in(tmp_path) if at > time]
+    with set_aside(time, len(later), later[0]) as record:
         Run(tmp_path, loaded=state, **OPTIONS[name]).train()
     assert len(record) == 1
     assert files(tmp_path) == uninterrupted[name][1]
     (tmp_path / "superseded").mkdir()
-    for at in set_aside:
+    for at in later:
         (tmp_path / f"snapshot_{at}.pt.superseded").rename(tmp_path / "superseded" / f"snapshot_{at}.pt")
     assert files(tmp_path / "superseded").items() <= before.items()
 
@@ -85,13 +78,10 @@ def test_a_rollback_in_the_middle_of_a_run_writes_its_own_snapshots(tmp_path):
             parameter.data.fill_(100)
 
     run.at(32, roll_back)
-    with later(18, 3, 20):
+    with set_aside(18, 3, 20):
         run.train()
     assert times_in(tmp_path) == [5, 10, 15, 21, 26]  # at iterations 5, 10, 15, 35, 40
     assert stored(tmp_path)[-1].averaged[0]["0.weight"].max() > 50
-
-
-# What does not belong to the run that goes on
 
 
 @pytest.mark.parametrize("resumed", [False, True])
@@ -125,36 +115,6 @@ def test_a_checkpoint_that_was_saved_just_before_a_snapshot_resumes(uninterrupte
     assert (states[0]["ema"]["snapshot_times"], times_in(tmp_path)) == ([5], [5, 10])
     Run(tmp_path, loaded=states[0]).train()
     assert files(tmp_path) == uninterrupted["updates"][1]
-
-
-# SIGKILL
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "ignite.handlers", "ignite_ema"])
-
-
-def train(folder, kill_at=None, event=None):
-    """From the newest checkpoint to the end, with a checkpoint every four iterations; kills itself where told to."""
-    warnings.filterwarnings("ignore", ".* later than the loaded state")
-    run = Run(folder / "snapshots", samples=size_of_batch)
-    checkpoint = Checkpoint(run.objects(), DiskSaver(folder, require_empty=False), n_saved=2)
-    run.trainer.add_event_handler(EVENT(every=4), checkpoint)
-    if kill_at is not None:
-        run.trainer.add_event_handler(Events[event](once=kill_at), lambda: os.kill(os.getpid(), signal.SIGKILL))
-    if saved := newest(folder):
-        Checkpoint.load_objects(run.objects(), saved)
-    run.train()
-
-
-def test_a_killed_process_resumes_and_writes_the_same_files(uninterrupted, tmp_path):
-    for iteration in (7, 26):
-        event = "ITERATION_STARTED" if iteration % 2 else "ITERATION_COMPLETED"
-        process = _CONTEXT.Process(target=train, args=(tmp_path, iteration, event))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-    train(tmp_path)
-    assert files(tmp_path / "snapshots") == uninterrupted["samples"][1]
 
 
 def test_a_state_of_which_one_average_is_of_another_model_loads_nothing(tmp_path):

@@ -3,19 +3,9 @@
 import shutil
 
 import pytest
-import torch
 
 from ignite_ema.posthoc import snapshots
 from tests.helpers.snapshots import make_snapshot
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other on a busy machine take ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

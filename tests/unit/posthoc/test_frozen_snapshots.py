@@ -60,15 +60,13 @@ def test_another_file_of_that_name_stays(tmp_path):
     assert (tmp_path / "snapshot_frozen.pt").read_text() == "mine"
 
 
-@pytest.fixture
-def lacking(tmp_path):
-    model, _ = run(tmp_path / "snapshots")
-    (tmp_path / "snapshots" / "snapshot_frozen.pt").unlink()
-    return tmp_path / "snapshots", model
-
-
-def test_what_is_missing_is_said_or_taken_from_a_base(lacking, tmp_path):
-    dirname, model = lacking
+def test_what_is_missing_is_said_or_taken_from_a_base(tmp_path, capsys):
+    dirname = tmp_path / "snapshots"
+    model, _ = run(dirname)
+    (dirname / "snapshot_frozen.pt").unlink()
+    command = ["reconstruct", str(dirname), "--sigma-rel", "0.1", "--out", str(tmp_path / "out.pt")]
+    assert main(command) == 1
+    assert "(--base FILE)" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="snapshot_frozen.pt' should have the 1 frozen .* pass .* base="):
         reconstruct(dirname, 0.1)
     for base, got in (({}, "NoneType"), ({"embedding.weight": torch.zeros(2)}, r"\[2\]"), (3.5, "float")):
@@ -81,15 +79,7 @@ def test_what_is_missing_is_said_or_taken_from_a_base(lacking, tmp_path):
         assert torch.equal(one["embedding.weight"], model.embedding.weight)
         assert one["embedding.weight"].data_ptr() != model.embedding.weight.data_ptr()
         assert other["embedding.weight"] is one["embedding.weight"]
-
-
-def test_the_command_takes_a_base(lacking, tmp_path, capsys):
-    dirname, model = lacking
-    arguments = ["reconstruct", str(dirname), "--sigma-rel", "0.1", "--out", str(tmp_path / "out.pt")]
-    assert main(arguments) == 1
-    assert "(--base FILE)" in capsys.readouterr().err
-    save_file(model.state_dict(), tmp_path / "base.pt")
-    assert main([*arguments, "--base", str(tmp_path / "base.pt")]) == 0
+    assert main([*command, "--base", str(tmp_path / "base.safetensors")]) == 0
 
 
 def test_those_of_another_run_are_refused(tmp_path):

@@ -7,15 +7,8 @@ import pytest
 import torch
 from scipy import integrate
 
-from ignite_ema.posthoc import (
-    ExponentialProfile,
-    PowerProfile,
-    Profile,
-    SampledProfile,
-    Snapshot,
-    UniformProfile,
-    residual,
-)
+from ignite_ema import posthoc
+from ignite_ema.posthoc import ExponentialProfile, PowerProfile, Profile, SampledProfile, Snapshot, UniformProfile
 from ignite_ema.posthoc.profiles import inner_products
 
 
@@ -138,5 +131,5 @@ def test_samples_are_scaled_and_equal_ones_are_the_mean_of_the_run():
 
 def test_a_profile_of_ones_own_fits_and_is_fitted():
     known = [Snapshot(PowerProfile(0.1), k) for k in range(1, 9)]
-    assert residual(known, Triangle()) > 0.01
-    assert residual([*known, Snapshot(Triangle(), 8)], Triangle()) == pytest.approx(0, abs=1e-7)
+    assert posthoc.residual(known, Triangle()) > 0.01
+    assert posthoc.residual([*known, Snapshot(Triangle(), 8)], Triangle()) == pytest.approx(0, abs=1e-7)

@@ -1,6 +1,7 @@
 """What can be rebuilt from snapshots: the fit against its definition, the files, and the averages against sums."""
 
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -9,25 +10,9 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from ignite_ema import EMAWarning, PostHocEMA, posthoc
-from ignite_ema.posthoc import (
-    ExponentialProfile,
-    PowerProfile,
-    Snapshot,
-    UniformProfile,
-    coefficients,
-    gamma_from_sigma_rel,
-    reconstruct,
-    reconstruction,
-    residual,
-    sigma_rel_from_gamma,
-    snapshots,
-    stored,
-    sweep,
-)
+from ignite_ema.posthoc import PowerProfile, Snapshot, UniformProfile, reconstruct, reconstruction, snapshots, stored
 from tests.helpers.bits import assert_same_bits
 from tests.helpers.snapshots import make_snapshot
-
-# Widths and exponents
 
 
 @pytest.mark.parametrize("hundredths", [1, 10, 28])
@@ -35,12 +20,11 @@ def test_gamma_is_the_largest_root_of_the_cubic(hundredths):
     sigma_rel = hundredths / 100
     roots = np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2])
     due = max(root.real for root in roots if abs(root.imag) < 1e-9)
-    assert gamma_from_sigma_rel(sigma_rel) == pytest.approx(due, rel=1e-9)
-    assert sigma_rel_from_gamma(gamma_from_sigma_rel(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-12)
+    assert posthoc.gamma_from_sigma_rel(sigma_rel) == pytest.approx(due, rel=1e-9)
+    assert posthoc.sigma_rel_from_gamma(posthoc.gamma_from_sigma_rel(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-12)
 
 
 # The truth: a run of 5,000 updates whose weights are known, and averages as sums over all of them
-
 N = 5_000
 EVERY = [1, 10]
 
@@ -69,7 +53,7 @@ def long_run(tmp_path_factory):
 
 LENGTHS = [
     *map(PowerProfile, (0.05, 0.075, 0.20)),
-    ExponentialProfile(0.05),
+    posthoc.ExponentialProfile(0.05),
     UniformProfile(0.21),  # which begins between two snapshots
 ]
 
@@ -89,7 +73,7 @@ def known_from(dirname):
 @pytest.mark.parametrize("target", LENGTHS, ids=str)
 def test_walks_and_independent_weights_are_rebuilt_as_well_as_predicted(long_run, target, every):
     dirs, history = long_run
-    predicted, got = residual(known_from(dirs[every]), target), reconstruct(dirs[every], target, max_residual=1)
+    predicted, got = posthoc.residual(known_from(dirs[every]), target), reconstruct(dirs[every], target, max_residual=1)
     due = exact(target, history["walk"][every - 1 :: every])
     # 1e-7 of rounding in the residual of what is stored as it is
     assert (got["walk"] - due).norm() <= (2 * predicted + 1e-7) * due.norm()
@@ -101,13 +85,10 @@ def test_walks_and_independent_weights_are_rebuilt_as_well_as_predicted(long_run
         assert relative == pytest.approx(predicted, rel=0.1 if every == 1 else 0.2)
 
 
-# Small runs whose files are written here
-
-
 def test_an_average_is_the_sum_with_the_coefficients(folder):
     known = known_from(folder)
     assert [one.time for one in known] == [time for time in range(1, 65) for _ in range(2)]
-    due = (coefficients(known, 0.15) @ torch.tensor([float(one.time) for one in known]).double()).float()
+    due = (posthoc.coefficients(known, 0.15) @ torch.tensor([float(one.time) for one in known]).double()).float()
     got = reconstruct(folder, 0.15)
     assert list(got) == ["a", "also_a", "b", "count"]
     torch.testing.assert_close(got["a"], due.expand(2, 3), rtol=1e-6, atol=0)
@@ -118,17 +99,11 @@ def test_an_average_is_the_sum_with_the_coefficients(folder):
 
 def test_several_targets_in_one_pass_are_those_of_single_ones(folder, monkeypatch):
     targets = [0.15, PowerProfile(0.04), UniformProfile(0.5)]
-    singles = [reconstruct(folder, target) for target in targets]
-    reads = []
-
-    def load(path, load=snapshots.load_file, **options):
-        reads.append(path)
-        return load(path, **options)
-
+    singles, load = [reconstruct(folder, target) for target in targets], Mock(side_effect=snapshots.load_file)
     monkeypatch.setattr(snapshots, "load_file", load)
     together = reconstruct(folder, targets)
     assert_same_bits(together, singles)
-    assert len(reads) == 64
+    assert load.call_count == 64
     places = [state[name].data_ptr() for state in together for name in ("a", "b", "count")]
     assert len(set(places)) == len(places)  # nothing is shared between them
 
@@ -172,7 +147,7 @@ def test_planned_snapshots_and_many_targets_are_those_of_single_ones():
     assert known[:3] == [Snapshot(PowerProfile(sigma_rel), k) for k, sigma_rel in ((1, 0.05), (1, 0.2), (2, 0.05))]
     targets = [0.03, UniformProfile(0.3), 0.2]
     for got, target in zip(posthoc.residuals(known, targets, 30), targets, strict=True):
-        assert got == pytest.approx(residual(known, target, 30), rel=1e-9)
+        assert got == pytest.approx(posthoc.residual(known, target, 30), rel=1e-9)
 
 
 def test_a_bar_shows_the_weights_and_needs_tqdm(folder, capsys, monkeypatch):
@@ -193,31 +168,28 @@ def test_tensors_larger_than_a_chunk_are_rebuilt_in_parts(folder, monkeypatch):
     assert torch.equal(whole["a"], reconstruct(folder, 0.15)["a"])
 
 
-# Sweeps
-
-
 def test_a_sweep_scores_each_average_in_order(folder, capsys, monkeypatch):
-    profiles = [0.2, ExponentialProfile(0.05), PowerProfile(0.1)]
+    profiles = [0.2, posthoc.ExponentialProfile(0.05), PowerProfile(0.1)]
     states = []
 
     def score(state):
         states.append(state)
         return state["b"].item()
 
-    scores = sweep(folder, iter(profiles), score, 32)
+    scores = posthoc.sweep(folder, iter(profiles), score, 32)
     due = reconstruct(folder, profiles, 32)
     assert scores == [(profile, state["b"].item()) for profile, state in zip(profiles, due, strict=True)]
     assert_same_bits(states, due)
     assert "3/3" in capsys.readouterr().err
     monkeypatch.setattr(reconstruction, "find_spec", lambda name: None)  # without tqdm
-    assert len(sweep(folder, profiles, score, 32)) == 3
+    assert len(posthoc.sweep(folder, profiles, score, 32)) == 3
     assert capsys.readouterr().err == ""
 
 
 def test_a_sweep_refuses_before_it_scores(folder):
     scored = []
     with pytest.raises(ValueError, match=r"differs from UniformProfile.*max_residual=0.16"):
-        sweep(folder, [0.1, UniformProfile(0.05)], scored.append)
+        posthoc.sweep(folder, [0.1, UniformProfile(0.05)], scored.append)
     with pytest.raises(ValueError, match="base should be left out"):
-        sweep(folder, [0.1], scored.append, base={})
+        posthoc.sweep(folder, [0.1], scored.append, base={})
     assert not scored
