@@ -102,10 +102,10 @@ def computes(model, ema_model=None, *, is_tied=False):
 class Run:
     """A trainer that adds 1 to a weight of 0 at each iteration, an evaluator that returns it, and a handler."""
 
-    def __init__(self, momentum=0.5):
+    def __init__(self, momentum=0.5, **options):
         self.model = constant(0.0)
         self.optimizer, self.evaluator = sgd(self.model), evaluator_of(self.model)
-        self.trainer, self.ema_handler = Engine(self.step), EMAHandler(self.model, momentum)
+        self.trainer, self.ema_handler = Engine(self.step), EMAHandler(self.model, momentum, **options)
         self.attach = self.ema_handler.attach
 
     def step(self, engine, batch):
