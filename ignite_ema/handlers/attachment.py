@@ -36,7 +36,7 @@ class EngineHandler:
     """What ``EMAHandler`` and ``PostHocEMA`` have in common: attachments to engines. A copy or a pickle has none.
 
     Args:
-        average: an average, asked for the number of updates and whether the model is finite.
+        average: the first average, whose count and finite weights stand for those of all.
     """
 
     def __init__(self, average: ModelAverage) -> None:
@@ -47,6 +47,11 @@ class EngineHandler:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_all_attachments": []}
+
+    @property
+    def num_updates(self) -> int:
+        """The number of updates made so far."""
+        return self._average.num_updates
 
     @property
     def _attachments(self) -> list[Any]:
@@ -88,7 +93,6 @@ class Attachment(RemovableEventHandle):
         is_attached: whether it still updates.
         first_iteration: how many iterations the trainer had made when the run started.
         updates: how many updates the run has made.
-        read_in: the last iteration in which the average was saved or evaluated before the update.
     """
 
     def __init__(
@@ -100,22 +104,27 @@ class Attachment(RemovableEventHandle):
         self._watches_steps = optimizer is not None
         same = [other for other in owner._attachments if other.names[0] == names[0]]  # on other engines
         self._steps_as = f"{names[0]} {len(same) + 1}" if same else names[0]
-        self.updates = self.first_iteration = self._left_out = self._idle = 0
-        self._last = (-1, 0)  # the iteration of the last update of the run, and the member of the event that made it
-        self.read_in: int | None = None
-        self._has_updated = self._has_begun = self._has_ended = False
+        self._has_updated = False
+        self._start_run(0)
         self._new_names = {name for name in names if not hasattr(engine.state, name)}
         self._members = _members_of(event, engine)
-        for index, member in enumerate(self._members):
-            engine.add_event_handler(member, self, index)
         self._undo = ExitStack()
-        self.call_at(engine, Events.STARTED, self._on_started)
+        for index, member in enumerate(self._members):
+            self.call_at(engine, member, self, index)
+        self.call_at(engine, Events.STARTED, lambda engine: self._start_run(engine.state.iteration))
         self.call_at(engine, Events.ITERATION_STARTED, self._on_iteration_started)
         self.call_at(engine, Events.TERMINATE | Events.COMPLETED, self._on_end)  # terminate() may skip the second
         if optimizer is not None:
             self._undo.callback(_watch_steps(optimizer, ref(self)).remove)
         attached_to(engine).append(self)
         owner._all_attachments = [*owner._attachments, self]
+
+    def _start_run(self, iteration: int) -> None:
+        self.first_iteration, self.updates = iteration, 0
+        self._waited = self._idle = 0  # events without a step: before the last update of the run, and since then
+        self._last = (-1, 0)  # the iteration of the last update of the run, and the member of the event that made it
+        self._read_in = -1  # the last iteration in which the average was saved or evaluated before the update
+        self._has_begun = self._has_ended = False
 
     def __repr__(self) -> str:
         events = [str(getattr(member, "value", member)) for member in self._members]
@@ -134,9 +143,9 @@ class Attachment(RemovableEventHandle):
         """The attributes, quoted."""
         return " and ".join(f"'{name}'" for name in self.names)
 
-    def call_at(self, engine: Engine, event: Event, function: Callable[[Engine], object]) -> None:
-        """Calls ``function`` with the engine at another event, until ``remove``."""
-        self._undo.callback(engine.add_event_handler(event, function).remove)
+    def call_at(self, engine: Engine, event: Event, function: Callable[..., object], *arguments: object) -> None:
+        """Calls ``function`` with the engine at an event, until ``remove``."""
+        self._undo.callback(engine.add_event_handler(event, function, *arguments).remove)
 
     def remove(self) -> None:
         """Removes everything from the engine, including new attributes of its state; a second call does nothing."""
@@ -145,7 +154,6 @@ class Attachment(RemovableEventHandle):
         if not self.is_attached or engine is None:
             return
         self.is_attached = False
-        super().remove()
         attached_to(engine).remove(self)
         self.owner._all_attachments.remove(self)
         self.owner._stepped.discard(self._steps_as)
@@ -162,49 +170,39 @@ class Attachment(RemovableEventHandle):
         event, iteration = engine.last_event_name, engine.state.iteration
         in_step = by_step and not isinstance(event, Events) and event not in self._members
         if event not in _BEFORE_STEP and not in_step and self._last[0] != iteration:
-            self.read_in = iteration
+            self._read_in = iteration
 
     def __call__(self, engine: Engine, member: int) -> None:
         """Updates, unless the event does not count."""
         if not self.is_attached:  # removed by an earlier handler of this very event
             return
         if self._watches_steps and self._steps_as not in self.owner._stepped:
-            self._left_out += 1
             self._idle += 1
             return
         iteration = engine.state.iteration
         if self._last[0] == iteration and self._last[1] != member:
             return
-        if self.read_in == iteration:
+        if self._read_in == iteration:
             self.owner._tell_once(
                 f"late {self.names}",
                 f"The average of {self.names_in_words} was saved or evaluated in iteration {iteration} before the "
                 "update of this iteration, and a run that resumes from what was saved loses the update. Attach the "
                 "handler before whatever saves or evaluates it, at the same event or an earlier one.",
             )
-        if not (engine.should_terminate and self._is_broken()):
+        # TerminateOnNan only sets a flag, and its event still updates
+        broken = self.owner._average.first_nonfinite() if engine.should_terminate else None
+        if broken is None:
             self.owner._on_event(engine, self)
+        else:
+            warn_user(
+                f"{broken} holds a NaN or an infinity while the run is being terminated, and the average was left as "
+                "it was."
+            )
         self._last = iteration, member
         self.updates += 1
-        self._idle = 0
+        self._waited, self._idle = self._waited + self._idle, 0
         self._has_updated = True
         self.owner._stepped.discard(self._steps_as)
-
-    def _is_broken(self) -> bool:
-        """Whether a weight is not finite: ``TerminateOnNan`` only sets a flag, and its event still updates."""
-        name = self.owner._average.first_nonfinite()
-        if name is not None:
-            warn_user(
-                f"{name} holds a NaN or an infinity while the run is being terminated, and the average was left as it "
-                "was."
-            )
-        return name is not None
-
-    def _on_started(self, engine: Engine) -> None:
-        self._last, self.read_in = (-1, 0), None  # a new run may count from 1 again
-        self.first_iteration, self.updates = engine.state.iteration, 0
-        self._left_out = self._idle = 0  # events without a step, in the run and since its last update
-        self._has_begun = self._has_ended = False
 
     def _on_iteration_started(self, engine: Engine) -> None:
         if not self._has_begun:
@@ -216,16 +214,17 @@ class Attachment(RemovableEventHandle):
             return
         self._has_ended = True
         iterations = engine.state.iteration - self.first_iteration
+        usual: float = math.inf if self._has_updated else 0  # events from one update to the next
+        if self.updates:
+            usual = (self.updates + self._waited) / self.updates
         fault = None
-        # Events from one update to the next, before the optimizer may have stopped.
-        usual = (self.updates + self._left_out - self._idle) / self.updates if self.updates else math.inf
-        if self._idle > 2 * usual or (self._idle and not self._has_updated):
+        if self._idle > 2 * usual:
             fault = (
                 f"The optimizer of {self.names_in_words} should have stepped in this run, but the last "
                 f"{counted(self._idle, 'event')} passed without a step, and the average did not move. Attach with "
                 "the optimizer that trains."
             )
-        elif not self._idle and not self._has_updated and not self.owner._average.num_updates:
+        elif not self._idle and not self._has_updated and not self.owner.num_updates:
             fault = (
                 f"The run of {counted(iterations, 'iteration')} should have updated the average of "
                 f"{self.names_in_words}, but its event never fired. Attach the handler with an event that this run "
@@ -255,9 +254,8 @@ def check_attachable(owner: object, engine: Engine, names: Iterable[str], *event
         _members_of(event, engine)
     for name in names:
         if not isinstance(name, str) or not name:
-            got = type(name).__name__
             raise TypeError(
-                f"name should be a name such as 'ema_momentum', got {got}; an optimizer goes to optimizer=."
+                f"name should be text like 'ema_momentum', got {type(name).__name__}; an optimizer goes to optimizer=."
             )
         if hasattr(State(), name):
             raise ValueError(
@@ -278,13 +276,10 @@ def _members_of(event: Event, engine: Engine) -> "list[str | CallableEventWithFi
     return members
 
 
-def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
+def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Any:
     """The optimizer to watch, without wrappers that have it as ``.optimizer`` (Accelerate, Lookahead) or the like.
 
-    Warns if it trains another model.
-
-    Raises:
-        TypeError: unless it is an optimizer or None.
+    Warns if it trains another model; raises TypeError unless it is an optimizer or None.
     """
     if optimizer is None:
         return None
@@ -305,8 +300,7 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
             "optimizer should train parameters of the model that is averaged, but has none of them. Pass the one that "
             "trains this model."
         )
-    wrapped: Optimizer = found
-    return wrapped
+    return found
 
 
 def _takes_hooks(optimizer: Any) -> bool:
