@@ -49,11 +49,6 @@ class EngineHandler:
         return {**vars(self), "_all_attachments": []}
 
     @property
-    def num_updates(self) -> int:
-        """The number of updates made so far."""
-        return self._average.num_updates
-
-    @property
     def _attachments(self) -> list[Any]:
         """The attachments whose engines still exist."""
         return [attachment for attachment in self._all_attachments if attachment.engine() is not None]

@@ -53,9 +53,8 @@ class EMAHandler(EngineHandler):
         model: the online model, alone or inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``.
         momentum: λ, a float in (0, 1], or a schedule: a callable from the number of updates already made (0 at the
             first update) to λ in [0, 1], such as those of :mod:`ignite_ema.schedules`.
-        momentum_warmup: λ of the first update, in [0, 1], from which it goes linearly to ``momentum``; needs
-            ``warmup_iters``.
-        warmup_iters: the number of updates over which λ goes linearly to ``momentum``.
+        momentum_warmup: λ of the first update, in [0, 1].
+        warmup_iters: the number of updates over which λ goes linearly from ``momentum_warmup`` to ``momentum``.
         handle_buffers: "copy", "update", "statistics", "ema_train", or a mapping from name patterns to "copy", "update"
             or "keep": what an update does with buffers; see :class:`~ignite_ema.ModelAverage`.
         ema_model: your own twin, with the structure of ``model``, for models that cannot be deep-copied.
@@ -103,12 +102,11 @@ class EMAHandler(EngineHandler):
             way_out = f"; a momentum is 1 - decay: pass momentum={1 - value:g}" if is_decay else ""
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{way_out}.")
         self._momentum = Momentum(momentum, momentum_warmup, warmup_iters)
-        schedule = self._momentum.schedule
         #: The :class:`~ignite_ema.ModelAverage` that the handler drives.
         self.average = ModelAverage(
             model,
             handle_buffers,
-            momentum=momentum if schedule is None else schedule,
+            momentum=self._momentum.schedule or momentum,
             ema_model=ema_model,
             dtype=dtype,
             device=device,

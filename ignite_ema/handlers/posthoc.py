@@ -218,7 +218,7 @@ class PostHocEMA(EngineHandler):
             OSError, ValueError: on all ranks, if it cannot be written, a weight is beyond the range of the snapshots'
                 type, or the directory has snapshots of another run.
         """
-        return self._write(0, 0)
+        return self._save()
 
     def reset(self) -> None:
         """Starts over: averages equal the model, and time is 0. The next run needs a directory without snapshots."""
@@ -257,9 +257,28 @@ class PostHocEMA(EngineHandler):
             TypeError, ValueError: if an entry is wrong, or is of another model, other widths or another unit of time;
                 nothing is loaded then.
         """
-        _check_state(state, self._plain_state(), len(self.streams))
-        for index, average in enumerate(self.streams):
-            average.load_state_dict(state[f"stream_{index}"])
+        own = self._plain_state()
+        for key in ("ignite_ema_posthoc_version", "sigma_rels", "time_unit"):
+            if isinstance(state, Mapping) and key in state and state[key] != own[key]:
+                raise ValueError(
+                    f"{key!r} of the state should be {own[key]!r}, got {state[key]!r}; make the PostHocEMA as it was "
+                    "made when the state was saved."
+                )
+        streams = [f"stream_{index}" for index in range(len(self.streams))]
+        kinds: dict[str, Any] = {key: type(value) for key, value in own.items()}
+        check_saved_mapping(state, kinds | dict.fromkeys(streams, Mapping), "a PostHocEMA")
+        forms = []
+        for stream in streams:
+            check_average_state(state[stream])
+            shapes = {name: getattr(one, "shape", None) for name, one in state[stream]["averaged_tensors"].items()}
+            forms.append((state[stream]["num_updates"], shapes))
+        if any(form != forms[0] for form in forms):  # else one would be loaded before the next is refused
+            raise ValueError(
+                "The averages of the state should be of one model and one number of updates, got others; load what "
+                "state_dict() gave, unchanged."
+            )
+        for stream, average in zip(streams, self.streams, strict=True):
+            average.load_state_dict(state[stream])
         self._seen, self.time = state["samples_seen"], state["updated_at"]
         self._run_id, self._times = state["run_id"], list(state["snapshot_times"])
         self._is_prepared, self._start_is_known = False, True
@@ -270,6 +289,9 @@ class PostHocEMA(EngineHandler):
         if type(samples) is not int or samples < 1:
             raise ValueError(f"{what} the number of samples in the batch, an integer of at least 1, got {samples!r}.")
         self._seen += samples
+
+    def _count_batch(self, engine: Engine) -> None:
+        self._count(self._samples(engine), "samples should return")
 
     def _next_time(self) -> int:
         return max(self._seen, self.time + 1)  # each batch has at least one sample
@@ -305,12 +327,6 @@ class PostHocEMA(EngineHandler):
         if not engine.should_terminate:  # so that a stopped and resumed run writes the same snapshots
             self._save(engine)
 
-    def _count_batch(self, engine: Engine) -> None:
-        self._count(self._samples(engine), "samples should return")
-
-    def _save(self, engine: Engine) -> None:
-        self._write(engine.state.iteration, engine.state.epoch)
-
     def _prepare(self) -> None:
         """Once for each run or loaded state: makes sure that the directory has only the past of this run."""
         if self._is_prepared:
@@ -322,7 +338,7 @@ class PostHocEMA(EngineHandler):
             on_first_rank(lambda: write_frozen(frozen, self._run_id, self.dirname))
         self._is_prepared = True
 
-    def _write(self, iteration: int, epoch: int) -> Path | None:
+    def _save(self, engine: Engine | None = None) -> Path | None:
         """Writes a snapshot; returns its path, on the first rank, or None if nothing has moved since the last one."""
         if not self.time:
             return None
@@ -338,8 +354,8 @@ class PostHocEMA(EngineHandler):
                 time=self.time,
                 time_unit=self.time_unit,
                 num_updates=self.num_updates,
-                iteration=iteration,
-                epoch=epoch,
+                iteration=0 if engine is None else engine.state.iteration,
+                epoch=0 if engine is None else engine.state.epoch,
                 sigma_rels=list(self.sigma_rels),
                 averaged=[averaged for averaged, _ in contents],
                 copied=contents[0][1],
@@ -354,13 +370,7 @@ class PostHocEMA(EngineHandler):
         return path if is_first_rank() else None
 
 
-def _check_options(
-    sigma_rels: object,
-    handle_buffers: BufferPolicy,
-    samples: object,
-    snapshot_dtype: torch.dtype,
-    ema_models: Sequence[nn.Module] | None,
-) -> None:
+def _check_options(sigma_rels: Any, handle_buffers: Any, samples: Any, snapshot_dtype: Any, ema_models: Any) -> None:
     if not isinstance(sigma_rels, Sequence) or not sigma_rels or len(set(sigma_rels)) < len(sigma_rels):
         raise ValueError(f"sigma_rels should be different widths such as (0.05, 0.10), got {sigma_rels!r}.")
     if handle_buffers == "ema_train":
@@ -374,26 +384,3 @@ def _check_options(
         raise ValueError(f"snapshot_dtype should be one of {', '.join(map(str, _DTYPES))}, got {snapshot_dtype!r}.")
     if ema_models is not None and not len(set(map(id, ema_models))) == len(ema_models) == len(sigma_rels):
         raise ValueError(f"ema_models should be {len(sigma_rels)} different modules, one for each width, got others.")
-
-
-def _check_state(state: Mapping[str, Any], own: Mapping[str, Any], num_streams: int) -> None:
-    """Raises TypeError or ValueError, naming the entry, unless ``state`` may be loaded in place of ``own``."""
-    for key in ("ignite_ema_posthoc_version", "sigma_rels", "time_unit"):
-        if isinstance(state, Mapping) and key in state and state[key] != own[key]:
-            raise ValueError(
-                f"{key!r} of the state should be {own[key]!r}, got {state[key]!r}; make the PostHocEMA as it was made "
-                "when the state was saved."
-            )
-    streams = [f"stream_{index}" for index in range(num_streams)]
-    kinds: dict[str, Any] = {key: type(value) for key, value in own.items()}
-    check_saved_mapping(state, kinds | dict.fromkeys(streams, Mapping), "a PostHocEMA")
-    forms = []
-    for stream in streams:
-        check_average_state(state[stream])
-        shapes = {name: getattr(one, "shape", None) for name, one in state[stream]["averaged_tensors"].items()}
-        forms.append((state[stream]["num_updates"], shapes))
-    if any(form != forms[0] for form in forms):  # else one would be loaded before the next is refused
-        raise ValueError(
-            "The averages of the state should be of one model and one number of updates, got others; load what "
-            "state_dict() gave, unchanged."
-        )
