@@ -45,10 +45,6 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
 def _kind(wanted: str, accepts: Callable[[Any], bool]) -> dict[str, Any]:
     """The metadata of a field: what it should be, in words, and a function that tells whether a value is valid."""
     return {"wanted": wanted, "accepts": accepts}
@@ -60,7 +56,10 @@ _MOMENTUM = _kind(
 _POSITIVE_MOMENTUM = _kind(
     "a number in (0, 1], as the weight of the new weights (1 - decay)", lambda value: 0 < _number(value) <= 1
 )
-_COUNT = _kind("an integer of at least 1, as it counts updates", _is_count)
+_COUNT = _kind(
+    "an integer of at least 1, as it counts updates",
+    lambda value: isinstance(value, numbers.Integral) and _number(value) >= 1,
+)
 _POSITIVE = _kind("a number above 0", lambda value: 0 < _number(value) < math.inf)
 _POSITIVE_OR_NONE = _kind("a number above 0", lambda value: value is None or 0 < _number(value) < math.inf)
 _SIGMA_REL = _kind(f"a number in (0, 1/√12 = {MAX_SIGMA_REL:.4f})", lambda value: 0 < _number(value) < MAX_SIGMA_REL)

@@ -8,7 +8,6 @@ from weakref import ref
 
 from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
 from ignite.engine.events import RemovableEventHandle, State
-from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -75,14 +74,8 @@ class Attachment(RemovableEventHandle):
     """Makes a handler update at an event, until it is removed; also a context manager.
 
     Members of an ``EventsList`` that fire in the same iteration update once. A single event updates as often as it
-    fires. A run starts with its first iteration: whatever listens to ``STARTED`` has run by then.
-
-    Args:
-        owner: the handler; its ``_on_event``, ``_on_run_start`` and ``_on_run_end`` are called.
-        engine: the trainer; only a weak reference is kept.
-        names: the attributes of ``engine.state`` that the handler publishes. ``remove`` deletes those that are new.
-        event: when to update.
-        optimizer: an optimizer with step hooks: an event is skipped if it has not stepped since the last update.
+    fires. A run starts with its first iteration: whatever listens to ``STARTED`` has run by then. It calls
+    ``_on_event``, ``_on_run_start`` and ``_on_run_end`` of its owner, and keeps only a weak reference to the engine.
 
     Attributes:
         is_attached: whether it still updates.
@@ -90,9 +83,7 @@ class Attachment(RemovableEventHandle):
         updates: how many updates the run has made.
     """
 
-    def __init__(
-        self, owner: Any, engine: Engine, names: tuple[str, ...], event: Event, optimizer: Optimizer | None
-    ) -> None:
+    def __init__(self, owner: Any, engine: Engine, names: tuple[str, ...], event: Event, optimizer: Any) -> None:
         super().__init__(event, self, engine)  # type: ignore[arg-type]  # a string works, too
         vars(self)["__qualname__"] = f"{type(owner).__name__}.update"  # profilers list it
         self.owner, self.names, self.is_attached = owner, names, True
@@ -104,13 +95,13 @@ class Attachment(RemovableEventHandle):
         self._new_names = {name for name in names if not hasattr(engine.state, name)}
         self._members = _members_of(event, engine)
         self._undo = ExitStack()
+        if optimizer is not None:  # first, since it may not be an optimizer
+            self._undo.callback(_watch_steps(optimizer, self).remove)
         for index, member in enumerate(self._members):
             self.call_at(engine, member, self, index)
         self.call_at(engine, Events.STARTED, lambda engine: self._start_run(engine.state.iteration))
         self.call_at(engine, Events.ITERATION_STARTED, self._on_iteration_started)
         self.call_at(engine, Events.TERMINATE | Events.COMPLETED, self._on_end)  # terminate() may skip the second
-        if optimizer is not None:
-            self._undo.callback(_watch_steps(optimizer, ref(self)).remove)
         attached_to(engine).append(self)
         owner._all_attachments = [*owner._attachments, self]
 
@@ -271,13 +262,11 @@ def _members_of(event: Event, engine: Engine) -> "list[str | CallableEventWithFi
     return members
 
 
-def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Any:
-    """The optimizer to watch, without wrappers that have it as ``.optimizer`` (Accelerate, Lookahead) or the like.
+def _watch_steps(optimizer: Any, attachment: Attachment) -> RemovableHandle:
+    """Notes the steps of an optimizer, or of the one that it wraps as ``.optimizer`` (as Accelerate does) or the like.
 
-    Warns if it trains another model; raises TypeError unless it is an optimizer or None.
+    Warns if it trains another model; raises TypeError unless it is an optimizer.
     """
-    if optimizer is None:
-        return None
     found = optimizer
     # SAM also takes hooks, but steps by other methods.
     while hasattr(found, "base_optimizer") or not _takes_hooks(found):
@@ -288,6 +277,7 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Any:
                 "optimizer should be a torch.optim.Optimizer, or have one as .optimizer, got "
                 f"{type(optimizer).__name__}. Pass the one that trains."
             )
+    model = attachment.owner.model
     reshard(fsdp_modules(model))  # else it may have the gathered parameters, which no optimizer has
     parameters = {id(parameter) for parameter in parameters_of(model)}
     if not any(id(parameter) in parameters for group in found.param_groups for parameter in group["params"]):
@@ -295,7 +285,16 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Any:
             "optimizer should train parameters of the model that is averaged, but has none of them. Pass the one that "
             "trains this model."
         )
-    return found
+    watching = ref(attachment)  # the optimizer may outlive it
+
+    def note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A GradScaler always calls a fused optimizer, which skips the step itself unless this is 0.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if (alive := watching()) is not None and (found_inf is None or not found_inf.item()):
+            alive.owner._stepped.add(alive._steps_as)
+
+    handle: RemovableHandle = found.register_step_post_hook(note_step)
+    return handle
 
 
 def _takes_hooks(optimizer: Any) -> bool:
@@ -305,15 +304,3 @@ def _takes_hooks(optimizer: Any) -> bool:
     except (AttributeError, TypeError):
         return False
     return True
-
-
-def _watch_steps(optimizer: Optimizer, attachment: "ref[Attachment]") -> RemovableHandle:
-    """Notes the steps of an optimizer; it may outlive the attachment."""
-
-    def note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # A GradScaler always calls a fused optimizer, which skips the step itself unless this is 0.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if (watching := attachment()) is not None and (found_inf is None or not found_inf.item()):
-            watching.owner._stepped.add(watching._steps_as)
-
-    return optimizer.register_step_post_hook(note_step)

@@ -25,7 +25,7 @@ from ..averaging.swap import Swapped
 from ..checkpoints.formats import Names
 from ..checkpoints.reading import Source, read_part
 from ..schedules import Schedule
-from .attachment import Attachment, EngineHandler, Event, check_attachable, optimizer_with_hooks
+from .attachment import Attachment, EngineHandler, Event, check_attachable
 from .evaluation import EvaluationSwap
 from .guidance import Guidance
 from .momentum import Momentum
@@ -213,9 +213,8 @@ class EMAHandler(EngineHandler):
             RuntimeError: if this handler is attached to this engine already.
         """
         check_attachable(self, engine, [name], event)
-        steps = optimizer_with_hooks(optimizer, self.model)
         first = self._momentum.first(engine.state, name, self.num_updates, warn_if_exists)
-        attachment = Attachment(self, engine, (name,), event, steps)
+        attachment = Attachment(self, engine, (name,), event, optimizer)
         setattr(engine.state, name, first)
         if self.handle_buffers == "ema_train":  # an evaluator may have left it in eval mode
             attachment.call_at(engine, Events.ITERATION_STARTED, lambda _: self.ema_model.train())

@@ -18,7 +18,7 @@ from ..averaging.sharding import is_first_rank, on_first_rank
 from ..averaging.state import check_average_state
 from ..posthoc.snapshots import StoredSnapshot, gathered, prepare, read_frozen, to_store, write, write_frozen
 from ..schedules import PowerFunction
-from .attachment import Attachment, EngineHandler, Event, check_attachable, optimizer_with_hooks
+from .attachment import Attachment, EngineHandler, Event, check_attachable
 from .guidance import warn_unrestored
 
 _VERSION = 3
@@ -198,13 +198,12 @@ class PostHocEMA(EngineHandler):
         check_attachable(self, engine, [name, *names], event, snapshot_event)
         if self._samples is True:
             raise TypeError(f"samples should be a function of the engine, got True; pass one such as {_SAMPLES}.")
-        steps = optimizer_with_hooks(optimizer, self.model)
         if taken := [taken for taken in names if hasattr(engine.state, taken)]:
             warn_user(
                 f"Attribute '{taken[0]}' already exists in Engine.state, made by another handler or loaded with the "
                 "engine, and is overwritten. Choose another name."
             )
-        attachment = Attachment(self, engine, names, event, steps)
+        attachment = Attachment(self, engine, names, event, optimizer)
         if self.time_unit == "samples":
             attachment.call_at(engine, Events.ITERATION_STARTED, self._count_batch)
         attachment.call_at(engine, snapshot_event, self._save)
@@ -298,11 +297,9 @@ class PostHocEMA(EngineHandler):
 
     def _show_momenta(self) -> list[float]:
         """Shows each average's next λ on the engines: from time t to t' it is 1 - (t / t') ^ (γ + 1)."""
-        momenta = [1.0] * len(self.streams)
-        if self.time > 0:
-            then = self._next_time()
-            step = math.log1p((self.time - then) / then)
-            momenta = [-math.expm1(exponent * step) for exponent in self._exponents]
+        then = self._next_time()
+        step = math.log1p((self.time - then) / then) if self.time else -math.inf
+        momenta = [-math.expm1(exponent * step) for exponent in self._exponents]
         self._publish(*momenta)
         return momenta
 

@@ -179,19 +179,10 @@ class Snapshot(_Checked):
 
 
 def inner_products(p: Profile, ends: Tensor, q: Profile, other_ends: Tensor) -> Tensor:
-    """∫ p(τ) q(τ) dτ for a profile p at each of n times, and a profile q at each of m times.
+    """∫ p(τ) q(τ) dτ for a profile p at each of n times, and a profile q at each of m times; of shape (n, m).
 
-    In closed form for two power functions, or if either is piecewise constant; otherwise by Gauss-Legendre quadrature
-    on panels that narrow toward both ends of the range.
-
-    Args:
-        p: a profile.
-        ends: the times at which its averages are taken, above 0; float64, of shape (n,).
-        q: another profile, or the same one.
-        other_ends: the times of its averages; float64, of shape (m,).
-
-    Returns:
-        A float64 tensor of shape (n, m).
+    In closed form for two power functions, or if either is piecewise constant; otherwise by quadrature. The times are
+    above 0; all tensors are float64.
     """
     s, t = ends[:, None], other_ends[None, :]
     if isinstance(p, PowerProfile) and isinstance(q, PowerProfile):
@@ -211,21 +202,17 @@ def _with_steps(p: Profile, s: Tensor, steps: _Steps, t: Tensor) -> Tensor:
 
 
 def _by_quadrature(p: Profile, s: Tensor, q: Profile, t: Tensor) -> Tensor:
-    x, weights = _nodes()
-    last = torch.minimum(s, t)
-    tau = last[..., None] * x
-    values = p.density(tau / s[..., None]) * q.density(tau / t[..., None])
-    return values @ weights * last / (s * t)
-
-
-def _nodes() -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the quadrature on (0, 1)."""
-    # Golub and Welsch 1969: Gauss-Legendre nodes and weights from the eigenvectors of a tridiagonal matrix.
+    """Gauss-Legendre quadrature on panels that narrow toward both ends of the range."""
+    # Golub and Welsch 1969: the nodes and weights on [-1, 1] from the eigenvectors of a tridiagonal matrix.
     k = torch.arange(1, _NODES, dtype=torch.float64)
     off = torch.diag(k / (4 * k**2 - 1).sqrt(), 1)
     points, vectors = torch.linalg.eigh(off + off.T)
     halves = 0.5 ** torch.arange(1, _PANELS + 1, dtype=torch.float64)
-    edges = torch.cat([torch.zeros(1, dtype=torch.float64), halves.flip(0), 1 - halves[1:], torch.ones(1)]).double()
+    edges = torch.cat([halves.new_zeros(1), halves.flip(0), 1 - halves[1:], halves.new_ones(1)])
     widths = edges.diff()[:, None]
-    x = edges[:-1, None] + widths * (points + 1) / 2
-    return x.flatten(), (widths * vectors[0] ** 2).flatten()
+    x = (edges[:-1, None] + widths * (points + 1) / 2).flatten()
+    weights: Tensor = (widths * vectors[0] ** 2).flatten()
+    last = torch.minimum(s, t)
+    tau = last[..., None] * x
+    values = p.density(tau / s[..., None]) * q.density(tau / t[..., None])
+    return values @ weights * last / (s * t)

@@ -134,9 +134,9 @@ def sweep(
         dirname: the directory of the snapshots.
         profiles: profiles, or ``sigma_rel`` of power functions.
         score: called with the state dict of an average; what it returns is its score, such as an accuracy.
-        step: the time at which the averages are taken: the time of a snapshot; None: the last.
+        step: see :func:`reconstruct`, as for the others.
         max_residual: the largest :func:`residual` to accept.
-        base: the frozen parameters, as a plain state dict or a file of one, if ``snapshot_frozen.pt`` is missing.
+        base: the frozen parameters, if ``snapshot_frozen.pt`` is missing.
 
     Returns:
         Pairs of a profile, as it was passed, and its score, in order.
@@ -161,10 +161,6 @@ def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:
 
     The mean error of one rounded weight is 0.43 units of rounding. A linear combination amplifies it by the norm of its
     coefficients if that is above 1.
-
-    Args:
-        snapshot: one of the snapshots.
-        coefficients: the coefficients of the combination.
     """
     types = {tensor.dtype for tensor in snapshot.averaged[0].values()}
     coarsest = max(torch.finfo(dtype).eps for dtype in types)
