@@ -172,8 +172,8 @@ class Attachment(RemovableEventHandle):
             self.owner._tell_once(
                 f"late {self.names}",
                 f"The average of {self.names_in_words} was saved or evaluated in iteration {iteration} before the "
-                "update of this iteration, and a run that resumes from what was saved loses the update. Attach the "
-                "handler before whatever saves or evaluates it, at the same event or an earlier one.",
+                "update of this iteration, which a run that resumes from it loses. Attach the handler before whatever "
+                "saves or evaluates it, at the same event or an earlier one.",
             )
         # TerminateOnNan only sets a flag, and its event still updates
         broken = self.owner._average.first_nonfinite() if engine.should_terminate else None
@@ -207,14 +207,12 @@ class Attachment(RemovableEventHandle):
         if self._idle > 2 * usual:
             fault = (
                 f"The optimizer of {self.names_in_words} should have stepped in this run, but the last "
-                f"{counted(self._idle, 'event')} passed without a step, and the average did not move. Attach with "
-                "the optimizer that trains."
+                f"{counted(self._idle, 'event')} passed without a step. Attach with the optimizer that trains."
             )
         elif not self._idle and not self._has_updated and not self.owner.num_updates:
             fault = (
                 f"The run of {counted(iterations, 'iteration')} should have updated the average of "
-                f"{self.names_in_words}, but its event never fired. Attach the handler with an event that this run "
-                "fires."
+                f"{self.names_in_words}, but its event never fired. Attach with an event that this run fires."
             )
         if fault is not None and iterations and not engine.should_terminate:
             self.owner._tell_once(f"no update {self.names}", fault)

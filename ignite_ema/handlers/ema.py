@@ -65,8 +65,7 @@ class EMAHandler(EngineHandler):
         stochastic_rounding: let small updates move an average in bfloat16 or float16.
 
     Raises:
-        TypeError, ValueError, RuntimeError: for an argument of the wrong type or value, or a model that cannot be
-            averaged, as :class:`~ignite_ema.ModelAverage` does.
+        TypeError, ValueError, RuntimeError: for a wrong argument, or a model that cannot be averaged.
 
     Examples:
         >>> import torch
@@ -208,9 +207,8 @@ class EMAHandler(EngineHandler):
                 gradients that accumulate over several iterations, and a ``GradScaler`` that skips steps.
 
         Raises:
-            TypeError, ValueError: if the engine uses the name itself, its value is not a momentum, or the engine
-                cannot fire the event.
-            RuntimeError: if this handler is attached to this engine already.
+            TypeError, ValueError, RuntimeError: if an argument is wrong, the attribute exists and is not a momentum, or
+                this handler is attached to the engine already.
         """
         check_attachable(self, engine, [name], event)
         first = self._momentum.first(engine.state, name, self.num_updates, warn_if_exists)
@@ -234,8 +232,7 @@ class EMAHandler(EngineHandler):
                 The model gets its own buffers back with its weights.
 
         Raises:
-            TypeError: if ``evaluator`` is not an engine.
-            RuntimeError: if this handler is attached to it already.
+            TypeError, RuntimeError: if ``evaluator`` is not an engine, or this handler is attached to it already.
         """
         return EvaluationSwap(self, evaluator, sync_buffers)
 
@@ -268,9 +265,6 @@ class EMAHandler(EngineHandler):
 
         A schedule resumes at the saved count, a plain momentum at its value when it was saved. If the saved handler had
         another momentum, this handler keeps its own and warns.
-
-        Args:
-            state: what :meth:`state_dict` gave.
 
         Raises:
             TypeError, ValueError: if an entry is wrong or of another model; nothing is loaded then.

@@ -86,7 +86,6 @@ class EvaluationSwap(RemovableEventHandle):
         """Raises RuntimeError if the run does not go through the wrapper, and has the model's own weights."""
         if self.is_attached and (self._swap is None or not self._swap.is_active):
             raise RuntimeError(
-                "The evaluator should be started as evaluator.run(...) after swap_during() was called, but this run "
-                "began before that, or through a reference to run taken before, and has the model's own weights. Call "
-                "swap_during() first."
+                "The evaluator should be started as evaluator.run(...) after swap_during(), but this run began before "
+                "it, or through an older reference to run, and has the model's own weights. Call swap_during() first."
             )

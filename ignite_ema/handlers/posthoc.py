@@ -48,11 +48,8 @@ class PostHocEMA(EngineHandler):
             off by that, times the norm of the coefficients if it is above 1: with 64 snapshots 2.3 for a width of 0.04,
             and 17 for 0.02.
         ema_models: your own twins, one for each width, for models that cannot be deep-copied.
-        dtype: the type of the averages of floating-point tensors. None: the type of each tensor.
-        device: where the twins live. None: where the model's tensors are.
+        dtype, device, skip_nonfinite, stochastic_rounding: as for :class:`~ignite_ema.ModelAverage`.
         share_frozen: share the parameters that do not require gradients with the model; they are stored once for a run.
-        skip_nonfinite: leave the averages alone if an update would bring a NaN or an infinity into them.
-        stochastic_rounding: let small updates move averages in bfloat16 or float16.
 
     Attributes:
         model: the online model, without wrappers.
@@ -248,9 +245,6 @@ class PostHocEMA(EngineHandler):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes from a :meth:`state_dict`, before or after ``attach``.
-
-        Args:
-            state: what :meth:`state_dict` gave.
 
         Raises:
             TypeError, ValueError: if an entry is wrong, or is of another model, other widths or another unit of time;

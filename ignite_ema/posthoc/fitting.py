@@ -51,12 +51,7 @@ def residuals(
 
 
 def planned(times: Iterable[float], sigma_rels: Sequence[float] = (0.05, 0.10)) -> list[Snapshot]:
-    """The snapshots that a ``PostHocEMA`` would store, for planning a run.
-
-    Args:
-        times: when it would store them.
-        sigma_rels: the widths of its averages.
-    """
+    """The snapshots that a ``PostHocEMA`` of these widths would store at these times, for planning a run."""
     return [Snapshot(PowerProfile(sigma_rel), time) for time in times for sigma_rel in tuple(sigma_rels)]
 
 

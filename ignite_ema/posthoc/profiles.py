@@ -71,12 +71,7 @@ class ExponentialProfile(_Checked, Profile):
 
     @classmethod
     def from_momentum(cls, momentum: float, num_updates: int) -> "ExponentialProfile":
-        """The profile of an EMA.
-
-        Args:
-            momentum: the weight of the new weights, in (0, 1).
-            num_updates: the number of updates; at least 1.
-        """
+        """The profile of an EMA after ``num_updates`` with ``momentum``, the weight of the new weights, in (0, 1)."""
         if not 0 < _number(momentum) < 1:
             raise ValueError(f"momentum should be in (0, 1), as the weight of the new weights, got {momentum!r}.")
         if not _number(num_updates) >= 1:
@@ -165,12 +160,7 @@ class SampledProfile(_Steps):
 
 @dataclass(frozen=True)
 class Snapshot(_Checked):
-    """The profile of a stored average, and the time at which it was taken.
-
-    Args:
-        profile: its averaging profile.
-        time: measured from the start of the run, above 0, in the same unit for all snapshots.
-    """
+    """The profile of a stored average, and its time: since the start of the run, in the same unit for all snapshots."""
 
     profile: Profile = field(
         metadata=_kind("a Profile, such as PowerProfile(0.05)", lambda value: isinstance(value, Profile))
