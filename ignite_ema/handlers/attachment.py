@@ -71,16 +71,11 @@ class EngineHandler:
 
 
 class Attachment(RemovableEventHandle):
-    """Makes a handler update at an event, until it is removed; also a context manager.
+    """Makes a handler update at an event, while ``is_attached``: until ``remove()``. Also a context manager.
 
     Members of an ``EventsList`` that fire in the same iteration update once. A single event updates as often as it
     fires. A run starts with its first iteration: whatever listens to ``STARTED`` has run by then. It calls
     ``_on_event``, ``_on_run_start`` and ``_on_run_end`` of its owner, and keeps only a weak reference to the engine.
-
-    Attributes:
-        is_attached: whether it still updates.
-        first_iteration: how many iterations the trainer had made when the run started.
-        updates: how many updates the run has made.
     """
 
     def __init__(self, owner: Any, engine: Engine, names: tuple[str, ...], event: Event, optimizer: Any) -> None:
@@ -106,7 +101,7 @@ class Attachment(RemovableEventHandle):
         owner._all_attachments = [*owner._attachments, self]
 
     def _start_run(self, iteration: int) -> None:
-        self.first_iteration, self.updates = iteration, 0
+        self.first_iteration, self.updates = iteration, 0  # of the run
         self._waited = self._idle = 0  # events without a step: before the last update of the run, and since then
         self._last = (-1, 0)  # the iteration of the last update of the run, and the member of the event that made it
         self._read_in = -1  # the last iteration in which the average was saved or evaluated before the update
@@ -180,10 +175,7 @@ class Attachment(RemovableEventHandle):
         if broken is None:
             self.owner._on_event(engine, self)
         else:
-            warn_user(
-                f"{broken} holds a NaN or an infinity while the run is being terminated, and the average was left as "
-                "it was."
-            )
+            warn_user(f"{broken} holds a NaN or an infinity while the run is being terminated, and was not averaged.")
         self._last = iteration, member
         self.updates += 1
         self._waited, self._idle = self._waited + self._idle, 0

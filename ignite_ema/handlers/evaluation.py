@@ -13,13 +13,10 @@ from .attachment import attached_to, check_not_attached
 
 
 class EvaluationSwap(RemovableEventHandle):
-    """Puts each ``run()`` of an engine inside ``owner.swapped()``, until it is removed; also a context manager.
+    """Puts each ``run()`` of an engine inside ``owner.swapped()``, while ``is_attached``. Also a context manager.
 
     It wraps the run itself, because no set of events covers every end of a run: listening to ``EXCEPTION_RAISED`` would
     swallow the exception, and an interrupted run fires no ``COMPLETED``.
-
-    Attributes:
-        is_attached: whether it still swaps.
     """
 
     names = ()  # of attributes of engine.state, which an Attachment has

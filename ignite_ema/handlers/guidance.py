@@ -27,8 +27,7 @@ def warn_unrestored(what: str, iteration: int, lost: str, handler: str) -> None:
 class Guidance:
     """Warns of an average that starts from the wrong weights, or has hardly moved by the end of a run.
 
-    Attributes:
-        start_is_known: whether the average starts where it should: it was restored or set, or has moved.
+    ``start_is_known`` says that the average starts where it should: it was restored or set, or has moved.
     """
 
     def __init__(self, average: ModelAverage, momentum: Momentum) -> None:

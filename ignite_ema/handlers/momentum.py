@@ -13,11 +13,6 @@ class Momentum:
 
     A schedule is written at each update. A plain float is shown once, and read at each update: a user or a
     ``StateParamScheduler`` may drive it there.
-
-    Attributes:
-        passed: what the user passed or set.
-        schedule: the schedule in force, None for a plain float.
-        value: a plain float, as last seen or set.
     """
 
     def __init__(self, momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None) -> None:
@@ -31,9 +26,9 @@ class Momentum:
             raise ValueError(f"momentum_warmup and warmup_iters should be None if momentum is a schedule, {got}.")
         if (momentum_warmup is None) != (warmup_iters is None):
             raise ValueError(f"momentum_warmup and warmup_iters should be given together or not at all, {got}.")
-        self.passed = momentum
-        self.schedule: Schedule | None = momentum if callable(momentum) else None
-        self.value = 1.0 if callable(momentum) else constant_of(momentum).momentum
+        self.passed = momentum  # or set since
+        self.schedule: Schedule | None = momentum if callable(momentum) else None  # in force; None for a plain float
+        self.value = 1.0 if callable(momentum) else constant_of(momentum).momentum  # of a plain float, as last seen
         if momentum_warmup is not None and warmup_iters is not None:
             self.schedule = LinearWarmup(self.value, momentum_warmup, warmup_iters)
         self._is_restored = False  # whether a loaded value takes precedence over what an engine already has

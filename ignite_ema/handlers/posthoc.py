@@ -145,7 +145,7 @@ class PostHocEMA(EngineHandler):
     @property
     def num_updates(self) -> int:
         """The number of updates made so far."""
-        return self.streams[0].num_updates
+        return self._average.num_updates
 
     def update(self, samples: int | None = None) -> bool:
         """Updates all averages, in a loop without an engine; call :meth:`save` from time to time.
@@ -323,7 +323,7 @@ class PostHocEMA(EngineHandler):
         if self._is_prepared:
             return
         self._times = on_first_rank(lambda: prepare(self.dirname, self._run_id, self.time, self._times))
-        shared = self.streams[0].shared_tensors()
+        shared = self._average.shared_tensors()
         if bool(shared) and on_first_rank(lambda: read_frozen(self.dirname, self._run_id) is None):
             frozen = gathered(shared)
             on_first_rank(lambda: write_frozen(frozen, self._run_id, self.dirname))
@@ -336,7 +336,6 @@ class PostHocEMA(EngineHandler):
         self._prepare()
         if self.time in self._times[-1:]:
             return None
-        first = self.streams[0]
         whole = [gathered(average.averaged_tensors()) for average in self.streams]
 
         def written() -> Path:
@@ -350,8 +349,8 @@ class PostHocEMA(EngineHandler):
                 sigma_rels=list(self.sigma_rels),
                 averaged=[averaged for averaged, _ in contents],
                 copied=contents[0][1],
-                state_dict_names=first.state_dict()["state_dict_names"],
-                frozen_shapes={name: list(tensor.shape) for name, tensor in first.shared_tensors().items()},
+                state_dict_names=self._average.state_dict()["state_dict_names"],
+                frozen_shapes={name: list(tensor.shape) for name, tensor in self._average.shared_tensors().items()},
                 run_id=self._run_id,
             )
             return write(snapshot, self.dirname)

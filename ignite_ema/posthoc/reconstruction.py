@@ -27,12 +27,10 @@ _CHUNK = 2**23  # how many numbers, of all snapshots together, are in memory in 
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """γ, the exponent of a power function with the relative width ``sigma_rel``, in (0, 1/√12 = 0.2887).
-
-    The largest root of γ³ + 7γ² + (16 - σ⁻²)γ + (12 - σ⁻²).
+    """γ, the exponent of a power function with the relative width ``sigma_rel``.
 
     Raises:
-        ValueError: for any other width; a power function is never wider than the mean of the whole run.
+        ValueError: unless it is in (0, 1/√12 = 0.2887): no power function is wider than the mean of the whole run.
     """
     return PowerFunction(sigma_rel).gamma
 
