@@ -32,14 +32,11 @@ def attached_to(engine: Engine) -> list[Any]:
 
 
 class EngineHandler:
-    """What ``EMAHandler`` and ``PostHocEMA`` have in common: attachments to engines. A copy or a pickle has none.
-
-    Args:
-        average: the first average, whose count and finite weights stand for those of all.
-    """
+    """What ``EMAHandler`` and ``PostHocEMA`` have in common: attachments to engines. A copy or a pickle has none."""
 
     def __init__(self, average: ModelAverage) -> None:
-        self._average = average
+        self.model = average.model
+        self._average = average  # the first, whose count and finite weights stand for those of all
         self._all_attachments: list[Attachment] = []
         self._stepped: set[str] = set()  # names of attachments whose optimizer has stepped since their last update
         self._told: set[str] = set()
@@ -144,8 +141,7 @@ class Attachment(RemovableEventHandle):
     def note_reading(self, by_step: bool) -> None:
         """Notes that the average is being saved or evaluated, unless before or in a step, or after an update.
 
-        Args:
-            by_step: whether it may be a step that uses the average. A step may fire events of the user's own.
+        ``by_step``: it may be a step that uses the average. A step may fire events of the user's own.
         """
         engine: Any = self.engine()
         event, iteration = engine.last_event_name, engine.state.iteration

@@ -64,6 +64,12 @@ class EMAHandler(EngineHandler):
         skip_nonfinite: leave the average alone if an update would bring a NaN or an infinity into it.
         stochastic_rounding: let small updates move an average in bfloat16 or float16.
 
+    Attributes:
+        model: the online model, without wrappers.
+        ema_model: the averaged twin, in eval mode; in train mode under "ema_train".
+        handle_buffers: what was passed.
+        average: the :class:`~ignite_ema.ModelAverage` that the handler drives.
+
     Raises:
         TypeError, ValueError, RuntimeError: for a wrong argument, or a model that cannot be averaged.
 
@@ -101,7 +107,6 @@ class EMAHandler(EngineHandler):
             way_out = f"; a momentum is 1 - decay: pass momentum={1 - value:g}" if is_decay else ""
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{way_out}.")
         self._momentum = Momentum(momentum, momentum_warmup, warmup_iters)
-        #: The :class:`~ignite_ema.ModelAverage` that the handler drives.
         self.average = ModelAverage(
             model,
             handle_buffers,
@@ -114,6 +119,7 @@ class EMAHandler(EngineHandler):
             stochastic_rounding=stochastic_rounding,
         )
         super().__init__(self.average)
+        self.ema_model, self.handle_buffers = self.average.module, self.average.handle_buffers
         self._guidance = Guidance(self.average, self._momentum)
 
     def __repr__(self) -> str:
@@ -124,21 +130,6 @@ class EMAHandler(EngineHandler):
             lambda: counted(self.num_updates, "update"),
             lambda: " and ".join(f"attached to an Engine as {one.names_in_words}" for one in self._attachments),
         )
-
-    @property
-    def model(self) -> nn.Module:
-        """The online model, without wrappers."""
-        return self.average.model
-
-    @property
-    def ema_model(self) -> nn.Module:
-        """The averaged twin, in eval mode; in train mode under "ema_train"."""
-        return self.average.module
-
-    @property
-    def handle_buffers(self) -> BufferPolicy:
-        """What was passed."""
-        return self.average.handle_buffers
 
     @property
     def momentum_scheduler(self) -> Schedule | None:

@@ -118,7 +118,6 @@ class PostHocEMA(EngineHandler):
             for schedule, twin in zip(schedules, twins, strict=True)
         )
         super().__init__(self.streams[0])
-        self.model = self.streams[0].model
         self._samples: Any = samples
         self._dtype = snapshot_dtype
         self._exponents = [schedule.gamma + 1 for schedule in schedules]

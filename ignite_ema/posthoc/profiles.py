@@ -90,18 +90,20 @@ class ExponentialProfile(_Checked, Profile):
 
 
 class _Steps(Profile):
-    """A piecewise constant profile, of height ``heights[k]`` from ``edges[k]`` to ``edges[k + 1]``."""
+    """A piecewise constant profile."""
 
-    edges: Tensor
-    heights: Tensor
+    @abstractmethod
+    def _steps(self) -> tuple[Tensor, Tensor]:
+        """The n + 1 edges of the steps, and their n heights."""
 
     def density(self, x: Tensor) -> Tensor:
-        index = torch.bucketize(x, self.edges) - 1  # of the step that ends at or after x
-        inside = (index >= 0) & (index < len(self.heights))
-        return torch.where(inside, self.heights[index.clamp(0, len(self.heights) - 1)], 0.0)
+        edges, heights = self._steps()
+        index = torch.bucketize(x, edges) - 1  # of the step that ends at or after x
+        inside = (index >= 0) & (index < len(heights))
+        return torch.where(inside, heights[index.clamp(0, len(heights) - 1)], 0.0)
 
     def cumulative(self, x: Tensor) -> Tensor:
-        edges, heights = self.edges, self.heights
+        edges, heights = self._steps()
         inside = x.clamp(edges[0], edges[-1])
         index = (torch.bucketize(inside, edges) - 1).clamp(0, len(heights) - 1)  # of the step that ends at or after x
         before = torch.cat([heights.new_zeros(1), (heights * edges.diff()).cumsum(dim=0)])
@@ -120,13 +122,9 @@ class UniformProfile(_Checked, _Steps):
         metadata=_kind("a number in (0, 1], as a fraction of the run", lambda value: 0 < _number(value) <= 1)
     )
 
-    @property
-    def edges(self) -> Tensor:  # type: ignore[override]
-        return torch.tensor([1 - self.window, 1.0], dtype=torch.float64)
-
-    @property
-    def heights(self) -> Tensor:  # type: ignore[override]
-        return torch.tensor([1 / self.window], dtype=torch.float64)
+    def _steps(self) -> tuple[Tensor, Tensor]:
+        edges = torch.tensor([1 - self.window, 1.0], dtype=torch.float64)
+        return edges, torch.tensor([1 / self.window], dtype=torch.float64)
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,14 +146,10 @@ class SampledProfile(_Steps):
     def __repr__(self) -> str:
         return f"SampledProfile of {len(self.weights)} weights"
 
-    @property
-    def edges(self) -> Tensor:  # type: ignore[override]
-        return torch.linspace(0, 1, len(self.weights) + 1, dtype=torch.float64)
-
-    @property
-    def heights(self) -> Tensor:  # type: ignore[override]
+    def _steps(self) -> tuple[Tensor, Tensor]:
         weights = torch.tensor(self.weights, dtype=torch.float64)
-        return weights * (len(weights) / weights.sum())
+        edges = torch.linspace(0, 1, len(weights) + 1, dtype=torch.float64)
+        return edges, weights * (len(weights) / weights.sum())
 
 
 @dataclass(frozen=True)
@@ -187,8 +181,9 @@ def inner_products(p: Profile, ends: Tensor, q: Profile, other_ends: Tensor) -> 
 
 
 def _with_steps(p: Profile, s: Tensor, steps: _Steps, t: Tensor) -> Tensor:
-    edges = (steps.edges * (t / s)[..., None]).clamp(max=1.0)
-    return (p.cumulative(edges).diff(dim=-1) * steps.heights).sum(dim=-1) / t
+    edges, heights = steps._steps()
+    scaled = (edges * (t / s)[..., None]).clamp(max=1.0)
+    return (p.cumulative(scaled).diff(dim=-1) * heights).sum(dim=-1) / t
 
 
 def _by_quadrature(p: Profile, s: Tensor, q: Profile, t: Tensor) -> Tensor:
