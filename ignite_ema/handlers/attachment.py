@@ -79,6 +79,7 @@ class Attachment(RemovableEventHandle):
         super().__init__(event, self, engine)  # type: ignore[arg-type]  # a string works, too
         vars(self)["__qualname__"] = f"{type(owner).__name__}.update"  # profilers list it
         self.owner, self.names, self.is_attached = owner, names, True
+        self.names_in_words = " and ".join(f"'{name}'" for name in names)
         self._watches_steps = optimizer is not None
         same = [other for other in owner._attachments if other.names[0] == names[0]]  # on other engines
         self._steps_as = f"{names[0]} {len(same) + 1}" if same else names[0]
@@ -115,11 +116,6 @@ class Attachment(RemovableEventHandle):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
         """A copied engine calls the same handlers."""
         return self
-
-    @property
-    def names_in_words(self) -> str:
-        """The attributes, quoted."""
-        return " and ".join(f"'{name}'" for name in self.names)
 
     def call_at(self, engine: Engine, event: Event, function: Callable[..., object], *arguments: object) -> None:
         """Calls ``function`` with the engine at an event, until ``remove``."""

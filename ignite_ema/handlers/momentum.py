@@ -28,7 +28,7 @@ class Momentum:
             raise ValueError(f"momentum_warmup and warmup_iters should be given together or not at all, {got}.")
         self.passed = momentum  # or set since
         self.schedule: Schedule | None = momentum if callable(momentum) else None  # in force; None for a plain float
-        self.value = 1.0 if callable(momentum) else constant_of(momentum).momentum  # of a plain float, as last seen
+        self.value = 1.0 if callable(momentum) else constant_of(momentum).momentum  # as last used or set
         if momentum_warmup is not None and warmup_iters is not None:
             self.schedule = LinearWarmup(self.value, momentum_warmup, warmup_iters)
         self._is_restored = False  # whether a loaded value takes precedence over what an engine already has
@@ -44,12 +44,10 @@ class Momentum:
 
     def take(self, state: Any, name: str, n: int) -> float:
         """λ of the update after ``n`` updates, which ``state.<name>`` shows from now on, or has to be a momentum."""
-        if self.schedule is None:
-            self.value = checked_momentum(getattr(state, name, None), f"engine.state.{name}")
-            return self.value
-        momentum = scheduled(self.schedule, n)
-        setattr(state, name, momentum)
-        return momentum
+        if self.schedule is not None:
+            setattr(state, name, self.at(n))
+        self.value = checked_momentum(getattr(state, name, None), f"engine.state.{name}")
+        return self.value
 
     def set(self, value: float) -> None:
         """Sets another plain float."""

@@ -124,14 +124,14 @@ class PostHocEMA(EngineHandler):
         self.dirname = Path(dirname)
         on_first_rank(lambda: self.dirname.mkdir(parents=True, exist_ok=True))
         self._start_anew()
-        self._start_is_known = False
+        self._is_new = True  # neither loaded, reset nor prepared for a run since
 
     def _start_anew(self) -> None:
         """Begins a new run, at time 0 and without snapshots."""
         self.time = self._seen = 0  # the second counts samples
         self._run_id: str = on_first_rank(lambda: uuid4().hex)
         self._times: list[int] = []
-        self._is_prepared, self._start_is_known = False, True
+        self._is_prepared = self._is_new = False
 
     def __repr__(self) -> str:
         return one_line(
@@ -273,7 +273,7 @@ class PostHocEMA(EngineHandler):
             average.load_state_dict(state[stream])
         self._seen, self.time = state["samples_seen"], state["updated_at"]
         self._run_id, self._times = state["run_id"], list(state["snapshot_times"])
-        self._is_prepared, self._start_is_known = False, True
+        self._is_prepared = self._is_new = False
         self._stepped = set(state["optimizer_stepped"])
         self._show_momenta()
 
@@ -301,16 +301,15 @@ class PostHocEMA(EngineHandler):
         momenta = self._show_momenta()
         moved = [average.update(momentum) for average, momentum in zip(self.streams, momenta, strict=True)]
         if moved[0]:  # the others agree: they look at the same weights
-            self.time, self._start_is_known = self._next_time(), True
+            self.time = self._next_time()
         return moved[0]
 
     def _on_event(self, engine: Engine, attachment: Attachment) -> None:
         self._update()
 
     def _on_run_start(self, engine: Engine, attachment: Attachment) -> None:
-        if not self._start_is_known and attachment.first_iteration > 0:
+        if self._is_new and attachment.first_iteration > 0:
             warn_unrestored("its PostHocEMA", attachment.first_iteration, "the averages start anew", "posthoc_ema")
-        self._start_is_known = True
         self._prepare()
 
     def _on_run_end(self, engine: Engine, attachment: Attachment) -> None:
@@ -326,7 +325,7 @@ class PostHocEMA(EngineHandler):
         if bool(shared) and on_first_rank(lambda: read_frozen(self.dirname, self._run_id) is None):
             frozen = gathered(shared)
             on_first_rank(lambda: write_frozen(frozen, self._run_id, self.dirname))
-        self._is_prepared = True
+        self._is_prepared, self._is_new = True, False
 
     def _save(self, engine: Engine | None = None) -> Path | None:
         """Writes a snapshot; returns its path, on the first rank, or None if nothing has moved since the last one."""

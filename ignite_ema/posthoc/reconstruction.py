@@ -160,8 +160,7 @@ def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:
     The mean error of one rounded weight is 0.43 units of rounding. A linear combination amplifies it by the norm of its
     coefficients if that is above 1.
     """
-    types = {tensor.dtype for tensor in snapshot.averaged[0].values()}
-    coarsest = max(torch.finfo(dtype).eps for dtype in types)
+    coarsest = max(torch.finfo(tensor.dtype).eps for tensor in snapshot.averaged[0].values())
     return float(0.43 * coarsest / 2 * coefficients.norm().clamp(min=1))
 
 
