@@ -45,22 +45,15 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
 def _kind(wanted: str, accepts: Callable[[Any], bool]) -> dict[str, Any]:
     """The metadata of a field: what it should be, in words, and a function that tells whether a value is valid."""
     return {"wanted": wanted, "accepts": accepts}
 
 
-_MOMENTUM = _kind(
-    "a number in [0, 1], as the weight of the new weights (1 - decay)", lambda value: 0 <= _number(value) <= 1
-)
-_POSITIVE_MOMENTUM = _kind(
-    "a number in (0, 1], as the weight of the new weights (1 - decay)", lambda value: 0 < _number(value) <= 1
-)
-_COUNT = _kind("an integer of at least 1, as it counts updates", _is_count)
+_WEIGHT = "as the weight of the new weights (1 - decay)"
+_MOMENTUM = _kind(f"a number in [0, 1], {_WEIGHT}", lambda value: 0 <= _number(value) <= 1)
+_POSITIVE_MOMENTUM = _kind(f"a number in (0, 1], {_WEIGHT}", lambda value: 0 < _number(value) <= 1)
+_COUNT = _kind("an integer of at least 1", lambda value: isinstance(value, numbers.Integral) and _number(value) >= 1)
 _POSITIVE = _kind("a number above 0", lambda value: 0 < _number(value) < math.inf)
 _POSITIVE_OR_NONE = _kind("a number above 0", lambda value: value is None or 0 < _number(value) < math.inf)
 _SIGMA_REL = _kind(f"a number in (0, 1/√12 = {MAX_SIGMA_REL:.4f})", lambda value: 0 < _number(value) < MAX_SIGMA_REL)
@@ -80,11 +73,7 @@ class _Checked:
 
 @dataclass(frozen=True)
 class Constant(_Checked):
-    """λ(n) = momentum.
-
-    Args:
-        momentum: weight of the new weights, in [0, 1].
-    """
+    """λ(n) = momentum, in [0, 1]."""
 
     momentum: float = field(metadata=_MOMENTUM)
 
@@ -308,10 +297,6 @@ class Debiased(_Checked):
 class CopyUntil(_Checked):
     """λ = 1 for the first n updates, then the schedule from its update 1 on: the last copy is its update 0.
 
-    Args:
-        n: how many updates copy.
-        schedule: what follows the copies.
-
     As mmengine's averaged models do at the first update, and until ``begin_iter`` with ``EMAHook``.
     """
 
@@ -326,11 +311,8 @@ class CopyUntil(_Checked):
 class Rescaled(_Checked):
     """λ(n) = 1 - (1 - schedule(n)) ^ factor: one update that stands for ``factor`` updates of the schedule.
 
-    Args:
-        schedule: the schedule to rescale.
-        factor: for an update every ``factor`` iterations, or a batch ``factor`` times larger.
-
-    For ``Debiased(m)`` it is ``Debiased(1 - (1 - m) ** factor)``, which stays normalized.
+    Use it for an update every ``factor`` iterations, or a batch ``factor`` times larger. For ``Debiased(m)`` it is
+    ``Debiased(1 - (1 - m) ** factor)``, which stays normalized.
     """
 
     schedule: Schedule = field(metadata=_SCHEDULE)

@@ -8,7 +8,6 @@ from weakref import ref
 
 from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
 from ignite.engine.events import RemovableEventHandle, State
-from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -33,14 +32,11 @@ def attached_to(engine: Engine) -> list[Any]:
 
 
 class EngineHandler:
-    """What ``EMAHandler`` and ``PostHocEMA`` have in common: attachments to engines. A copy or a pickle has none.
-
-    Args:
-        average: an average, asked for the number of updates and whether the model is finite.
-    """
+    """What ``EMAHandler`` and ``PostHocEMA`` have in common: attachments to engines. A copy or a pickle has none."""
 
     def __init__(self, average: ModelAverage) -> None:
-        self._average = average
+        self.model = average.model
+        self._average = average  # the first, whose count and finite weights stand for those of all
         self._all_attachments: list[Attachment] = []
         self._stepped: set[str] = set()  # names of attachments whose optimizer has stepped since their last update
         self._told: set[str] = set()
@@ -72,50 +68,42 @@ class EngineHandler:
 
 
 class Attachment(RemovableEventHandle):
-    """Makes a handler update at an event, until it is removed; also a context manager.
+    """Makes a handler update at an event, while ``is_attached``: until ``remove()``. Also a context manager.
 
     Members of an ``EventsList`` that fire in the same iteration update once. A single event updates as often as it
-    fires. A run starts with its first iteration: whatever listens to ``STARTED`` has run by then.
-
-    Args:
-        owner: the handler; its ``_on_event``, ``_on_run_start`` and ``_on_run_end`` are called.
-        engine: the trainer; only a weak reference is kept.
-        names: the attributes of ``engine.state`` that the handler publishes. ``remove`` deletes those that are new.
-        event: when to update.
-        optimizer: an optimizer with step hooks: an event is skipped if it has not stepped since the last update.
-
-    Attributes:
-        is_attached: whether it still updates.
-        first_iteration: how many iterations the trainer had made when the run started.
-        updates: how many updates the run has made.
-        read_in: the last iteration in which the average was saved or evaluated before the update.
+    fires. A run starts with its first iteration: whatever listens to ``STARTED`` has run by then. It calls
+    ``_on_event``, ``_on_run_start`` and ``_on_run_end`` of its owner, and keeps only a weak reference to the engine.
     """
 
-    def __init__(
-        self, owner: Any, engine: Engine, names: tuple[str, ...], event: Event, optimizer: Optimizer | None
-    ) -> None:
+    def __init__(self, owner: Any, engine: Engine, names: tuple[str, ...], event: Event, optimizer: Any) -> None:
         super().__init__(event, self, engine)  # type: ignore[arg-type]  # a string works, too
         vars(self)["__qualname__"] = f"{type(owner).__name__}.update"  # profilers list it
         self.owner, self.names, self.is_attached = owner, names, True
+        self.names_in_words = " and ".join(f"'{name}'" for name in names)
         self._watches_steps = optimizer is not None
         same = [other for other in owner._attachments if other.names[0] == names[0]]  # on other engines
         self._steps_as = f"{names[0]} {len(same) + 1}" if same else names[0]
-        self.updates = self.first_iteration = self._left_out = self._idle = 0
-        self._last = (-1, 0)  # the iteration of the last update of the run, and the member of the event that made it
-        self.read_in: int | None = None
-        self._has_updated = self._has_begun = self._has_ended = False
+        self._has_updated = False
+        self._start_run(0)
         self._new_names = {name for name in names if not hasattr(engine.state, name)}
         self._members = _members_of(event, engine)
-        for index, member in enumerate(self._members):
-            engine.add_event_handler(member, self, index)
         self._undo = ExitStack()
-        self.call_at(engine, Events.STARTED, self._on_started)
+        if optimizer is not None:  # first, since it may not be an optimizer
+            self._undo.callback(_watch_steps(optimizer, self).remove)
+        for index, member in enumerate(self._members):
+            self.call_at(engine, member, self, index)
+        self.call_at(engine, Events.STARTED, lambda engine: self._start_run(engine.state.iteration))
         self.call_at(engine, Events.ITERATION_STARTED, self._on_iteration_started)
         self.call_at(engine, Events.TERMINATE | Events.COMPLETED, self._on_end)  # terminate() may skip the second
-        if optimizer is not None:
-            self._undo.callback(_watch_steps(optimizer, ref(self)).remove)
         attached_to(engine).append(self)
         owner._all_attachments = [*owner._attachments, self]
+
+    def _start_run(self, iteration: int) -> None:
+        self.first_iteration, self.updates = iteration, 0  # of the run
+        self._waited = self._idle = 0  # events without a step: before the last update of the run, and since then
+        self._last = (-1, 0)  # the iteration of the last update of the run, and the member of the event that made it
+        self._read_in = -1  # the last iteration in which the average was saved or evaluated before the update
+        self._has_begun = self._has_ended = False
 
     def __repr__(self) -> str:
         events = [str(getattr(member, "value", member)) for member in self._members]
@@ -129,14 +117,9 @@ class Attachment(RemovableEventHandle):
         """A copied engine calls the same handlers."""
         return self
 
-    @property
-    def names_in_words(self) -> str:
-        """The attributes, quoted."""
-        return " and ".join(f"'{name}'" for name in self.names)
-
-    def call_at(self, engine: Engine, event: Event, function: Callable[[Engine], object]) -> None:
-        """Calls ``function`` with the engine at another event, until ``remove``."""
-        self._undo.callback(engine.add_event_handler(event, function).remove)
+    def call_at(self, engine: Engine, event: Event, function: Callable[..., object], *arguments: object) -> None:
+        """Calls ``function`` with the engine at an event, until ``remove``."""
+        self._undo.callback(engine.add_event_handler(event, function, *arguments).remove)
 
     def remove(self) -> None:
         """Removes everything from the engine, including new attributes of its state; a second call does nothing."""
@@ -145,7 +128,6 @@ class Attachment(RemovableEventHandle):
         if not self.is_attached or engine is None:
             return
         self.is_attached = False
-        super().remove()
         attached_to(engine).remove(self)
         self.owner._all_attachments.remove(self)
         self.owner._stepped.discard(self._steps_as)
@@ -155,56 +137,42 @@ class Attachment(RemovableEventHandle):
     def note_reading(self, by_step: bool) -> None:
         """Notes that the average is being saved or evaluated, unless before or in a step, or after an update.
 
-        Args:
-            by_step: whether it may be a step that uses the average. A step may fire events of the user's own.
+        ``by_step``: it may be a step that uses the average. A step may fire events of the user's own.
         """
         engine: Any = self.engine()
         event, iteration = engine.last_event_name, engine.state.iteration
         in_step = by_step and not isinstance(event, Events) and event not in self._members
         if event not in _BEFORE_STEP and not in_step and self._last[0] != iteration:
-            self.read_in = iteration
+            self._read_in = iteration
 
     def __call__(self, engine: Engine, member: int) -> None:
         """Updates, unless the event does not count."""
         if not self.is_attached:  # removed by an earlier handler of this very event
             return
         if self._watches_steps and self._steps_as not in self.owner._stepped:
-            self._left_out += 1
             self._idle += 1
             return
         iteration = engine.state.iteration
         if self._last[0] == iteration and self._last[1] != member:
             return
-        if self.read_in == iteration:
+        if self._read_in == iteration:
             self.owner._tell_once(
                 f"late {self.names}",
                 f"The average of {self.names_in_words} was saved or evaluated in iteration {iteration} before the "
-                "update of this iteration, and a run that resumes from what was saved loses the update. Attach the "
-                "handler before whatever saves or evaluates it, at the same event or an earlier one.",
+                "update of this iteration, which a run that resumes from it loses. Attach the handler before whatever "
+                "saves or evaluates it, at the same event or an earlier one.",
             )
-        if not (engine.should_terminate and self._is_broken()):
+        # TerminateOnNan only sets a flag, and its event still updates
+        broken = self.owner._average.first_nonfinite() if engine.should_terminate else None
+        if broken is None:
             self.owner._on_event(engine, self)
+        else:
+            warn_user(f"{broken} holds a NaN or an infinity while the run is being terminated, and was not averaged.")
         self._last = iteration, member
         self.updates += 1
-        self._idle = 0
+        self._waited, self._idle = self._waited + self._idle, 0
         self._has_updated = True
         self.owner._stepped.discard(self._steps_as)
-
-    def _is_broken(self) -> bool:
-        """Whether a weight is not finite: ``TerminateOnNan`` only sets a flag, and its event still updates."""
-        name = self.owner._average.first_nonfinite()
-        if name is not None:
-            warn_user(
-                f"{name} holds a NaN or an infinity while the run is being terminated, and the average was left as it "
-                "was."
-            )
-        return name is not None
-
-    def _on_started(self, engine: Engine) -> None:
-        self._last, self.read_in = (-1, 0), None  # a new run may count from 1 again
-        self.first_iteration, self.updates = engine.state.iteration, 0
-        self._left_out = self._idle = 0  # events without a step, in the run and since its last update
-        self._has_begun = self._has_ended = False
 
     def _on_iteration_started(self, engine: Engine) -> None:
         if not self._has_begun:
@@ -216,20 +184,19 @@ class Attachment(RemovableEventHandle):
             return
         self._has_ended = True
         iterations = engine.state.iteration - self.first_iteration
+        usual: float = math.inf if self._has_updated else 0  # events from one update to the next
+        if self.updates:
+            usual = (self.updates + self._waited) / self.updates
         fault = None
-        # Events from one update to the next, before the optimizer may have stopped.
-        usual = (self.updates + self._left_out - self._idle) / self.updates if self.updates else math.inf
-        if self._idle > 2 * usual or (self._idle and not self._has_updated):
+        if self._idle > 2 * usual:
             fault = (
                 f"The optimizer of {self.names_in_words} should have stepped in this run, but the last "
-                f"{counted(self._idle, 'event')} passed without a step, and the average did not move. Attach with "
-                "the optimizer that trains."
+                f"{counted(self._idle, 'event')} passed without a step. Attach with the optimizer that trains."
             )
-        elif not self._idle and not self._has_updated and not self.owner._average.num_updates:
+        elif not self._idle and not self._has_updated and not self.owner.num_updates:
             fault = (
                 f"The run of {counted(iterations, 'iteration')} should have updated the average of "
-                f"{self.names_in_words}, but its event never fired. Attach the handler with an event that this run "
-                "fires."
+                f"{self.names_in_words}, but its event never fired. Attach with an event that this run fires."
             )
         if fault is not None and iterations and not engine.should_terminate:
             self.owner._tell_once(f"no update {self.names}", fault)
@@ -255,9 +222,8 @@ def check_attachable(owner: object, engine: Engine, names: Iterable[str], *event
         _members_of(event, engine)
     for name in names:
         if not isinstance(name, str) or not name:
-            got = type(name).__name__
             raise TypeError(
-                f"name should be a name such as 'ema_momentum', got {got}; an optimizer goes to optimizer=."
+                f"name should be text like 'ema_momentum', got {type(name).__name__}; an optimizer goes to optimizer=."
             )
         if hasattr(State(), name):
             raise ValueError(
@@ -278,16 +244,11 @@ def _members_of(event: Event, engine: Engine) -> "list[str | CallableEventWithFi
     return members
 
 
-def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
-    """The optimizer to watch, without wrappers that have it as ``.optimizer`` (Accelerate, Lookahead) or the like.
+def _watch_steps(optimizer: Any, attachment: Attachment) -> RemovableHandle:
+    """Notes the steps of an optimizer, or of the one that it wraps as ``.optimizer`` (as Accelerate does) or the like.
 
-    Warns if it trains another model.
-
-    Raises:
-        TypeError: unless it is an optimizer or None.
+    Warns if it trains another model; raises TypeError unless it is an optimizer.
     """
-    if optimizer is None:
-        return None
     found = optimizer
     # SAM also takes hooks, but steps by other methods.
     while hasattr(found, "base_optimizer") or not _takes_hooks(found):
@@ -298,6 +259,7 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
                 "optimizer should be a torch.optim.Optimizer, or have one as .optimizer, got "
                 f"{type(optimizer).__name__}. Pass the one that trains."
             )
+    model = attachment.owner.model
     reshard(fsdp_modules(model))  # else it may have the gathered parameters, which no optimizer has
     parameters = {id(parameter) for parameter in parameters_of(model)}
     if not any(id(parameter) in parameters for group in found.param_groups for parameter in group["params"]):
@@ -305,8 +267,16 @@ def optimizer_with_hooks(optimizer: Any, model: nn.Module) -> Optimizer | None:
             "optimizer should train parameters of the model that is averaged, but has none of them. Pass the one that "
             "trains this model."
         )
-    wrapped: Optimizer = found
-    return wrapped
+    watching = ref(attachment)  # the optimizer may outlive it
+
+    def note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A GradScaler always calls a fused optimizer, which skips the step itself unless this is 0.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if (alive := watching()) is not None and (found_inf is None or not found_inf.item()):
+            alive.owner._stepped.add(alive._steps_as)
+
+    handle: RemovableHandle = found.register_step_post_hook(note_step)
+    return handle
 
 
 def _takes_hooks(optimizer: Any) -> bool:
@@ -316,15 +286,3 @@ def _takes_hooks(optimizer: Any) -> bool:
     except (AttributeError, TypeError):
         return False
     return True
-
-
-def _watch_steps(optimizer: Optimizer, attachment: "ref[Attachment]") -> RemovableHandle:
-    """Notes the steps of an optimizer; it may outlive the attachment."""
-
-    def note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # A GradScaler always calls a fused optimizer, which skips the step itself unless this is 0.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if (watching := attachment()) is not None and (found_inf is None or not found_inf.item()):
-            watching.owner._stepped.add(watching._steps_as)
-
-    return optimizer.register_step_post_hook(note_step)

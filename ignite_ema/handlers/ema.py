@@ -24,7 +24,7 @@ from ..averaging.swap import Swapped
 from ..checkpoints.formats import Names
 from ..checkpoints.reading import Source, read_part
 from ..schedules import Schedule
-from .attachment import Attachment, EngineHandler, Event, check_attachable, optimizer_with_hooks
+from .attachment import Attachment, EngineHandler, Event, check_attachable
 from .evaluation import EvaluationSwap
 from .guidance import Guidance
 from .momentum import Momentum
@@ -52,9 +52,8 @@ class EMAHandler(EngineHandler):
         model: the online model, alone or inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``.
         momentum: λ, a float in (0, 1], or a schedule: a callable from the number of updates already made (0 at the
             first update) to λ in [0, 1], such as those of :mod:`ignite_ema.schedules`.
-        momentum_warmup: λ of the first update, in [0, 1], from which it goes linearly to ``momentum``; needs
-            ``warmup_iters``.
-        warmup_iters: the number of updates over which λ goes linearly to ``momentum``.
+        momentum_warmup: λ of the first update, in [0, 1].
+        warmup_iters: the number of updates over which λ goes linearly from ``momentum_warmup`` to ``momentum``.
         handle_buffers: "copy", "update", "statistics", "ema_train", or a mapping from name patterns to "copy", "update"
             or "keep": what an update does with buffers; see :class:`~ignite_ema.ModelAverage`.
         ema_model: your own twin, with the structure of ``model``, for models that cannot be deep-copied.
@@ -64,9 +63,14 @@ class EMAHandler(EngineHandler):
         skip_nonfinite: leave the average alone if an update would bring a NaN or an infinity into it.
         stochastic_rounding: let small updates move an average in bfloat16 or float16.
 
+    Attributes:
+        model: the online model, without wrappers.
+        ema_model: the averaged twin, in eval mode; in train mode under "ema_train".
+        handle_buffers: what was passed.
+        average: the :class:`~ignite_ema.ModelAverage` that the handler drives.
+
     Raises:
-        TypeError, ValueError, RuntimeError: for an argument of the wrong type or value, or a model that cannot be
-            averaged, as :class:`~ignite_ema.ModelAverage` does.
+        TypeError, ValueError, RuntimeError: for a wrong argument, or a model that cannot be averaged.
 
     Examples:
         >>> import torch
@@ -102,12 +106,10 @@ class EMAHandler(EngineHandler):
             way_out = f"; a momentum is 1 - decay: pass momentum={1 - value:g}" if is_decay else ""
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{way_out}.")
         self._momentum = Momentum(momentum, momentum_warmup, warmup_iters)
-        schedule = self._momentum.schedule
-        #: The :class:`~ignite_ema.ModelAverage` that the handler drives.
         self.average = ModelAverage(
             model,
             handle_buffers,
-            momentum=momentum if schedule is None else schedule,
+            momentum=self._momentum.schedule or momentum,
             ema_model=ema_model,
             dtype=dtype,
             device=device,
@@ -116,6 +118,7 @@ class EMAHandler(EngineHandler):
             stochastic_rounding=stochastic_rounding,
         )
         super().__init__(self.average)
+        self.ema_model, self.handle_buffers = self.average.module, self.average.handle_buffers
         self._guidance = Guidance(self.average, self._momentum)
 
     def __repr__(self) -> str:
@@ -126,21 +129,6 @@ class EMAHandler(EngineHandler):
             lambda: counted(self.num_updates, "update"),
             lambda: " and ".join(f"attached to an Engine as {one.names_in_words}" for one in self._attachments),
         )
-
-    @property
-    def model(self) -> nn.Module:
-        """The online model, without wrappers."""
-        return self.average.model
-
-    @property
-    def ema_model(self) -> nn.Module:
-        """The averaged twin, in eval mode; in train mode under "ema_train"."""
-        return self.average.module
-
-    @property
-    def handle_buffers(self) -> BufferPolicy:
-        """What was passed."""
-        return self.average.handle_buffers
 
     @property
     def momentum_scheduler(self) -> Schedule | None:
@@ -209,14 +197,12 @@ class EMAHandler(EngineHandler):
                 gradients that accumulate over several iterations, and a ``GradScaler`` that skips steps.
 
         Raises:
-            TypeError, ValueError: if the engine uses the name itself, its value is not a momentum, or the engine
-                cannot fire the event.
-            RuntimeError: if this handler is attached to this engine already.
+            TypeError, ValueError, RuntimeError: if an argument is wrong, the attribute exists and is not a momentum, or
+                this handler is attached to the engine already.
         """
         check_attachable(self, engine, [name], event)
-        steps = optimizer_with_hooks(optimizer, self.model)
         first = self._momentum.first(engine.state, name, self.num_updates, warn_if_exists)
-        attachment = Attachment(self, engine, (name,), event, steps)
+        attachment = Attachment(self, engine, (name,), event, optimizer)
         setattr(engine.state, name, first)
         if self.handle_buffers == "ema_train":  # an evaluator may have left it in eval mode
             attachment.call_at(engine, Events.ITERATION_STARTED, lambda _: self.ema_model.train())
@@ -236,8 +222,7 @@ class EMAHandler(EngineHandler):
                 The model gets its own buffers back with its weights.
 
         Raises:
-            TypeError: if ``evaluator`` is not an engine.
-            RuntimeError: if this handler is attached to it already.
+            TypeError, RuntimeError: if ``evaluator`` is not an engine, or this handler is attached to it already.
         """
         return EvaluationSwap(self, evaluator, sync_buffers)
 
@@ -270,9 +255,6 @@ class EMAHandler(EngineHandler):
 
         A schedule resumes at the saved count, a plain momentum at its value when it was saved. If the saved handler had
         another momentum, this handler keeps its own and warns.
-
-        Args:
-            state: what :meth:`state_dict` gave.
 
         Raises:
             TypeError, ValueError: if an entry is wrong or of another model; nothing is loaded then.

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 from ignite.engine import Engine, Events
-from ignite.engine.events import State
+from ignite.engine.events import RemovableEventHandle, State
 
 from ..averaging.checks import check_flags, one_line, warn_user
 from ..averaging.sharding import broadcast_buffers
@@ -12,19 +12,11 @@ from ..averaging.swap import Swapped
 from .attachment import attached_to, check_not_attached
 
 
-class EvaluationSwap:
-    """Puts each ``run()`` of an engine inside ``owner.swapped()``, until it is removed; also a context manager.
+class EvaluationSwap(RemovableEventHandle):
+    """Puts each ``run()`` of an engine inside ``owner.swapped()``, while ``is_attached``. Also a context manager.
 
     It wraps the run itself, because no set of events covers every end of a run: listening to ``EXCEPTION_RAISED`` would
     swallow the exception, and an interrupted run fires no ``COMPLETED``.
-
-    Args:
-        owner: the handler that swaps.
-        engine: the evaluator.
-        sync_buffers: whether all ranks use the first rank's buffers.
-
-    Attributes:
-        is_attached: whether it still swaps.
     """
 
     names = ()  # of attributes of engine.state, which an Attachment has
@@ -33,13 +25,14 @@ class EvaluationSwap:
     def __init__(self, owner: Any, engine: Engine, sync_buffers: bool) -> None:
         check_not_attached(owner, engine, "evaluator")
         check_flags(sync_buffers=sync_buffers)
+        super().__init__(Events.ITERATION_STARTED, self, engine)
         self.owner, self.is_attached = owner, True
         self._buffers_from = broadcast_buffers if sync_buffers else None
         self._swap: Swapped | None = None
         self._engine, self._inner = engine, engine.run
         self._inner_is_own = "run" in vars(engine)  # something else has wrapped it before
         engine.run = self._run  # type: ignore[method-assign]
-        self._handle = engine.add_event_handler(Events.ITERATION_STARTED, self._check_start)
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
         attached_to(engine).append(self)
 
     def __repr__(self) -> str:
@@ -62,19 +55,13 @@ class EvaluationSwap:
         if not self.is_attached:
             return
         self.is_attached = False
-        self._handle.remove()
+        super().remove()
         attached_to(self._engine).remove(self)
         if not self._is_outermost():
             return  # something has wrapped it again; this layer passes through from here on
         del self._engine.run
         if self._inner_is_own:
             self._engine.run = self._inner  # type: ignore[method-assign]
-
-    def __enter__(self) -> "EvaluationSwap":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
     def _is_outermost(self) -> bool:
         return bool(vars(self._engine).get("run") == self._run)
@@ -92,11 +79,10 @@ class EvaluationSwap:
         with self._swap:
             return self._inner(*args, **kwargs)
 
-    def _check_start(self, engine: Engine) -> None:
+    def __call__(self, engine: Engine) -> None:
         """Raises RuntimeError if the run does not go through the wrapper, and has the model's own weights."""
         if self.is_attached and (self._swap is None or not self._swap.is_active):
             raise RuntimeError(
-                "The evaluator should be started as evaluator.run(...) after swap_during() was called, but this run "
-                "began before that, or through a reference to run taken before, and has the model's own weights. Call "
-                "swap_during() first."
+                "The evaluator should be started as evaluator.run(...) after swap_during(), but this run began before "
+                "it, or through an older reference to run, and has the model's own weights. Call swap_during() first."
             )

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..averaging.average import ModelAverage
 from ..averaging.checks import counted, final_momentum, percentage, warn_first_rank, warn_user
@@ -27,12 +27,7 @@ def warn_unrestored(what: str, iteration: int, lost: str, handler: str) -> None:
 class Guidance:
     """Warns of an average that starts from the wrong weights, or has hardly moved by the end of a run.
 
-    Args:
-        average: the average.
-        momentum: the momentum of the handler.
-
-    Attributes:
-        start_is_known: whether the average starts where it should: it was restored or set, or has moved.
+    ``start_is_known`` says that the average starts where it should: it was restored or set, or has moved.
     """
 
     def __init__(self, average: ModelAverage, momentum: Momentum) -> None:
@@ -43,15 +38,15 @@ class Guidance:
 
     def start_here(self) -> None:
         """Notes that the average was reset to the model: from here on, only weights loaded later cause a warning."""
-        self._norms_at_start = norms(self._parameters())
-        self.start_is_known, self._was_reset, self._said_broken = False, True, False
+        self._norms_at_start = self._norms()
+        self.start_is_known, self._was_reset, self._says_broken = False, True, True
 
     def check_start(self, name: str, iteration: int) -> None:
         """Warns if a run resumes with a handler that was not restored, or starts from other weights."""
         if self.start_is_known:
             return
         self.start_is_known = True
-        is_untouched = norms(self._parameters()) == self._norms_at_start
+        is_untouched = self._norms() == self._norms_at_start
         is_stale = is_untouched and self._differs_from_model()  # reset() was forgotten
         if not is_untouched:  # the weights came from elsewhere, so the share says nothing
             self._says_share = False
@@ -69,13 +64,15 @@ class Guidance:
     def check_end(self, name: str) -> None:
         """Warns, after a run with updates, if the average holds a NaN or is still mostly its starting weights."""
         average = self._average
-        if average.num_updates and not self._said_broken and any(map(math.isnan, norms(self._parameters()))):
-            self._said_broken = True
+        if not average.num_updates:  # all were skipped
+            return
+        if self._says_broken and any(map(math.isnan, self._norms())):
+            self._says_broken = False
             warn_user(
                 f"The average of '{name}' holds a NaN, which an update has brought in. Resume from a checkpoint before "
                 "it, and pass skip_nonfinite=True."
             )
-        if not average.num_updates or not average.initial_share > _TOO_MUCH or not self._says_share:  # NaN: unknown
+        if not average.initial_share > _TOO_MUCH or not self._says_share:  # NaN: unknown
             return
         self._says_share = False
         schedule, last = self._momentum.schedule, self._momentum.at(average.num_updates - 1)
@@ -90,6 +87,9 @@ class Guidance:
             f"{way_out}."
         )
 
+    def _norms(self) -> list[float]:
+        return norms([local(parameter).detach() for parameter in parameters_of(self._average.module)])
+
     def _differs_from_model(self) -> bool:
         online = tensors_of(self._average.model)
         return any(
@@ -97,6 +97,3 @@ class Guidance:
             and not torch.equal(local(online[name]).detach().to(local(averaged)), local(averaged))
             for name, averaged in self._average.averaged_tensors().items()
         )
-
-    def _parameters(self) -> list[Tensor]:
-        return [local(parameter).detach() for parameter in parameters_of(self._average.module)]

@@ -13,19 +13,6 @@ class Momentum:
 
     A schedule is written at each update. A plain float is shown once, and read at each update: a user or a
     ``StateParamScheduler`` may drive it there.
-
-    Args:
-        momentum: what the user passed: a float or a schedule.
-        momentum_warmup: λ of the first update, or None.
-        warmup_iters: the number of updates from there to ``momentum``, or None.
-
-    Attributes:
-        passed: what the user passed.
-        schedule: the schedule in force, None for a plain float.
-        value: a plain float, as last seen or set.
-
-    Raises:
-        TypeError, ValueError: naming the argument that is wrong.
     """
 
     def __init__(self, momentum: float | Schedule, momentum_warmup: float | None, warmup_iters: int | None) -> None:
@@ -39,9 +26,9 @@ class Momentum:
             raise ValueError(f"momentum_warmup and warmup_iters should be None if momentum is a schedule, {got}.")
         if (momentum_warmup is None) != (warmup_iters is None):
             raise ValueError(f"momentum_warmup and warmup_iters should be given together or not at all, {got}.")
-        self.passed = momentum
-        self.schedule: Schedule | None = momentum if callable(momentum) else None
-        self.value = 1.0 if callable(momentum) else constant_of(momentum).momentum
+        self.passed = momentum  # or set since
+        self.schedule: Schedule | None = momentum if callable(momentum) else None  # in force; None for a plain float
+        self.value = 1.0 if callable(momentum) else constant_of(momentum).momentum  # as last used or set
         if momentum_warmup is not None and warmup_iters is not None:
             self.schedule = LinearWarmup(self.value, momentum_warmup, warmup_iters)
         self._is_restored = False  # whether a loaded value takes precedence over what an engine already has
@@ -56,17 +43,11 @@ class Momentum:
         return self.value if self.schedule is None else scheduled(self.schedule, n)
 
     def take(self, state: Any, name: str, n: int) -> float:
-        """λ of the update after ``n`` updates, which ``state.<name>`` shows from now on.
-
-        Raises:
-            TypeError, ValueError: naming the attribute, if it is not a momentum.
-        """
-        if self.schedule is None:
-            self.value = checked_momentum(getattr(state, name, None), f"engine.state.{name}")
-            return self.value
-        momentum = scheduled(self.schedule, n)
-        setattr(state, name, momentum)
-        return momentum
+        """λ of the update after ``n`` updates, which ``state.<name>`` shows from now on, or has to be a momentum."""
+        if self.schedule is not None:
+            setattr(state, name, self.at(n))
+        self.value = checked_momentum(getattr(state, name, None), f"engine.state.{name}")
+        return self.value
 
     def set(self, value: float) -> None:
         """Sets another plain float."""
@@ -77,11 +58,7 @@ class Momentum:
         self.value, self._is_restored = value, True
 
     def first(self, state: Any, name: str, n: int, warns: bool) -> float:
-        """The value for ``state.<name>`` after ``n`` updates, before the next; warns if the attribute exists.
-
-        Raises:
-            TypeError, ValueError: if a plain float would go on from a value that is not a momentum.
-        """
+        """The value for ``state.<name>`` after ``n`` updates, before the next; warns if the attribute exists."""
         there = getattr(state, name, None)  # also None if a StateParamScheduler has made it and has not run yet
         goes_on = self.schedule is None and not self._is_restored and there is not None
         momentum = checked_momentum(there, f"engine.state.{name}") if goes_on else self.at(n)

@@ -18,7 +18,7 @@ from ..averaging.sharding import is_first_rank, on_first_rank
 from ..averaging.state import check_average_state
 from ..posthoc.snapshots import StoredSnapshot, gathered, prepare, read_frozen, to_store, write, write_frozen
 from ..schedules import PowerFunction
-from .attachment import Attachment, EngineHandler, Event, check_attachable, optimizer_with_hooks
+from .attachment import Attachment, EngineHandler, Event, check_attachable
 from .guidance import warn_unrestored
 
 _VERSION = 3
@@ -48,11 +48,8 @@ class PostHocEMA(EngineHandler):
             off by that, times the norm of the coefficients if it is above 1: with 64 snapshots 2.3 for a width of 0.04,
             and 17 for 0.02.
         ema_models: your own twins, one for each width, for models that cannot be deep-copied.
-        dtype: the type of the averages of floating-point tensors. None: the type of each tensor.
-        device: where the twins live. None: where the model's tensors are.
+        dtype, device, skip_nonfinite, stochastic_rounding: as for :class:`~ignite_ema.ModelAverage`.
         share_frozen: share the parameters that do not require gradients with the model; they are stored once for a run.
-        skip_nonfinite: leave the averages alone if an update would bring a NaN or an infinity into them.
-        stochastic_rounding: let small updates move averages in bfloat16 or float16.
 
     Attributes:
         model: the online model, without wrappers.
@@ -121,21 +118,20 @@ class PostHocEMA(EngineHandler):
             for schedule, twin in zip(schedules, twins, strict=True)
         )
         super().__init__(self.streams[0])
-        self.model = self.streams[0].model
         self._samples: Any = samples
         self._dtype = snapshot_dtype
         self._exponents = [schedule.gamma + 1 for schedule in schedules]
         self.dirname = Path(dirname)
         on_first_rank(lambda: self.dirname.mkdir(parents=True, exist_ok=True))
         self._start_anew()
-        self._start_is_known = False
+        self._is_new = True  # neither loaded, reset nor prepared for a run since
 
     def _start_anew(self) -> None:
         """Begins a new run, at time 0 and without snapshots."""
         self.time = self._seen = 0  # the second counts samples
         self._run_id: str = on_first_rank(lambda: uuid4().hex)
         self._times: list[int] = []
-        self._is_prepared, self._start_is_known = False, True
+        self._is_prepared = self._is_new = False
 
     def __repr__(self) -> str:
         return one_line(
@@ -148,7 +144,7 @@ class PostHocEMA(EngineHandler):
     @property
     def num_updates(self) -> int:
         """The number of updates made so far."""
-        return self.streams[0].num_updates
+        return self._average.num_updates
 
     def update(self, samples: int | None = None) -> bool:
         """Updates all averages, in a loop without an engine; call :meth:`save` from time to time.
@@ -198,13 +194,12 @@ class PostHocEMA(EngineHandler):
         check_attachable(self, engine, [name, *names], event, snapshot_event)
         if self._samples is True:
             raise TypeError(f"samples should be a function of the engine, got True; pass one such as {_SAMPLES}.")
-        steps = optimizer_with_hooks(optimizer, self.model)
         if taken := [taken for taken in names if hasattr(engine.state, taken)]:
             warn_user(
                 f"Attribute '{taken[0]}' already exists in Engine.state, made by another handler or loaded with the "
                 "engine, and is overwritten. Choose another name."
             )
-        attachment = Attachment(self, engine, names, event, steps)
+        attachment = Attachment(self, engine, names, event, optimizer)
         if self.time_unit == "samples":
             attachment.call_at(engine, Events.ITERATION_STARTED, self._count_batch)
         attachment.call_at(engine, snapshot_event, self._save)
@@ -218,7 +213,7 @@ class PostHocEMA(EngineHandler):
             OSError, ValueError: on all ranks, if it cannot be written, a weight is beyond the range of the snapshots'
                 type, or the directory has snapshots of another run.
         """
-        return self._write(0, 0)
+        return self._save()
 
     def reset(self) -> None:
         """Starts over: averages equal the model, and time is 0. The next run needs a directory without snapshots."""
@@ -250,19 +245,35 @@ class PostHocEMA(EngineHandler):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes from a :meth:`state_dict`, before or after ``attach``.
 
-        Args:
-            state: what :meth:`state_dict` gave.
-
         Raises:
             TypeError, ValueError: if an entry is wrong, or is of another model, other widths or another unit of time;
                 nothing is loaded then.
         """
-        _check_state(state, self._plain_state(), len(self.streams))
-        for index, average in enumerate(self.streams):
-            average.load_state_dict(state[f"stream_{index}"])
+        own = self._plain_state()
+        for key in ("ignite_ema_posthoc_version", "sigma_rels", "time_unit"):
+            if isinstance(state, Mapping) and key in state and state[key] != own[key]:
+                raise ValueError(
+                    f"{key!r} of the state should be {own[key]!r}, got {state[key]!r}; make the PostHocEMA as it was "
+                    "made when the state was saved."
+                )
+        streams = [f"stream_{index}" for index in range(len(self.streams))]
+        kinds: dict[str, Any] = {key: type(value) for key, value in own.items()}
+        check_saved_mapping(state, kinds | dict.fromkeys(streams, Mapping), "a PostHocEMA")
+        forms = []
+        for stream in streams:
+            check_average_state(state[stream])
+            shapes = {name: getattr(one, "shape", None) for name, one in state[stream]["averaged_tensors"].items()}
+            forms.append((state[stream]["num_updates"], shapes))
+        if any(form != forms[0] for form in forms):  # else one would be loaded before the next is refused
+            raise ValueError(
+                "The averages of the state should be of one model and one number of updates, got others; load what "
+                "state_dict() gave, unchanged."
+            )
+        for stream, average in zip(streams, self.streams, strict=True):
+            average.load_state_dict(state[stream])
         self._seen, self.time = state["samples_seen"], state["updated_at"]
         self._run_id, self._times = state["run_id"], list(state["snapshot_times"])
-        self._is_prepared, self._start_is_known = False, True
+        self._is_prepared = self._is_new = False
         self._stepped = set(state["optimizer_stepped"])
         self._show_momenta()
 
@@ -271,16 +282,17 @@ class PostHocEMA(EngineHandler):
             raise ValueError(f"{what} the number of samples in the batch, an integer of at least 1, got {samples!r}.")
         self._seen += samples
 
+    def _count_batch(self, engine: Engine) -> None:
+        self._count(self._samples(engine), "samples should return")
+
     def _next_time(self) -> int:
         return max(self._seen, self.time + 1)  # each batch has at least one sample
 
     def _show_momenta(self) -> list[float]:
         """Shows each average's next λ on the engines: from time t to t' it is 1 - (t / t') ^ (γ + 1)."""
-        momenta = [1.0] * len(self.streams)
-        if self.time > 0:
-            then = self._next_time()
-            step = math.log1p((self.time - then) / then)
-            momenta = [-math.expm1(exponent * step) for exponent in self._exponents]
+        then = self._next_time()
+        step = math.log1p((self.time - then) / then) if self.time else -math.inf
+        momenta = [-math.expm1(exponent * step) for exponent in self._exponents]
         self._publish(*momenta)
         return momenta
 
@@ -289,47 +301,39 @@ class PostHocEMA(EngineHandler):
         momenta = self._show_momenta()
         moved = [average.update(momentum) for average, momentum in zip(self.streams, momenta, strict=True)]
         if moved[0]:  # the others agree: they look at the same weights
-            self.time, self._start_is_known = self._next_time(), True
+            self.time = self._next_time()
         return moved[0]
 
     def _on_event(self, engine: Engine, attachment: Attachment) -> None:
         self._update()
 
     def _on_run_start(self, engine: Engine, attachment: Attachment) -> None:
-        if not self._start_is_known and attachment.first_iteration > 0:
+        if self._is_new and attachment.first_iteration > 0:
             warn_unrestored("its PostHocEMA", attachment.first_iteration, "the averages start anew", "posthoc_ema")
-        self._start_is_known = True
         self._prepare()
 
     def _on_run_end(self, engine: Engine, attachment: Attachment) -> None:
         if not engine.should_terminate:  # so that a stopped and resumed run writes the same snapshots
             self._save(engine)
 
-    def _count_batch(self, engine: Engine) -> None:
-        self._count(self._samples(engine), "samples should return")
-
-    def _save(self, engine: Engine) -> None:
-        self._write(engine.state.iteration, engine.state.epoch)
-
     def _prepare(self) -> None:
         """Once for each run or loaded state: makes sure that the directory has only the past of this run."""
         if self._is_prepared:
             return
         self._times = on_first_rank(lambda: prepare(self.dirname, self._run_id, self.time, self._times))
-        shared = self.streams[0].shared_tensors()
+        shared = self._average.shared_tensors()
         if bool(shared) and on_first_rank(lambda: read_frozen(self.dirname, self._run_id) is None):
             frozen = gathered(shared)
             on_first_rank(lambda: write_frozen(frozen, self._run_id, self.dirname))
-        self._is_prepared = True
+        self._is_prepared, self._is_new = True, False
 
-    def _write(self, iteration: int, epoch: int) -> Path | None:
+    def _save(self, engine: Engine | None = None) -> Path | None:
         """Writes a snapshot; returns its path, on the first rank, or None if nothing has moved since the last one."""
         if not self.time:
             return None
         self._prepare()
         if self.time in self._times[-1:]:
             return None
-        first = self.streams[0]
         whole = [gathered(average.averaged_tensors()) for average in self.streams]
 
         def written() -> Path:
@@ -338,13 +342,13 @@ class PostHocEMA(EngineHandler):
                 time=self.time,
                 time_unit=self.time_unit,
                 num_updates=self.num_updates,
-                iteration=iteration,
-                epoch=epoch,
+                iteration=0 if engine is None else engine.state.iteration,
+                epoch=0 if engine is None else engine.state.epoch,
                 sigma_rels=list(self.sigma_rels),
                 averaged=[averaged for averaged, _ in contents],
                 copied=contents[0][1],
-                state_dict_names=first.state_dict()["state_dict_names"],
-                frozen_shapes={name: list(tensor.shape) for name, tensor in first.shared_tensors().items()},
+                state_dict_names=self._average.state_dict()["state_dict_names"],
+                frozen_shapes={name: list(tensor.shape) for name, tensor in self._average.shared_tensors().items()},
                 run_id=self._run_id,
             )
             return write(snapshot, self.dirname)
@@ -354,13 +358,7 @@ class PostHocEMA(EngineHandler):
         return path if is_first_rank() else None
 
 
-def _check_options(
-    sigma_rels: object,
-    handle_buffers: BufferPolicy,
-    samples: object,
-    snapshot_dtype: torch.dtype,
-    ema_models: Sequence[nn.Module] | None,
-) -> None:
+def _check_options(sigma_rels: Any, handle_buffers: Any, samples: Any, snapshot_dtype: Any, ema_models: Any) -> None:
     if not isinstance(sigma_rels, Sequence) or not sigma_rels or len(set(sigma_rels)) < len(sigma_rels):
         raise ValueError(f"sigma_rels should be different widths such as (0.05, 0.10), got {sigma_rels!r}.")
     if handle_buffers == "ema_train":
@@ -374,26 +372,3 @@ def _check_options(
         raise ValueError(f"snapshot_dtype should be one of {', '.join(map(str, _DTYPES))}, got {snapshot_dtype!r}.")
     if ema_models is not None and not len(set(map(id, ema_models))) == len(ema_models) == len(sigma_rels):
         raise ValueError(f"ema_models should be {len(sigma_rels)} different modules, one for each width, got others.")
-
-
-def _check_state(state: Mapping[str, Any], own: Mapping[str, Any], num_streams: int) -> None:
-    """Raises TypeError or ValueError, naming the entry, unless ``state`` may be loaded in place of ``own``."""
-    for key in ("ignite_ema_posthoc_version", "sigma_rels", "time_unit"):
-        if isinstance(state, Mapping) and key in state and state[key] != own[key]:
-            raise ValueError(
-                f"{key!r} of the state should be {own[key]!r}, got {state[key]!r}; make the PostHocEMA as it was made "
-                "when the state was saved."
-            )
-    streams = [f"stream_{index}" for index in range(num_streams)]
-    kinds: dict[str, Any] = {key: type(value) for key, value in own.items()}
-    check_saved_mapping(state, kinds | dict.fromkeys(streams, Mapping), "a PostHocEMA")
-    forms = []
-    for stream in streams:
-        check_average_state(state[stream])
-        shapes = {name: getattr(one, "shape", None) for name, one in state[stream]["averaged_tensors"].items()}
-        forms.append((state[stream]["num_updates"], shapes))
-    if any(form != forms[0] for form in forms):  # else one would be loaded before the next is refused
-        raise ValueError(
-            "The averages of the state should be of one model and one number of updates, got others; load what "
-            "state_dict() gave, unchanged."
-        )

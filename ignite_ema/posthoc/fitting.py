@@ -33,12 +33,8 @@ def coefficients(snapshots: Sequence[Snapshot], target: Profile | float, end: fl
 def residual(snapshots: Sequence[Snapshot], target: Profile | float, end: float | None = None) -> float:
     """The relative L2 distance between ``target`` and the closest combination of snapshots: ‖p - Σᵢ cᵢ pᵢ‖ / ‖p‖.
 
-    The cᵢ are the :func:`coefficients`. 0 means exact; above a few percent the result is not the requested average.
-
-    Args:
-        snapshots: the snapshots, as :func:`planned` makes them.
-        target: a profile, or the ``sigma_rel`` of a power function.
-        end: the time at which the average is taken; None: the time of the last snapshot.
+    The cᵢ are the :func:`coefficients`, which takes the same arguments. 0 means exact; above a few percent the result
+    is not the requested average.
 
     Examples:
         >>> f"{residual(planned(times=range(1, 65)), 0.15):.3%}"
@@ -50,36 +46,19 @@ def residual(snapshots: Sequence[Snapshot], target: Profile | float, end: float 
 def residuals(
     snapshots: Sequence[Snapshot], targets: Iterable[Profile | float], end: float | None = None
 ) -> list[float]:
-    """The :func:`residual` of each target; faster than separate calls.
-
-    Args:
-        snapshots: the snapshots, as :func:`planned` makes them.
-        targets: profiles, or ``sigma_rel`` of power functions.
-        end: the time at which the averages are taken; None: the time of the last snapshot.
-    """
+    """The :func:`residual` of each target; faster than separate calls."""
     return fitted(snapshots, list(targets), end)[1]
 
 
 def planned(times: Iterable[float], sigma_rels: Sequence[float] = (0.05, 0.10)) -> list[Snapshot]:
-    """The snapshots that a ``PostHocEMA`` would store, for planning a run.
-
-    Args:
-        times: when it would store them.
-        sigma_rels: the widths of its averages.
-    """
+    """The snapshots that a ``PostHocEMA`` of these widths would store at these times, for planning a run."""
     return [Snapshot(PowerProfile(sigma_rel), time) for time in times for sigma_rel in tuple(sigma_rels)]
 
 
 def fitted(
     snapshots: Sequence[Snapshot], targets: Sequence[Profile | float], end: float | None = None
 ) -> tuple[Tensor, list[float]]:
-    """The :func:`coefficients` for each target, of shape (targets, n), and the residuals.
-
-    Args:
-        snapshots: n snapshots, as :func:`planned` makes them.
-        targets: profiles, or ``sigma_rel`` of power functions.
-        end: the time at which the averages are taken; None: the time of the last snapshot.
-    """
+    """The :func:`coefficients` for each target, of shape (targets, n), and the residuals."""
     if not snapshots or not targets:
         missing = "targets" if snapshots else "snapshots"
         raise ValueError(f"{missing} should have at least one entry, got none; pass those to fit.")

@@ -71,12 +71,7 @@ class ExponentialProfile(_Checked, Profile):
 
     @classmethod
     def from_momentum(cls, momentum: float, num_updates: int) -> "ExponentialProfile":
-        """The profile of an EMA.
-
-        Args:
-            momentum: the weight of the new weights, in (0, 1).
-            num_updates: the number of updates; at least 1.
-        """
+        """The profile of an EMA after ``num_updates`` with ``momentum``, the weight of the new weights, in (0, 1)."""
         if not 0 < _number(momentum) < 1:
             raise ValueError(f"momentum should be in (0, 1), as the weight of the new weights, got {momentum!r}.")
         if not _number(num_updates) >= 1:
@@ -95,18 +90,20 @@ class ExponentialProfile(_Checked, Profile):
 
 
 class _Steps(Profile):
-    """A piecewise constant profile, of height ``heights[k]`` from ``edges[k]`` to ``edges[k + 1]``."""
+    """A piecewise constant profile."""
 
-    edges: Tensor
-    heights: Tensor
+    @abstractmethod
+    def _steps(self) -> tuple[Tensor, Tensor]:
+        """The n + 1 edges of the steps, and their n heights."""
 
     def density(self, x: Tensor) -> Tensor:
-        index = torch.bucketize(x, self.edges) - 1  # of the step that ends at or after x
-        inside = (index >= 0) & (index < len(self.heights))
-        return torch.where(inside, self.heights[index.clamp(0, len(self.heights) - 1)], 0.0)
+        edges, heights = self._steps()
+        index = torch.bucketize(x, edges) - 1  # of the step that ends at or after x
+        inside = (index >= 0) & (index < len(heights))
+        return torch.where(inside, heights[index.clamp(0, len(heights) - 1)], 0.0)
 
     def cumulative(self, x: Tensor) -> Tensor:
-        edges, heights = self.edges, self.heights
+        edges, heights = self._steps()
         inside = x.clamp(edges[0], edges[-1])
         index = (torch.bucketize(inside, edges) - 1).clamp(0, len(heights) - 1)  # of the step that ends at or after x
         before = torch.cat([heights.new_zeros(1), (heights * edges.diff()).cumsum(dim=0)])
@@ -125,13 +122,9 @@ class UniformProfile(_Checked, _Steps):
         metadata=_kind("a number in (0, 1], as a fraction of the run", lambda value: 0 < _number(value) <= 1)
     )
 
-    @property
-    def edges(self) -> Tensor:  # type: ignore[override]
-        return torch.tensor([1 - self.window, 1.0], dtype=torch.float64)
-
-    @property
-    def heights(self) -> Tensor:  # type: ignore[override]
-        return torch.tensor([1 / self.window], dtype=torch.float64)
+    def _steps(self) -> tuple[Tensor, Tensor]:
+        edges = torch.tensor([1 - self.window, 1.0], dtype=torch.float64)
+        return edges, torch.tensor([1 / self.window], dtype=torch.float64)
 
 
 @dataclass(frozen=True, repr=False)
@@ -153,24 +146,15 @@ class SampledProfile(_Steps):
     def __repr__(self) -> str:
         return f"SampledProfile of {len(self.weights)} weights"
 
-    @property
-    def edges(self) -> Tensor:  # type: ignore[override]
-        return torch.linspace(0, 1, len(self.weights) + 1, dtype=torch.float64)
-
-    @property
-    def heights(self) -> Tensor:  # type: ignore[override]
+    def _steps(self) -> tuple[Tensor, Tensor]:
         weights = torch.tensor(self.weights, dtype=torch.float64)
-        return weights * (len(weights) / weights.sum())
+        edges = torch.linspace(0, 1, len(weights) + 1, dtype=torch.float64)
+        return edges, weights * (len(weights) / weights.sum())
 
 
 @dataclass(frozen=True)
 class Snapshot(_Checked):
-    """The profile of a stored average, and the time at which it was taken.
-
-    Args:
-        profile: its averaging profile.
-        time: measured from the start of the run, above 0, in the same unit for all snapshots.
-    """
+    """The profile of a stored average, and its time: since the start of the run, in the same unit for all snapshots."""
 
     profile: Profile = field(
         metadata=_kind("a Profile, such as PowerProfile(0.05)", lambda value: isinstance(value, Profile))
@@ -179,19 +163,10 @@ class Snapshot(_Checked):
 
 
 def inner_products(p: Profile, ends: Tensor, q: Profile, other_ends: Tensor) -> Tensor:
-    """∫ p(τ) q(τ) dτ for a profile p at each of n times, and a profile q at each of m times.
+    """∫ p(τ) q(τ) dτ for a profile p at each of n times, and a profile q at each of m times; of shape (n, m).
 
-    In closed form for two power functions, or if either is piecewise constant; otherwise by Gauss-Legendre quadrature
-    on panels that narrow toward both ends of the range.
-
-    Args:
-        p: a profile.
-        ends: the times at which its averages are taken, above 0; float64, of shape (n,).
-        q: another profile, or the same one.
-        other_ends: the times of its averages; float64, of shape (m,).
-
-    Returns:
-        A float64 tensor of shape (n, m).
+    In closed form for two power functions, or if either is piecewise constant; otherwise by quadrature. The times are
+    above 0; all tensors are float64.
     """
     s, t = ends[:, None], other_ends[None, :]
     if isinstance(p, PowerProfile) and isinstance(q, PowerProfile):
@@ -206,26 +181,23 @@ def inner_products(p: Profile, ends: Tensor, q: Profile, other_ends: Tensor) -> 
 
 
 def _with_steps(p: Profile, s: Tensor, steps: _Steps, t: Tensor) -> Tensor:
-    edges = (steps.edges * (t / s)[..., None]).clamp(max=1.0)
-    return (p.cumulative(edges).diff(dim=-1) * steps.heights).sum(dim=-1) / t
+    edges, heights = steps._steps()
+    scaled = (edges * (t / s)[..., None]).clamp(max=1.0)
+    return (p.cumulative(scaled).diff(dim=-1) * heights).sum(dim=-1) / t
 
 
 def _by_quadrature(p: Profile, s: Tensor, q: Profile, t: Tensor) -> Tensor:
-    x, weights = _nodes()
-    last = torch.minimum(s, t)
-    tau = last[..., None] * x
-    values = p.density(tau / s[..., None]) * q.density(tau / t[..., None])
-    return values @ weights * last / (s * t)
-
-
-def _nodes() -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the quadrature on (0, 1)."""
-    # Golub and Welsch 1969: Gauss-Legendre nodes and weights from the eigenvectors of a tridiagonal matrix.
+    """Gauss-Legendre quadrature on panels that narrow toward both ends of the range."""
+    # Golub and Welsch 1969: the nodes and weights on [-1, 1] from the eigenvectors of a tridiagonal matrix.
     k = torch.arange(1, _NODES, dtype=torch.float64)
     off = torch.diag(k / (4 * k**2 - 1).sqrt(), 1)
     points, vectors = torch.linalg.eigh(off + off.T)
     halves = 0.5 ** torch.arange(1, _PANELS + 1, dtype=torch.float64)
-    edges = torch.cat([torch.zeros(1, dtype=torch.float64), halves.flip(0), 1 - halves[1:], torch.ones(1)]).double()
+    edges = torch.cat([halves.new_zeros(1), halves.flip(0), 1 - halves[1:], halves.new_ones(1)])
     widths = edges.diff()[:, None]
-    x = edges[:-1, None] + widths * (points + 1) / 2
-    return x.flatten(), (widths * vectors[0] ** 2).flatten()
+    x = (edges[:-1, None] + widths * (points + 1) / 2).flatten()
+    weights: Tensor = (widths * vectors[0] ** 2).flatten()
+    last = torch.minimum(s, t)
+    tau = last[..., None] * x
+    values = p.density(tau / s[..., None]) * q.density(tau / t[..., None])
+    return values @ weights * last / (s * t)

@@ -27,12 +27,10 @@ _CHUNK = 2**23  # how many numbers, of all snapshots together, are in memory in 
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """γ, the exponent of a power function with the relative width ``sigma_rel``, in (0, 1/√12 = 0.2887).
-
-    The largest root of γ³ + 7γ² + (16 - σ⁻²)γ + (12 - σ⁻²).
+    """γ, the exponent of a power function with the relative width ``sigma_rel``.
 
     Raises:
-        ValueError: for any other width; a power function is never wider than the mean of the whole run.
+        ValueError: unless it is in (0, 1/√12 = 0.2887): no power function is wider than the mean of the whole run.
     """
     return PowerFunction(sigma_rel).gamma
 
@@ -134,9 +132,9 @@ def sweep(
         dirname: the directory of the snapshots.
         profiles: profiles, or ``sigma_rel`` of power functions.
         score: called with the state dict of an average; what it returns is its score, such as an accuracy.
-        step: the time at which the averages are taken: the time of a snapshot; None: the last.
+        step: see :func:`reconstruct`, as for the others.
         max_residual: the largest :func:`residual` to accept.
-        base: the frozen parameters, as a plain state dict or a file of one, if ``snapshot_frozen.pt`` is missing.
+        base: the frozen parameters, if ``snapshot_frozen.pt`` is missing.
 
     Returns:
         Pairs of a profile, as it was passed, and its score, in order.
@@ -161,13 +159,8 @@ def rounding(snapshot: StoredSnapshot, coefficients: Tensor) -> float:
 
     The mean error of one rounded weight is 0.43 units of rounding. A linear combination amplifies it by the norm of its
     coefficients if that is above 1.
-
-    Args:
-        snapshot: one of the snapshots.
-        coefficients: the coefficients of the combination.
     """
-    types = {tensor.dtype for tensor in snapshot.averaged[0].values()}
-    coarsest = max(torch.finfo(dtype).eps for dtype in types)
+    coarsest = max(torch.finfo(tensor.dtype).eps for tensor in snapshot.averaged[0].values())
     return float(0.43 * coarsest / 2 * coefficients.norm().clamp(min=1))
 
 

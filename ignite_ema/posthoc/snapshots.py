@@ -26,33 +26,19 @@ _NAME = re.compile(r"snapshot_(\d+)\.pt")
 
 @dataclass(frozen=True)
 class StoredSnapshot:
-    """The content of a snapshot file; its tensors are mapped to the file.
+    """The content of a snapshot file; its tensors are mapped to the file."""
 
-    Attributes:
-        time: the time at which the averages were taken: updates, or samples, since the start of the run.
-        time_unit: "updates" or "samples".
-        num_updates: the number of updates of each average.
-        iteration: the trainer's iteration, for information.
-        epoch: the trainer's epoch, for information.
-        sigma_rels: the relative widths of the averages.
-        averaged: for each width, the averaged tensors by name.
-        copied: the tensors that are not averaged, by name.
-        state_dict_names: for each name in the ``state_dict`` of the model, the name under which its tensor is stored.
-        frozen_shapes: the shapes, by name, of the frozen parameters that are stored once for the run.
-        run_id: identifies the run that wrote the file; a resumed run keeps it.
-    """
-
-    time: int
-    time_unit: str
-    num_updates: int
-    iteration: int
+    time: int  # of the averages: updates, or samples, since the start of the run
+    time_unit: str  # "updates" or "samples"
+    num_updates: int  # of each average
+    iteration: int  # of the trainer, for information; so is the epoch
     epoch: int
-    sigma_rels: Sequence[float]
-    averaged: Sequence[Mapping[str, Tensor]]
-    copied: Mapping[str, Tensor]
-    state_dict_names: Mapping[str, str]
-    frozen_shapes: Mapping[str, Sequence[int]]
-    run_id: str
+    sigma_rels: Sequence[float]  # the relative widths of the averages
+    averaged: Sequence[Mapping[str, Tensor]]  # for each width, the averaged tensors by name
+    copied: Mapping[str, Tensor]  # the tensors that are not averaged, by name
+    state_dict_names: Mapping[str, str]  # the name of the stored tensor for each name in the model's state_dict
+    frozen_shapes: Mapping[str, Sequence[int]]  # of the frozen parameters, which are stored once for the run
+    run_id: str  # identifies the run that wrote the file; a resumed run keeps it
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -97,12 +83,10 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_store(
     average: ModelAverage, tensors: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a snapshot stores of an average: averaged tensors and copied ones.
+    """What a snapshot stores of an average: averaged tensors and copied ones. Empties ``tensors``.
 
-    Averaged parameters are stored in ``dtype``, averaged buffers at least in float32. Empties ``tensors``.
-
-    Raises:
-        ValueError: if a weight is beyond the range of its type.
+    Averaged parameters are stored in ``dtype``, averaged buffers at least in float32; raises ValueError if a weight is
+    beyond the range of that.
     """
     treatments, own = average.treatments(), tensors_of(average.model)
     averaged, copied = {}, {}
@@ -123,11 +107,7 @@ def to_store(
 
 
 def write(snapshot: StoredSnapshot, dirname: Path) -> Path:
-    """Writes a snapshot, whole or not at all, and returns its path. The same snapshot gives the same bytes.
-
-    Raises:
-        FileExistsError, OSError: if there is a snapshot of that time already, or the file cannot be written.
-    """
+    """Writes a snapshot, whole or not at all, and returns its path. The same snapshot gives the same bytes."""
     path = path_of(dirname, snapshot.time)
     if path.exists():
         raise FileExistsError(
@@ -150,19 +130,10 @@ def _save(content: Mapping[str, Any], path: Path) -> None:
 
 
 def prepare(dirname: Path, run_id: str, time: int, times: Sequence[int]) -> list[int]:
-    """Prepares a directory for a run that starts or resumes: sets aside snapshots later than its state.
+    """Prepares a directory for a run that goes on from ``time``: sets later snapshots aside.
 
-    Args:
-        dirname: the directory.
-        run_id: identifies the run.
-        time: the time of the state from which the run resumes; 0 for a run that starts.
-        times: the times of the snapshots that the run had written, as its state says.
-
-    Returns:
-        The times of the snapshots that the run had written, up to and including the time of its state.
-
-    Raises:
-        ValueError: if there are snapshots of another run; nothing has been moved then.
+    Returns when the run has written snapshots: at ``times``, as its state says, and whenever else there is one. Raises
+    ValueError if there are snapshots of another run; nothing has been moved then.
     """
     found = paths_in(dirname)
     for path in found.values():
@@ -195,11 +166,7 @@ def prepare(dirname: Path, run_id: str, time: int, times: Sequence[int]) -> list
 
 
 def read(path: Path) -> StoredSnapshot:
-    """The content of a snapshot file, not verified.
-
-    Raises:
-        FileNotFoundError, ValueError: if there is no such file, or :func:`write` did not write it.
-    """
+    """The content of a snapshot file, not verified; raises ValueError if :func:`write` did not write it."""
     content = load_file(path, verified=False)
     version = content.pop("ignite_ema_snapshot", None) if isinstance(content, dict) else None
     if version != _VERSION or content.keys() != {field.name for field in fields(StoredSnapshot)}:

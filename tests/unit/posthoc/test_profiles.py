@@ -42,7 +42,7 @@ def times(*values):
 
 def kinks(profile):
     """Where a density may jump."""
-    return profile.edges.tolist() if hasattr(profile, "edges") else []
+    return profile._steps()[0].tolist() if hasattr(profile, "_steps") else []
 
 
 def quadrature(function, low, high, points):
