@@ -81,8 +81,9 @@ class Attachment(RemovableEventHandle):
         self.owner, self.names, self.is_attached = owner, names, True
         self.names_in_words = " and ".join(f"'{name}'" for name in names)
         self._watches_steps = optimizer is not None
-        same = [other for other in owner._attachments if other.names[0] == names[0]]  # on other engines
-        self._steps_as = f"{names[0]} {len(same) + 1}" if same else names[0]
+        taken = {other._steps_as for other in owner._attachments}  # on other engines
+        numbered = (f"{names[0]} {number}" for number in range(2, len(taken) + 2))
+        self._steps_as = next(name for name in (names[0], *numbered) if name not in taken)
         self._has_updated = False
         self._start_run(0)
         self._new_names = {name for name in names if not hasattr(engine.state, name)}

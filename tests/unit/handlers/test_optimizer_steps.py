@@ -178,6 +178,20 @@ def test_each_of_two_attachments_waits_for_its_own_optimizer():
     assert handler.num_updates == 1
 
 
+def test_an_attachment_in_place_of_a_removed_one_waits_for_its_own_optimizer():
+    model, engines = linear(), [idle(), idle(), idle()]
+    first, second, third = (torch.optim.SGD(model.parameters(), lr=0.5) for _ in engines)
+    handler = EMAHandler(model, 0.25)
+    handle = handler.attach(engines[0], optimizer=first)
+    handler.attach(engines[1], optimizer=second)
+    handle.remove()
+    handler.attach(engines[2], optimizer=third)
+    second.step()
+    with pytest.warns(EMAWarning, match="should have stepped in this run"):
+        engines[2].run([0])
+    assert handler.num_updates == 0
+
+
 def test_the_optimizer_of_another_model_is_warned_about_and_that_of_a_part_is_not():
     with pytest.warns(EMAWarning, match="parameters of the model that is averaged, but has none of them"):
         EMAHandler(linear(), 0.25).attach(idle(), optimizer=sgd(linear()))
