@@ -29,7 +29,7 @@ from .checks import (
     warn_user,
 )
 from .memory import give_own_memory
-from .names import parameters_and_buffers, parameters_of
+from .names import parameters_and_buffers, parameters_of, places_of
 from .pairing import Group, Mismatch, Pairing
 from .sharding import local
 from .state import STATE_VERSION, check_average_state, fill, fitting_tensors
@@ -410,11 +410,13 @@ class ModelAverage:
         """The averaged tensors by name, and the first name for each name that the twin's ``state_dict()`` has."""
         try:
             pairing = self._current()
-        except RuntimeError:  # the model's structure has changed; the twin's has not
+            slots = pairing.slots
+        except RuntimeError:  # the structure of one of the two has changed: what the twin still has
             if self._pairing is None:
                 raise
-            pairing = self._pairing
-        saved = {slot.name: slot.averaged.get().detach() for slot in pairing.slots if slot.is_saved}
+            pairing, there = self._pairing, places_of(self.module)
+            slots = [one for one in pairing.slots if one.name in there and there[one.name].table is one.averaged.table]
+        saved = {slot.name: slot.averaged.get().detach() for slot in slots if slot.is_saved}
         return saved, dict(pairing.saved_names)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

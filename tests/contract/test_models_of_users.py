@@ -290,3 +290,18 @@ def test_the_state_dict_of_a_model_with_a_wrapped_block_is_loaded(process_group)
 
 def test_the_beginning_of_a_rescaled_warm_up_is_not_too_small_for_the_type():
     ModelAverage(Scaled(), momentum=schedules.Rescaled(schedules.LinearWarmup(0.01, 1e-9, 100), 2)).update()
+
+
+def test_a_new_average_takes_from_a_fused_twin_only_what_it_still_has():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Linear(1, 1))
+    nn.init.constant_(model[1].weight, 3.0)
+    old = ModelAverage(model)
+    old.module[2].weight.fill_(7.0)
+    old.module[0], old.module[1] = nn.utils.fuse_conv_bn_eval(old.module[0], old.module[1]), nn.Identity()
+    with pytest.raises(RuntimeError, match="old.state_dict.., strict=False"):
+        old.update(0.5)
+    new = ModelAverage(model)
+    with pytest.warns(EMAWarning, match=r"^'0\.weight', '0\.bias', '1\.weight'.*started from the model"):
+        new.load_averaged(old.state_dict(), strict=False)
+    assert torch.equal(new.module[0].weight, model[0].weight)
+    assert new.module[2].weight.item() == 7.0
