@@ -240,7 +240,8 @@ def save_file(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, fo
         if value.is_meta:
             raise ValueError(f"'{name}' should have values, got a tensor on the meta device; load its values first.")
     safetensors = _safetensors_for(path) if path.suffix == ".safetensors" else None
-    with whole_file(path, force=force) as temporary:
+    check_target(path, force=force)
+    with whole_file(path) as temporary:
         if safetensors:
             safetensors.save_file(_unshared(tensors), temporary, metadata={"format": "pt"})
         else:
@@ -272,9 +273,8 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, *, force: bool) -> Iterator[Path]:
-    """Yields an empty file to write to, which becomes ``path`` when the block ends; raises as :func:`save_file`."""
-    check_target(path, force=force)
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a file to write to, which becomes ``path`` when the block ends; an OSError leaves nothing behind."""
     target = path.resolve()
     temporary = target.with_name(f".ignite_ema-{uuid4().hex}.tmp")
     try:

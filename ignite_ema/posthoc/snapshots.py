@@ -125,7 +125,7 @@ def write_frozen(tensors: Mapping[str, Tensor], run_id: str, dirname: Path) -> N
 
 def _save(content: Mapping[str, Any], path: Path) -> None:
     # Given a path instead of a file, torch.save would store the name of the file in it.
-    with whole_file(path, force=True) as temporary, temporary.open("wb") as file:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
 
