@@ -24,7 +24,6 @@ from .checks import (
     percentage,
     schedule_of,
     scheduled,
-    stalled,
     warn_first_rank,
     warn_user,
 )
@@ -34,7 +33,7 @@ from .pairing import Group, Mismatch, Pairing
 from .sharding import local
 from .state import STATE_VERSION, check_average_state, fill, fitting_tensors
 from .stochastic_rounding import StochasticRounding
-from .swap import Swapped, is_swapped, refuse_while_swapped
+from .swap import Swapped, is_swapped
 from .twin import check_model, settle, stripped, twin_of
 
 
@@ -191,9 +190,12 @@ class ModelAverage:
     def _unswapped(self, what: str) -> Pairing:
         """Like :meth:`_current`; also raises RuntimeError if a part of the model holds averaged weights."""
         pairing = self._current()
-        if pairing.has_swapped_part():
-            for module in self.model.modules():
-                refuse_while_swapped(module, what)
+        if pairing.has_swapped_part() and any(map(is_swapped, self.model.modules())):
+            raise RuntimeError(
+                f"An average should be {what} while the model holds its own weights, but it holds averaged weights "
+                "now. Leave the block of swapped() first, or the run of the evaluator that swap_during() was called "
+                "with."
+            )
         return pairing
 
     def __getstate__(self) -> dict[str, Any]:
@@ -327,7 +329,16 @@ class ModelAverage:
             return  # the beginning of a warm-up
         averages = [local(slot.averaged.get()) for slot in self._current().slots if not slot.online.is_buffer]
         can_round = self._rounding is None and any(average.dtype in kernels.NARROW for average in averages)
-        self._tell_once("narrow", stalled(momentum, resolution, can_round))
+        needed = resolution / 2 / momentum
+        far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
+        wider = "float32" if resolution > torch.finfo(torch.float32).eps else "float64"
+        self._tell_once(
+            "narrow",
+            f"A momentum of {momentum:g} is too small for the type of the average: a weight moves only if it differs "
+            f"from its average by about {far} its size, and is rounded back otherwise. Pass dtype=torch.{wider} to "
+            f"average in {wider} (or an ema_model of that type)"
+            f"{', or stochastic_rounding=True' if can_round else ''}.",
+        )
 
     def _tell_once(self, what: str, message: str) -> None:
         if what not in self._told:

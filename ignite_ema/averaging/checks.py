@@ -77,15 +77,19 @@ def schedule_of(momentum: float | Schedule) -> Schedule:
     """
     if isinstance(momentum, type):
         raise TypeError(f"momentum should be a schedule, got the class {momentum.__name__}; make one by calling it.")
-    if callable(momentum):
-        scheduled(momentum, 0)
-        if momentum not in (Constant(1.0), Debiased(1.0)):  # hard copies are intended
-            _warn_of_decay(final_momentum(momentum), "the last momentum of the schedule")
-        return momentum
-    constant = constant_of(momentum)
-    if constant.momentum < 1:  # hard copies are intended
-        _warn_of_decay(constant.momentum, "momentum")
-    return constant
+    schedule, what = momentum, "the last momentum of the schedule"
+    if callable(schedule):
+        scheduled(schedule, 0)
+    else:
+        schedule, what = constant_of(momentum), "momentum"
+    last = final_momentum(schedule)
+    if last >= 0.9 and schedule not in (Constant(1.0), Debiased(1.0)):  # hard copies are intended
+        way_out = f"pass 1 - {last:g} = {1 - last:g}" if last < 1 else "pass 1 minus each of its values"
+        warn_user(
+            f"{what} is the weight of the new weights, and {last:g} nearly copies them at each update. If it is meant "
+            f"as a decay, {way_out}."
+        )
+    return schedule
 
 
 def constant_of(momentum: object) -> Constant:
@@ -195,31 +199,3 @@ def final_momentum(schedule: Schedule) -> float:
         return float(1 - (1 - final_momentum(schedule.schedule)) ** schedule.factor)
     values = [getattr(schedule, name, None) for name in ("momentum", "end", "min_momentum")]
     return next((float(value) for value in values if isinstance(value, numbers.Real)), 0.0)
-
-
-def stalled(momentum: float, resolution: float, can_round: bool) -> str:
-    """The message for an update that the type of the average rounds away.
-
-    Args:
-        momentum: λ of the update, smaller than ``resolution``.
-        resolution: the relative rounding step of the type.
-        can_round: whether ``stochastic_rounding`` would help.
-    """
-    needed = resolution / 2 / momentum
-    far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
-    wider = torch.float32 if resolution > torch.finfo(torch.float32).eps else torch.float64
-    return (
-        f"A momentum of {momentum:g} is too small for the type of the average: a weight moves only if it differs from "
-        f"its average by about {far} its size, and is rounded back otherwise. Pass dtype={wider} to average in "
-        f"{str(wider).removeprefix('torch.')} (or an ema_model of that type)"
-        f"{', or stochastic_rounding=True' if can_round else ''}."
-    )
-
-
-def _warn_of_decay(momentum: float, what: str) -> None:
-    if momentum >= 0.9:
-        way_out = f"pass 1 - {momentum:g} = {1 - momentum:g}" if momentum < 1 else "pass 1 minus each of its values"
-        warn_user(
-            f"{what} is the weight of the new weights, and {momentum:g} nearly copies them at each update. If it "
-            f"is meant as a decay, {way_out}."
-        )

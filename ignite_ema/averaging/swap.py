@@ -26,15 +26,6 @@ def is_swapped(model: nn.Module) -> bool:
     return vars(model).get(SWAPPED) == id(model)
 
 
-def refuse_while_swapped(model: nn.Module, what: str) -> None:
-    """Raises RuntimeError if :func:`is_swapped`."""
-    if is_swapped(model):
-        raise RuntimeError(
-            f"An average should be {what} while the model holds its own weights, but it holds averaged weights now. "
-            "Leave the block of swapped() first, or the run of the evaluator that swap_during() was called with."
-        )
-
-
 class Swapped(ContextDecorator):
     """Inside the block each tensor of the model has the values of its counterpart in the twin.
 
