@@ -58,26 +58,29 @@ def twin_of(
     share_frozen: bool,
     trains: bool,
 ) -> nn.Module:
-    """The averaged twin of ``model``; :func:`settle` makes it ready.
+    """The averaged twin of ``model``: the user's ``own``, with memory, or a deep copy; :func:`settle` makes it ready.
 
-    Args:
-        model: the model; ``DistributedDataParallel`` and compiled modules inside it become plain modules.
-        own: the user's own twin, which is checked and given memory; None: a deep copy is made.
-        dtype: the type of floating-point tensors; complex ones get its complex counterpart. None: their own types.
-        device: where the copy lives; None: each tensor where its original lives.
-        share_frozen: whether model and twin share the parameters that do not require gradients.
-        trains: whether the twin is put into train mode.
-
-    Raises:
-        TypeError, ValueError: for an argument of the wrong type or value.
-        RuntimeError: for a model that cannot be deep-copied, or whose weights change with its mode.
+    Raises TypeError or ValueError for an argument of the wrong type or value, and RuntimeError for a model that cannot
+    be deep-copied, or whose weights change with its mode.
     """
     if own is None:
-        _check_dtype(dtype)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype should be a torch.dtype, such as torch.float32, got {dtype!r}.")
+        if dtype not in (None, *_HOLDING_TYPES):
+            raise ValueError(f"dtype should be one of {', '.join(map(str, _HOLDING_TYPES))}, got {dtype}.")
         _refuse_changing_mode(model, trains, on_copies=True)
         twin = _copied(model, dtype, _checked_device(device), share_frozen)
     else:
-        _check_own_twin(own, dtype, device, share_frozen)
+        if not isinstance(own, nn.Module):
+            raise TypeError(f"ema_model should be an nn.Module, got {type(own).__name__}.")
+        _check_tensors("ema_model", own, may_be_meta=True)
+        if dtype is not None or device is not None:
+            raise ValueError(
+                f"dtype and device should be None if you pass ema_model, got {dtype} and {device}. Move the module "
+                "with ema_model.to(...) first."
+            )
+        if share_frozen:
+            raise ValueError("share_frozen should be False if you pass ema_model, got True. Leave one of the two out.")
         _materialize(own, model)
         twin = own
     _warn_of_shared_functions(model, twin)
@@ -87,8 +90,7 @@ def twin_of(
 def settle(twin: nn.Module, is_own: bool, trains: bool) -> None:
     """Puts a twin that fits the model into eval mode (train mode if it ``trains``), and turns its gradients off.
 
-    Raises:
-        RuntimeError: if the weights of the user's own twin change with its mode.
+    Raises RuntimeError if the weights of the user's own twin change with its mode.
     """
     if is_own:
         _refuse_changing_mode(twin, trains, on_copies=False)
@@ -120,26 +122,6 @@ def _check_tensors(argument: str, module: nn.Module, *, may_be_sharded: bool = T
             raise RuntimeError(
                 f"{argument} should have tensors that can be averaged, but '{name_of(module, tensor)}' {fault}."
             )
-
-
-def _check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen: bool) -> None:
-    if not isinstance(twin, nn.Module):
-        raise TypeError(f"ema_model should be an nn.Module, got {type(twin).__name__}.")
-    _check_tensors("ema_model", twin, may_be_meta=True)
-    if dtype is not None or device is not None:
-        raise ValueError(
-            f"dtype and device should be None if you pass ema_model, got {dtype} and {device}. Move the module with "
-            "ema_model.to(...) first."
-        )
-    if share_frozen:
-        raise ValueError("share_frozen should be False if you pass ema_model, got True. Leave one of the two out.")
-
-
-def _check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype should be a torch.dtype, such as torch.float32, got {dtype!r}.")
-    if dtype not in (None, *_HOLDING_TYPES):
-        raise ValueError(f"dtype should be one of {', '.join(map(str, _HOLDING_TYPES))}, got {dtype}.")
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
@@ -255,10 +237,7 @@ def _obstacle(model: nn.Module, error: Exception) -> str:
 
 def _set_mode(module: nn.Module, trains: bool) -> None:
     with contextlib.suppress(NotImplementedError):  # an exported program has only one mode
-        if trains:
-            module.train()
-        else:
-            module.eval()
+        (module.train if trains else module.eval)()
 
 
 def _refuse_changing_mode(model: nn.Module, trains: bool, on_copies: bool) -> None:
