@@ -69,11 +69,8 @@ class ModelAverage:
         model: the online model, without wrappers.
         module: the averaged twin.
         handle_buffers: what was passed.
-        momentum: what was passed; settable.
         schedule: the momentum as a schedule, None if none was passed.
         num_skipped: the number of updates that ``skip_nonfinite`` has skipped.
-        num_updates: the number of updates since construction or the last reset; settable.
-        initial_share: how much of the average is still the weights that it started from, in [0, 1].
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
@@ -141,10 +138,9 @@ class ModelAverage:
         settle(self.module, ema_model is not None, trains)
         if ema_model is not None:
             self.reset()
-        self._warn_of_options_without_effect()
+        self._warn_of_options_without_effect(self._pairing)
 
-    def _warn_of_options_without_effect(self) -> None:
-        pairing = self._current()
+    def _warn_of_options_without_effect(self, pairing: Pairing) -> None:
         if self._share_frozen and not pairing.shared:
             warn_user(
                 "share_frozen should find frozen parameters, but all require gradients and are copied. Freeze them "
@@ -301,7 +297,7 @@ class ModelAverage:
         Always None for a sharded model: its ranks would have to ask together, as with ``skip_nonfinite=True``.
         """
         pairing = self._current()
-        return None if pairing.is_sharded else pairing.first_nonfinite()
+        return None if pairing.sharded else pairing.first_nonfinite()
 
     def _next_momentum(self) -> float:
         if self.schedule is None:

@@ -40,11 +40,8 @@ def warn_first_rank(message: str) -> None:
 def checked_momentum(value: object, what: str, verb: str = "be", when: str = "") -> float:
     """``value`` as a momentum; raises TypeError or ValueError unless it is a number in [0, 1].
 
-    Args:
-        value: what should be a momentum.
-        what: where it was read from, such as "momentum".
-        verb: what it should do: "be" or "return" a momentum.
-        when: goes after the value in the message, such as " after 3 updates".
+    For the message, ``what`` says where it was read from, ``verb`` whether that should "be" or "return" a momentum, and
+    ``when`` goes after the value, such as " after 3 updates".
     """
     if type(value) is float and 0 <= value <= 1:
         return value
@@ -72,8 +69,7 @@ def scheduled(schedule: Schedule, n: int) -> float:
 def schedule_of(momentum: float | Schedule) -> Schedule:
     """``momentum`` as a schedule: itself, or a constant.
 
-    Raises:
-        TypeError, ValueError: unless it is a float in (0, 1], or a callable whose first momentum is in [0, 1].
+    Raises TypeError or ValueError unless it is a float in (0, 1], or a callable whose first momentum is in [0, 1].
     """
     if isinstance(momentum, type):
         raise TypeError(f"momentum should be a schedule, got the class {momentum.__name__}; make one by calling it.")
@@ -132,10 +128,7 @@ def check_count(value: object, name: str = "num_updates") -> None:
 def check_saved_mapping(state: object, kinds: Mapping[str, type | tuple[type, ...]], what: str) -> None:
     """Raises TypeError or ValueError unless ``state`` has exactly these entries, each of its kind.
 
-    Args:
-        state: what was saved.
-        kinds: the type or types of each entry; ``bool`` counts as an ``int`` only if it is listed.
-        what: whose state it is, such as "an EMAHandler".
+    A ``bool`` counts as an ``int`` only if it is listed. ``what`` says whose state it is, such as "an EMAHandler".
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"The state of {what} should be a mapping from its state_dict(), got {type(state).__name__}.")

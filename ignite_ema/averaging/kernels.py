@@ -44,13 +44,8 @@ def lerping_kernel_for(
 ) -> Kernel:
     """The fastest kernel that is right for this pair, and for each pair of the same dtypes and devices.
 
-    Args:
-        online: the tensor of the model.
-        averaged: the tensor of the twin.
-        is_buffer: whether they are buffers.
-        is_trained: whether the model's tensor requires gradients. Others may be masks of 0 and -inf. For finite values
-            all kernels give the same bits.
-        narrow: a special kernel for parameters whose average is in 16 bits, or None.
+    For finite values all kernels give the same bits. What is not trained may be a mask of 0 and -inf. ``narrow`` is a
+    special kernel for parameters whose average is in 16 bits.
     """
     if averaged.dtype not in _NATIVE:
         return _lerp_frozen

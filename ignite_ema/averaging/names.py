@@ -35,12 +35,7 @@ class Place(NamedTuple):
 
 
 def unwrapped(module: nn.Module, *, keep: type[nn.Module] | tuple[()] = ()) -> nn.Module:
-    """The module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, however nested.
-
-    Args:
-        module: the module, wrapped or not.
-        keep: a wrapper to stop at.
-    """
+    """The module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, except in a ``keep``."""
     while not isinstance(module, keep) and (key := _wrapper_key(module)) is not None:
         module = module._modules[key]  # type: ignore[assignment]
     return module

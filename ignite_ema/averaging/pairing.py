@@ -29,7 +29,7 @@ _requires_grad = attrgetter("requires_grad")
 
 
 class Mismatch(RuntimeError):
-    """The model and its averaged twin do not match; the message is a clause that says how."""
+    """Model and twin do not match; the message is a clause that says how."""
 
 
 class Slot(NamedTuple):
@@ -100,10 +100,9 @@ class Pairing:
     """The tensors of a model and of its averaged twin in pairs, sorted into groups for the kernels.
 
     Args:
-        online: the model.
-        averaged: its averaged twin.
-        treatment_of: called with the name of a buffer, returns what an update does with it. Parameters are averaged.
-            "average" means "copy" if the tensor is neither floating-point nor complex.
+        online, averaged: the model and its averaged twin.
+        treatment_of: what an update does with a buffer, by its name. "average" means "copy" if the tensor is neither
+            floating-point nor complex.
         share_frozen: whether the two may share parameters that do not require gradients.
         narrow: a special kernel for parameters whose average is in 16 bits, or None.
         before: the pairing that this one replaces. What was shared there stays shared if the model has replaced it.
@@ -114,6 +113,7 @@ class Pairing:
         first_names: for each name, including those of tied tensors, the first name of its tensor.
         saved_names: the same for the names in ``state_dict()``.
         groups: the kernel calls of an update.
+        sharded: the tensors that are sharded.
         resolution: the largest relative rounding step (``torch.finfo(dtype).eps``) among the averages of buffers and
             of trained parameters.
 
@@ -161,7 +161,12 @@ class Pairing:
         separate([place.get() for place in ours.values()], [slot.averaged.get() for slot in self.slots])
         self.saved_names = {name: first for name, first in self.first_names.items() if ours[name].is_saved}
         self.groups = _grouped(self.slots, narrow)
-        self.resolution = max((_resolution(group, narrow) for group in self.groups if group.averages), default=0.0)
+        holding = [
+            torch.float32 if group.kernel == narrow else group.averaged[0].dtype
+            for group in self.groups
+            if group.averages and (group.are_buffers or any(slot.online.get().requires_grad for slot in group.slots))
+        ]
+        self.resolution = max((torch.finfo(dtype).eps for dtype in holding), default=0.0)
         self._remember(online, averaged)
 
     def _remember(self, online: nn.Module, averaged: nn.Module) -> None:
@@ -187,9 +192,9 @@ class Pairing:
         self._objects = [value for _, _, value in entries]
         self._count = len(tensors)
         self._attributes = list(map(vars, online.modules()))
-        self._sharded = list(filter(is_sharded, tensors))
+        self.sharded = list(filter(is_sharded, tensors))
         is_plain = all(tensor.layout is torch.strided and not tensor.is_complex() for tensor in tensors)
-        self._address: Callable[[Tensor], Any] = Tensor.data_ptr if is_plain and not self._sharded else _address
+        self._address: Callable[[Tensor], Any] = Tensor.data_ptr if is_plain and not self.sharded else _address
         self._addresses = list(map(self._address, tensors))
         self._numbers = list(map(Tensor.numel, tensors))
 
@@ -214,11 +219,6 @@ class Pairing:
         """Whether a module of the model holds averaged weights now, perhaps those of an average of that part alone."""
         return any(map(contains, self._attributes, repeat(SWAPPED)))
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether any of the tensors is sharded."""
-        return bool(self._sharded)
-
     def first_nonfinite(self) -> str | None:
         """The name of the first parameter whose NaN or infinity an update would bring into the average, or None.
 
@@ -226,7 +226,7 @@ class Pairing:
         """
         names = (group.first_nonfinite() for group in self.groups if not group.are_buffers)
         name = next(filter(None, names), None)
-        if self._sharded and on_any_rank(name is not None, self._sharded) and name is None:
+        if self.sharded and on_any_rank(name is not None, self.sharded) and name is None:
             return "a tensor on another rank"
         return name
 
@@ -272,13 +272,6 @@ def _grouped(slots: list[Slot], narrow: kernels.Kernel | None) -> list[Group]:
             group.online.append(online)
             group.slots.append(slot)
     return list(groups.values())
-
-
-def _resolution(group: Group, narrow: kernels.Kernel | None) -> float:
-    """The relative rounding step of the averages; 0 for frozen parameters."""
-    if not group.are_buffers and not any(slot.online.get().requires_grad for slot in group.slots):
-        return 0.0
-    return torch.finfo(torch.float32 if group.kernel == narrow else group.averaged[0].dtype).eps
 
 
 def _address(tensor: Tensor) -> object:
