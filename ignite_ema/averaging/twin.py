@@ -6,6 +6,7 @@ import dis
 import functools
 import types
 import weakref
+from collections import OrderedDict
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -184,7 +185,11 @@ def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | 
                     memo[id(tensor)] = tensor
                 elif (copied := _copied_tensor(tensor, dtype, device)) is not None:
                     memo[id(tensor)] = copied
-            for module in reversed(list(model.modules())):
+            modules = list(model.modules())
+            for table in (value for module in modules for value in vars(module).values()):
+                if type(table) is OrderedDict and not table:  # of hooks; deepcopy would take most of its time for them
+                    memo[id(table)] = OrderedDict()
+            for module in reversed(modules):
                 if (wrapped := stripped(module)) is not module:
                     memo[id(module)] = copy.deepcopy(wrapped, memo)
             twin: nn.Module = copy.deepcopy(model, memo)
