@@ -319,7 +319,9 @@ class ModelAverage:
 
     def _warn_if_stalled(self, momentum: float, resolution: float) -> None:
         """Warns once if the type of the average rounds an update away."""
-        if momentum == 0 or ("moved" in self._told and resolution <= torch.finfo(torch.float32).eps):
+        if "narrow" in self._told or momentum == 0:
+            return
+        if "moved" in self._told and resolution <= torch.finfo(torch.float32).eps:
             return  # the end of a schedule that goes to 0; 16 bits stall long before
         if self.schedule is not None and final_momentum(self.schedule) >= resolution:
             return  # the beginning of a warm-up

@@ -66,14 +66,15 @@ def buffers_followed(
     changed = {
         name: place
         for name, place in (ours | theirs).items()
-        if not (name in ours and name in theirs) and place.is_buffer and treatment_of(name) != "keep"
+        if (name not in ours or name not in theirs) and place.is_buffer and treatment_of(name) != "keep"
+        if isinstance(place.table, dict)  # the tables of TorchScript cannot change
     }
     if not changed:
         yield ours, theirs
         return
     twins = modules_by_path(averaged)
     tables = [twins[place.path]._buffers for place in changed.values() if place.path in twins]
-    before = [(table, dict(table)) for table in tables if isinstance(table, dict)]  # those of TorchScript cannot change
+    before = [(table, dict(table)) for table in tables]
     try:
         common = [(place, theirs[name]) for name, place in ours.items() if name in theirs]
         # Devices and types of averaged parameters by those of online ones.

@@ -143,12 +143,11 @@ class Pairing:
             self.shared: list[Slot] = []
             for name in dict.fromkeys(self.first_names.values()):
                 slot = Slot(name, ours[name], theirs[name], _treatment(ours[name], name, treatment_of))
-                online_tensor, averaged_tensor = slot.online.get(), slot.averaged.get()
-                if online_tensor is averaged_tensor or name in followed:
+                if slot.online.get() is slot.averaged.get() or name in followed:
                     _check_shared(slot, share_frozen)
                     self.shared.append(slot)
                 else:
-                    _check_pair(slot, online_tensor, averaged_tensor)
+                    _check_pair(slot)
                     self.slots.append(slot)
         # All checks have passed. From here on the twin may change, to follow the model in what is shared or copied.
         for name in followed:
@@ -333,8 +332,9 @@ def _treatment(place: Place, name: str, treatment_of: Callable[[str], Treatment]
     return "copy" if treatment == "average" and not is_averageable else treatment
 
 
-def _check_pair(slot: Slot, online: Tensor, averaged: Tensor) -> None:
+def _check_pair(slot: Slot) -> None:
     """Raises Mismatch or TypeError unless an update can do what it should with the two tensors."""
+    online, averaged = slot.online.get(), slot.averaged.get()
     ours, theirs = sharding(online), sharding(averaged)
     if ours != theirs:
         raise Mismatch(f"'{slot.name}' is {ours} in the model and {theirs} in the twin")
