@@ -278,7 +278,7 @@ class ModelAverage:
                 return False
             groups = [group for group in groups if not group.are_buffers or self._has_finite(group)]
         if momentum < pairing.resolution:
-            self._warn_if_stalled(momentum, pairing.resolution)
+            self._warn_if_stalled(momentum, pairing)
         else:
             self._told.add("moved")
         if self._rounding is not None:
@@ -317,16 +317,17 @@ class ModelAverage:
             )
         return name is None
 
-    def _warn_if_stalled(self, momentum: float, resolution: float) -> None:
+    def _warn_if_stalled(self, momentum: float, pairing: Pairing) -> None:
         """Warns once if the type of the average rounds an update away."""
+        resolution = pairing.resolution
         if "narrow" in self._told or momentum == 0:
             return
         if "moved" in self._told and resolution <= torch.finfo(torch.float32).eps:
             return  # the end of a schedule that goes to 0; 16 bits stall long before
         if self.schedule is not None and final_momentum(self.schedule) >= resolution:
             return  # the beginning of a warm-up
-        averages = [local(slot.averaged.get()) for slot in self._current().slots if not slot.online.is_buffer]
-        can_round = self._rounding is None and any(average.dtype in kernels.NARROW for average in averages)
+        dtypes = {group.averaged[0].dtype for group in pairing.groups if not group.are_buffers}
+        can_round = self._rounding is None and not dtypes.isdisjoint(kernels.NARROW)
         needed = resolution / 2 / momentum
         far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
         wider = "float32" if resolution > torch.finfo(torch.float32).eps else "float64"

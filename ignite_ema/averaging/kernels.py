@@ -14,7 +14,7 @@ Weights on a GPU reach an average on the CPU through page-locked memory, on a se
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypeAlias
 
 import torch
@@ -176,26 +176,12 @@ def _lerp_through_scratch(averaged: Tensors, online: Tensors, weight: float) -> 
             torch._foreach_lerp_(ours, split(gathered(theirs, ours[0].dtype, ours[0].device), ours), weight)
 
 
-def _copy_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
-    stage(_copy_strided, averaged, online, weight)
-
-
 def _lerp_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
     if weight != 0:
         stage(_lerp_converted, averaged, online, weight)
 
 
-def _lerp_frozen(averaged: Tensors, online: Tensors, weight: float) -> None:
-    """For frozen parameters, which may be masks of 0 and -inf, and types without arithmetic (8-bit floats)."""
-    _lerp_flat(averaged, online, weight, _mixed)
-
-
-def _lerp_buffers(averaged: Tensors, online: Tensors, weight: float) -> None:
-    """For buffers, which may also start as infinities, such as the range of an observer: copied until finite."""
-    _lerp_flat(averaged, online, weight, _healed)
-
-
-def _lerp_flat(averaged: Tensors, online: Tensors, weight: float, step: Callable[..., Tensor]) -> None:
+def _lerp_flat(step: Callable[..., Tensor], averaged: Tensors, online: Tensors, weight: float) -> None:
     """Applies ``step`` to small tensors at once, as one flat tensor."""
     if weight == 1:
         torch._foreach_copy_(averaged, online)
@@ -288,3 +274,10 @@ def _send(online: Tensors, side: torch.cuda.Stream) -> tuple[Tensors, torch.cuda
         rows = [value if value.ndim == 1 else value.reshape(-1) for value in online]
         flat.copy_(rows[0] if len(rows) == 1 else torch.cat(rows), non_blocking=True)
         return split(flat, online), side.record_event()
+
+
+_copy_staged = partial(stage, _copy_strided)
+# For frozen parameters, which may be masks of 0 and -inf, and types without arithmetic (8-bit floats).
+_lerp_frozen = partial(_lerp_flat, _mixed)
+# For buffers, which may also start as infinities, such as the range of an observer: copied until finite.
+_lerp_buffers = partial(_lerp_flat, _healed)
