@@ -116,9 +116,9 @@ def _check_tensors(argument: str, module: nn.Module, *, may_be_sharded: bool = T
             fault = "has no memory for its values; load them first"
         elif is_sharded(tensor) and not may_be_sharded:
             fault = (
-                f"is {sharding(tensor)}, so ema_model should be a twin that is sharded as the model is, got None. Build "
-                "the model again under torch.device('meta'), call fully_shard on it in the same way, and pass it as "
-                "ema_model="
+                f"is {sharding(tensor)}, so ema_model should be a twin that is sharded as the model is, got None. "
+                "Build the model again under torch.device('meta'), call fully_shard on it in the same way, and pass it "
+                "as ema_model="
             )
         if fault is not None:
             raise RuntimeError(
