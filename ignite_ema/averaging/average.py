@@ -24,7 +24,6 @@ from .checks import (
     percentage,
     schedule_of,
     scheduled,
-    stalled,
     warn_first_rank,
     warn_user,
 )
@@ -34,7 +33,7 @@ from .pairing import Group, Mismatch, Pairing
 from .sharding import local
 from .state import STATE_VERSION, check_average_state, fill, fitting_tensors
 from .stochastic_rounding import StochasticRounding
-from .swap import Swapped, is_swapped, refuse_while_swapped
+from .swap import Swapped, is_swapped
 from .twin import check_model, settle, stripped, twin_of
 
 
@@ -70,11 +69,8 @@ class ModelAverage:
         model: the online model, without wrappers.
         module: the averaged twin.
         handle_buffers: what was passed.
-        momentum: what was passed; settable.
         schedule: the momentum as a schedule, None if none was passed.
         num_skipped: the number of updates that ``skip_nonfinite`` has skipped.
-        num_updates: the number of updates since construction or the last reset; settable.
-        initial_share: how much of the average is still the weights that it started from, in [0, 1].
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type or value.
@@ -142,10 +138,9 @@ class ModelAverage:
         settle(self.module, ema_model is not None, trains)
         if ema_model is not None:
             self.reset()
-        self._warn_of_options_without_effect()
+        self._warn_of_options_without_effect(self._pairing)
 
-    def _warn_of_options_without_effect(self) -> None:
-        pairing = self._current()
+    def _warn_of_options_without_effect(self, pairing: Pairing) -> None:
         if self._share_frozen and not pairing.shared:
             warn_user(
                 "share_frozen should find frozen parameters, but all require gradients and are copied. Freeze them "
@@ -191,9 +186,12 @@ class ModelAverage:
     def _unswapped(self, what: str) -> Pairing:
         """Like :meth:`_current`; also raises RuntimeError if a part of the model holds averaged weights."""
         pairing = self._current()
-        if pairing.has_swapped_part():
-            for module in self.model.modules():
-                refuse_while_swapped(module, what)
+        if pairing.has_swapped_part() and any(map(is_swapped, self.model.modules())):
+            raise RuntimeError(
+                f"An average should be {what} while the model holds its own weights, but it holds averaged weights "
+                "now. Leave the block of swapped() first, or the run of the evaluator that swap_during() was called "
+                "with."
+            )
         return pairing
 
     def __getstate__(self) -> dict[str, Any]:
@@ -280,7 +278,7 @@ class ModelAverage:
                 return False
             groups = [group for group in groups if not group.are_buffers or self._has_finite(group)]
         if momentum < pairing.resolution:
-            self._warn_if_stalled(momentum, pairing.resolution)
+            self._warn_if_stalled(momentum, pairing)
         else:
             self._told.add("moved")
         if self._rounding is not None:
@@ -299,7 +297,7 @@ class ModelAverage:
         Always None for a sharded model: its ranks would have to ask together, as with ``skip_nonfinite=True``.
         """
         pairing = self._current()
-        return None if pairing.is_sharded else pairing.first_nonfinite()
+        return None if pairing.sharded else pairing.first_nonfinite()
 
     def _next_momentum(self) -> float:
         if self.schedule is None:
@@ -319,15 +317,27 @@ class ModelAverage:
             )
         return name is None
 
-    def _warn_if_stalled(self, momentum: float, resolution: float) -> None:
+    def _warn_if_stalled(self, momentum: float, pairing: Pairing) -> None:
         """Warns once if the type of the average rounds an update away."""
-        if momentum == 0 or ("moved" in self._told and resolution <= torch.finfo(torch.float32).eps):
+        resolution = pairing.resolution
+        if "narrow" in self._told or momentum == 0:
+            return
+        if "moved" in self._told and resolution <= torch.finfo(torch.float32).eps:
             return  # the end of a schedule that goes to 0; 16 bits stall long before
         if self.schedule is not None and final_momentum(self.schedule) >= resolution:
             return  # the beginning of a warm-up
-        averages = [local(slot.averaged.get()) for slot in self._current().slots if not slot.online.is_buffer]
-        can_round = self._rounding is None and any(average.dtype in kernels.NARROW for average in averages)
-        self._tell_once("narrow", stalled(momentum, resolution, can_round))
+        dtypes = {group.averaged[0].dtype for group in pairing.groups if not group.are_buffers}
+        can_round = self._rounding is None and not dtypes.isdisjoint(kernels.NARROW)
+        needed = resolution / 2 / momentum
+        far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
+        wider = "float32" if resolution > torch.finfo(torch.float32).eps else "float64"
+        self._tell_once(
+            "narrow",
+            f"A momentum of {momentum:g} is too small for the type of the average: a weight moves only if it differs "
+            f"from its average by about {far} its size, and is rounded back otherwise. Pass dtype=torch.{wider} to "
+            f"average in {wider} (or an ema_model of that type)"
+            f"{', or stochastic_rounding=True' if can_round else ''}.",
+        )
 
     def _tell_once(self, what: str, message: str) -> None:
         if what not in self._told:

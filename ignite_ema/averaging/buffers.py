@@ -1,9 +1,9 @@
 """What an update does with buffers: the values of ``handle_buffers``."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -57,25 +57,39 @@ def check_patterns(policy: BufferPolicy, names: list[str]) -> None:
 @contextmanager
 def buffers_followed(
     online: nn.Module, averaged: nn.Module, treatment_of: Callable[[str], Treatment], *, may_clear: bool
-) -> Iterator[None]:
+) -> Iterator[tuple[dict[str, Place], dict[str, Place]]]:
     """Gives the twin buffers that the model has gained, such as a cache, and clears those that it has lost.
 
-    Undone if the block raises. Buffers that an update leaves alone may differ.
+    Yields the places of both. Undone if the block raises. Buffers that an update leaves alone may differ.
     """
+    ours, theirs = places_of(online), places_of(averaged)
+    changed = {
+        name: place
+        for name, place in (ours | theirs).items()
+        if (name not in ours or name not in theirs) and place.is_buffer and treatment_of(name) != "keep"
+        if isinstance(place.table, dict)  # the tables of TorchScript cannot change
+    }
+    if not changed:
+        yield ours, theirs
+        return
     twins = modules_by_path(averaged)
-    pairs = {path: (module, twins[path]) for path, module in modules_by_path(online).items() if path in twins}
-    changed = [
-        (module, twin, key)
-        for path, (module, twin) in pairs.items()
-        if isinstance(module._buffers, dict)  # the tables of TorchScript cannot change
-        for key in {**module._buffers, **twin._buffers}
-        if (module._buffers.get(key) is None) != (twin._buffers.get(key) is None) and treatment_of(path + key) != "keep"
-    ]
-    before = [(twin._buffers, dict(twin._buffers)) for _, twin, _ in changed]
+    tables = [twins[place.path]._buffers for place in changed.values() if place.path in twins]
+    before = [(table, dict(table)) for table in tables]
     try:
-        if changed:
-            _follow(changed, pairs.values(), places_of(online), may_clear)
-        yield
+        common = [(place, theirs[name]) for name, place in ours.items() if name in theirs]
+        # Devices and types of averaged parameters by those of online ones.
+        kinds = {_kind(mine.get()): _kind(own.get()) for mine, own in common if not mine.is_buffer}
+        copies = {id(mine.get()): own.get() for mine, own in common}  # a buffer under several names stays one
+        for name, place in changed.items():
+            if name not in ours and may_clear:
+                place.table[place.key] = None
+            elif name in ours and place.path in twins:
+                buffer = place.get()
+                with torch.inference_mode(False), torch.no_grad():
+                    kind = kinds.get(_kind(buffer), _kind(buffer))
+                    copied = copies.setdefault(id(buffer), buffer.to(*kind, copy=True))
+                twins[place.path].register_buffer(place.key, copied, persistent=place.is_saved)
+        yield ours, places_of(averaged)
     except BaseException:
         for table, content in before:
             table.clear()
@@ -83,29 +97,5 @@ def buffers_followed(
         raise
 
 
-def _follow(
-    changed: Iterable[tuple[nn.Module, nn.Module, str]],
-    pairs: Iterable[tuple[nn.Module, nn.Module]],
-    places: Mapping[str, Place],
-    may_clear: bool,
-) -> None:
-    """Copies to the twin, or clears there, each changed buffer: its module, the module's twin, and its key."""
-    is_saved = {(id(place.table), place.key): place.is_saved for place in places.values()}
-    kinds: dict[Any, tuple[torch.device, torch.dtype]] = {}  # of averaged parameters by those of online ones
-    copies: dict[int, Tensor] = {}  # a buffer under several names stays one
-    for module, twin in pairs:
-        for key, value in module._parameters.items():
-            if value is not None and (average := twin._parameters.get(key)) is not None:
-                kinds[value.device, value.dtype] = average.device, average.dtype
-        for key, buffer in module._buffers.items():
-            if buffer is not None and (own := twin._buffers.get(key)) is not None:
-                copies[id(buffer)] = own
-    for module, twin, key in changed:
-        buffer = module._buffers.get(key)
-        if buffer is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                kind = kinds.get((buffer.device, buffer.dtype), (buffer.device, buffer.dtype))
-                copied = copies.setdefault(id(buffer), buffer.to(*kind, copy=True))
-            twin.register_buffer(key, copied, persistent=is_saved[id(module._buffers), key])
-        elif may_clear:
-            twin._buffers[key] = None
+def _kind(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+    return tensor.device, tensor.dtype

@@ -40,11 +40,8 @@ def warn_first_rank(message: str) -> None:
 def checked_momentum(value: object, what: str, verb: str = "be", when: str = "") -> float:
     """``value`` as a momentum; raises TypeError or ValueError unless it is a number in [0, 1].
 
-    Args:
-        value: what should be a momentum.
-        what: where it was read from, such as "momentum".
-        verb: what it should do: "be" or "return" a momentum.
-        when: goes after the value in the message, such as " after 3 updates".
+    For the message, ``what`` says where it was read from, ``verb`` whether that should "be" or "return" a momentum, and
+    ``when`` goes after the value, such as " after 3 updates".
     """
     if type(value) is float and 0 <= value <= 1:
         return value
@@ -72,20 +69,23 @@ def scheduled(schedule: Schedule, n: int) -> float:
 def schedule_of(momentum: float | Schedule) -> Schedule:
     """``momentum`` as a schedule: itself, or a constant.
 
-    Raises:
-        TypeError, ValueError: unless it is a float in (0, 1], or a callable whose first momentum is in [0, 1].
+    Raises TypeError or ValueError unless it is a float in (0, 1], or a callable whose first momentum is in [0, 1].
     """
     if isinstance(momentum, type):
         raise TypeError(f"momentum should be a schedule, got the class {momentum.__name__}; make one by calling it.")
-    if callable(momentum):
-        scheduled(momentum, 0)
-        if momentum not in (Constant(1.0), Debiased(1.0)):  # hard copies are intended
-            _warn_of_decay(final_momentum(momentum), "the last momentum of the schedule")
-        return momentum
-    constant = constant_of(momentum)
-    if constant.momentum < 1:  # hard copies are intended
-        _warn_of_decay(constant.momentum, "momentum")
-    return constant
+    schedule, what = momentum, "the last momentum of the schedule"
+    if callable(schedule):
+        scheduled(schedule, 0)
+    else:
+        schedule, what = constant_of(momentum), "momentum"
+    last = final_momentum(schedule)
+    if last >= 0.9 and schedule not in (Constant(1.0), Debiased(1.0)):  # hard copies are intended
+        way_out = f"pass 1 - {last:g} = {1 - last:g}" if last < 1 else "pass 1 minus each of its values"
+        warn_user(
+            f"{what} is the weight of the new weights, and {last:g} nearly copies them at each update. If it is meant "
+            f"as a decay, {way_out}."
+        )
+    return schedule
 
 
 def constant_of(momentum: object) -> Constant:
@@ -128,10 +128,7 @@ def check_count(value: object, name: str = "num_updates") -> None:
 def check_saved_mapping(state: object, kinds: Mapping[str, type | tuple[type, ...]], what: str) -> None:
     """Raises TypeError or ValueError unless ``state`` has exactly these entries, each of its kind.
 
-    Args:
-        state: what was saved.
-        kinds: the type or types of each entry; ``bool`` counts as an ``int`` only if it is listed.
-        what: whose state it is, such as "an EMAHandler".
+    A ``bool`` counts as an ``int`` only if it is listed. ``what`` says whose state it is, such as "an EMAHandler".
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"The state of {what} should be a mapping from its state_dict(), got {type(state).__name__}.")
@@ -195,31 +192,3 @@ def final_momentum(schedule: Schedule) -> float:
         return float(1 - (1 - final_momentum(schedule.schedule)) ** schedule.factor)
     values = [getattr(schedule, name, None) for name in ("momentum", "end", "min_momentum")]
     return next((float(value) for value in values if isinstance(value, numbers.Real)), 0.0)
-
-
-def stalled(momentum: float, resolution: float, can_round: bool) -> str:
-    """The message for an update that the type of the average rounds away.
-
-    Args:
-        momentum: λ of the update, smaller than ``resolution``.
-        resolution: the relative rounding step of the type.
-        can_round: whether ``stochastic_rounding`` would help.
-    """
-    needed = resolution / 2 / momentum
-    far = f"{needed:.0%} of" if needed < 2 else f"{needed:.0f} times"
-    wider = torch.float32 if resolution > torch.finfo(torch.float32).eps else torch.float64
-    return (
-        f"A momentum of {momentum:g} is too small for the type of the average: a weight moves only if it differs from "
-        f"its average by about {far} its size, and is rounded back otherwise. Pass dtype={wider} to average in "
-        f"{str(wider).removeprefix('torch.')} (or an ema_model of that type)"
-        f"{', or stochastic_rounding=True' if can_round else ''}."
-    )
-
-
-def _warn_of_decay(momentum: float, what: str) -> None:
-    if momentum >= 0.9:
-        way_out = f"pass 1 - {momentum:g} = {1 - momentum:g}" if momentum < 1 else "pass 1 minus each of its values"
-        warn_user(
-            f"{what} is the weight of the new weights, and {momentum:g} nearly copies them at each update. If it "
-            f"is meant as a decay, {way_out}."
-        )

@@ -8,21 +8,24 @@ A weight of 1 copies exactly, whatever ``averaged`` held (so it heals a NaN); a 
 computed as ``averaged + weight * (online - averaged)``: weights that do not change keep every bit, while the form above
 would add a rounding error at each update. On an accelerator the number of operations does not grow with the number of
 tensors if these are flat, as a pairing makes them for the kernels that join tensors.
+
+Weights on a GPU reach an average on the CPU through page-locked memory, on a separate stream (:func:`stage`).
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
-
-from .offload import stage
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 Kernel: TypeAlias = Callable[[Tensors, Tensors, float], None]
 
 # Numbers of elements: what stays in a CPU's cache, and what is worth a kernel launch on a GPU.
 _CACHED, _LAUNCHED = 2**20, 2**24
+_CHUNK = 2**28  # bytes that are copied from a GPU at once
 
 # What torch can interpolate; narrower types are widened for the step.
 NARROW = {torch.bfloat16, torch.float16}
@@ -41,13 +44,8 @@ def lerping_kernel_for(
 ) -> Kernel:
     """The fastest kernel that is right for this pair, and for each pair of the same dtypes and devices.
 
-    Args:
-        online: the tensor of the model.
-        averaged: the tensor of the twin.
-        is_buffer: whether they are buffers.
-        is_trained: whether the model's tensor requires gradients. Others may be masks of 0 and -inf. For finite values
-            all kernels give the same bits.
-        narrow: a special kernel for parameters whose average is in 16 bits, or None.
+    For finite values all kernels give the same bits. What is not trained may be a mask of 0 and -inf. ``narrow`` is a
+    special kernel for parameters whose average is in 16 bits.
     """
     if averaged.dtype not in _NATIVE:
         return _lerp_frozen
@@ -178,26 +176,12 @@ def _lerp_through_scratch(averaged: Tensors, online: Tensors, weight: float) -> 
             torch._foreach_lerp_(ours, split(gathered(theirs, ours[0].dtype, ours[0].device), ours), weight)
 
 
-def _copy_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
-    stage(_copy_strided, averaged, online, weight)
-
-
 def _lerp_staged(averaged: Tensors, online: Tensors, weight: float) -> None:
     if weight != 0:
         stage(_lerp_converted, averaged, online, weight)
 
 
-def _lerp_frozen(averaged: Tensors, online: Tensors, weight: float) -> None:
-    """For frozen parameters, which may be masks of 0 and -inf, and types without arithmetic (8-bit floats)."""
-    _lerp_flat(averaged, online, weight, _mixed)
-
-
-def _lerp_buffers(averaged: Tensors, online: Tensors, weight: float) -> None:
-    """For buffers, which may also start as infinities, such as the range of an observer: copied until finite."""
-    _lerp_flat(averaged, online, weight, _healed)
-
-
-def _lerp_flat(averaged: Tensors, online: Tensors, weight: float, step: Callable[..., Tensor]) -> None:
+def _lerp_flat(step: Callable[..., Tensor], averaged: Tensors, online: Tensors, weight: float) -> None:
     """Applies ``step`` to small tensors at once, as one flat tensor."""
     if weight == 1:
         torch._foreach_copy_(averaged, online)
@@ -235,3 +219,65 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     if dtype in _NATIVE:
         return dtype
     return torch.complex64 if dtype.is_complex else torch.float32
+
+
+def stage(kernel: Kernel, averaged: Tensors, online: Tensors, weight: float) -> None:
+    """Copies the values from a GPU to the CPU chunk by chunk: the kernel works on one while the next is under way.
+
+    They go through page-locked memory, which torch keeps for the next time: two chunks of 256 MiB, or of one tensor
+    each if it is larger. The host waits once for each chunk. The copies wait for the work queued so far on the current
+    stream; work queued later does not wait for them.
+    """
+    side = _side_stream(online[0].device)
+    under_way: deque[tuple[Tensors, Tensors, torch.cuda.Event]] = deque()
+
+    def finish_first() -> None:
+        ours, values, arrived = under_way.popleft()
+        arrived.synchronize()
+        kernel(ours, values, weight)
+
+    for chunk in _chunks(online):
+        under_way.append((averaged[chunk], *_send(online[chunk], side)))
+        if len(under_way) == 2:
+            finish_first()
+    finish_first()
+
+
+def _chunks(tensors: Tensors) -> list[slice]:
+    """Runs of neighbors of up to ``_CHUNK`` bytes, or of a single larger tensor."""
+    bounds, size = [0], 0
+    for index, tensor in enumerate(tensors):
+        if size and size + tensor.nbytes > _CHUNK:
+            bounds.append(index)
+            size = 0
+        size += tensor.nbytes
+    return [slice(start, stop) for start, stop in zip(bounds, [*bounds[1:], len(tensors)], strict=True)]
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that waits for the work queued so far on the current one."""
+    side = _stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    return side
+
+
+@lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The same stream at each call, since torch reuses a stream's memory only on that stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _send(online: Tensors, side: torch.cuda.Stream) -> tuple[Tensors, torch.cuda.Event]:
+    """Starts copies into page-locked memory; returns them and the event after which they hold the values."""
+    flat = torch.empty(sum(value.numel() for value in online), dtype=online[0].dtype, pin_memory=True)
+    with torch.cuda.stream(side):
+        rows = [value if value.ndim == 1 else value.reshape(-1) for value in online]
+        flat.copy_(rows[0] if len(rows) == 1 else torch.cat(rows), non_blocking=True)
+        return split(flat, online), side.record_event()
+
+
+_copy_staged = partial(stage, _copy_strided)
+# For frozen parameters, which may be masks of 0 and -inf, and types without arithmetic (8-bit floats).
+_lerp_frozen = partial(_lerp_flat, _mixed)
+# For buffers, which may also start as infinities, such as the range of an observer: copied until finite.
+_lerp_buffers = partial(_lerp_flat, _healed)

@@ -22,7 +22,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements of a strided tensor fill the memory from the first to the last without gaps."""
-    return _extent(tensor) == tensor.numel() and not overlaps_itself(tensor)
+    return tensor.is_contiguous() or (_extent(tensor) == tensor.numel() and not overlaps_itself(tensor))
 
 
 def has_values(tensor: Tensor) -> bool:

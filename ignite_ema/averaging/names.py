@@ -17,12 +17,14 @@ class Place(NamedTuple):
     Attributes:
         table: the module's ``_parameters`` or ``_buffers``.
         key: the tensor's key there.
+        path: the prefix of the module's names, as in :func:`modules_by_path`.
         is_buffer: whether the table is ``_buffers``.
         is_saved: whether ``state_dict()`` has the tensor; False for a non-persistent buffer.
     """
 
     table: dict[str, Any]
     key: str
+    path: str
     is_buffer: bool
     is_saved: bool
 
@@ -33,12 +35,7 @@ class Place(NamedTuple):
 
 
 def unwrapped(module: nn.Module, *, keep: type[nn.Module] | tuple[()] = ()) -> nn.Module:
-    """The module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, however nested.
-
-    Args:
-        module: the module, wrapped or not.
-        keep: a wrapper to stop at.
-    """
+    """The module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, except in a ``keep``."""
     while not isinstance(module, keep) and (key := _wrapper_key(module)) is not None:
         module = module._modules[key]  # type: ignore[assignment]
     return module
@@ -57,18 +54,19 @@ def places_of(root: nn.Module) -> dict[str, Place]:
     saved: dict[int, list[str]] = {}
     for name, value in state.items():
         saved.setdefault(id(value), []).append(name)
-    found: dict[int, list[tuple[str, str, Place]]] = {}
+    found: dict[int, list[tuple[str, Place]]] = {}  # for each tensor its places, each with its name with wrappers
     for path, raw, module in _walk(root, "", "", set()):
         for table, is_buffer in ((module._parameters, False), (module._buffers, True)):
             for key, tensor in table.items():
                 if tensor is not None:
-                    place = Place(table, key, is_buffer, id(tensor) in saved or raw + key in state)
-                    found.setdefault(id(tensor), []).append((path + key, raw + key, place))
+                    is_saved = id(tensor) in saved or raw + key in state
+                    place = Place(table, key, path, is_buffer, is_saved)
+                    found.setdefault(id(tensor), []).append((raw + key, place))
     names: dict[str, Place] = {}
     for identity, places in found.items():
-        path, raw, place = places[0]
+        raw, place = places[0]
         if len(places) == 1 and saved.get(identity, [raw]) == [raw]:
-            names[path] = place
+            names[place.path + place.key] = place
         else:
             names.update(_named(places, saved.get(identity, [])))
     return names
@@ -83,12 +81,12 @@ def first_names(places: dict[str, Place]) -> dict[str, str]:
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of ``module`` by its first name, each tied tensor once."""
     places = places_of(module)
-    return {first: places[first].get() for first in first_names(places).values()}
+    return {name: places[name].get() for name, first in first_names(places).items() if name == first}
 
 
 def name_of(module: nn.Module, tensor: Tensor) -> str:
     """The first name of a parameter or buffer of ``module``."""
-    return next(name for name, place in places_of(module).items() if place.get() is tensor)
+    return next(name for name, own in tensors_of(module).items() if own is tensor)
 
 
 def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -129,16 +127,17 @@ def _walk(module: nn.Module, path: str, raw: str, visited: set[int]) -> list[tup
     return found
 
 
-def _named(places: list[tuple[str, str, Place]], saved: list[str]) -> dict[str, Place]:
+def _named(places: list[tuple[str, Place]], saved: list[str]) -> dict[str, Place]:
     """Gives each place of one tensor its name in the ``state_dict``, or its path."""
-    paths = {raw: path for path, raw, _ in places}
+    by_path = {place.path + place.key: place for _, place in places}
+    paths = {raw: place.path + place.key for raw, place in places}
     names = [paths.get(name, name.replace("_orig_mod.", "")) for name in saved]
-    found = {path: place for path, _, place in places if path in names}
-    places_left = [(path, place) for path, _, place in places if path not in found]
+    found = {path: place for path, place in by_path.items() if path in names}
+    left = [place for path, place in by_path.items() if path not in found]
     names_left = [name for name in names if name not in found]
     if not names_left:  # not saved, or more places than names, such as those of a wrapper that lists a module twice
-        return found or {path: place for path, _, place in places}
-    first = places[0][2]  # a module with several names has one place for each of its tensors
-    left = [place for _, place in places_left] if len(places_left) == len(names_left) else [first] * len(names_left)
+        return found or by_path
+    if len(left) != len(names_left):  # a module with several names has one place for each of its tensors
+        left = [places[0][1]] * len(names_left)
     found.update(zip(names_left, left, strict=True))
     return {name: found[name] for name in names}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import kernels
 from .buffers import Treatment, buffers_followed
 from .memory import has_values, is_dense, separate
-from .names import Place, first_names, places_of
+from .names import Place, first_names
 from .sharding import fsdp_modules, is_sharded, local, on_any_rank, reshard, sharding
 
 SWAPPED = "_ignite_ema_swapped"  # an attribute of modules that hold averaged weights: their id, which a copy lacks
@@ -29,7 +29,7 @@ _requires_grad = attrgetter("requires_grad")
 
 
 class Mismatch(RuntimeError):
-    """The model and its averaged twin do not match; the message is a clause that says how."""
+    """Model and twin do not match; the message is a clause that says how."""
 
 
 class Slot(NamedTuple):
@@ -100,10 +100,9 @@ class Pairing:
     """The tensors of a model and of its averaged twin in pairs, sorted into groups for the kernels.
 
     Args:
-        online: the model.
-        averaged: its averaged twin.
-        treatment_of: called with the name of a buffer, returns what an update does with it. Parameters are averaged.
-            "average" means "copy" if the tensor is neither floating-point nor complex.
+        online, averaged: the model and its averaged twin.
+        treatment_of: what an update does with a buffer, by its name. "average" means "copy" if the tensor is neither
+            floating-point nor complex.
         share_frozen: whether the two may share parameters that do not require gradients.
         narrow: a special kernel for parameters whose average is in 16 bits, or None.
         before: the pairing that this one replaces. What was shared there stays shared if the model has replaced it.
@@ -114,6 +113,7 @@ class Pairing:
         first_names: for each name, including those of tied tensors, the first name of its tensor.
         saved_names: the same for the names in ``state_dict()``.
         groups: the kernel calls of an update.
+        sharded: the tensors that are sharded.
         resolution: the largest relative rounding step (``torch.finfo(dtype).eps``) among the averages of buffers and
             of trained parameters.
 
@@ -134,8 +134,8 @@ class Pairing:
     ) -> None:
         self._fsdp_modules = [*fsdp_modules(online), *fsdp_modules(averaged)]
         reshard(self._fsdp_modules)
-        with buffers_followed(online, averaged, treatment_of, may_clear=before is not None):
-            ours, theirs = _matching(places_of(online), places_of(averaged), treatment_of)
+        with buffers_followed(online, averaged, treatment_of, may_clear=before is not None) as places:
+            ours, theirs = _matching(*places, treatment_of)
             once_shared = {} if before is None else before._once_shared
             followed = {name for name, place in theirs.items() if id(place.get()) in once_shared}
             self.first_names = _checked_ties(ours, theirs, followed)
@@ -160,7 +160,12 @@ class Pairing:
         separate([place.get() for place in ours.values()], [slot.averaged.get() for slot in self.slots])
         self.saved_names = {name: first for name, first in self.first_names.items() if ours[name].is_saved}
         self.groups = _grouped(self.slots, narrow)
-        self.resolution = max((_resolution(group, narrow) for group in self.groups if group.averages), default=0.0)
+        holding = [
+            torch.float32 if group.kernel == narrow else group.averaged[0].dtype
+            for group in self.groups
+            if group.averages and (group.are_buffers or any(slot.online.get().requires_grad for slot in group.slots))
+        ]
+        self.resolution = max((torch.finfo(dtype).eps for dtype in holding), default=0.0)
         self._remember(online, averaged)
 
     def _remember(self, online: nn.Module, averaged: nn.Module) -> None:
@@ -168,25 +173,29 @@ class Pairing:
         modules = [*online.modules(), *averaged.modules()]
         self._all_tables = [table for part in modules for table in (part._parameters, part._buffers, part._modules)]
         self._size = sum(map(len, self._all_tables))
-        tensors: list[tuple[Any, str, Any]] = []
+        tensors: list[Tensor] = []
+        entries: list[tuple[Any, str, Any]] = []
         others: list[tuple[Any, str, Any]] = []
         for table in self._all_tables:
             for key, value in table.items():  # the tables of TorchScript cannot be iterated over
-                is_paired = isinstance(value, Tensor) and id(value) not in self._once_shared
-                (tensors if is_paired else others).append((table, key, value))
+                if isinstance(value, Tensor) and id(value) not in self._once_shared:
+                    tensors.append(value)
+                    entries.append((table, key, value))
+                else:
+                    others.append((table, key, value))
         # Deleting from a Sequential makes a new table; a traced module has none.
         others += [(vars(part), "_modules", found) for part in modules if (found := vars(part).get("_modules"))]
-        entries = [*tensors, *others]
+        entries += others
         self._tables = [table for table, _, _ in entries]
         self._keys = [key for _, key, _ in entries]
         self._objects = [value for _, _, value in entries]
         self._count = len(tensors)
         self._attributes = list(map(vars, online.modules()))
-        self._sharded = [tensor for _, _, tensor in tensors if is_sharded(tensor)]
-        is_plain = all(one.layout is torch.strided and not one.is_complex() for _, _, one in tensors)
-        self._address: Callable[[Tensor], Any] = Tensor.data_ptr if is_plain and not self._sharded else _address
-        self._addresses = [self._address(tensor) for _, _, tensor in tensors]
-        self._numbers = [tensor.numel() for _, _, tensor in tensors]
+        self.sharded = list(filter(is_sharded, tensors))
+        is_plain = all(tensor.layout is torch.strided and not tensor.is_complex() for tensor in tensors)
+        self._address: Callable[[Tensor], Any] = Tensor.data_ptr if is_plain and not self.sharded else _address
+        self._addresses = list(map(self._address, tensors))
+        self._numbers = list(map(Tensor.numel, tensors))
 
     def is_current(self) -> bool:
         """Whether model and twin still have the paired tensors, at the same addresses."""
@@ -209,11 +218,6 @@ class Pairing:
         """Whether a module of the model holds averaged weights now, perhaps those of an average of that part alone."""
         return any(map(contains, self._attributes, repeat(SWAPPED)))
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether any of the tensors is sharded."""
-        return bool(self._sharded)
-
     def first_nonfinite(self) -> str | None:
         """The name of the first parameter whose NaN or infinity an update would bring into the average, or None.
 
@@ -221,7 +225,7 @@ class Pairing:
         """
         names = (group.first_nonfinite() for group in self.groups if not group.are_buffers)
         name = next(filter(None, names), None)
-        if self._sharded and on_any_rank(name is not None, self._sharded) and name is None:
+        if self.sharded and on_any_rank(name is not None, self.sharded) and name is None:
             return "a tensor on another rank"
         return name
 
@@ -232,8 +236,7 @@ def replace(place: Place, source: Tensor) -> None:
     The tensor object stays, and so do its ties, unless the layout changes.
     """
     tensor = place.get()
-    same_kind = source.is_floating_point() == tensor.is_floating_point()
-    dtype = tensor.dtype if same_kind and source.is_complex() == tensor.is_complex() else source.dtype
+    dtype = tensor.dtype if _kind_of_number(source) == _kind_of_number(tensor) else source.dtype
     values = source.detach().to(tensor.device, dtype, copy=True)
     if tensor.layout is values.layout is torch.strided:
         tensor.data = values
@@ -246,18 +249,20 @@ def _grouped(slots: list[Slot], narrow: kernels.Kernel | None) -> list[Group]:
     groups: dict[tuple[Any, ...], Group] = {}
     with torch.inference_mode(False):
         for slot in slots:
-            online, averaged = slot.tensors()
-            are_dense = online.layout is torch.strided and online.stride() == averaged.stride() and is_dense(online)
             if slot.treatment == "keep":
                 continue
+            (online, averaged), is_buffer = slot.tensors(), slot.online.is_buffer
+            are_dense = online.layout is torch.strided and online.stride() == averaged.stride() and is_dense(online)
             if slot.treatment == "copy":
                 kernel = kernels.copying_kernel_for(online, averaged)
             else:
                 is_trained = slot.online.get().requires_grad
-                kernel = kernels.lerping_kernel_for(online, averaged, slot.online.is_buffer, is_trained, narrow)
-            places = averaged.dtype, averaged.device, online.dtype, online.device, slot.online.is_buffer
+                kernel = kernels.lerping_kernel_for(online, averaged, is_buffer, is_trained, narrow)
             # A single tensor that is not dense would put the whole group on a slower path on a GPU.
-            group = groups.setdefault((kernel, *places, are_dense), Group(kernel, [], [], []))
+            kind = (kernel, is_buffer, are_dense, averaged.dtype, averaged.device, online.dtype, online.device)
+            if kind not in groups:
+                groups[kind] = Group(kernel, [], [], [])
+            group = groups[kind]
             if online.layout is not torch.strided:  # an alias would not follow a new number of elements
                 online, averaged = slot.online.get(), slot.averaged.get()
             elif are_dense and kernels.needs_flat(kernel):
@@ -268,13 +273,6 @@ def _grouped(slots: list[Slot], narrow: kernels.Kernel | None) -> list[Group]:
     return list(groups.values())
 
 
-def _resolution(group: Group, narrow: kernels.Kernel | None) -> float:
-    """The relative rounding step of the averages; 0 for frozen parameters."""
-    if not group.are_buffers and not any(slot.online.get().requires_grad for slot in group.slots):
-        return 0.0
-    return torch.finfo(torch.float32 if group.kernel == narrow else group.averaged[0].dtype).eps
-
-
 def _address(tensor: Tensor) -> object:
     """The address of a tensor that may be sharded, sparse or a lazy conjugate."""
     part = local(tensor)
@@ -282,8 +280,16 @@ def _address(tensor: Tensor) -> object:
 
 
 def _alike(online: Tensor, averaged: Tensor) -> bool:
-    kinds = [(one.shape, one.layout, one.is_floating_point(), one.is_complex()) for one in (online, averaged)]
-    return kinds[0] == kinds[1]
+    """Whether the two have the same shape, layout and kind of number."""
+    return (
+        online.shape == averaged.shape
+        and online.layout == averaged.layout
+        and (online.dtype == averaged.dtype or _kind_of_number(online) == _kind_of_number(averaged))
+    )
+
+
+def _kind_of_number(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _matching(
@@ -338,38 +344,34 @@ def _check_pair(slot: Slot) -> None:
             f"shape {tuple(one.shape)}" if is_shape else f"{one.dtype} and {one.layout}" for one in (online, averaged)
         )
         raise Mismatch(f"'{slot.name}' has {ours} in the model and {theirs} in the twin")
-    for tensor, where in ((online, "model"), (averaged, "twin")):
-        if not has_values(local(tensor)):
-            raise Mismatch(
-                f"'{slot.name}' has no memory for its values in the {where} (it was moved to meta, or freed): give it "
-                "values first"
-            )
+    if not (has_values(local(online)) and has_values(local(averaged))):
+        where = "twin" if has_values(local(online)) else "model"
+        raise Mismatch(
+            f"'{slot.name}' has no memory for its values in the {where} (it was moved to meta, or freed): give it "
+            "values first"
+        )
     if averaged.is_inference():
         raise Mismatch(f"'{slot.name}' of the twin was made inside torch.inference_mode(): make it outside")
-    if slot.treatment == "average":
-        _check_arithmetic(slot, local(online).detach(), local(averaged).detach())
+    is_plain = online.layout is torch.strided and {type(online), type(averaged)} <= {Tensor, nn.Parameter}
+    if slot.treatment == "average" and not is_plain:
+        _try_arithmetic(slot)
 
 
-def _check_arithmetic(slot: Slot, online: Tensor, averaged: Tensor) -> None:
-    """Raises TypeError for a tensor that cannot be averaged."""
-    if online.layout is not torch.strided:
-        raise TypeError(
-            f"A tensor should be strided to be averaged, got '{slot.name}' with layout {online.layout}. "
-            f"{_instead(slot)}"
-        )
-    if {type(online), type(averaged)} <= {Tensor, nn.Parameter}:
-        return
-    try:
-        torch._foreach_lerp_([averaged.clone()], [online], 0.5)
-    except Exception as error:  # the kind of error depends on the type
-        raise TypeError(
-            f"A tensor should be of a type that can be averaged, got '{slot.name}', a {type(online).__name__}, for "
-            f"which lerp fails ({str(error).splitlines()[0]}). {_instead(slot)}"
-        ) from error
-
-
-def _instead(slot: Slot) -> str:
-    """The way out for a tensor that cannot be averaged."""
+def _try_arithmetic(slot: Slot) -> None:
+    """Raises TypeError if the tensor cannot be averaged, because of its layout or because its type has no lerp."""
+    online, averaged = slot.tensors()
+    if online.layout is torch.strided:
+        try:
+            torch._foreach_lerp_([averaged.clone()], [online], 0.5)
+        except Exception as error:  # the kind of error depends on the type
+            fault = f", a {type(online).__name__}, for which lerp fails ({str(error).splitlines()[0]})"
+        else:
+            return
+    else:
+        fault = f" with layout {online.layout}"
+    way_out = "Freeze it and pass share_frozen=True."
     if slot.online.is_buffer:
-        return f'Copy it instead: handle_buffers={{"{slot.name}": "copy", "*": "update"}}.'
-    return "Freeze it and pass share_frozen=True."
+        way_out = f'Copy it instead: handle_buffers={{"{slot.name}": "copy", "*": "update"}}.'
+    raise TypeError(
+        f"A tensor should be strided and of a type with arithmetic to be averaged, got '{slot.name}'{fault}. {way_out}"
+    )

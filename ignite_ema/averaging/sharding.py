@@ -107,12 +107,7 @@ def on_first_rank(action: Callable[[], _T]) -> _T:
 
 
 def on_all_ranks(action: Callable[[], _T], group: dist.ProcessGroup | None = None) -> _T:
-    """Calls ``action`` on each rank; if it raises on some, all ranks raise the error of the first of these.
-
-    Args:
-        action: what to do.
-        group: a process group, all of whose ranks must call this; None: the default group.
-    """
+    """Calls ``action`` on each rank of ``group``; if it raises on some, all raise the error of the first of these."""
     if not dist.is_initialized():
         return action()
     error: Exception | None = None

@@ -34,10 +34,7 @@ def check_average_state(
 ) -> None:
     """Raises TypeError or ValueError, naming the entry, unless ``state`` has the form that an average saves.
 
-    Args:
-        state: what was saved.
-        kinds: the entries and their types; may be more than those of an average.
-        what: whose state it is.
+    ``kinds`` has the types of its entries, which may be more than those of an average; ``what`` says whose state it is.
     """
     entries = state if isinstance(state, Mapping) else {}
     for key, value in entries.items():
@@ -73,18 +70,9 @@ def fitting_tensors(
 ) -> tuple[dict[str, Tensor], list[Slot], list[str]]:
     """The tensors for the twin, by first name, from the state of an average or the plain ``state_dict`` of a model.
 
-    Args:
-        pairing: the model and its twin.
-        source: what is loaded.
-        strict: whether all tensors have to be present and fit.
-        complete: whether all buffers of a state have to be present, too; if False, parameters alone will do.
-
-    Returns:
-        The tensors and, if ``strict`` is False, the slots for which there are none, and the names of shared parameters
-        that have other values in the model.
-
-    Raises:
-        ValueError: if they should fit and do not, or if nothing fits.
+    If ``strict``, raises ValueError unless all are present and fit; otherwise also returns the slots without a tensor,
+    and the names of shared parameters that have other values in the model. Raises ValueError if nothing fits. Unless
+    ``complete``, parameters alone will do: the buffers may all be missing.
     """
     slots = {slot.name: slot for slot in pairing.slots}
     shared = {slot.name: slot for slot in pairing.shared}

@@ -17,8 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .kernels import Tensors, batches, gathered, leaves_gpu, split
-from .offload import stage
+from .kernels import Tensors, batches, gathered, leaves_gpu, split, stage
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _UP = [1 / (k + 1 / (m + _GOLDEN)) for m in range(1, 6) for k in range(1, 4)]

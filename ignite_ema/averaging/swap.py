@@ -8,7 +8,7 @@ weights come back even if ``__exit__`` never runs.
 
 from collections.abc import Callable, Generator
 from contextlib import ContextDecorator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +18,14 @@ from .memory import has_values, overlaps_itself
 from .pairing import SWAPPED, Pairing, Slot, replace
 from .sharding import fsdp_modules, local, reshard
 
+Step: TypeAlias = tuple[str, Callable[[], None]]
+
 _TRIALS = 3  # attempts to restore a tensor
 
 
 def is_swapped(model: nn.Module) -> bool:
     """Whether ``model`` holds averaged weights now, from any of its averages."""
     return vars(model).get(SWAPPED) == id(model)
-
-
-def refuse_while_swapped(model: nn.Module, what: str) -> None:
-    """Raises RuntimeError if :func:`is_swapped`."""
-    if is_swapped(model):
-        raise RuntimeError(
-            f"An average should be {what} while the model holds its own weights, but it holds averaged weights now. "
-            "Leave the block of swapped() first, or the run of the evaluator that swap_during() was called with."
-        )
 
 
 class Swapped(ContextDecorator):
@@ -85,36 +78,27 @@ class Swapped(ContextDecorator):
             self._steps = None
 
 
-class _Restoration:
-    """Restores a model, step by step.
+def _finish(left: list[Step], errors: dict[str, BaseException]) -> None:
+    """Does the steps that are left, the last first; what fails at each trial goes into ``errors``, by name.
 
-    Attributes:
-        left: the steps that are not done yet, each with a name; the last is done first, and may be done twice.
-        errors: what could not be restored, by name.
+    A step may be done twice. An exception on the way, such as Ctrl-C, is raised when all is done.
     """
-
-    def __init__(self) -> None:
-        self.left: list[tuple[str, Callable[[], None]]] = []
-        self.errors: dict[str, BaseException] = {}
-
-    def finish(self) -> None:
-        """Does what is left; an exception on the way, such as Ctrl-C, is raised when all is done."""
-        raised: BaseException | None = None
-        failures = 0
-        while self.left:
-            name, restore = self.left[-1]
-            try:
-                restore()
-                self.left.pop()
-                failures = 0
-            except BaseException as error:
-                raised, failures = error, failures + 1
-                if failures == _TRIALS:
-                    self.errors[name], failures = error, 0
-                    self.left.pop()
-        torch.clear_autocast_cache()  # it has copies of the weights
-        if raised is not None and not self.errors:
-            raise raised
+    raised: BaseException | None = None
+    failures = 0
+    while left:
+        name, restore = left[-1]
+        try:
+            restore()
+            left.pop()
+            failures = 0
+        except BaseException as error:
+            raised, failures = error, failures + 1
+            if failures == _TRIALS:
+                errors[name], failures = error, 0
+                left.pop()
+    torch.clear_autocast_cache()  # it has copies of the weights
+    if raised is not None and not errors:
+        raise raised
 
 
 class _Saved:
@@ -169,7 +153,9 @@ class _Saved:
 def _swap(
     pairing: Pairing, model: nn.Module, buffers_from: Callable[[nn.Module], object] | None
 ) -> Generator[None, None, None]:
-    restoration, parts = _Restoration(), fsdp_modules(model)
+    left: list[Step] = []  # what restores the model, each step with a name
+    errors: dict[str, BaseException] = {}
+    parts = fsdp_modules(model)
     modules: dict[str, nn.Module] = dict(model.named_modules())
     children = {path: dict(module._modules) for path, module in modules.items()}
     saved: list[_Saved] = []
@@ -177,15 +163,15 @@ def _swap(
     is_complete = False
     try:
         try:
-            restoration.left.append(("the modules", _restoring(list(modules.values()))))
+            left.append(("the modules", _restoring(list(modules.values()))))
             for module in modules.values():
                 vars(module)[SWAPPED] = id(module)
             for slot in pairing.shared:
                 if type(slot.online.get()) is nn.Parameter:
-                    restoration.left.append((slot.name, _Saved(slot, is_shared=True).restore))
+                    left.append((slot.name, _Saved(slot, is_shared=True).restore))
             for slot in pairing.slots:
                 saved.append(_Saved(slot))
-                restoration.left.append((slot.name, saved[-1].restore))
+                left.append((slot.name, saved[-1].restore))
                 saved[-1].fill()
             torch.clear_autocast_cache()
             if buffers_from is not None:
@@ -199,13 +185,13 @@ def _swap(
             saved.clear()  # so that each copy is freed once it has been written back
         finally:
             _reshard(parts, model, pairing)
-            restoration.finish()
+            _finish(left, errors)
     finally:
-        restoration.finish()
-        if (fault := _fault(restoration.errors, modules, children)) and not is_complete:
+        _finish(left, errors)
+        if (fault := _fault(errors, modules, children)) and not is_complete:
             warn_user(fault)  # the exception that ended the block reaches the caller
     if fault:
-        raise RuntimeError(fault) from next(iter(restoration.errors.values()), None)
+        raise RuntimeError(fault) from next(iter(errors.values()), None)
     if changed:
         warn_user(
             f"'{changed[0]}' was changed while the model held its averaged weights, and the change is dropped. Train "

@@ -6,7 +6,7 @@ import dis
 import functools
 import types
 import weakref
-from collections.abc import Iterator
+from collections import OrderedDict
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -23,9 +23,9 @@ from .sharding import is_sharded, local, sharding
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TABLES = ("_parameters", "_buffers", "_modules")
 _ATOMIC = (int, float, str, bytes, type(None))
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # others do not run in a forward pass of the twin
-# Other methods compute nothing: Accelerate sets to() and cuda() on an instance, torchao extra_repr().
-_OF_EVERY_MODULE = {*dir(nn.Module())} - {"forward"}
+_HOOKS = {"_forward_pre_hooks": "forward_pre_hook", "_forward_hooks": "forward_hook"}
+# Attributes that do not compute in a forward pass of the twin. Accelerate sets to() and cuda(), torchao extra_repr().
+_OF_EVERY_MODULE = {*dir(nn.Module())} - {"forward", *_HOOKS}
 
 
 def stripped(module: nn.Module) -> nn.Module:
@@ -42,25 +42,13 @@ def check_model(model: object, has_own_twin: bool) -> None:
             "model should be an instance of nn.Module or its subclasses, but got "
             f"model: {type(model).__name__}; pass the module itself."
         )
-    for module in model.modules():
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
-            raise RuntimeError(
-                "model should be unsharded, or sharded with torch.distributed.fsdp.fully_shard, got a model with "
-                "FullyShardedDataParallel (FSDP1), which makes one flat parameter of many. Use fully_shard."
-            )
-    _check_tensors("model", model)
-    for tensor in parameters_of(model):
-        if hasattr(tensor, "ds_id"):
-            raise RuntimeError(
-                "model should be unsharded, or sharded with torch.distributed.fsdp.fully_shard, got a model whose "
-                f"'{name_of(model, tensor)}' is partitioned by DeepSpeed ZeRO-3. Use its stage 1 or 2, or fully_shard."
-            )
-        if is_sharded(tensor) and not has_own_twin:
-            raise RuntimeError(
-                f"ema_model should be a twin that is sharded as the model is, got None, but "
-                f"'{name_of(model, tensor)}' is {sharding(tensor)}. Build the model again under torch.device('meta'), "
-                "call fully_shard on it in the same way, and pass it as ema_model=."
-            )
+    kinds = {base.__name__ for kind in set(map(type, model.modules())) for base in kind.__mro__}
+    if "FullyShardedDataParallel" in kinds:
+        raise RuntimeError(
+            "model should be unsharded, or sharded with torch.distributed.fsdp.fully_shard, got a model with "
+            "FullyShardedDataParallel (FSDP1), which makes one flat parameter of many. Use fully_shard."
+        )
+    _check_tensors("model", model, may_be_sharded=has_own_twin)
 
 
 def twin_of(
@@ -71,26 +59,29 @@ def twin_of(
     share_frozen: bool,
     trains: bool,
 ) -> nn.Module:
-    """The averaged twin of ``model``; :func:`settle` makes it ready.
+    """The averaged twin of ``model``: the user's ``own``, with memory, or a deep copy; :func:`settle` makes it ready.
 
-    Args:
-        model: the model; ``DistributedDataParallel`` and compiled modules inside it become plain modules.
-        own: the user's own twin, which is checked and given memory; None: a deep copy is made.
-        dtype: the type of floating-point tensors; complex ones get its complex counterpart. None: their own types.
-        device: where the copy lives; None: each tensor where its original lives.
-        share_frozen: whether model and twin share the parameters that do not require gradients.
-        trains: whether the twin is put into train mode.
-
-    Raises:
-        TypeError, ValueError: for an argument of the wrong type or value.
-        RuntimeError: for a model that cannot be deep-copied, or whose weights change with its mode.
+    Raises TypeError or ValueError for an argument of the wrong type or value, and RuntimeError for a model that cannot
+    be deep-copied, or whose weights change with its mode.
     """
     if own is None:
-        _check_dtype(dtype)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype should be a torch.dtype, such as torch.float32, got {dtype!r}.")
+        if dtype not in (None, *_HOLDING_TYPES):
+            raise ValueError(f"dtype should be one of {', '.join(map(str, _HOLDING_TYPES))}, got {dtype}.")
         _refuse_changing_mode(model, trains, on_copies=True)
         twin = _copied(model, dtype, _checked_device(device), share_frozen)
     else:
-        _check_own_twin(own, dtype, device, share_frozen)
+        if not isinstance(own, nn.Module):
+            raise TypeError(f"ema_model should be an nn.Module, got {type(own).__name__}.")
+        _check_tensors("ema_model", own, may_be_meta=True)
+        if dtype is not None or device is not None:
+            raise ValueError(
+                f"dtype and device should be None if you pass ema_model, got {dtype} and {device}. Move the module "
+                "with ema_model.to(...) first."
+            )
+        if share_frozen:
+            raise ValueError("share_frozen should be False if you pass ema_model, got True. Leave one of the two out.")
         _materialize(own, model)
         twin = own
     _warn_of_shared_functions(model, twin)
@@ -100,8 +91,7 @@ def twin_of(
 def settle(twin: nn.Module, is_own: bool, trains: bool) -> None:
     """Puts a twin that fits the model into eval mode (train mode if it ``trains``), and turns its gradients off.
 
-    Raises:
-        RuntimeError: if the weights of the user's own twin change with its mode.
+    Raises RuntimeError if the weights of the user's own twin change with its mode.
     """
     if is_own:
         _refuse_changing_mode(twin, trains, on_copies=False)
@@ -110,42 +100,30 @@ def settle(twin: nn.Module, is_own: bool, trains: bool) -> None:
         parameter.requires_grad_(False)
 
 
-def _check_tensors(name: str, module: nn.Module, may_be_meta: bool = False) -> None:
-    """Raises RuntimeError if a tensor of ``module`` has no shape, or no memory for its values."""
+def _check_tensors(argument: str, module: nn.Module, *, may_be_sharded: bool = True, may_be_meta: bool = False) -> None:
+    """Raises RuntimeError if a tensor of ``module`` cannot be averaged as it is."""
     for tensor in parameters_and_buffers(module):
-        lacks = None
+        fault = None
         if is_lazy(tensor):
-            lacks = "has no shape; run the model on one batch first"
+            fault = "has no shape; run the model on one batch first"
         elif tensor.is_nested:
-            lacks = "is a nested tensor without one shape; pad it, or keep it outside of the parameters and buffers"
+            fault = "is a nested tensor without one shape; pad it, or keep it outside of the parameters and buffers"
+        elif hasattr(tensor, "ds_id"):
+            fault = "is partitioned by DeepSpeed ZeRO-3. Use its stage 1 or 2, or fully_shard"
         elif tensor.is_meta:
-            lacks = None if may_be_meta else "has no values; materialize it first"
+            fault = None if may_be_meta else "has no values; materialize it first"
         elif not has_values(local(tensor)):
-            lacks = "has no memory for its values; load them first"
-        if lacks is not None:
-            raise RuntimeError(
-                f"{name} should be initialized before it is averaged, but '{name_of(module, tensor)}' {lacks}."
+            fault = "has no memory for its values; load them first"
+        elif is_sharded(tensor) and not may_be_sharded:
+            fault = (
+                f"is {sharding(tensor)}, so ema_model should be a twin that is sharded as the model is, got None. "
+                "Build the model again under torch.device('meta'), call fully_shard on it in the same way, and pass it "
+                "as ema_model="
             )
-
-
-def _check_own_twin(twin: nn.Module, dtype: object, device: object, share_frozen: bool) -> None:
-    if not isinstance(twin, nn.Module):
-        raise TypeError(f"ema_model should be an nn.Module, got {type(twin).__name__}.")
-    _check_tensors("ema_model", twin, may_be_meta=True)
-    if dtype is not None or device is not None:
-        raise ValueError(
-            f"dtype and device should be None if you pass ema_model, got {dtype} and {device}. Move the module with "
-            "ema_model.to(...) first."
-        )
-    if share_frozen:
-        raise ValueError("share_frozen should be False if you pass ema_model, got True. Leave one of the two out.")
-
-
-def _check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype should be a torch.dtype, such as torch.float32, got {dtype!r}.")
-    if dtype not in (None, *_HOLDING_TYPES):
-        raise ValueError(f"dtype should be one of {', '.join(map(str, _HOLDING_TYPES))}, got {dtype}.")
+        if fault is not None:
+            raise RuntimeError(
+                f"{argument} should have tensors that can be averaged, but '{name_of(module, tensor)}' {fault}."
+            )
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
@@ -208,7 +186,11 @@ def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | 
                     memo[id(tensor)] = tensor
                 elif (copied := _copied_tensor(tensor, dtype, device)) is not None:
                     memo[id(tensor)] = copied
-            for module in reversed(list(model.modules())):
+            modules = list(model.modules())
+            for table in (value for module in modules for value in vars(module).values()):
+                if type(table) is OrderedDict and not table:  # of hooks; deepcopy would take most of its time for them
+                    memo[id(table)] = OrderedDict()
+            for module in reversed(modules):
                 if (wrapped := stripped(module)) is not module:
                     memo[id(module)] = copy.deepcopy(wrapped, memo)
             twin: nn.Module = copy.deepcopy(model, memo)
@@ -261,10 +243,7 @@ def _obstacle(model: nn.Module, error: Exception) -> str:
 
 def _set_mode(module: nn.Module, trains: bool) -> None:
     with contextlib.suppress(NotImplementedError):  # an exported program has only one mode
-        if trains:
-            module.train()
-        else:
-            module.eval()
+        (module.train if trains else module.eval)()
 
 
 def _refuse_changing_mode(model: nn.Module, trains: bool, on_copies: bool) -> None:
@@ -302,30 +281,23 @@ def _equal(before: Tensor, after: Tensor | None) -> bool:
 
 def _warn_of_shared_functions(model: nn.Module, twin: nn.Module) -> None:
     """Warns if functions of the twin compute with modules of the model: deepcopy does not copy functions."""
-    online = {id(one) for one in (*model.modules(), *parameters_and_buffers(model))}
-    online -= {id(one) for one in parameters_of(twin)}  # shared ones
-    names = [
-        f"{path}.{name}".lstrip(".")
+    found = [
+        (f"{path}.{_HOOKS.get(name, name)}".lstrip("."), value)
         for path, module in twin.named_modules()
-        for name, function in _functions_in(module)
-        if _refers_to(function, online, set())
+        for name, value in vars(module).items()
+        if name not in _OF_EVERY_MODULE and not isinstance(value, _ATOMIC) and not (name in _HOOKS and not value)
     ]
+    if not found:
+        return
+    shared = {id(one) for one in parameters_of(twin)}
+    online = {id(one) for one in (*model.modules(), *parameters_and_buffers(model)) if id(one) not in shared}
+    names = [name for name, value in found if _refers_to(value, online, set())]
     if names:
         warn_user(
             f"ema_model still calls {listed(names)} of the model, since copy.deepcopy does not copy functions, and "
             "computes with the online weights. Compile with model.compile(), which is copied, evaluate with swapped(), "
             "or build the twin in the same way as the model and pass it as ema_model=."
         )
-
-
-def _functions_in(module: nn.Module) -> Iterator[tuple[str, object]]:
-    """Attributes and forward hooks of the instance, by name, that may be or contain a function."""
-    for name, value in vars(module).items():
-        if name in _HOOKS:
-            for hook in value.values():
-                yield name.removeprefix("_").removesuffix("s"), hook
-        elif name not in _OF_EVERY_MODULE:
-            yield name, value
 
 
 def _refers_to(value: object, online: set[int], seen: set[int]) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ignite_ema import ModelAverage
-from ignite_ema.averaging import kernels, offload
+from ignite_ema.averaging import kernels
 
 PARAMETERS = (10, 200, 1000)
 COPIED_TO_CPU = '`device="cpu"`: copies out of the GPU'
@@ -75,7 +75,7 @@ def sending(tensors):
         return empty(*size, **options)
 
     with patch("torch.empty", pageable), patch("torch.cuda.stream", nullcontext), Count() as count:
-        offload._send(tensors, Mock())
+        kernels._send(tensors, Mock())
     return count
 
 

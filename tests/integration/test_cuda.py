@@ -13,7 +13,7 @@ from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
 from ignite_ema import EMAHandler, EMAWarning, ModelAverage
-from ignite_ema.averaging import offload as staging
+from ignite_ema.averaging import kernels
 from tests.helpers.bits import contents
 
 if not torch.cuda.is_available():
@@ -204,9 +204,9 @@ def test_resuming_and_swapping_are_exact(tmp_path, options):
 
 @pytest.mark.parametrize("handle_buffers", ["copy", "update"])
 @pytest.mark.parametrize("case", ["float32", "bfloat16 in float32"])
-@pytest.mark.parametrize("chunk", [staging._CHUNK, 100], ids=["one chunk", "many chunks"])
+@pytest.mark.parametrize("chunk", [kernels._CHUNK, 100], ids=["one chunk", "many chunks"])
 def test_an_average_on_the_cpu_follows_the_reference(monkeypatch, case, handle_buffers, chunk):
-    monkeypatch.setattr(staging, "_CHUNK", chunk)
+    monkeypatch.setattr(kernels, "_CHUNK", chunk)
     model, average = made(case, handle_buffers=handle_buffers, device="cpu")
     assert {tensor.device.type for tensor in average.module.state_dict().values()} == {"cpu"}
     due = double(average.module)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ignite_ema.averaging import kernels
-from ignite_ema.averaging import offload as staging
 
 ALIVE = WeakSet()
 
@@ -39,9 +38,9 @@ def gpu(monkeypatch):
             value.fill_(nan if value.is_floating_point() else 99)
         return values, Arrival(log, list(zip(online, values, strict=True)))
 
-    monkeypatch.setattr(staging, "_side_stream", lambda device: log.append("stream"))
-    monkeypatch.setattr(staging, "_send", send)
-    monkeypatch.setattr(staging, "_CHUNK", 1000)
+    monkeypatch.setattr(kernels, "_side_stream", lambda device: log.append("stream"))
+    monkeypatch.setattr(kernels, "_send", send)
+    monkeypatch.setattr(kernels, "_CHUNK", 1000)
     return log
 
 
@@ -89,10 +88,10 @@ def test_all_copies_from_a_gpu_take_one_stream(monkeypatch):
     made = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or Mock())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    staging._stream.cache_clear()
+    kernels._stream.cache_clear()
     for index in (0, 1, 0, 1):
-        staging._side_stream(torch.device("cuda", index))
-    staging._stream.cache_clear()
+        kernels._side_stream(torch.device("cuda", index))
+    kernels._stream.cache_clear()
     assert [device.index for device in made] == [0, 1]
 
 

@@ -81,6 +81,19 @@ def test_what_is_replaced_is_followed(how):
     assert average.module[0].weight.item() == 3.0
 
 
+def test_a_parameter_that_became_a_buffer_is_named_and_nothing_changes():
+    model = nn.Linear(1, 1)
+    average = ModelAverage(model)
+    before, weight = copied(tensors(average.module)), model.weight.detach()
+    del model.weight
+    model.register_buffer("weight", weight + 1)
+    with pytest.raises(
+        RuntimeError, match="'weight' is a parameter in one of model and twin, and a buffer in the other"
+    ):
+        average.update(0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(average.module).items())
+
+
 def test_loading_never_ties_the_average_to_what_was_loaded():
     model = nn.BatchNorm1d(2)
     average, other = ModelAverage(model), ModelAverage(model)
