@@ -186,7 +186,7 @@ def _swap(
         finally:
             _reshard(parts, model, pairing)
             _finish(left, errors)
-    finally:
+    finally:  # a second time, for what a second Ctrl-C has left
         _finish(left, errors)
         if (fault := _fault(errors, modules, children)) and not is_complete:
             warn_user(fault)  # the exception that ended the block reaches the caller
