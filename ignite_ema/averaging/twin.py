@@ -187,9 +187,9 @@ def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | 
                 elif (copied := _copied_tensor(tensor, dtype, device)) is not None:
                     memo[id(tensor)] = copied
             modules = list(model.modules())
-            for table in (value for module in modules for value in vars(module).values()):
-                if type(table) is OrderedDict and not table:  # of hooks; deepcopy would take most of its time for them
-                    memo[id(table)] = OrderedDict()
+            for value in (value for module in modules for value in vars(module).values()):
+                if type(value) in (OrderedDict, set) and not value:  # for these deepcopy would take most of its time
+                    memo[id(value)] = type(value)()
             for module in reversed(modules):
                 if (wrapped := stripped(module)) is not module:
                     memo[id(module)] = copy.deepcopy(wrapped, memo)
