@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from .checks import listed, warn_user
 from .memory import has_values
-from .names import name_of, parameters_and_buffers, parameters_of, tensors_of, unwrapped
+from .names import parameters_and_buffers, parameters_of, tensors_of, unwrapped
 from .sharding import is_sharded, local, sharding
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -121,9 +121,8 @@ def _check_tensors(argument: str, module: nn.Module, *, may_be_sharded: bool = T
                 "as ema_model="
             )
         if fault is not None:
-            raise RuntimeError(
-                f"{argument} should have tensors that can be averaged, but '{name_of(module, tensor)}' {fault}."
-            )
+            name = next(name for name, own in tensors_of(module).items() if own is tensor)
+            raise RuntimeError(f"{argument} should have tensors that can be averaged, but '{name}' {fault}.")
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
