@@ -256,9 +256,9 @@ def _refuse_changing_mode(model: nn.Module, trains: bool, on_copies: bool) -> No
         if (kind.train is nn.Module.train and kind.eval is nn.Module.eval) or unwrapped(module) is not module:
             continue
         trial = _copied(module, None, None, share_frozen=False) if on_copies else module
-        before = {name: local(one).clone() for name, one in tensors_of(trial).items() if isinstance(one, nn.Parameter)}
+        before = {name: weight.clone() for name, weight in _weights(trial).items()}
         _set_mode(trial, trains)
-        after = tensors_of(trial)
+        after = _weights(trial)
         name = next((name for name in before if not _equal(before[name], after.get(name))), None)
         if name is not None:
             raise RuntimeError(
@@ -268,14 +268,18 @@ def _refuse_changing_mode(model: nn.Module, trains: bool, on_copies: bool) -> No
             )
 
 
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: local(one) for name, one in tensors_of(module).items() if isinstance(one, nn.Parameter)}
+
+
 def _equal(before: Tensor, after: Tensor | None) -> bool:
     if after is None or before.shape != after.shape or before.dtype != after.dtype:
         return False
     if before.layout is not torch.strided:
         return True
     if before.is_floating_point() and before.element_size() == 1:  # has no operations
-        return torch.equal(before.view(torch.uint8), local(after).view(torch.uint8))
-    return torch.equal(before.nan_to_num(), local(after).nan_to_num())
+        return torch.equal(before.view(torch.uint8), after.view(torch.uint8))
+    return torch.equal(before.nan_to_num(), after.nan_to_num())
 
 
 def _warn_of_shared_functions(model: nn.Module, twin: nn.Module) -> None:
