@@ -441,7 +441,8 @@ class ModelAverage:
         check_average_state(state)
         if self.schedule is not None:
             scheduled(self.schedule, state["num_updates"])  # raises before anything has changed
-        self._fill(pairing, fitting_tensors(pairing, state, complete=True)[0])
+        fill(pairing, fitting_tensors(pairing, state, complete=True)[0])
+        self._told.add("moved")
         self._num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
         self._initial_share = state["initial_share"]
         saved, own = state["momentum_schedule"], None if self.schedule is None else described(self.schedule)
@@ -484,14 +485,11 @@ class ModelAverage:
             )
         values, missing, unequal = fitting_tensors(pairing, source, strict=strict)
         rest = {slot.name: slot.online.get() for slot in missing}
-        self._fill(pairing, {**values, **rest})
+        fill(pairing, {**values, **rest})
+        self._told.add("moved")
         self._num_updates, self._initial_share = num_updates, math.nan if rest or unequal else 0.0
         if rest or unequal:
             warn_user(
                 f"{listed([*rest, *unequal])} started from the model, since the loaded weights have nothing that fits, "
                 f"or the parameter is frozen and shared; {counted(len(values), 'tensor')} were loaded."
             )
-
-    def _fill(self, pairing: Pairing, values: Mapping[str, Tensor]) -> None:
-        fill(pairing, values)
-        self._told.add("moved")

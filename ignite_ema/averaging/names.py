@@ -84,11 +84,6 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: places[name].get() for name, first in first_names(places).items() if name == first}
 
 
-def name_of(module: nn.Module, tensor: Tensor) -> str:
-    """The first name of a parameter or buffer of ``module``."""
-    return next(name for name, own in tensors_of(module).items() if own is tensor)
-
-
 def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
     """Like ``module.parameters()``, which a model may have overridden to return groups for an optimizer."""
     return nn.Module.parameters(module)

@@ -134,8 +134,8 @@ class Pairing:
     ) -> None:
         self._fsdp_modules = [*fsdp_modules(online), *fsdp_modules(averaged)]
         reshard(self._fsdp_modules)
-        with buffers_followed(online, averaged, treatment_of, may_clear=before is not None) as places:
-            ours, theirs = _matching(*places, treatment_of)
+        with buffers_followed(online, averaged, treatment_of, may_clear=before is not None) as (ours, theirs):
+            _match(ours, theirs, treatment_of)
             once_shared = {} if before is None else before._once_shared
             followed = {name for name, place in theirs.items() if id(place.get()) in once_shared}
             self.first_names = _checked_ties(ours, theirs, followed)
@@ -292,20 +292,16 @@ def _kind_of_number(tensor: Tensor) -> tuple[bool, bool]:
     return tensor.is_floating_point(), tensor.is_complex()
 
 
-def _matching(
-    ours: dict[str, Place], theirs: dict[str, Place], treatment_of: Callable[[str], Treatment]
-) -> tuple[dict[str, Place], dict[str, Place]]:
-    """The places without buffers that only one of the two has and that are left alone; raises Mismatch for others."""
-    alone = {name: place for name, place in (ours | theirs).items() if name not in ours or name not in theirs}
-    for name in sorted(alone):
-        if not (alone[name].is_buffer and treatment_of(name) == "keep"):
-            here, there = ("model", "twin") if name in ours else ("twin", "model")
+def _match(ours: dict[str, Place], theirs: dict[str, Place], treatment_of: Callable[[str], Treatment]) -> None:
+    """Drops buffers that only one of the two has and that are left alone; raises Mismatch for whatever else differs."""
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        here, there = ("model", "twin") if name in ours else ("twin", "model")
+        place = ours.pop(name) if name in ours else theirs.pop(name)
+        if not (place.is_buffer and treatment_of(name) == "keep"):
             raise Mismatch(f"'{name}' is in the {here} but not in the {there}")
-    ours, theirs = ({name: place for name, place in one.items() if name not in alone} for one in (ours, theirs))
     for name, place in ours.items():
         if place.is_buffer != theirs[name].is_buffer:
             raise Mismatch(f"'{name}' is a parameter in one of model and twin, and a buffer in the other")
-    return ours, theirs
 
 
 def _checked_ties(ours: dict[str, Place], theirs: dict[str, Place], followed: set[str]) -> dict[str, str]:

@@ -70,18 +70,13 @@ def broadcast_buffers(module: nn.Module, source: int = 0) -> None:
         return
     for buffer in module.buffers():
         if not is_sharded(buffer):
-            written = _distinct(buffer.detach())
+            written = buffer.detach()
+            for dimension, step in enumerate(buffer.stride()):
+                if step == 0 and buffer.shape[dimension] > 1:  # expanded: one part has the memory of all
+                    written = written.narrow(dimension, 0, 1)
             sent = written.clone(memory_format=torch.contiguous_format)
             dist.broadcast(sent.reshape(-1).view(torch.uint8), source)  # as bytes, which every backend knows
             written.copy_(sent)
-
-
-def _distinct(buffer: Tensor) -> Tensor:
-    """The part of an expanded tensor that has its own memory."""
-    for dimension, step in enumerate(buffer.stride()):
-        if step == 0 and buffer.shape[dimension] > 1:
-            buffer = buffer.narrow(dimension, 0, 1)
-    return buffer
 
 
 def is_first_rank() -> bool:

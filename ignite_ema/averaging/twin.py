@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from .checks import listed, warn_user
 from .memory import has_values
-from .names import name_of, parameters_and_buffers, parameters_of, tensors_of, unwrapped
+from .names import parameters_and_buffers, parameters_of, tensors_of, unwrapped
 from .sharding import is_sharded, local, sharding
 
 _HOLDING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -121,9 +121,8 @@ def _check_tensors(argument: str, module: nn.Module, *, may_be_sharded: bool = T
                 "as ema_model="
             )
         if fault is not None:
-            raise RuntimeError(
-                f"{argument} should have tensors that can be averaged, but '{name_of(module, tensor)}' {fault}."
-            )
+            name = next(name for name, own in tensors_of(module).items() if own is tensor)
+            raise RuntimeError(f"{argument} should have tensors that can be averaged, but '{name}' {fault}.")
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device | None:
@@ -187,9 +186,9 @@ def _copied(model: nn.Module, dtype: torch.dtype | None, device: torch.device | 
                 elif (copied := _copied_tensor(tensor, dtype, device)) is not None:
                     memo[id(tensor)] = copied
             modules = list(model.modules())
-            for table in (value for module in modules for value in vars(module).values()):
-                if type(table) is OrderedDict and not table:  # of hooks; deepcopy would take most of its time for them
-                    memo[id(table)] = OrderedDict()
+            for value in (value for module in modules for value in vars(module).values()):
+                if type(value) in (OrderedDict, set) and not value:  # for these deepcopy would take most of its time
+                    memo[id(value)] = type(value)()
             for module in reversed(modules):
                 if (wrapped := stripped(module)) is not module:
                     memo[id(module)] = copy.deepcopy(wrapped, memo)
@@ -257,9 +256,9 @@ def _refuse_changing_mode(model: nn.Module, trains: bool, on_copies: bool) -> No
         if (kind.train is nn.Module.train and kind.eval is nn.Module.eval) or unwrapped(module) is not module:
             continue
         trial = _copied(module, None, None, share_frozen=False) if on_copies else module
-        before = {name: local(one).clone() for name, one in tensors_of(trial).items() if isinstance(one, nn.Parameter)}
+        before = {name: weight.clone() for name, weight in _weights(trial).items()}
         _set_mode(trial, trains)
-        after = tensors_of(trial)
+        after = _weights(trial)
         name = next((name for name in before if not _equal(before[name], after.get(name))), None)
         if name is not None:
             raise RuntimeError(
@@ -269,14 +268,18 @@ def _refuse_changing_mode(model: nn.Module, trains: bool, on_copies: bool) -> No
             )
 
 
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: local(one) for name, one in tensors_of(module).items() if isinstance(one, nn.Parameter)}
+
+
 def _equal(before: Tensor, after: Tensor | None) -> bool:
     if after is None or before.shape != after.shape or before.dtype != after.dtype:
         return False
     if before.layout is not torch.strided:
         return True
     if before.is_floating_point() and before.element_size() == 1:  # has no operations
-        return torch.equal(before.view(torch.uint8), local(after).view(torch.uint8))
-    return torch.equal(before.nan_to_num(), local(after).nan_to_num())
+        return torch.equal(before.view(torch.uint8), after.view(torch.uint8))
+    return torch.equal(before.nan_to_num(), after.nan_to_num())
 
 
 def _warn_of_shared_functions(model: nn.Module, twin: nn.Module) -> None:

@@ -154,6 +154,21 @@ def test_a_twin_that_is_sharded_otherwise_is_refused(world):
     world(2, refuses_twins)
 
 
+class FrozenStatistics(Even):
+    """Has a train() of its own, as models do that keep their batch norms in eval mode."""
+
+    def train(self, mode=True):
+        return super().train(mode)
+
+
+def takes_a_twin_with_modes_of_its_own(folder):
+    assert ModelAverage(sharded(FrozenStatistics()), ema_model=sharded(FrozenStatistics())).update(0.5)
+
+
+def test_a_sharded_twin_whose_eval_changes_no_weight_is_taken(world):
+    world(2, takes_a_twin_with_modes_of_its_own)
+
+
 def skips_together(folder, rank, case):
     model = CASES[case](Net())
     with torch.device("meta"):
